@@ -1,0 +1,50 @@
+// ggn_block_: adds the weighted Gauss-Newton block of a linear layer under softmax cross-entropy to `out`.
+//
+//   out[a, j, b, k] += sum_i w_i H_i[a, b] x_ij x_ik,   H_i = diag(p_i) - p_i p_i^T
+//
+// The rows of H_i sum to zero, so H_i[a, a] = p_ia * sum_{b != a} p_ib: this form is used (and is the definition), because
+// p (1 - p) cancels for confident predictions and because only the c (c - 1) / 2 off-diagonal Gram matrices then
+// need computing: the block (a, a) is minus the sum of the blocks (a, b). Each Gram matrix is symmetric: lower triangle
+// only, then mirrored.
+#pragma once
+
+#include <ATen/ops/amax.h>
+
+#include "../common/checks.h"
+
+namespace fastif {
+
+inline void check_ggn_block(const at::Tensor& out,       // [c, d, c, d], contiguous
+                            const at::Tensor& features,  // [n, d] float32 or float64
+                            const at::Tensor& probs,     // [n, c], rows on the simplex
+                            const at::Tensor& weights) { // [n], >= 0
+  constexpr auto op = "ggn_block";
+  check_rank(op, "features", "[n, d]", features, 2);
+  check_rank(op, "probs", "[n, c]", probs, 2);
+  check_rank(op, "weights", "[n]", weights, 1);
+  check_floating(op, "features", features);
+  check_same_type(op, "probs", probs, "features", features);
+  check_same_type(op, "weights", weights, "features", features);
+  check_same_type(op, "out", out, "features", features);
+  const int64_t n = features.size(0), d = features.size(1), c = probs.size(1);
+  TORCH_CHECK_VALUE(n >= 1 && d >= 1 && c >= 1, op, ": features [n, d] and probs [n, c] must not be empty, got ",
+                    features.sizes(), " and ", probs.sizes());
+  TORCH_CHECK_VALUE(probs.size(0) == n, op, ": probs must have n=", n, " rows, got ", probs.size(0));
+  TORCH_CHECK_VALUE(weights.size(0) == n, op, ": weights must have n=", n, " entries, got ", weights.size(0));
+  TORCH_CHECK_VALUE(out.sizes() == at::IntArrayRef({c, d, c, d}) && out.is_contiguous(), op,
+                    ": out must be a contiguous [c, d, c, d] = [", c, ", ", d, ", ", c, ", ", d, "], got ", out.sizes(),
+                    " with strides ", out.strides());
+  check_finite_rows(op, "features", features);
+  check_finite_rows(op, "probs", probs);
+  check_finite_rows(op, "weights", weights);
+  const double lowest = weights.min().item<double>();
+  TORCH_CHECK_VALUE(lowest >= 0, op, ": weights must be >= 0, got ", lowest);
+  const double negative = probs.min().item<double>();
+  TORCH_CHECK_VALUE(negative >= 0, op, ": probs must be >= 0, got ", negative);
+  const auto off = probs.sum(1).sub(1).abs();
+  const double worst = off.max().item<double>();
+  TORCH_CHECK_VALUE(worst <= 1e-3, op, ": each row of probs must sum to 1 (within 1e-3), row ",
+                    off.argmax().item<int64_t>(), " is off by ", worst);
+}
+
+}  // namespace fastif

@@ -1,0 +1,76 @@
+// per_sample_grad: sums, norms and dot products of the per-sample gradients of a linear map, which are never stored.
+//
+// Example i has inputs a_it [d] and output gradients u_it [o] at positions t; its gradient is g_i = sum_t u_it a_it^T.
+//   accumulate  [g, o, d]  out[s] = sum_{i : groups[i] = s} w_i g_i
+//   sq_norms    [n]        |g_i|^2 = sum_{t,t'} (u_it . u_it') (a_it . a_it')
+//   dots        [q, n]     <V_q, g_i> = sum_t u_it^T V_q a_it
+#pragma once
+
+#include "../common/checks.h"
+
+namespace fastif {
+
+inline void check_linear_map(const char* op, const at::Tensor& inputs,  // [n, t, d] float32 or float64
+                             const at::Tensor& output_grads) {          // [n, t, o]
+  check_rank(op, "inputs", "[n, t, d]", inputs, 3);
+  check_rank(op, "output_grads", "[n, t, o]", output_grads, 3);
+  check_floating(op, "inputs", inputs);
+  check_same_type(op, "output_grads", output_grads, "inputs", inputs);
+  TORCH_CHECK_VALUE(inputs.numel() > 0 && output_grads.numel() > 0, op,
+                    ": inputs [n, t, d] and output_grads [n, t, o] must not be empty, got ", inputs.sizes(), " and ",
+                    output_grads.sizes());
+  TORCH_CHECK_VALUE(inputs.size(0) == output_grads.size(0) && inputs.size(1) == output_grads.size(1), op,
+                    ": inputs and output_grads must agree in [n, t], got ", inputs.sizes(), " and ",
+                    output_grads.sizes());
+}
+
+// Called with the result by every kernel: NaN and Inf in an input always reach the result, so that only a result that is
+// not finite makes it worth to read the inputs again, and to tell them from an overflow.
+inline void check_finite_result(const char* op, const at::Tensor& result, const at::Tensor& inputs,
+                                const at::Tensor& output_grads) {
+  if (at::isfinite(at::sum(result)).item<bool>() || at::isfinite(result).all().item<bool>()) return;
+  check_finite_rows(op, "inputs", inputs);
+  check_finite_rows(op, "output_grads", output_grads);
+  TORCH_CHECK_VALUE(false, op, ": the result overflows ", result.scalar_type(), "; pass float64 or scale the inputs");
+}
+
+inline void check_accumulate(const at::Tensor& inputs, const at::Tensor& output_grads,
+                             const at::Tensor& weights,  // [n]
+                             const at::Tensor& groups,   // [n] int64 in [0, num_groups)
+                             int64_t num_groups) {
+  constexpr auto op = "per_sample_grad.accumulate";
+  check_linear_map(op, inputs, output_grads);
+  check_rank(op, "weights", "[n]", weights, 1);
+  check_rank(op, "groups", "[n]", groups, 1);
+  check_same_type(op, "weights", weights, "inputs", inputs);
+  TORCH_CHECK_TYPE(groups.scalar_type() == at::kLong, op, ": groups must be int64, got ", groups.scalar_type());
+  TORCH_CHECK_VALUE(groups.device() == inputs.device(), op, ": groups must be on the device of inputs (",
+                    inputs.device(), "), got ", groups.device());
+  const int64_t n = inputs.size(0);
+  TORCH_CHECK_VALUE(weights.size(0) == n, op, ": weights must have n=", n, " entries, got ", weights.size(0));
+  TORCH_CHECK_VALUE(groups.size(0) == n, op, ": groups must have n=", n, " entries, got ", groups.size(0));
+  TORCH_CHECK_VALUE(num_groups >= 1, op, ": num_groups must be >= 1, got ", num_groups);
+  const int64_t lowest = groups.min().item<int64_t>(), highest = groups.max().item<int64_t>();
+  TORCH_CHECK_VALUE(0 <= lowest && highest < num_groups, op, ": groups must be in [0, num_groups=", num_groups,
+                    "), got ", lowest < 0 ? lowest : highest);
+  check_finite_rows(op, "weights", weights);
+}
+
+inline void check_sq_norms(const at::Tensor& inputs, const at::Tensor& output_grads) {
+  check_linear_map("per_sample_grad.sq_norms", inputs, output_grads);
+}
+
+inline void check_dots(const at::Tensor& inputs, const at::Tensor& output_grads,
+                       const at::Tensor& directions) {  // [q, o, d]
+  constexpr auto op = "per_sample_grad.dots";
+  check_linear_map(op, inputs, output_grads);
+  check_rank(op, "directions", "[q, o, d]", directions, 3);
+  check_same_type(op, "directions", directions, "inputs", inputs);
+  TORCH_CHECK_VALUE(directions.size(0) >= 1 && directions.size(1) == output_grads.size(2) &&
+                        directions.size(2) == inputs.size(2),
+                    op, ": directions must be [q, o=", output_grads.size(2), ", d=", inputs.size(2), "] with q >= 1, got ",
+                    directions.sizes());
+  check_finite_rows(op, "directions", directions);
+}
+
+}  // namespace fastif

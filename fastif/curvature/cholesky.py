@@ -1,0 +1,88 @@
+"""Cholesky factors that say why they failed."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+class NotPositiveDefinite(ValueError):
+    """A damped curvature block has no Cholesky factor; the message names block, pivot and the damping that would do."""
+
+
+def factorize(matrix: Tensor, damping: float | Literal["auto"], name: str) -> tuple[Tensor, float]:
+    """Lower Cholesky factor of matrix + damping·I in float64, and the damping used.
+
+    A factor whose smallest pivot is within rounding of zero (P·eps times the largest diagonal entry, eps that of
+    the matrix's own dtype) counts as a failure: its solves would be noise.
+
+    Args:
+        matrix: [P, P], symmetric.
+        damping: absolute λ >= 0 added to the diagonal, or "auto": the smallest power of ten that gives a factor.
+        name: of the block, for the messages.
+
+    Raises:
+        NotPositiveDefinite: with the smallest pivot, the number of NaN and the power of ten that would do.
+        ValueError: negative damping.
+    """
+    check_damping(damping)
+    size = matrix.shape[0]
+    finite = matrix.isfinite()
+    if not finite.all():
+        raise NotPositiveDefinite(
+            f"{name} [{size}, {size}] holds {int(matrix.isnan().sum())} NaN and {int(matrix.isinf().sum())} Inf "
+            "entries: no damping helps; look for NaN or overflow in features and logits"
+        )
+    exact = matrix.double()
+    floor = size * torch.finfo(matrix.dtype).eps * max(0.0, exact.diagonal().max().item())
+    if damping == "auto":
+        damping = _sufficient_damping(exact, floor)
+    factor = _try(exact, damping, floor)
+    if factor is None:
+        raise NotPositiveDefinite(
+            f"{name} [{size}, {size}] with damping {damping:g} is not positive definite: its smallest pivot is "
+            f"{_smallest_pivot(exact, damping):.3g} (0 NaN, needs more than {floor:.3g}); damping "
+            f"{_sufficient_damping(exact, floor):g} would do"
+        )
+    return factor, damping
+
+
+def check_damping(damping: float | Literal["auto"]) -> None:
+    if damping != "auto" and not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
+        raise ValueError(f"damping must be a finite number >= 0 or 'auto', got {damping!r}")
+
+
+def _damped(matrix: Tensor, damping: float) -> Tensor:
+    damped = matrix.clone()
+    damped.diagonal().add_(damping)
+    return damped
+
+
+def _try(matrix: Tensor, damping: float, floor: float) -> Tensor | None:
+    factor, info = torch.linalg.cholesky_ex(_damped(matrix, damping))
+    good = info.item() == 0 and factor.diagonal().min().item() ** 2 > floor
+    return factor if good else None
+
+
+def _sufficient_damping(matrix: Tensor, floor: float) -> float:
+    lowest = math.floor(math.log10(max(floor, 1e-12)))
+    for exponent in range(lowest, 300):
+        if _try(matrix, 10.0**exponent, floor) is not None:
+            return 10.0**exponent
+    raise NotPositiveDefinite("no damping up to 1e300 makes the block positive definite")  # entries near overflow
+
+
+def _smallest_pivot(matrix: Tensor, damping: float) -> float:
+    damped = _damped(matrix, damping)
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if info.item() == 0:
+        return factor.diagonal().min().item() ** 2
+    j = int(info.item()) - 1  # the pivot of column j is what the columns before it leave of the diagonal
+    if j == 0:
+        return damped[0, 0].item()
+    head = torch.linalg.cholesky(damped[:j, :j])
+    column = torch.linalg.solve_triangular(head, damped[:j, j : j + 1], upper=False)
+    return (damped[j, j] - column.square().sum()).item()

@@ -1,0 +1,47 @@
+"""Run time and peak memory of a piece of work (RTE and ME of docs/math.md (5))."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from fastif.ops._library import extension
+
+
+class Measure:
+    """Context manager: `seconds`, and `peak_bytes` of tensors allocated within it on `device` beyond those before it.
+
+    On the CPU the allocations of the calling thread are counted by the compiled extension; without it,
+    peak_bytes is None.
+
+    >>> with Measure() as work:
+    ...     x = torch.empty(1000, dtype=torch.float32)
+    >>> work.peak_bytes in (4000, None)
+    True
+    """
+
+    seconds: float = 0.0
+    peak_bytes: int | None = None
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self._device = torch.device(device)
+        self._cpu = extension.PeakMemory() if extension is not None and self._device.type == "cpu" else None
+
+    def __enter__(self) -> Measure:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        if self._cpu is not None:
+            self._cpu.start()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            self.peak_bytes = torch.cuda.max_memory_allocated(self._device) - self._before
+        self.seconds = time.perf_counter() - self._start
+        if self._cpu is not None:
+            self.peak_bytes = self._cpu.stop()

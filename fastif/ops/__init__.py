@@ -1,0 +1,8 @@
+"""The compiled ops: they know tensors only, never models or data sets."""
+
+from fastif.ops import per_sample_grad
+from fastif.ops._library import build_info
+from fastif.ops.farthest_first import FarthestFirst, farthest_first
+from fastif.ops.ggn_block import ggn_block
+
+__all__ = ["FarthestFirst", "build_info", "farthest_first", "ggn_block", "per_sample_grad"]

@@ -1,0 +1,70 @@
+"""Loads the compiled extension, or stands in for it with plain torch formulations of every op."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+
+# As in csrc/ops.cpp; needed here only where the extension is absent (a test holds the two against each other).
+SCHEMAS = {
+    "farthest_first": "(Tensor points, int k, int start=0) -> "
+    "(Tensor indices, Tensor sq_radii, Tensor sq_dists, Tensor nearest)",
+    "ggn_block_": "(Tensor(a!) out, Tensor features, Tensor probs, Tensor weights) -> ()",
+    "per_sample_grad_accumulate": "(Tensor inputs, Tensor output_grads, Tensor weights, Tensor groups, int num_groups) "
+    "-> Tensor",
+    "per_sample_grad_sq_norms": "(Tensor inputs, Tensor output_grads) -> Tensor",
+    "per_sample_grad_dots": "(Tensor inputs, Tensor output_grads, Tensor directions) -> Tensor",
+}
+
+
+def _load():
+    if os.environ.get("FASTIF_PLAIN") == "1":
+        return None
+    try:
+        from fastif import _C
+    except ImportError as error:
+        warnings.warn(
+            f"fastif: the compiled extension could not be loaded ({error}); every op runs as plain torch, slower. "
+            "Build it with: pip install --no-build-isolation .",
+            stacklevel=2,
+        )
+        return None
+    return _C
+
+
+extension = _load()
+compiled = extension is not None
+compiled_for_cuda = extension is not None and extension.built_with_cuda()
+
+_definitions = torch.library.Library("fastif", "FRAGMENT")
+if not compiled:
+    for _name, _schema in SCHEMAS.items():
+        _definitions.define(_name + _schema)
+
+
+def plain(name: str) -> Callable[[Callable], Callable]:
+    """Registers a plain torch formulation of op `name` where no compiled kernel exists."""
+
+    def register(formulation: Callable) -> Callable:
+        if not compiled:
+            _definitions.impl(name, formulation, "CompositeExplicitAutograd")
+        elif not compiled_for_cuda:
+            _definitions.impl(name, formulation, "CUDA")
+        return formulation
+
+    return register
+
+
+def build_info() -> dict[str, object]:
+    """What was built and what runs: `compiled`, `cuda` (kernels built), `isa` (CPU vector instructions), versions."""
+    return {
+        "compiled": compiled,
+        "cuda": compiled_for_cuda,
+        "isa": extension.isa() if extension is not None else "plain torch",
+        "torch": torch.__version__,
+        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+    }

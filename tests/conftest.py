@@ -1,0 +1,6 @@
+from hypothesis import HealthCheck, settings
+
+# Reproducible everywhere; more examples with `pytest --hypothesis-profile=thorough`.
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
+settings.register_profile("thorough", deadline=None, max_examples=2000, suppress_health_check=list(HealthCheck))
+settings.load_profile("default")

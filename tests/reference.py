@@ -1,0 +1,58 @@
+"""The float64 definition of every op, in plain torch, written for reading: no speed, no blocks, no shared code."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sq_distances(points: Tensor, centre: Tensor) -> Tensor:
+    """Squared distances [n] in the order of summation of csrc/farthest_first/farthest_first.h, docs/math.md (7)."""
+    lanes = points.new_zeros((len(points), 32), dtype=torch.float64)
+    for j in range(points.shape[1]):
+        lanes[:, j % 32] += (points[:, j].double() - centre[j].double()).square()
+    for half in (16, 8, 4, 2, 1):
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes[:, 0]
+
+
+def farthest_first(points: Tensor, k: int, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    picks, radii = [start], []
+    dists = sq_distances(points, points[start])[:, None]  # [n, picks so far]
+    while True:
+        nearest = dists.min(1).values
+        radii.append(nearest.max().item())
+        if len(picks) == k:
+            break
+        free = [i for i in range(len(points)) if i not in picks]
+        picks.append(max(free, key=lambda i: (nearest[i].item(), -i)))
+        dists = torch.cat([dists, sq_distances(points, points[picks[-1]])[:, None]], 1)
+    first_minimum = torch.tensor([row.index(min(row)) for row in dists.tolist()])
+    return torch.tensor(picks), torch.tensor(radii, dtype=torch.float64), dists.min(1).values, first_minimum
+
+
+def ggn_block(features: Tensor, probs: Tensor, weights: Tensor) -> Tensor:
+    """Σ_i w_i H_i ⊗ a_i a_iᵀ as [c, d, c, d], docs/math.md (6)."""
+    a, p, w = features.double(), probs.double(), weights.double()
+    output_hessian = -p[:, :, None] * p[:, None, :]  # [n, c, c]
+    output_hessian.diagonal(dim1=1, dim2=2).zero_()
+    output_hessian.diagonal(dim1=1, dim2=2).copy_(-output_hessian.sum(2))
+    return torch.einsum("i,iab,ij,ik->ajbk", w, output_hessian, a, a)
+
+
+def per_sample_grads(inputs: Tensor, output_grads: Tensor) -> Tensor:
+    """g_i = Σ_t u_it a_itᵀ, [n, o, d], docs/math.md (8)."""
+    return torch.einsum("nto,ntd->nod", output_grads.double(), inputs.double())
+
+
+def accumulate(inputs: Tensor, output_grads: Tensor, weights: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    members = torch.nn.functional.one_hot(groups, num_groups).double() * weights.double()[:, None]  # [n, g]
+    return torch.einsum("ns,nod->sod", members, per_sample_grads(inputs, output_grads))
+
+
+def sq_norms(inputs: Tensor, output_grads: Tensor) -> Tensor:
+    return per_sample_grads(inputs, output_grads).square().sum((1, 2))
+
+
+def dots(inputs: Tensor, output_grads: Tensor, directions: Tensor) -> Tensor:
+    return torch.einsum("qod,nod->qn", directions.double(), per_sample_grads(inputs, output_grads))
