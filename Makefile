@@ -1,0 +1,68 @@
+# make demo · test · lint · bench · cuda-check · gpu-check: each sets up what it needs.
+# PYTHON=... chooses an interpreter. One that already imports everything below is used as it is (a machine without network);
+# otherwise .venv is made.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+NEEDS  := torch numpy tqdm sklearn matplotlib typer rich safetensors pytest pytest_benchmark hypothesis
+HAVE   := $(shell $(PYTHON) -c "$(foreach module,$(NEEDS),import $(module);)" 2>/dev/null && echo yes)
+ifeq ($(HAVE),yes)
+PY    := $(PYTHON)
+SETUP :=
+else
+PY    := .venv/bin/python
+SETUP := .venv/ready
+endif
+ifneq ($(wildcard /usr/local/cuda/include/cuda_runtime.h),)
+export CUDA_HOME ?= /usr/local/cuda
+endif
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
+OUT     ?= runs/demo
+
+.PHONY: demo test lint bench results cuda-check gpu-check clean
+
+demo: build/ready  ## remove each class of the digits from a small CNN, compare samplers with retraining
+	$(PY) -m fastif class-removal --out $(OUT)
+
+test: build/ready $(if $(SETUP),.venv/test)
+	$(PY) -m pytest $(if $(SETUP),--cov=fastif --cov-report=term:skip-covered --cov-fail-under=95) fastif tests
+
+lint: .venv/lint
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/emulator/*.h tests/emulator/*.cpp)
+
+bench: build/ready  ## verify, then time every op against its peers
+	$(PY) -m pytest benchmarks --benchmark-enable -s
+
+cuda-check: $(SETUP)  ## compile every CUDA source; needs nvcc, no GPU
+	PY=$(PY) bash csrc/check_cuda.sh
+
+gpu-check: $(SETUP)  ## on a machine with a GPU: build, test, sanitize, benchmark, write one JSON
+	$(PY) benchmarks/gpu_check.py
+
+clean:
+	rm -rf build fastif/_C*.so .venv
+
+build/ready: $(SOURCES) $(SETUP)
+	@mkdir -p build
+	$(PY) setup.py -q build_ext --inplace > build/log 2>&1 || { cat build/log; exit 1; }
+	@$(PY) -c "import fastif; print('built', fastif.build_info())"
+	@touch $@
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/ready: Makefile | .venv/bin/python
+	.venv/bin/pip install -q $(TORCH) "setuptools>=77" ninja numpy tqdm scikit-learn matplotlib typer rich safetensors \
+	  pytest pytest-benchmark hypothesis
+	@touch $@
+
+.venv/test: .venv/ready
+	.venv/bin/pip install -q $(TORCH) pytest-cov scipy curvlinops-for-pytorch==3.0.1 opacus==1.6.0
+	@touch $@
+
+.venv/lint: .venv/ready
+	.venv/bin/pip install -q ruff==0.17.6 pyright==1.1.414 clang-format==23.1.5
+	@touch $@

@@ -1,0 +1,70 @@
+"""Small trained problems that several tests share."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+WEIGHT_DECAY = 5e-3
+
+
+class Problem(NamedTuple):
+    model: nn.Sequential
+    x: Tensor  # [n, 5]
+    y: Tensor  # [n]
+
+
+def clusters(n: int, seed: int, classes: int = 3) -> tuple[Tensor, Tensor]:
+    """Overlapping Gaussian clusters: no class is separable, so that optima are finite and losses informative."""
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % classes
+    centres = torch.randn(classes, 5, generator=g, dtype=torch.float64)
+    return centres[y] + torch.randn(n, 5, generator=g, dtype=torch.float64), y
+
+
+@cache
+def trained(n: int = 90, seed: int = 0) -> Problem:
+    """A float64 net whose head is at the optimum of the mean loss + ½ WEIGHT_DECAY ‖θ‖²."""
+    torch.manual_seed(seed)
+    x, y = clusters(n, seed)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(200):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    converge(model[2], model[:2](x).detach(), y)
+    return Problem(model, x, y)
+
+
+def converge(head: nn.Linear, features: Tensor, labels: Tensor, n: int | None = None) -> float:
+    """Trains a head to the optimum of (1/n) Σ ℓ + ½ WEIGHT_DECAY ‖θ‖² by L-BFGS in float64; returns the objective."""
+    n = len(features) if n is None else n
+    parameters = list(head.parameters())
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=500, tolerance_grad=1e-10, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        value = cross_entropy(head(features), labels, reduction="sum") / n
+        value = value + 0.5 * WEIGHT_DECAY * sum(p.square().sum() for p in parameters)
+        value.backward()
+        return value
+
+    optimizer.step(objective)
+    return objective().item()
+
+
+def head_gradients(problem: Problem) -> Tensor:
+    """∇ℓ_i with respect to head weight and bias by autograd, [n, 3, 7], bias last."""
+    rows = []
+    for x, y in zip(problem.x, problem.y, strict=True):
+        head = problem.model[2]
+        grads = torch.autograd.grad(cross_entropy(problem.model(x[None]), y[None]), [head.weight, head.bias])
+        rows.append(torch.cat([grads[0], grads[1][:, None]], 1))
+    return torch.stack(rows)
