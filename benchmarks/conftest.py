@@ -30,7 +30,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 @pytest.fixture(scope="session")
 def limits() -> dict[str, float]:
-    """What this machine can do, measured in the same run: bytes read per second, float32 product operations per second."""
+    """What this machine can do, measured in the same run: bytes read and float32 operations per second."""
     big = torch.randn(1 << 26, device=DEVICE)  # 256 MiB, beyond every cache
     square = torch.randn(2048, 2048, device=DEVICE)
     read = min(seconds(lambda: big.sum()) for _ in range(5))
@@ -69,9 +69,8 @@ def race(benchmark, limits, capsys):
             **extra,
         )
         with capsys.disabled():
-            print(
-                f"\n{benchmark.name}: fastif {best['fastif']:.4g} s, {floor / best['fastif']:.0%} of the machine's limit"
-            )
+            share = floor / best["fastif"]
+            print(f"\n{benchmark.name}: fastif {best['fastif']:.4g} s, {share:.0%} of the machine's limit")
             for name in peers:
                 print(f"  {best[name] / best['fastif']:8.2f} x  {name} ({best[name]:.4g} s)")
             for name, value in extra.items():

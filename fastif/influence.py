@@ -22,6 +22,7 @@ from fastif.features import extract, find_head
 from fastif.samplers import check_subset
 
 _ROWS = 2048  # training examples per block of scores
+_ENTRIES = 1 << 22  # of gradients that are formed at a time where they have to be
 
 
 class Plan(NamedTuple):
@@ -170,7 +171,9 @@ class Influence:
         """scores[t, t] of every training example, [n], never negative: how much its loss rests on it."""
         inputs, grads = self._gradients(train)
         parts = []
-        for a, u in self._progress(zip(inputs.split(_ROWS), grads.split(_ROWS), strict=True), len(inputs), "self"):
+        rows = max(1, _ENTRIES // (grads.shape[1] * inputs.shape[1]))
+        blocks = zip(inputs.split(rows), grads.split(rows), strict=True)
+        for a, u in self._progress(blocks, math.ceil(len(inputs) / rows), "self-influence"):
             parts.append(self.curvature.sq_norms(u[:, :, None] * a[:, None, :]).cpu())
         return torch.cat(parts) / self._n
 
@@ -179,7 +182,8 @@ class Influence:
         query_inputs, query_grads = self._gradients(query)
         directions = self.curvature.solve(query_grads[:, :, None] * query_inputs[:, None, :])  # [q, c, d]
         inputs, grads = self._gradients(train)
-        for a, u in self._progress(zip(inputs.split(_ROWS), grads.split(_ROWS), strict=True), len(inputs), "scores"):
+        blocks = zip(inputs.split(_ROWS), grads.split(_ROWS), strict=True)
+        for a, u in self._progress(blocks, math.ceil(len(inputs) / _ROWS), "scores"):
             yield ops.per_sample_grad.dots(a, u, directions).div_(self._n).cpu()
 
     def _gradients(self, data: Any) -> tuple[Tensor, Tensor]:
@@ -205,8 +209,8 @@ class Influence:
             features = torch.cat([features, features.new_ones(len(features), 1)], 1)
         return features.to(self.device), logits.to(self.device), None if labels is None else labels.to(self.device)
 
-    def _progress(self, blocks: Any, n: int, name: str) -> Any:
-        return tqdm(blocks, name, total=math.ceil(n / _ROWS), disable=not self.progress)
+    def _progress(self, blocks: Any, total: int, name: str) -> Any:
+        return tqdm(blocks, name, total=total, disable=not self.progress)
 
 
 def _count(data: Any, batch_size: int) -> int:

@@ -14,7 +14,6 @@ formulas are not given there, and the definitions on this page are our own.
 """
 
 import inspect
-import operator
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -24,6 +23,7 @@ from torch import Generator, Tensor
 
 from fastif import ops
 from fastif.features import first_nonfinite_row
+from fastif.systematic import check_k, classes_in_turn, systematic_picks, tails
 
 _UNIFORM = 0.1  # part of a sampling share that is the same for every example: bounds the weights by 1 / (0.1 k)
 _LARGEST = 1e140  # n d squares of it still sum below the float64 maximum
@@ -90,7 +90,7 @@ def random(n: int, k: int, *, generator: Generator | None = None) -> Subset:
     >>> random(5, 5).indices
     tensor([0, 1, 2, 3, 4])
     """
-    k = _check_k("random", k, n)
+    k = check_k("random", k, n)
     _check_generator("random", generator)
     return _equal_weights(torch.randperm(n, generator=generator)[:k])
 
@@ -101,7 +101,7 @@ def prefix(n: int, k: int) -> Subset:
     >>> prefix(5, 2).indices
     tensor([0, 1])
     """
-    return _equal_weights(torch.arange(_check_k("prefix", k, n)))
+    return _equal_weights(torch.arange(check_k("prefix", k, n)))
 
 
 def stratified(labels: Tensor, k: int, *, generator: Generator | None = None) -> Subset:
@@ -113,10 +113,10 @@ def stratified(labels: Tensor, k: int, *, generator: Generator | None = None) ->
     labels [n] are integers >= 0; indices ascend. Raises ValueError or TypeError. docs/math.md (4).
     """
     labels = _check_labels("stratified", labels)
-    k = _check_k("stratified", k, len(labels))
+    k = check_k("stratified", k, len(labels))
     _check_generator("stratified", generator)
     labels, counts, picks = _allocate(labels, k)
-    order = _classes_in_turn(labels, generator)
+    order = classes_in_turn(labels, generator)
     rank_in_class = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
     return _class_weights(order[rank_in_class < picks[labels[order]]], labels, counts, picks)
 
@@ -136,7 +136,7 @@ def intermediate_distance(features: Tensor, labels: Tensor, k: int, *, weighted:
     """
     features = _check_matrix("intermediate_distance", "features", features, "d")
     labels = _check_labels("intermediate_distance", labels, n=len(features))
-    k = _check_k("intermediate_distance", k, len(features))
+    k = check_k("intermediate_distance", k, len(features))
     labels, counts, picks = _allocate(labels, k)
     bands = []
     for members, k_c in zip(labels.argsort(stable=True).split(counts.tolist()), picks.tolist(), strict=True):
@@ -166,7 +166,7 @@ def k_center(
     picked only when no distinct point is left, and weighs 0. Raises ValueError or TypeError. docs/math.md (7).
     """
     points = _check_matrix("k_center", "points", points, "d")
-    k = _check_k("k_center", k, len(points))
+    k = check_k("k_center", k, len(points))
     _check_generator("k_center", generator)
     if metric not in ("euclidean", "cosine"):
         raise ValueError(f"k_center: metric must be 'euclidean' or 'cosine', got {metric!r}")
@@ -199,9 +199,9 @@ def logit(
     """
     logits = _check_matrix("logit", "logits", logits, "c")
     labels = _check_labels("logit", labels, n=len(logits), classes=logits.shape[1])
-    k = _check_k("logit", k, len(logits))
+    k = check_k("logit", k, len(logits))
     _check_generator("logit", generator)
-    return _systematic(_shares(_curvature_traces(logits)), labels, k, weighted, generator)
+    return _importance(_curvature_traces(logits), labels, k, weighted, generator)
 
 
 def leverage(
@@ -230,7 +230,7 @@ def leverage(
     """
     features = _check_matrix("leverage", "features", features, "d")
     logits = _check_matrix("leverage", "logits", logits, "c", n=len(features))
-    k = _check_k("leverage", k, len(features))
+    k = check_k("leverage", k, len(features))
     _check_generator("leverage", generator)
     traces = _curvature_traces(logits)
     if kind == "trace":
@@ -239,7 +239,7 @@ def leverage(
         values = traces * _ridge_norms(features, traces, damping)
     else:
         raise ValueError(f"leverage: kind must be 'trace' or 'ridge', got {kind!r}")
-    return _systematic(_shares(values), logits.argmax(1).cpu(), k, weighted, generator)
+    return _importance(values, logits.argmax(1).cpu(), k, weighted, generator)
 
 
 def certified(
@@ -266,13 +266,13 @@ def certified(
     n = len(features)
     values = _curvature_traces(logits) * _sq_norms(features)
     largest_first, order = values.sort(descending=True, stable=True)
-    left_out = torch.cat([_tails(largest_first), torch.zeros(1, dtype=torch.float64)])  # [n + 1]: after 0, 1, .. picks
+    left_out = torch.cat([tails(largest_first), torch.zeros(1, dtype=torch.float64)])  # [n + 1]: after 0, 1, .. picks
     if tolerance is not None and k is None:
         if not 0 <= tolerance < 1:
             raise ValueError(f"certified: tolerance must be in [0, 1), got {tolerance}")
         k = max(1, int((left_out > tolerance * left_out[0]).sum()))
     elif k is not None and tolerance is None:
-        k = _check_k("certified", k, n)
+        k = check_k("certified", k, n)
     else:
         raise ValueError(f"certified: give exactly one of tolerance and k, got tolerance={tolerance}, k={k}")
     indices = order[:k].sort().values
@@ -326,70 +326,15 @@ def draw(
     return check_subset(sampler(**given), len(features))
 
 
-def inclusion_probabilities(shares: Tensor, k: int) -> Tensor:
-    """The probabilities pi_i = min(1, alpha s_i) that sum to k exactly: float64 [n], multiples of a power of two.
-
-    shares [n] are > 0 and need not sum to 1. alpha is found by capping the largest shares at 1 and rescaling the rest
-    until none exceeds 1. The result is rounded to units of 2^-b, b = min(48, 62 - bits of k), so that sums of it are
-    exact in integers: systematic sampling with them returns exactly k picks, none twice. docs/math.md (9).
-
-    >>> inclusion_probabilities(torch.tensor([8.0, 1.0, 1.0]), 2)
-    tensor([1.0000, 0.5000, 0.5000], dtype=torch.float64)
-    """
-    units, one = _inclusion_units(shares, k)
-    return units.double() / one
-
-
-def _inclusion_units(shares: Tensor, k: int) -> tuple[Tensor, int]:
-    """Inclusion probabilities as integers, units[i] / one, which sum to k * one exactly and lie in [1, one]."""
-    name = "inclusion_probabilities"
-    if shares.dim() != 1:
-        raise ValueError(f"{name}: shares must be [n], got shape {list(shares.shape)}")
-    shares = shares.detach().to("cpu", torch.float64)
-    k = _check_k(name, k, len(shares))
-    broken = shares[~(shares.isfinite() & (shares > 0))]
-    if len(broken):
-        raise ValueError(f"{name}: shares must be finite and > 0, got {float(broken[0])}")
-    one = 2 ** min(48, 62 - k.bit_length())
-    if k == len(shares):
-        return torch.full((k,), one), one
-    largest_first = shares.sort(descending=True).values
-    tails = _tails(largest_first)
-    capped = int(((k - torch.arange(k)) * largest_first[:k] > tails[:k]).long().cumprod(0).sum())
-    units = (shares * ((k - capped) / float(tails[capped]) * one)).clamp(1, one).floor().long()
-    while (missing := k * one - int(units.sum())) != 0:  # what rounding left, in equal parts to those with room
-        room = one - units if missing > 0 else units - 1
-        movable = room.nonzero().flatten()[: abs(missing)]
-        step = room[movable].clamp(max=abs(missing) // len(movable))
-        units[movable] += step if missing > 0 else -step
-    return units, one
-
-
-def _systematic(shares: Tensor, classes: Tensor, k: int, weighted: bool, generator: Generator | None) -> Subset:
-    """Lays the inclusion probabilities end to end, class after class, and picks what lies under u, u + 1, u + 2, ..."""
-    n = len(shares)
-    units, one = _inclusion_units(shares, k)
-    order = _classes_in_turn(classes, generator)
-    start = int(torch.randint(one, (), generator=generator))
-    marks = start + one * torch.arange(k)
-    indices = order[torch.searchsorted(units[order].cumsum(0), marks, right=True)].sort().values
-    return Subset(indices, one / units[indices].double() / n) if weighted else _equal_weights(indices)
-
-
-def _classes_in_turn(classes: Tensor, generator: Generator | None) -> Tensor:
-    """All examples [n], class after class, in random order within a class."""
-    order = torch.randperm(len(classes), generator=generator)
-    return order[classes[order].argsort(stable=True)]
-
-
-def _tails(values: Tensor) -> Tensor:
-    """Sums of values[m:], smallest first, for every m [n]. A cumulative sum has one order, however many threads run."""
-    return values.flip(0).cumsum(0).flip(0)
+def _importance(values: Tensor, classes: Tensor, k: int, weighted: bool, generator: Generator | None) -> Subset:
+    """Systematic sampling in proportion to values [n] >= 0, weighted by inverse inclusion probability."""
+    indices, probabilities = systematic_picks(_shares(values), classes, k, generator)
+    return Subset(indices, 1 / probabilities / len(values)) if weighted else _equal_weights(indices)
 
 
 def _shares(values: Tensor) -> Tensor:
     """Sampling shares: 0.9 v_i / sum(v) + 0.1 / n, or 1/n where every v is 0."""
-    total = float(_tails(values)[0])
+    total = float(tails(values)[0])
     uniform = torch.full_like(values, 1 / len(values))
     return uniform if total == 0 else (1 - _UNIFORM) * (values / total) + _UNIFORM * uniform
 
@@ -486,16 +431,6 @@ def _blocks(x: Tensor) -> Iterator[Tensor]:
     """The rows of x in order, some at a time, in float64 on the CPU: the same bits whatever the device of x."""
     for block in x.split(max(1, _BLOCK // x.shape[1])):
         yield block.to("cpu", torch.float64)
-
-
-def _check_k(name: str, k: int, n: int) -> int:
-    if isinstance(k, bool) or not hasattr(k, "__index__"):
-        raise TypeError(f"{name}: k must be an integer, got {type(k).__name__}")
-    if n < 1:
-        raise ValueError(f"{name}: n must be >= 1, got n={n}")
-    if not 1 <= k <= n:
-        raise ValueError(f"{name}: k must be in [1, n={n}], got k={k}")
-    return operator.index(k)
 
 
 def _check_matrix(name: str, what: str, x: Tensor, columns: str, n: int | None = None) -> Tensor:

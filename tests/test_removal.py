@@ -1,5 +1,6 @@
 import copy
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_subsampled_steps_lower_the_objective_at_every_step(problem, head, sampl
     kept = problem.y != 0
     start = objective(problem.model[2], head["features"][kept], problem.y[kept], 90)
     values = [start] + [step.objective for step in steps]
-    assert all(after < before for before, after in zip(values, values[1:], strict=False))
+    assert all(after < before for before, after in pairwise(values))
     assert all(step.subset_size == 15 for step in steps)
     optimum = optimal_head(**head, removed=class_0(problem), weight_decay=WEIGHT_DECAY).objective
     assert values[-1] - optimum < 0.05 * (start - optimum)

@@ -17,7 +17,6 @@ from fastif.samplers import (
     certified,
     check_subset,
     draw,
-    inclusion_probabilities,
     intermediate_distance,
     k_center,
     leverage,
@@ -26,6 +25,7 @@ from fastif.samplers import (
     random,
     stratified,
 )
+from fastif.systematic import inclusion_probabilities
 
 
 @pytest.fixture(autouse=True)

@@ -23,15 +23,18 @@ at::Tensor accumulate_cpu(const at::Tensor& inputs, const at::Tensor& output_gra
   check_accumulate(inputs, output_grads, weights, groups, num_groups);
   const int64_t n = inputs.size(0), t = inputs.size(1), d = inputs.size(2), o = output_grads.size(2);
   auto out = at::zeros({num_groups, o, d}, inputs.options());
+  const bool one_group = num_groups == 1;
   const auto order = groups.argsort(/*stable=*/true, /*dim=*/0, /*descending=*/false);
   const auto sorted = groups.index_select(0, order);
   const int64_t* group = sorted.const_data_ptr<int64_t>();
   const int64_t chunk = rows_in_scratch(t * (o + d) * inputs.element_size());
   for (int64_t begin = 0, end = 0; begin < n; begin = end) {
     for (end = begin + 1; end < n && end - begin < chunk && group[end] == group[begin];) ++end;
-    const auto members = order.slice(0, begin, end);
-    const auto u = output_grads.index_select(0, members).mul_(weights.index_select(0, members).view({-1, 1, 1}));
-    out[group[begin]].addmm_(u.reshape({-1, o}).t(), inputs.index_select(0, members).reshape({-1, d}));
+    const auto members = [&](const at::Tensor& x) {
+      return one_group ? x.slice(0, begin, end) : x.index_select(0, order.slice(0, begin, end));
+    };
+    const auto u = members(output_grads).mul(members(weights).view({-1, 1, 1}));
+    out[group[begin]].addmm_(u.reshape({-1, o}).t(), members(inputs).reshape({-1, d}));
   }
   check_finite_result("per_sample_grad.accumulate", out, inputs, output_grads);
   return out;

@@ -1,0 +1,111 @@
+"""Without the compiled extension every op works as plain torch, and one warning says so."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastif.ops import _library, build_info
+from fastif.ops import per_sample_grad as psg
+
+ff = importlib.import_module("fastif.ops.farthest_first")  # the package's names of these are the functions
+gb = importlib.import_module("fastif.ops.ggn_block")
+ROOT = Path(__file__).parents[2]
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_every_op_test_passes_in_plain_torch():
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        + [str(ROOT / "tests" / "ops" / f"test_{op}.py") for op in ("farthest_first", "ggn_block", "per_sample_grad")],
+        env={**os.environ, "FASTIF_PLAIN": "1"},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def test_absent_extension_warns_once_and_says_what_to_do():
+    code = (
+        "import sys, warnings; sys.modules['fastif._C'] = None\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always'); import fastif, torch; fastif.ops.farthest_first(torch.eye(3), 2)\n"
+        "print([str(w.message) for w in caught if 'fastif' in str(w.message)], fastif.build_info()['compiled'])"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("the compiled extension could not be loaded") == 1
+    assert "pip install --no-build-isolation" in result.stdout
+    assert result.stdout.strip().endswith("False")
+
+
+@pytest.mark.skipif(not build_info()["compiled"], reason="the extension is not compiled")
+def test_schemas_are_those_of_the_extension():
+    for name, schema in _library.SCHEMAS.items():
+        compiled = getattr(torch.ops.fastif, name).default._schema
+        assert str(compiled) == str(torch._C.parse_schema(f"fastif::{name}{schema}"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_plain_formulations_agree_with_the_kernels(dtype):
+    g = torch.Generator().manual_seed(0)
+    points = torch.randn(50, 40, generator=g, dtype=dtype)
+    for mine, kernels in zip(ff._plain(points, 9, 2), ff.farthest_first(points, 9, 2), strict=True):
+        assert torch.equal(mine, kernels)
+    probs, weights = torch.randn(50, 4, generator=g, dtype=dtype).softmax(1), torch.rand(50, generator=g, dtype=dtype)
+    out = points.new_zeros(4, 40, 4, 40)
+    gb._plain(out, points, probs, weights)
+    assert torch.allclose(out, gb.ggn_block(points, probs, weights), rtol=1e-4, atol=1e-5)
+    a, u = torch.randn(9, 3, 6, generator=g, dtype=dtype), torch.randn(9, 3, 4, generator=g, dtype=dtype)
+    v, groups = torch.randn(2, 4, 6, generator=g, dtype=dtype), torch.arange(9) % 2
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    assert torch.allclose(psg._sq_norms_plain(a, u), psg.sq_norms(a, u), **close)
+    assert torch.allclose(psg._dots_plain(a, u, v), psg.dots(a, u, v), **close)
+    assert torch.allclose(
+        psg._accumulate_plain(a, u, weights[:9], groups, 2), psg.accumulate(a, u, weights[:9], groups, 2), **close
+    )
+
+
+def test_plain_checks_say_what_the_compiled_ones_say():
+    """The same words on both routes, for one wrong input of each kind."""
+    calls = [
+        (ff._plain, torch.ops.fastif.farthest_first, (torch.randn(3, 2), 4)),
+        (ff._plain, torch.ops.fastif.farthest_first, (torch.randn(3), 1)),
+        (ff._plain, torch.ops.fastif.farthest_first, (torch.full((3, 2), torch.nan), 1)),
+        (psg._sq_norms_plain, torch.ops.fastif.per_sample_grad_sq_norms, (torch.ones(2, 1, 3), torch.ones(2, 2, 3))),
+        (
+            psg._sq_norms_plain,
+            torch.ops.fastif.per_sample_grad_sq_norms,
+            (torch.ones(2, 1, 3) / 0, torch.ones(2, 1, 3)),
+        ),
+    ]
+    for plain, op, args in calls:
+        messages = []
+        for call in (plain, op):
+            with pytest.raises(ValueError, match=":") as caught:
+                call(*args)
+            messages.append(str(caught.value).splitlines()[0])
+        assert messages[0] == messages[1]
+
+
+def test_build_info_says_what_was_built():
+    info = build_info()
+    assert {"compiled", "cuda", "isa", "torch", "cuda_device", "threads"} == set(info)
+    if info["compiled"]:
+        assert info["isa"] in ("avx512", "avx2", "generic")
