@@ -116,7 +116,7 @@ def driver_version() -> str | None:
 def sanitize(stages: Stages, tool: str, reserve: float) -> None:
     path = shutil.which("compute-sanitizer") or shutil.which(str(CUDA_HOME / "bin" / "compute-sanitizer"))
     if path is None:
-        stages.add(tool, rc=None, seconds=0.0, passed=None, note="left out: compute-sanitizer not found")
+        stages.add(tool, rc=None, seconds=0.0, passed=None, note="compute-sanitizer not found")
         return
     # Only our kernels are instrumented (all live in namespace fastif), unless this version knows no such option. Each
     # allocation stands alone, so that an access past its end is seen and not served from torch's cache.
@@ -127,7 +127,7 @@ def sanitize(stages: Stages, tool: str, reserve: float) -> None:
         row = stages.rows[-1]
         if row["passed"] or row["note"] or not ours_only:  # a note: pytest got to its summary, or time ran out
             return
-        row.update(passed=None, note="left out: no filter by kernel name; all kernels instead")
+        row.update(passed=None, note="no filter by kernel name: all kernels instead")
 
 
 def figures(path: Path) -> list[dict[str, Any]]:

@@ -6,9 +6,13 @@
 #include "common/simd.h"
 
 TORCH_LIBRARY(fastif, m) {
-  m.def("farthest_first(Tensor points, int k, int start=0) -> (Tensor indices, Tensor sq_radii, Tensor sq_dists, Tensor nearest)");
+  m.def(
+      "farthest_first(Tensor points, int k, int start=0) -> (Tensor indices, Tensor sq_radii, Tensor sq_dists, Tensor "
+      "nearest)");
   m.def("ggn_block_(Tensor(a!) out, Tensor features, Tensor probs, Tensor weights) -> ()");
-  m.def("per_sample_grad_accumulate(Tensor inputs, Tensor output_grads, Tensor weights, Tensor groups, int num_groups) -> Tensor");
+  m.def(
+      "per_sample_grad_accumulate(Tensor inputs, Tensor output_grads, Tensor weights, Tensor groups, int num_groups) "
+      "-> Tensor");
   m.def("per_sample_grad_sq_norms(Tensor inputs, Tensor output_grads) -> Tensor");
   m.def("per_sample_grad_dots(Tensor inputs, Tensor output_grads, Tensor directions) -> Tensor");
 }

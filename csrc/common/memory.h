@@ -1,5 +1,5 @@
-// Peak bytes of CPU tensors allocated by one thread while a PeakMemory is active. The resident size of the process cannot
-// tell this: allocators keep freed pages, and a high-water mark never falls.
+// Peak bytes of CPU tensors allocated by one thread while a PeakMemory is active. The resident size of the process
+// cannot tell this: allocators keep freed pages, and a high-water mark never falls.
 #pragma once
 
 #include <c10/core/Allocator.h>

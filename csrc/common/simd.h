@@ -18,17 +18,15 @@ enum class Isa { generic, avx2, avx512 };
 
 inline Isa isa() {
 #ifdef FASTIF_X86
-  static const Isa best = __builtin_cpu_supports("avx512f")                                  ? Isa::avx512
+  static const Isa best = __builtin_cpu_supports("avx512f")                                 ? Isa::avx512
                           : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::avx2
-                                                                                             : Isa::generic;
+                                                                                            : Isa::generic;
   return best;
 #else
   return Isa::generic;
 #endif
 }
 
-inline const char* isa_name() {
-  return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "generic";
-}
+inline const char* isa_name() { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "generic"; }
 
 }  // namespace fastif

@@ -6,8 +6,8 @@
 //   sq_dists float64 [n]  squared distance of each point to its nearest pick
 //   nearest  int64   [n]  position (0..k-1) of that pick, the earliest on ties
 //
-// A squared distance is DEFINED in float64, whatever the dtype of the points, with one order of summation, so that every
-// kernel on every device returns the same bits: lane l (0..31) adds (x_j - c_j)^2 over j = l, l+32, l+64, ... in
+// A squared distance is DEFINED in float64, whatever the dtype of the points, with one order of summation, so that
+// every kernel on every device returns the same bits: lane l (0..31) adds (x_j - c_j)^2 over j = l, l+32, l+64, ... in
 // increasing j, subtraction, product and sum each rounded (no fused multiply-add), then the 32 partial sums are halved:
 // s_l += s_{l+16}, then 8, 4, 2, 1.
 #pragma once

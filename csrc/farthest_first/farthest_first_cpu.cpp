@@ -1,5 +1,3 @@
-#include "farthest_first.h"
-
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -12,6 +10,7 @@
 #include <vector>
 
 #include "../common/simd.h"
+#include "farthest_first.h"
 
 namespace fastif {
 namespace {
@@ -47,7 +46,8 @@ __attribute__((always_inline)) inline double sq_dist(const T* row, const double*
   return lane[0];
 }
 
-// One read of rows [begin, end): distance to the new centre, minimum, nearest pick, and the farthest row not yet picked.
+// One read of rows [begin, end): distance to the new centre, minimum, nearest pick, and the farthest row not yet
+// picked.
 template <typename T>
 __attribute__((always_inline)) inline Farthest visit(const T* points, int64_t d, const double* centre, int64_t pick,
                                                      int64_t begin, int64_t end, const bool* picked, double* sq_dists,

@@ -2,10 +2,10 @@
 //
 //   out[a, j, b, k] += sum_i w_i H_i[a, b] x_ij x_ik,   H_i = diag(p_i) - p_i p_i^T
 //
-// The rows of H_i sum to zero, so H_i[a, a] = p_ia * sum_{b != a} p_ib: this form is used (and is the definition), because
-// p (1 - p) cancels for confident predictions and because only the c (c - 1) / 2 off-diagonal Gram matrices then
-// need computing: the block (a, a) is minus the sum of the blocks (a, b). Each Gram matrix is symmetric: lower triangle
-// only, then mirrored.
+// The rows of H_i sum to zero, so H_i[a, a] = p_ia * sum_{b != a} p_ib: this form is used (and is the definition),
+// because p (1 - p) cancels for confident predictions and because only the c (c - 1) / 2 off-diagonal Gram matrices
+// then need computing: the block (a, a) is minus the sum of the blocks (a, b). Each Gram matrix is symmetric: lower
+// triangle only, then mirrored.
 #pragma once
 
 #include <ATen/ops/amax.h>
@@ -14,10 +14,10 @@
 
 namespace fastif {
 
-inline void check_ggn_block(const at::Tensor& out,       // [c, d, c, d], contiguous
-                            const at::Tensor& features,  // [n, d] float32 or float64
-                            const at::Tensor& probs,     // [n, c], rows on the simplex
-                            const at::Tensor& weights) { // [n], >= 0
+inline void check_ggn_block(const at::Tensor& out,        // [c, d, c, d], contiguous
+                            const at::Tensor& features,   // [n, d] float32 or float64
+                            const at::Tensor& probs,      // [n, c], rows on the simplex
+                            const at::Tensor& weights) {  // [n], >= 0
   constexpr auto op = "ggn_block";
   check_rank(op, "features", "[n, d]", features, 2);
   check_rank(op, "probs", "[n, c]", probs, 2);

@@ -1,5 +1,3 @@
-#include "ggn_block.h"
-
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -11,6 +9,7 @@
 #include <vector>
 
 #include "../common/simd.h"
+#include "ggn_block.h"
 
 #ifdef FASTIF_X86
 #include <immintrin.h>
@@ -20,8 +19,8 @@ namespace fastif {
 namespace {
 
 // A tile is kTile x kTile entries of one Gram matrix; a block is kRows examples, whose columns of the tile stay in the
-// first-level cache. Sums over a block are formed in registers and then added to the tile: two-level summation, error about
-// (kRows + n / kRows) instead of n roundings.
+// first-level cache. Sums over a block are formed in registers and then added to the tile: two-level summation, error
+// about (kRows + n / kRows) instead of n roundings.
 constexpr int64_t kTile = 32, kRows = 256, kMicroRows = 8, kPairChunk = 64;
 
 // tile[m][k] += sum_i scaled[i][m] * columns[i][k], m < 8, k < 32: 8 rows of a tile held in registers over a block.
@@ -132,22 +131,22 @@ struct Problem {
     }
   }
 
-  // Both triangles of a tile on the diagonal were computed, rounded differently: the lower one stands, so that the block is
-  // symmetric to the bit.
+  // Both triangles of a tile on the diagonal were computed, rounded differently: the lower one stands, so that the
+  // block is symmetric to the bit.
   static void mirror(float* tile) {
     for (int64_t j = 0; j < kTile; ++j) {
       for (int64_t k = 0; k < j; ++k) tile[k * kTile + j] = tile[j * kTile + k];
     }
   }
 
-  // The tile at (row, column), column <= row, of every class pair; one thread owns it, so nothing is shared and the order of
-  // summation does not depend on the number of threads.
+  // The tile at (row, column), column <= row, of every class pair; one thread owns it, so nothing is shared and the
+  // order of summation does not depend on the number of threads.
   void tile(Micro micro, int64_t row, int64_t column, float* scratch) const {
-    float* left = scratch;                        // [kRows, kTile]
-    float* right = left + kRows * kTile;          // [kRows, kTile]
-    float* scaled = right + kRows * kTile;        // [kTile / 8, kRows, 8]
-    float* factor = scaled + kRows * kTile;       // [kPairChunk, kRows]
-    float* sums = factor + kPairChunk * kRows;    // [kPairChunk, kTile, kTile]
+    float* left = scratch;                                // [kRows, kTile]
+    float* right = left + kRows * kTile;                  // [kRows, kTile]
+    float* scaled = right + kRows * kTile;                // [kTile / 8, kRows, 8]
+    float* factor = scaled + kRows * kTile;               // [kPairChunk, kRows]
+    float* sums = factor + kPairChunk * kRows;            // [kPairChunk, kTile, kTile]
     float* diagonal = sums + kPairChunk * kTile * kTile;  // [c, kTile, kTile]
     const int64_t area = kTile * kTile;
     const int64_t micros = (std::min(kTile, d - row) + kMicroRows - 1) / kMicroRows;
@@ -192,9 +191,15 @@ void ggn_block_tiled(Micro micro, const at::Tensor& out, const at::Tensor& featu
     for (int64_t b = a + 1; b < c; ++b) pairs.emplace_back(a, b);
   }
   const auto class_probs = probs.t().contiguous();
-  const Problem problem{features.const_data_ptr<float>(), class_probs.const_data_ptr<float>(),
-                        weights.const_data_ptr<float>(),  out.mutable_data_ptr<float>(),
-                        n, d, c, pairs.data(), static_cast<int64_t>(pairs.size())};
+  const Problem problem{features.const_data_ptr<float>(),
+                        class_probs.const_data_ptr<float>(),
+                        weights.const_data_ptr<float>(),
+                        out.mutable_data_ptr<float>(),
+                        n,
+                        d,
+                        c,
+                        pairs.data(),
+                        static_cast<int64_t>(pairs.size())};
   const int64_t side = (d + kTile - 1) / kTile, tiles = side * (side + 1) / 2;
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), tiles);
   const int64_t need = 3 * kRows * kTile + kPairChunk * (kRows + kTile * kTile) + c * kTile * kTile;
@@ -212,8 +217,8 @@ void ggn_block_tiled(Micro micro, const at::Tensor& out, const at::Tensor& featu
   });
 }
 
-// Any floating type and processor: one matrix product per class pair, on blocks of examples so that the weighted copy of
-// the features stays small.
+// Any floating type and processor: one matrix product per class pair, on blocks of examples so that the weighted copy
+// of the features stays small.
 void ggn_block_by_products(const at::Tensor& out, const at::Tensor& features, const at::Tensor& probs,
                            const at::Tensor& weights) {
   constexpr int64_t kBlock = 2048;

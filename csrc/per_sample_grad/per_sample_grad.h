@@ -24,8 +24,8 @@ inline void check_linear_map(const char* op, const at::Tensor& inputs,  // [n, t
                     output_grads.sizes());
 }
 
-// Called with the result by every kernel: NaN and Inf in an input always reach the result, so that only a result that is
-// not finite makes it worth to read the inputs again, and to tell them from an overflow.
+// Called with the result by every kernel: NaN and Inf in an input always reach the result, so that only a result that
+// is not finite makes it worth to read the inputs again, and to tell them from an overflow.
 inline void check_finite_result(const char* op, const at::Tensor& result, const at::Tensor& inputs,
                                 const at::Tensor& output_grads) {
   if (at::isfinite(at::sum(result)).item<bool>() || at::isfinite(result).all().item<bool>()) return;
@@ -66,10 +66,10 @@ inline void check_dots(const at::Tensor& inputs, const at::Tensor& output_grads,
   check_linear_map(op, inputs, output_grads);
   check_rank(op, "directions", "[q, o, d]", directions, 3);
   check_same_type(op, "directions", directions, "inputs", inputs);
-  TORCH_CHECK_VALUE(directions.size(0) >= 1 && directions.size(1) == output_grads.size(2) &&
-                        directions.size(2) == inputs.size(2),
-                    op, ": directions must be [q, o=", output_grads.size(2), ", d=", inputs.size(2), "] with q >= 1, got ",
-                    directions.sizes());
+  TORCH_CHECK_VALUE(
+      directions.size(0) >= 1 && directions.size(1) == output_grads.size(2) && directions.size(2) == inputs.size(2), op,
+      ": directions must be [q, o=", output_grads.size(2), ", d=", inputs.size(2), "] with q >= 1, got ",
+      directions.sizes());
   check_finite_rows(op, "directions", directions);
 }
 

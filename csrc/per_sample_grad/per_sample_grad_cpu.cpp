@@ -1,5 +1,3 @@
-#include "per_sample_grad.h"
-
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -10,6 +8,7 @@
 #include <torch/library.h>
 
 #include "../common/simd.h"
+#include "per_sample_grad.h"
 
 namespace fastif {
 namespace {
@@ -80,8 +79,8 @@ at::Tensor sq_norms_cpu(const at::Tensor& inputs, const at::Tensor& output_grads
     AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "per_sample_grad_sq_norms", [&] {
       at::parallel_for(0, n, std::max<int64_t>(1, 65536 / (t * t * (o + d))), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          out.mutable_data_ptr<scalar_t>()[i] = sq_norm_by_gram(
-              a.const_data_ptr<scalar_t>() + i * t * d, u.const_data_ptr<scalar_t>() + i * t * o, t, d, o);
+          out.mutable_data_ptr<scalar_t>()[i] = sq_norm_by_gram(a.const_data_ptr<scalar_t>() + i * t * d,
+                                                                u.const_data_ptr<scalar_t>() + i * t * o, t, d, o);
         }
       });
     });

@@ -1,0 +1,239 @@
+"""On a GPU: every op gives on CUDA what it gives on the CPU; farthest_first to the last bit.
+
+The tests whose names hold `small` are those that benchmarks/gpu_check.py runs under compute-sanitizer.
+"""
+
+import pytest
+import torch
+
+import fastif  # noqa: F401  (registers the ops)
+from tests import reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+ops = torch.ops.fastif
+DTYPES = (torch.float32, torch.float64)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, tolerance: float = 1e-5) -> None:
+    """Largest error relative to the largest magnitude: what a sum of many terms can promise."""
+    assert got.dtype == dtype
+    error = (got.cpu().double() - want.cpu().double()).abs().max().item()
+    size = max(want.abs().max().item(), 1e-300)
+    assert error <= (tolerance if dtype == torch.float32 else 1e-12) * size, (error, size)
+
+
+def points(kind: str, n: int, d: int, dtype: torch.dtype) -> torch.Tensor:
+    x = torch.randn(n, d, generator=generator(n + d), dtype=torch.float64)
+    if kind == "ties":
+        x = x.round()
+    elif kind == "zeros":
+        x.zero_()
+    elif kind == "duplicates":
+        x = x[torch.arange(n) // 2]
+    elif kind == "offset":
+        x += 1e4
+    elif kind == "huge":
+        x *= 1e37
+    elif kind == "tiny":
+        x *= 1e-30
+    return x.to(dtype)
+
+
+def same_farthest_first(x: torch.Tensor, k: int, start: int) -> None:
+    names = ("indices", "sq_radii", "sq_dists", "nearest")
+    for name, got, want in zip(
+        names, ops.farthest_first(x.cuda(), k, start), ops.farthest_first(x, k, start), strict=True
+    ):
+        assert got.dtype == want.dtype, name
+        assert torch.equal(got.cpu(), want), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "duplicates", "offset", "huge", "tiny"])
+@pytest.mark.parametrize(("n", "d", "k", "start"), [(1, 1, 1, 0), (7, 3, 7, 6), (100, 33, 100, 5), (333, 130, 40, 332)])
+def test_small_farthest_first(n, d, k, start, kind, dtype):
+    same_farthest_first(points(kind, n, d, dtype), k, start)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "d", "k"), [(70_001, 10, 300), (20_011, 129, 200), (5_003, 512, 500), (301, 5_888, 30), (301, 5_889, 30)]
+)
+def test_large_farthest_first(n, d, k, dtype):
+    same_farthest_first(points("normal", n, d, dtype), k, n // 2)
+
+
+@pytest.mark.parametrize("kind", ["ties", "zeros", "duplicates"])
+def test_large_farthest_first_with_ties_across_blocks(kind):
+    same_farthest_first(points(kind, 60_000, 2, torch.float32), 400, 59_999)
+
+
+def test_farthest_first_reads_past_two_to_the_31_entries():
+    n, d = 1_100_003, 2_000
+    if torch.cuda.mem_get_info()[0] < 14 * n * d:
+        pytest.skip("needs 31 GB of free GPU memory")
+    x = torch.zeros(n, d, device="cuda")
+    x[-1, -1] = 3
+    indices, sq_radii, _, nearest = ops.farthest_first(x, 2, 0)
+    assert indices.tolist() == [0, n - 1]
+    assert sq_radii.tolist() == [9, 0]
+    assert nearest[-1] == 1
+
+
+def classification(n: int, d: int, c: int, dtype: torch.dtype, sharpness: float = 1):
+    g = generator(n + d + c)
+    x = torch.randn(n, d, generator=g, dtype=torch.float64) + 0.5
+    p = (sharpness * torch.randn(n, c, generator=g, dtype=torch.float64)).softmax(1)
+    w = torch.rand(n, generator=g, dtype=torch.float64) / n
+    w[::3] = 0
+    return x.to(dtype), p.to(dtype), w.to(dtype)
+
+
+def same_ggn_block(n: int, d: int, c: int, dtype: torch.dtype, sharpness: float = 1) -> None:
+    x, p, w = classification(n, d, c, dtype, sharpness)
+    gpu = [tensor.cuda() for tensor in (x, p, w)]
+    out = torch.zeros(c, d, c, d, dtype=dtype, device="cuda")
+    ops.ggn_block_(out, *gpu)
+    want = torch.zeros(c, d, c, d, dtype=dtype)
+    ops.ggn_block_(want, x, p, w)
+    close(out, want, dtype)
+    if n * c * c * d * d <= 1e9:
+        close(out, reference.ggn_block(x, p, w), dtype)
+    assert torch.equal(out, out.permute(2, 3, 0, 1))
+    before = torch.randn(c, d, c, d, generator=generator(1), dtype=dtype) * out.abs().max().item()
+    added = before.cuda()
+    ops.ggn_block_(added, *gpu)
+    close(added, before.double() + out.cpu().double(), dtype)
+    again = torch.zeros_like(out)
+    ops.ggn_block_(again, *gpu)
+    assert torch.equal(again, out)  # the same bits from run to run
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "d", "c"), [(1, 1, 1), (1, 1, 2), (5, 3, 3), (37, 65, 2), (600, 33, 4), (1500, 20, 10), (40, 130, 5)]
+)
+def test_small_ggn_block(n, d, c, dtype):
+    same_ggn_block(n, d, c, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "d", "c", "sharpness"),
+    [(50_000, 193, 10, 1), (50_000, 130, 2, 1), (3_000, 64, 100, 3), (400, 8, 700, 1), (2_000, 97, 6, 40)],
+)
+def test_large_ggn_block(n, d, c, sharpness, dtype):
+    same_ggn_block(n, d, c, dtype, sharpness)
+
+
+def test_ggn_block_where_the_pairs_do_not_fit_the_scratch():
+    n, d, c = 2_000, 130, 96  # 4,560 pairs of 128 x 128 tiles: the diagonal is computed on its own, in several batches
+    x, p, w = (tensor.cuda() for tensor in classification(n, d, c, torch.float32))
+    out = torch.zeros(c, d, c, d, device="cuda")
+    ops.ggn_block_(out, x, p, w)
+    rows_of_h = out.double().sum(2)  # the rows of every H sum to zero
+    assert rows_of_h.abs().max() <= 1e-5 * out.abs().max()
+    for a, b in ((0, 0), (3, 70), (95, 95), (95, 0)):
+        h = w.double() * p[:, a].double() * ((p.double().sum(1) - p[:, a]) if a == b else -p[:, b].double())
+        close(out[a, :, b], (x.double() * h[:, None]).T @ x.double(), torch.float32)
+
+
+def linear_map(n: int, t: int, d: int, o: int, dtype: torch.dtype):
+    g = generator(n + t + d + o)
+    inputs = torch.randn(n, t, d, generator=g, dtype=torch.float64) + 0.3
+    output_grads = torch.randn(n, t, o, generator=g, dtype=torch.float64)
+    return inputs.to(dtype), output_grads.to(dtype)
+
+
+SMALL_MAPS = [(1, 1, 1, 1), (9, 1, 33, 5), (7, 3, 20, 70), (3, 37, 130, 6), (2, 130, 5, 3), (4, 9, 70, 130)]
+LARGE_MAPS = [(5_000, 1, 512, 10), (3_000, 1, 130, 200), (300, 64, 144, 32), (60, 300, 27, 16), (40, 200, 256, 256)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SMALL_MAPS)
+def test_small_per_sample_grad(shape, dtype):
+    same_per_sample_grad(*shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", LARGE_MAPS)
+def test_large_per_sample_grad(shape, dtype):
+    same_per_sample_grad(*shape, dtype)
+
+
+def same_per_sample_grad(n: int, t: int, d: int, o: int, dtype: torch.dtype) -> None:
+    inputs, output_grads = linear_map(n, t, d, o, dtype)
+    g = generator(n)
+    a, u = inputs.cuda(), output_grads.cuda()
+    weights = torch.randn(n, generator=g, dtype=torch.float64).to(dtype)
+    for num_groups in (1, 2, 7):
+        groups = torch.randint(num_groups, (n,), generator=g) // 2 * 2  # odd groups are empty
+        arguments = (weights, groups, num_groups)
+        got = ops.per_sample_grad_accumulate(a, u, weights.cuda(), groups.cuda(), num_groups)
+        close(got, ops.per_sample_grad_accumulate(inputs, output_grads, *arguments), dtype)
+        assert torch.equal(got, ops.per_sample_grad_accumulate(a, u, weights.cuda(), groups.cuda(), num_groups))
+        assert not got[1::2].any()
+    norms = ops.per_sample_grad_sq_norms(a, u)
+    close(norms, ops.per_sample_grad_sq_norms(inputs, output_grads), dtype)
+    assert torch.equal(norms, ops.per_sample_grad_sq_norms(a, u))
+    directions = torch.randn(3, o, d, generator=g, dtype=torch.float64).to(dtype)
+    products = ops.per_sample_grad_dots(a, u, directions.cuda())
+    close(products, ops.per_sample_grad_dots(inputs, output_grads, directions), dtype)
+    assert torch.equal(products, ops.per_sample_grad_dots(a, u, directions.cuda()))
+
+
+def test_strides_do_not_matter():
+    x = points("normal", 90, 44, torch.float32)[::2, ::3]
+    same_farthest_first(x, 12, 3)
+    inputs, output_grads = (z.transpose(0, 1) for z in linear_map(4, 6, 10, 5, torch.float32))
+    want = reference.sq_norms(inputs, output_grads)
+    close(ops.per_sample_grad_sq_norms(inputs.cuda(), output_grads.cuda()), want, torch.float32)
+
+
+def test_runs_on_the_current_stream():
+    x = points("normal", 2_000, 40, torch.float32)
+    want = ops.farthest_first(x, 50, 0)[0]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        later = x.cuda(non_blocking=True)
+        torch.cuda._sleep(20_000_000)
+        later = later * 2
+        got = ops.farthest_first(later, 50, 0)[0]
+    stream.synchronize()
+    assert torch.equal(got.cpu(), want)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.farthest_first(torch.ones(3, 2, device="cuda"), 4, 0), ValueError, r"k must be in \[1, n=3\]"),
+        (
+            lambda: ops.farthest_first(torch.full((3, 2), torch.nan, device="cuda"), 1, 0),
+            ValueError,
+            "row 0 holds NaN or Inf",
+        ),
+        (
+            lambda: ops.ggn_block_(
+                torch.zeros(1, 2, 1, 2), *(torch.ones(s, device="cuda") for s in ((3, 2), (3, 1), (3,)))
+            ),
+            ValueError,
+            "out must be on the device of features",
+        ),
+        (
+            lambda: ops.per_sample_grad_sq_norms(
+                torch.ones(2, 1, 3, device="cuda"), torch.ones(2, 1, 3, device="cuda", dtype=torch.float64)
+            ),
+            TypeError,
+            "output_grads must have the dtype of inputs",
+        ),
+    ],
+    ids=["k", "nan", "device", "dtype"],
+)
+def test_the_contract_is_checked(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
