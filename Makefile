@@ -30,7 +30,7 @@ test: build/ready $(if $(SETUP),.venv/test)
 lint: .venv/lint
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/pyright
+	.venv/bin/pyright --pythonpath .venv/bin/python
 	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/emulator/*.h tests/emulator/*.cpp)
 
 bench: build/ready  ## verify, then time every op against its peers

@@ -68,8 +68,8 @@ def class_removal_table(name: str) -> str:
     lines += [
         "",
         f"Means over {classes} classes and {seeds} seeds, ± the standard deviation over seeds; "
-        f"{meta['n_train']:,} training examples; {meta['processor']}, {meta['threads']} threads, "
-        f"torch {meta['torch']}, {meta['date'][:10]}. "
+        f"{meta['n_train']:,} training examples; {meta['device']}, {meta['threads']} threads, "
+        f"torch {meta['versions']['torch']}, {meta['date'][:10]}. "
         f"Made by `{meta['command']}`.",
     ]
     return "\n".join(lines)

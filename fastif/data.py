@@ -125,15 +125,16 @@ def _cifar10(root: Path) -> Data:
     names = [f"shard{number}.npz" for number in range(3)]
     folder = _folder_with(root, "cifar10", names, need=any)
     shards = [_read_shard(folder / name) for name in names if (folder / name).is_file()]
-    splits: list[Tensor] = []
+    x: list[Tensor] = []
+    y: list[Tensor] = []
     for flag in (0, 1):
         rows = [np.flatnonzero(shard["test"] == flag) for shard in shards]
         order = np.argsort(np.concatenate([shard["i"][r] for shard, r in zip(shards, rows, strict=True)]))
         images = np.concatenate([shard["x"][r] for shard, r in zip(shards, rows, strict=True)])[order]
         labels = np.concatenate([shard["y"][r] for shard, r in zip(shards, rows, strict=True)])[order]
-        splits.append(_normalised(torch.from_numpy(images), _CIFAR_MEAN, _CIFAR_STD))
-        splits.append(torch.from_numpy(labels.astype(np.int64)))
-    return Data(*splits, tuple(_CIFAR_CLASSES.split()))
+        x.append(_normalised(torch.from_numpy(images), _CIFAR_MEAN, _CIFAR_STD))
+        y.append(torch.from_numpy(labels.astype(np.int64)))
+    return Data(x[0], y[0], x[1], y[1], tuple(_CIFAR_CLASSES.split()))
 
 
 def _read_shard(path: Path) -> dict[str, np.ndarray]:

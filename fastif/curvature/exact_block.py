@@ -36,7 +36,8 @@ class ExactBlock:
         check_damping(damping)
         if matrix not in ("ggn", "hessian", "empirical_fisher"):
             raise ValueError(f"ExactBlock: matrix must be 'ggn', 'hessian' or 'empirical_fisher', got {matrix!r}")
-        self.damping, self.matrix, self.name = damping, matrix, name
+        self.damping: float | Literal["auto"] = damping
+        self.matrix, self.name = matrix, name
         self._block: Tensor | None = None  # [c, d, c, d]
         self._factor: Tensor | None = None  # [c·d, c·d] float64
 

@@ -24,7 +24,7 @@ def _load():
     if os.environ.get("FASTIF_PLAIN") == "1":
         return None
     try:
-        from fastif import _C
+        from fastif import _C  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as error:
         warnings.warn(
             f"fastif: the compiled extension could not be loaded ({error}); every op runs as plain torch, slower. "

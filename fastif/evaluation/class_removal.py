@@ -1,0 +1,402 @@
+"""Class removal: take one class out of a trained classifier, sampler by sampler, and compare with retraining.
+
+The model's last linear layer is moved by subsampled Newton steps (`fastif.removal.head_steps`); after each step the
+held-out examples say what became of it (`fastif.evaluation.metrics`). They are only ever looked at to report: no step,
+no stop and no sampler depends on them.
+"""
+
+import hashlib
+import inspect
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastif import ops
+from fastif import samplers as sampling
+from fastif.evaluation.journal import Journal, refuse_differences, write_whole
+from fastif.evaluation.metrics import DEFINITIONS, measure, summarise
+from fastif.features import Extracted, extract, find_head
+from fastif.removal import head_steps, optimal_head
+
+SAMPLERS = ("random", "prefix", "stratified", "intermediate_distance", "k_center", "logit", "leverage", "certified")
+
+Sampler = Callable[..., Any]
+
+
+def class_removal(
+    model: nn.Module,
+    train: Any,
+    test: Any,
+    *,
+    samplers: Iterable[str | tuple[str, Sampler]] = SAMPLERS,
+    k: int | str | Iterable[int | str] = "5%",
+    seeds: int | Iterable[int] = 3,
+    classes: Iterable[int] | None = None,
+    steps: int = 6,
+    weight_decay: float = 5e-4,
+    damping: float = 0.0,
+    retrain: Callable[[Tensor], nn.Module] | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    head: str | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    about: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Removes each class with each sampler, budget and seed, and returns the table of what it did.
+
+    `train` and `test` are labelled data as `fastif.extract` takes it. `samplers` are names from `fastif.samplers`, or
+    pairs (name, function) of the same form, the function taking `k=`; `k` counts training examples, as numbers or as
+    shares of them ("0.5%"), of which no more are drawn than are retained; `seeds` is a number of seeds or the seeds;
+    `classes` defaults to all. `weight_decay` is what the model was trained with. `retrain(keep)` returns a network
+    trained from scratch on the examples `keep` (int64, ascending), for the column `retrained`. `about` is added to
+    `meta`.
+
+    Returns a dict, all of it JSON: `meta`, `original`, `retrained_head` and `retrained` (one entry per class: EA, EL,
+    SA, SL, F1, ...), `rows` (one per sampler, k, class, seed and step), `summary` (one per sampler, k and step). The
+    entries are defined in `meta.definitions`; docs/math.md (5) has the formulas.
+
+    With `out`, a folder, the dict is written to `out/results.json` when it is complete; until then every finished run
+    is kept in `out/rows.jsonl`, and the same call with `resume=True` goes on from there.
+
+    Raises ValueError for settings that name no such thing, labels that are missing, classes without held-out examples,
+    and for a resumption with other settings than before, with the list of differences.
+    """
+    began = time.perf_counter()
+    chosen = choose_samplers(samplers)
+    seeds = check_seeds(seeds)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    _, layer = find_head(model, head)
+    removed_classes = check_classes(classes, layer.out_features)
+    features, labels = _labelled("train", extract(model, train, head=head, device=device, progress=progress))
+    held_features, held_labels = _labelled("test", extract(model, test, head=head, device=device, progress=progress))
+    _check_examples("training", labels, removed_classes)
+    _check_examples("held-out", held_labels, removed_classes)
+    budgets = check_budgets(k, len(labels))
+    settings = {
+        "samplers": [name for name, _ in chosen],
+        "k": budgets,
+        "seeds": seeds,
+        "classes": removed_classes,
+        "steps": steps,
+        "weight_decay": weight_decay,
+        "damping": damping,
+        "retrain": retrain is not None,
+        "model": _fingerprint(model.state_dict().values()),
+        "labels": _fingerprint((labels, held_labels)),
+    }
+    out = None if out is None else Path(out)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        if resume and (finished := _finished(out, settings)):
+            return finished
+    journal = Journal(None if out is None else out / "rows.jsonl", settings, resume)
+
+    place = torch.device(device or layer.weight.device)
+    fit, held = (features.to(place), labels.to(place)), (held_features.to(place), held_labels.to(place))
+    job = _Job(fit, held, layer, weight_decay, damping, steps)
+    original = [job.original(c) for c in removed_classes]
+    retrained_head = list(journal.of_kind("retrained_head"))
+    for c in removed_classes[len(retrained_head) :]:
+        retrained_head.append(job.retrained_head(c))
+        journal.append("retrained_head", retrained_head[-1])
+    retrained = list(journal.of_kind("retrained"))
+    if retrain is not None:
+        missing = removed_classes[len(retrained) :]
+        for c in tqdm(missing, "retrain the network", unit="class", disable=not progress, leave=False):
+            retrained.append(_retrained(retrain, c, labels, held_labels, test, head, device))
+            journal.append("retrained", retrained[-1])
+
+    rows: list[dict[str, Any]] = [row for run in journal.of_kind("rows") for row in run]
+    done = {(row["sampler"], row["k"], row["class"], row["seed"]) for row in rows}
+    kept = len(rows)
+    # Samplers in the innermost place: what slows the machine for a while slows them all.
+    runs = [
+        (name, function, budget, index, seed)
+        for seed in seeds
+        for index in range(len(removed_classes))
+        for budget in budgets
+        for name, function in chosen
+        if (_draws(function) or seed == seeds[0]) and (name, budget, removed_classes[index], seed) not in done
+    ]
+    if runs:
+        job.run(runs[0][1], runs[0][2], 0, original[0], 0.0)  # the first run pays for the warming up: not measured
+    for name, function, budget, index, seed in (bar := tqdm(runs, unit="run", disable=not progress, leave=False)):
+        bar.set_description(f"{name}, k = {budget}")
+        run = job.run(function, budget, seed, original[index], retrained_head[index]["objective"])
+        run = [{"sampler": name, "k": budget, **row} for row in run]
+        journal.append("rows", run)
+        rows += run
+
+    meta = {
+        **settings,
+        "n_train": len(labels),
+        "n_test": len(held_labels),
+        "features": layer.in_features,
+        "outputs": layer.out_features,
+        "draws_nothing": [name for name, function in chosen if not _draws(function)],
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name.replace("__main__.py", "fastif"), *sys.argv[1:]]),
+        **environment(place),
+        **(about or {}),
+        "rows_kept_from_before": kept,
+        "total_seconds": time.perf_counter() - began,
+        "definitions": DEFINITIONS,
+    }
+    results = {
+        "meta": meta,
+        "original": original,
+        "retrained_head": retrained_head,
+        "retrained": retrained,
+        "rows": rows,
+        "summary": summarise(rows),
+    }
+    results = json.loads(json.dumps(results, allow_nan=False))  # the same whether it is returned or read back
+    if out is not None:
+        write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False))
+        journal.finish()
+    return results
+
+
+class _Job:
+    """Features, held-out features and the head, where the runs compute with them."""
+
+    def __init__(
+        self,
+        fit: tuple[Tensor, Tensor],
+        held: tuple[Tensor, Tensor],
+        layer: nn.Linear,
+        weight_decay: float,
+        damping: float,
+        steps: int,
+    ):
+        self.features, self.labels = fit
+        self.held_features, self.held_labels = held
+        self.weight = layer.weight.detach().to(self.features.device)
+        self.bias = None if layer.bias is None else layer.bias.detach().to(self.features.device)
+        self.weight_decay, self.damping, self.steps = weight_decay, damping, steps
+
+    def original(self, removed: int) -> dict[str, Any]:
+        losses = F.cross_entropy(_logits(self.features, self.weight, self.bias), self.labels, reduction="none").double()
+        norm = sum(float(p.double().square().sum()) for p in (self.weight, self.bias) if p is not None)
+        objective = float(losses[self.labels != removed].sum()) / len(losses) + self.weight_decay / 2 * norm
+        return {**self.measured(removed, self.weight, self.bias), "objective": objective}
+
+    def retrained_head(self, removed: int) -> dict[str, Any]:
+        began = time.perf_counter()
+        members = self.members(removed)
+        head = optimal_head(self.features, self.labels, self.weight, self.bias, members, weight_decay=self.weight_decay)
+        return {
+            **self.measured(removed, head.weight, head.bias),
+            "objective": head.objective,
+            "gradient_norm": head.gradient_norm,
+            "seconds": time.perf_counter() - began,
+        }
+
+    def run(
+        self, sampler: Sampler, k: int, seed: int, original: Mapping[str, Any], optimum: float
+    ) -> list[dict[str, Any]]:
+        """One row per step: one removal of one class with one seed."""
+        removed = original["class"]
+        members = self.members(removed)
+        rows: list[dict[str, Any]] = []
+        for step in head_steps(
+            self.features,
+            self.labels,
+            self.weight,
+            self.bias,
+            members,
+            subset=partial(sampler, k=min(k, len(self.labels) - len(members))),
+            steps=self.steps,
+            damping=self.damping,
+            weight_decay=self.weight_decay,
+            generator=torch.Generator().manual_seed(seed * 1_000_003 + removed),
+        ):
+            metrics = self.measured(removed, step.weight, step.bias)
+            rows.append(
+                {
+                    **metrics,
+                    "seed": seed,
+                    "step": step.step,
+                    "objective": step.objective,
+                    "excess": step.objective - optimum,
+                    "gradient_norm": step.gradient_norm,
+                    "step_size": step.step_size,
+                    "seconds": step.seconds,
+                    "peak_bytes": step.peak_bytes,
+                    "stopped": False,
+                }
+            )
+        last = rows[-1] if rows else {**original, "seed": seed, "excess": original["objective"] - optimum}
+        rest = {"step_size": 0.0, "seconds": 0.0, "peak_bytes": 0, "stopped": True}
+        return rows + [{**last, **rest, "step": step} for step in range(len(rows) + 1, self.steps + 1)]
+
+    def measured(self, removed: int, weight: Tensor, bias: Tensor | None) -> dict[str, Any]:
+        logits = _logits(self.held_features, weight, bias)
+        return {"class": removed, **measure(logits, self.held_labels, removed)}
+
+    def members(self, removed: int) -> Tensor:
+        return (self.labels == removed).nonzero().flatten()
+
+
+def _logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """features [m, d] through the head, in the features' dtype."""
+    return F.linear(features, weight.to(features.dtype), None if bias is None else bias.to(features.dtype))
+
+
+def _retrained(
+    retrain: Callable[[Tensor], nn.Module],
+    removed: int,
+    labels: Tensor,
+    held_labels: Tensor,
+    test: Any,
+    head: str | None,
+    device: torch.device | str | None,
+) -> dict[str, Any]:
+    began = time.perf_counter()
+    network = retrain((labels != removed).nonzero().flatten())
+    seconds = time.perf_counter() - began
+    logits = extract(network, test, head=head, device=device, progress=False).logits
+    return {"class": removed, **measure(logits, held_labels, removed), "seconds": seconds}
+
+
+# ----------------------------------------------------------------------------------------------------------- settings
+
+
+def choose_samplers(samplers: Iterable[str | tuple[str, Sampler]]) -> list[tuple[str, Sampler]]:
+    """Names as they are in `fastif.samplers` ("-" passes for "_") become pairs (name, function); pairs stay.
+
+    Raises ValueError for a name that is none of `SAMPLERS`, listing them, for a name given twice, and for none at all.
+    """
+    chosen: list[tuple[str, Sampler]] = []
+    for sampler in [samplers] if isinstance(samplers, str) else samplers:
+        name, function = (sampler.strip().replace("-", "_"), None) if isinstance(sampler, str) else sampler
+        if function is None:
+            if name not in SAMPLERS:
+                raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+            function = getattr(sampling, name)
+        chosen.append((name, function))
+    names = [name for name, _ in chosen]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"samplers must be given, each name once, got {', '.join(names) or 'none'}")
+    return chosen
+
+
+def check_budgets(k: int | str | Iterable[int | str], n: int) -> list[int]:
+    """Numbers of examples from numbers and percentages of n, in the order given, repeats left out.
+
+    >>> check_budgets(["1%", 500, "0.5%"], n=50_000)
+    [500, 250]
+    """
+    budgets: list[int] = []
+    for entry in [k] if isinstance(k, int | str) else k:
+        text = str(entry).strip()
+        try:
+            share = text.endswith("%")
+            number = float(text[:-1]) * n / 100 if share else int(text)
+        except ValueError:
+            raise ValueError(f'k must be a number of examples or a percentage such as "0.5%", got {entry!r}') from None
+        if not 0 < number <= n:
+            raise ValueError(f"k must be in [1, n={n}] or (0%, 100%], got {entry!r}")
+        budgets.append(max(1, round(number)))
+    if not budgets:
+        raise ValueError("k must be given, got none")
+    return list(dict.fromkeys(budgets))
+
+
+def check_seeds(seeds: int | Iterable[int]) -> list[int]:
+    """The seeds 0 .. seeds - 1, or the seeds themselves."""
+    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not chosen or min(chosen) < 0 or len(set(chosen)) < len(chosen):
+        raise ValueError(f"seeds must be a number >= 1, or distinct numbers >= 0, got {seeds!r}")
+    return chosen
+
+
+def check_classes(classes: Iterable[int] | None, c: int) -> list[int]:
+    """The classes to remove, ascending; None means all c."""
+    chosen = list(range(c)) if classes is None else sorted(set(classes))
+    if outside := [str(label) for label in chosen if not 0 <= label < c]:
+        raise ValueError(f"classes must be in [0, c={c}), got {', '.join(outside)}")
+    if not chosen:
+        raise ValueError("classes must be given, got none")
+    return chosen
+
+
+def _check_examples(name: str, labels: Tensor, classes: Iterable[int]) -> None:
+    """Each class to remove needs examples, and so does what is left without it."""
+    for label in classes:
+        members = int((labels == label).sum())
+        if members in (0, len(labels)):
+            raise ValueError(f"class {label} has {members} of the {len(labels)} {name} examples: nothing to compare")
+
+
+def _labelled(name: str, extracted: Extracted) -> tuple[Tensor, Tensor]:
+    """Features and labels of the data."""
+    if extracted.labels is None:
+        raise ValueError(f"class_removal: the {name} data has no labels")
+    return extracted.features, extracted.labels
+
+
+def _draws(sampler: Sampler) -> bool:
+    return "generator" in inspect.signature(sampler).parameters
+
+
+def _fingerprint(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _finished(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The results in `out`, where the job with these settings has been finished there."""
+    path = out / "results.json"
+    if (out / "rows.jsonl").exists() or not path.exists():
+        return None
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        found = {name: results["meta"][name] for name in settings}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a results file of class_removal: {error!r}") from error
+    refuse_differences(path, found, settings)
+    return results
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where and with what a figure was measured."""
+    import fastif
+
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "versions": {
+            "fastif": fastif.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "build": ops.build_info(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
