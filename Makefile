@@ -36,6 +36,15 @@ lint: .venv/lint
 bench: build/ready  ## verify, then time every op against its peers
 	$(PY) -m pytest benchmarks --benchmark-enable -s
 
+results: build/ready  ## README's tables from scratch, about an hour: make results DATA=folder-with-fashion-mnist
+	$(PY) -m fastif class-removal --k 5% --seeds 10 --out runs/digits
+	$(PY) -m fastif class-removal --data fashion-mnist --root $(DATA) --k 0.5%,1% --seeds 10 --out runs/fashion-mnist
+	$(PY) -m pytest benchmarks --benchmark-enable -s --benchmark-json runs/bench.json
+	$(PY) benchmarks/results.py keep runs/digits/results.json class-removal-digits
+	$(PY) benchmarks/results.py keep runs/fashion-mnist/results.json class-removal-fashion-mnist
+	$(PY) benchmarks/results.py keep runs/bench.json cpu
+	$(PY) benchmarks/results.py tables
+
 cuda-check: $(SETUP)  ## compile every CUDA source; needs nvcc, no GPU
 	PY=$(PY) bash csrc/check_cuda.sh
 

@@ -24,6 +24,7 @@ def keep(source: Path, name: str) -> None:
     if "summary" in results:
         results.pop("rows")
         words = results["meta"]["command"].split()
+        words = [word for word in words if word not in ("--resume", "--quiet", "-q")]
         folders = ("--root", "--out", "--checkpoint")
         kept = [
             w for w, before in zip(words[1:], words, strict=False) if w not in folders[1:] and before not in folders[1:]
@@ -50,7 +51,7 @@ def class_removal_table(name: str) -> str:
     for k in meta["k"]:
         for sampler in sorted(meta["samplers"], key=SAMPLERS.index):
             end, early = cells[sampler, k, last], cells[sampler, k, 3]
-            spread = "" if end["F1_std"] is None else f" ± {end['F1_std']:.4f}"
+            spread = "" if end["F1_std"] is None else f" ± {end['F1_std']:.0e}"
             memory = "" if end["ME_mean"] is None else f"{end['ME_mean'] / 2**20:.0f}"
             lines.append(
                 f"| `{sampler}` | {k} ({k / meta['n_train']:.1%}) | {end['F1_mean']:.4f}{spread} "
