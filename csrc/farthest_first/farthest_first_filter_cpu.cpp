@@ -219,7 +219,9 @@ __attribute__((target("avx512f"))) uint64_t undecided_avx512(const char* dots, c
   uint64_t mask = 0;
   for (int c = 0; c < vectors * kVector; c += 8) {
     const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(dots + kUnit * c));
-    const __m512d dot = kInteger ? _mm512_cvtepi32_pd(raw) : _mm512_cvtps_pd(_mm256_castsi256_ps(raw));
+    // maskz only because GCC 12 takes the plain forms for uninitialised.
+    const __m512d dot =
+        kInteger ? _mm512_maskz_cvtepi32_pd(0xff, raw) : _mm512_maskz_cvtps_pd(0xff, _mm256_castsi256_ps(raw));
     const __m512d left = _mm512_mul_pd(dot, _mm512_mul_pd(row_scale, _mm512_loadu_pd(scale + c)));
     const __m512d right =
         _mm512_fnmadd_pd(rho, _mm512_loadu_pd(error + c), _mm512_add_pd(alpha, _mm512_loadu_pd(beta + c)));

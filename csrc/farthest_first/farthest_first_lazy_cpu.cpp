@@ -27,6 +27,7 @@ namespace {
 
 // The cost is flat around these sizes. kDirect: up to so many picks, a flush computes every distance.
 constexpr int64_t kPool = 96, kMiddle = 2048, kDirect = 2;
+constexpr size_t kAhead = 8192;  // bytes of a row to fetch before its undecided picks are computed
 
 FASTIF_CLONES double sq_dist_f32(const float* row, const float* centre, int64_t d) { return sq_dist(row, centre, d); }
 FASTIF_CLONES double sq_dist_f64(const double* row, const double* centre, int64_t d) { return sq_dist(row, centre, d); }
@@ -93,12 +94,12 @@ class Traversal {
     return next;
   }
 
-  void compare(int64_t i, const T* centre, int64_t pick) {
+  bool compare(int64_t i, const T* centre, int64_t pick) {
     const double s = exact(x_ + i * d_, centre, d_);
-    if (s < sq_dists_[i]) {
-      sq_dists_[i] = s;
-      nearest_[i] = pick;
-    }
+    if (!(s < sq_dists_[i])) return false;
+    sq_dists_[i] = s;
+    nearest_[i] = pick;
+    return true;
   }
 
   Farthest best_of_pool() const {
@@ -154,7 +155,7 @@ class Traversal {
     for (int64_t block = first; block < last; block += Filter::kBlock) {
       const int64_t centres = std::min<int64_t>(Filter::kBlock, last - block);
       filter_.pack(indices_ + block, centres);
-      const int64_t grain = std::max<int64_t>(8 * Filter::kRows, (int64_t{1} << 22) / (centres * d_));
+      const int64_t grain = std::max<int64_t>(8 * Filter::kRows, (int64_t{1} << 24) / (centres * d_));
       at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; m += Filter::kRows) {
           const int rows = static_cast<int>(std::min<int64_t>(Filter::kRows, end - m));
@@ -171,7 +172,7 @@ class Traversal {
   void flush_tile(const int64_t* tile, int rows, int64_t block) {
     Filter::Bound bound[Filter::kRows];
     Filter::Dots dots;
-    bool any = false;
+    bool any = false, fetched[Filter::kRows] = {};
     for (int r = 0; r < rows; ++r) {
       bound[r] = filter_.bound(tile[r], sq_dists_[tile[r]]);
       any |= sq_dists_[tile[r]] > 0;
@@ -179,14 +180,24 @@ class Traversal {
     if (!any) return;
     for (int64_t group = 0; group < filter_.groups(); ++group) {
       filter_.dots(tile, group, dots);
+      uint64_t undecided[Filter::kRows];
       for (int r = 0; r < rows; ++r) {
-        const int64_t i = tile[r];
-        const double before = sq_dists_[i];
-        for (uint64_t left = filter_.undecided(dots, r, bound[r], group); left; left &= left - 1) {
-          const int64_t pick = block + group * Filter::kGroup + std::countr_zero(left);
-          compare(i, x_ + indices_[pick] * d_, pick);
+        undecided[r] = filter_.undecided(dots, r, bound[r], group);
+        if (undecided[r] && !fetched[r]) {  // the filter has only read the codes
+          fetched[r] = true;
+          const char* bytes = reinterpret_cast<const char*>(x_ + tile[r] * d_);
+          for (size_t b = 0; b < kAhead && b < d_ * sizeof(T); b += 64) __builtin_prefetch(bytes + b);
         }
-        if (sq_dists_[i] < before) bound[r] = filter_.bound(i, sq_dists_[i]);
+      }
+      for (int r = 0; r < rows; ++r) {
+        for (uint64_t left = undecided[r]; left;) {
+          const int c = std::countr_zero(left);
+          left &= left - 1;
+          const int64_t pick = block + group * Filter::kGroup + c;
+          if (!compare(tile[r], x_ + indices_[pick] * d_, pick)) continue;
+          bound[r] = filter_.bound(tile[r], sq_dists_[tile[r]]);
+          if (left) left &= filter_.undecided(dots, r, bound[r], group);
+        }
       }
     }
   }
