@@ -11,8 +11,8 @@
 // hence |x - c| >= R whenever Q_x + Q_c - 2 s_x s_c q_x.q_c >= (R + e_x + e_c)^2. What rounding takes, with
 // u = 2^-53 and d <= 2^20 (kMaxDim):
 //   D    adds non-negative terms: every term passes 3 roundings and at most d/32 + 5 additions, so
-//        D >= |x - c|^2 (1 - 2^-37) - d 2^-1022 (the last: underflow, even when denormals are flushed).
-//        R = sqrt(m) (1 + 2^-30) + 1e-140 gives R^2 (1 - 2^-37) >= m + 1e-281 >= m + d 2^-1022: D >= m.
+//        D >= |x - c|^2 (1 - 2^-37) - (2 d + 32) 2^-1022 (the last: underflow, even when denormals are flushed).
+//        R = sqrt(m) (1 + 2^-30) + 1e-140 gives R^2 (1 - 2^-37) >= m + 1e-281: D >= m.
 //   e_x  is a sum of squares of computed residuals t - s q, t = fl(x - mu): each entry is wrong by at most 3u of itself
 //        and 3u |t|, the sums by d u relatively, underflow takes at most sqrt(d) 1.5e-154:
 //        e_x = |residual| (1 + 2^-20) + |t| 2^-45 + 1e-150 is above the true one.
@@ -34,7 +34,8 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <bit>
+#include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <string>
 

@@ -16,6 +16,8 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <bit>
+#include <iterator>
 #include <vector>
 
 #include "../common/simd.h"
