@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <bit>
 #include <iterator>
+#include <limits>
 #include <vector>
 
 #include "../common/simd.h"
@@ -35,6 +36,37 @@ FASTIF_CLONES double sq_dist_f32(const float* row, const float* centre, int64_t 
 FASTIF_CLONES double sq_dist_f64(const double* row, const double* centre, int64_t d) { return sq_dist(row, centre, d); }
 double exact(const float* row, const float* centre, int64_t d) { return sq_dist_f32(row, centre, d); }
 double exact(const double* row, const double* centre, int64_t d) { return sq_dist_f64(row, centre, d); }
+
+// A float32 pass over the two rows, some four times cheaper than the exact one, that settles most pairs that the filter
+// leaves: true only if the float64 distance is at least m. Its sum S is of non-negative terms, each rounded at most
+// d/64 + 10 times with u = 2^-24 (a difference of float32 has a small relative error, whatever the offset), and
+// underflow adds less than d 2^-125; so |x - c|^2 >= S (1 - (d/64 + 16) 2^-23) - d 2^-125, which must reach
+// m (1 + 2^-30) + 1e-280 (the float64 distance's own rounding, farthest_first_filter.h). Overflow settles nothing.
+FASTIF_CLONES bool settled_f32(const float* row, const float* centre, int64_t d, double m) {
+  constexpr int kWide = 64;
+  float lane[kWide] = {};
+  int64_t j = 0;
+  for (; j + kWide <= d; j += kWide) {
+    for (int l = 0; l < kWide; ++l) {
+      const float t = row[j + l] - centre[j + l];
+      lane[l] += t * t;
+    }
+  }
+  for (int l = 0; j < d; ++j, ++l) {
+    const float t = row[j] - centre[j];
+    lane[l] += t * t;
+  }
+  for (int half = kWide / 2; half; half /= 2) {
+    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+  }
+  const double slack = (static_cast<double>(d) / kWide + 16) * 0x1p-23;
+  const double least = static_cast<double>(lane[0]) * (1 - slack) - static_cast<double>(d) * 0x1p-125;
+  return least <= std::numeric_limits<double>::max() && least >= m * (1 + 0x1p-30) + 1e-280;
+}
+bool settled(const float* row, const float* centre, int64_t d, double m) {
+  return d >= 128 && m < std::numeric_limits<double>::infinity() && settled_f32(row, centre, d, m);
+}
+bool settled(const double*, const double*, int64_t, double) { return false; }
 
 template <typename T>
 class Traversal {
@@ -97,6 +129,7 @@ class Traversal {
   }
 
   bool compare(int64_t i, const T* centre, int64_t pick) {
+    if (settled(x_ + i * d_, centre, d_, sq_dists_[i])) return false;
     const double s = exact(x_ + i * d_, centre, d_);
     if (!(s < sq_dists_[i])) return false;
     sq_dists_[i] = s;

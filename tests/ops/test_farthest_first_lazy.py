@@ -31,13 +31,15 @@ def lazy_kernels() -> list[str]:
 
 @given(
     n=st.sampled_from([3, 95, 97, 500, 2048, 2049, 3000, 9000]),
-    d=st.sampled_from([1, 3, 4, 17, 64, 67]),
+    d=st.sampled_from([1, 3, 4, 17, 67, 130, 200]),
     kind=st.sampled_from(KINDS + HARD),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     k=st.sampled_from([1, 2, 3, 40, 100, 300, 700]),
     seed=st.integers(0, 1000),
 )
 @example(n=3000, d=4, kind="integers", dtype=torch.float32, k=3000, seed=0)
+@example(n=3000, d=130, kind="sphere", dtype=torch.float32, k=700, seed=0)
+@example(n=3000, d=200, kind="nearly", dtype=torch.float32, k=700, seed=1)
 @example(n=2500, d=3, kind="normal", dtype=torch.float64, k=2500, seed=0)
 def test_lazy_is_plain_to_the_last_bit(n, d, kind, dtype, k, seed):
     points, k, start = problem(n, d, kind, dtype, seed), min(n, k), seed % n
