@@ -4,47 +4,21 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <mutex>
+#include <optional>
+#include <string>
 #include <tuple>
-#include <vector>
 
 #include "../common/simd.h"
 #include "farthest_first.h"
+#include "farthest_first_lazy.h"
+#include "farthest_first_rows.h"
 
 namespace fastif {
 namespace {
-
-struct Farthest {
-  double sq_dist = -1;  // below every distance: nothing seen
-  int64_t index = -1;
-
-  void offer(double value, int64_t i) {
-    if (value > sq_dist || (value == sq_dist && i < index)) *this = {value, i};
-  }
-};
-
-// Squared distance of one row to the centre, in the order of summation that farthest_first.h defines. (The build turns
-// fused multiply-add contraction off.)
-template <typename T>
-__attribute__((always_inline)) inline double sq_dist(const T* row, const double* centre, int64_t d) {
-  double lane[kLanes] = {};
-  int64_t j = 0;
-  for (; j + kLanes <= d; j += kLanes) {
-    for (int l = 0; l < kLanes; ++l) {
-      const double t = static_cast<double>(row[j + l]) - centre[j + l];
-      lane[l] += t * t;
-    }
-  }
-  for (int l = 0; j < d; ++j, ++l) {
-    const double t = static_cast<double>(row[j]) - centre[j];
-    lane[l] += t * t;
-  }
-  for (int half = kLanes / 2; half; half /= 2) {
-    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
-  }
-  return lane[0];
-}
 
 // One read of rows [begin, end): distance to the new centre, minimum, nearest pick, and the farthest row not yet
 // picked.
@@ -100,6 +74,24 @@ void traverse(const at::Tensor& points, int64_t start, const at::Tensor& indices
   }
 }
 
+// Which kernel: none, the plain one; else the lazy one with this filter. The lazy one pays for its codes about as much
+// as for a few picks, and needs many picks to be lazy about. FASTIF_KCENTER, read at every call, forces plain or lazy,
+// or lazy with a filter that is not this processor's best: lazy:vnni, lazy:avx512, lazy:avx2, lazy:generic.
+std::optional<FilterKind> lazy_filter(int64_t n, int64_t d, int64_t k) {
+  const char* set = std::getenv("FASTIF_KCENTER");
+  const std::string forced = set ? set : "";
+  if (forced == "plain") return std::nullopt;
+  if (forced == "lazy") return best_filter(d);
+  if (forced.empty()) {
+    const bool pays = k >= 32 && static_cast<double>(n) * static_cast<double>(k) * static_cast<double>(d) >= 1 << 24;
+    return pays ? std::optional(best_filter(d)) : std::nullopt;
+  }
+  const auto named = forced.starts_with("lazy:") ? filter_named(forced.substr(5), d) : std::nullopt;
+  TORCH_CHECK_VALUE(named, "farthest_first: FASTIF_KCENTER must be plain, lazy or lazy:FILTER with a filter of this ",
+                    "processor (vnni, avx512, avx2, generic), got ", forced);
+  return named;
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> farthest_first_cpu(const at::Tensor& points, int64_t k,
                                                                               int64_t start) {
   check_farthest_first(points, k, start);
@@ -108,7 +100,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> farthest_first_cpu(co
   const auto f64 = rows.options().dtype(at::kDouble), i64 = rows.options().dtype(at::kLong);
   auto indices = at::empty({k}, i64), nearest = at::zeros({n}, i64);
   auto sq_radii = at::empty({k}, f64), sq_dists = at::full({n}, std::numeric_limits<double>::infinity(), f64);
-  if (rows.scalar_type() == at::kFloat) {
+  const auto filter = lazy_filter(n, rows.size(1), k);
+  if (filter && farthest_first_lazy(rows, start, *filter, indices, sq_radii, sq_dists, nearest)) {
+    // done
+  } else if (rows.scalar_type() == at::kFloat) {
     traverse<float>(rows, start, indices, sq_radii, sq_dists, nearest, visit_f32);
   } else {
     traverse<double>(rows, start, indices, sq_radii, sq_dists, nearest, visit_f64);

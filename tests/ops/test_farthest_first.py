@@ -1,10 +1,18 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastif.ops import farthest_first
 from tests import reference
+
+
+@pytest.fixture(autouse=True, scope="module", params=["plain", "lazy"])
+def kernel(request):
+    """Every test runs on the kernel that reads all points for each pick, and on the lazy one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTIF_KCENTER", request.param)
+        yield
 
 
 def problem(n: int, d: int, kind: str, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -18,14 +26,31 @@ def problem(n: int, d: int, kind: str, dtype: torch.dtype, seed: int = 0) -> tor
         "zeros": torch.zeros(n, d, dtype=torch.float64),
         "offset": x + 1e3,
         "heavy": x / torch.rand(n, 1, generator=g, dtype=torch.float64).clamp(1e-6),
+        "far": x + 1e6,
+        "integers": (2 * x).round(),
+        "equal": x[:1].expand(n, d),
+        "nearly": x[torch.randint(0, max(1, n // 3), (n,), generator=g)] * (1 + 1e-7 * x),
+        "sphere": torch.nn.functional.normalize(x, dim=1),
+        "tails": x * 10 ** (12 * torch.rand(n, 1, generator=g, dtype=torch.float64) - 6),
+        "tiny": x * (1e-42 if dtype == torch.float32 else 1e-160),
+        "huge": x * (1e37 if dtype == torch.float32 else 1e139),
+        "extremes": x
+        * 10 ** ((70 if dtype == torch.float32 else 300) * (torch.rand(n, 1, generator=g, dtype=torch.float64) - 0.55)),
+        "beyond": x * (1e37 if dtype == torch.float32 else 1e148),
     }[kind].to(dtype)
 
 
 KINDS = ("normal", "ties", "duplicates", "zeros", "offset", "heavy")
+# Near the limits of the lazy kernel's certificate: bounds within rounding of the distance, underflow, overflow.
+HARD = ("far", "integers", "equal", "nearly", "sphere", "tails", "tiny", "huge", "extremes", "beyond")
 
 
 def check_same_bits(points: torch.Tensor, k: int, start: int) -> None:
     got, want = farthest_first(points, k, start), reference.farthest_first(points, k, start)
+    check_equal(got, want)
+
+
+def check_equal(got, want) -> None:
     for name, mine, theirs in zip(got._fields, got, want, strict=True):
         assert mine.dtype == theirs.dtype, name
         assert torch.equal(mine, theirs), name
@@ -41,6 +66,20 @@ def check_same_bits(points: torch.Tensor, k: int, start: int) -> None:
 def test_is_the_definition_to_the_last_bit(n, d, kind, dtype, data):
     k, start = data.draw(st.integers(1, n)), data.draw(st.integers(0, n - 1))
     check_same_bits(problem(n, d, kind, dtype), k, start)
+
+
+@settings(max_examples=30)
+@given(
+    n=st.integers(2, 250),
+    d=st.sampled_from([1, 2, 5, 33, 150]),
+    kind=st.sampled_from(KINDS + HARD),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    data=st.data(),
+)
+def test_hard_points_by_the_definition(n, d, kind, dtype, data):
+    check_same_bits(
+        problem(n, d, kind, dtype), data.draw(st.integers(1, min(n, 120))), data.draw(st.integers(0, n - 1))
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

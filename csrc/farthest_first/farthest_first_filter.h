@@ -1,0 +1,99 @@
+// The certified filter of the lazy farthest-first traversal: tells most pairs (row x, centre c) for which the float64
+// distance of farthest_first.h, D(x, c), is at least the row's present sq_dist m, so that the update "if D < m" need
+// not be tried. It never claims that wrongly; what it cannot decide is computed exactly.
+//
+// Every row has a code q_x (int8, or float32 where the processor has no VNNI) and a scale s_x with
+//     x = mu + s_x q_x + r_x,   |r_x| <= e_x,
+// where mu is one vector, the interquartile mean of a sample of rows (it removes offsets and ignores outliers; any mu
+// is correct). With the triangle inequality, in exact arithmetic,
+//     |x - c| >= |s_x q_x - s_c q_c| - e_x - e_c,
+//     |s_x q_x - s_c q_c|^2 = Q_x + Q_c - 2 s_x s_c q_x.q_c,   Q = |s q|^2,
+// hence |x - c| >= R whenever Q_x + Q_c - 2 s_x s_c q_x.q_c >= (R + e_x + e_c)^2. What rounding takes, with
+// u = 2^-53 and d <= 2^20 (kMaxDim):
+//   D    adds non-negative terms: every term passes 3 roundings and at most d/32 + 5 additions, so
+//        D >= |x - c|^2 (1 - 2^-37) - (2 d + 32) 2^-1022 (the last: underflow, even when denormals are flushed).
+//        R = sqrt(m) (1 + 2^-30) + 1e-140 gives R^2 (1 - 2^-37) >= m + 1e-281: D >= m.
+//   e_x  is a sum of squares of computed residuals t - s q, t = fl(x - mu): each entry is wrong by at most 3u of itself
+//        and 3u |t|, the sums by d u relatively, underflow takes at most sqrt(d) 1.5e-154:
+//        e_x = |residual| (1 + 2^-20) + |t| 2^-45 + 1e-150 is above the true one.
+//   Q    is wrong by at most (d + 3) u Q <= 2^-32 Q.
+//   q.q  int8: integers below 2^31 (d <= 2^16), exact. float32: d products and sums in one chain, so the error is at
+//        most gamma |q_x| |q_c| with gamma = (d + 1) 2^-24 / (1 - (d + 1) 2^-24) <= 1.07 (d + 1) 2^-24; underflow adds
+//        d 2^-123, and |q| >= 1 (or q = 0): below 2^-75 of |q_x| |q_c|. Times 2 s_x s_c: gamma (Q_x + Q_c) at most.
+// The test, in float64, is therefore made with a slack lambda = 2^-30, plus 1.25 (d + 1) 2^-24 for float32:
+//     s_x s_c q_x.q_c <= alpha_x + beta_c - rho_x e_c,
+//     alpha_x = ((1 - lambda) Q_x - (1 + lambda) r^2) / 2,  rho_x = (1 + lambda) r,  r = R + e_x,
+//     beta_c = ((1 - lambda) Q_c - (1 + lambda) e_c^2) / 2;
+// its own dozen roundings are below 2^-47 (Q_x + Q_c + (r + e_c)^2), far inside lambda. Nothing overflows: entries of
+// x - mu above 1e140 make the filter refuse the points. NaN cannot arise; if it did, the test would not hold.
+// Rows with m = 0 (picks, duplicates of picks) are skipped: D < 0 is impossible.
+//
+// Memory: int8 d bytes a row, 1/4 of float32 points, 1/8 of float64; float32 4 d bytes, once the size of float32
+// points; besides 28 bytes a row, the larger part only below d = 28; and kBlock packed centres.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace fastif {
+
+enum class FilterKind { vnni, avx512, avx2, generic };  // the first holds int8 codes, the others float32
+
+// The best kind that this processor and d allow, or the named one where they do.
+FilterKind best_filter(int64_t d);
+std::optional<FilterKind> filter_named(const std::string& name, int64_t d);
+
+class Filter {
+ public:
+  static constexpr int64_t kMaxDim = 1 << 20, kMaxDimInt8 = 1 << 16;
+  // Rows of a register tile; centres in a vector, in a tile, and in a packed block (which should stay in the
+  // second-level cache).
+  static constexpr int kRows = 6, kVector = 16, kGroup = 64, kBlock = 256;
+
+  // Encodes points [n, d], contiguous float32 or float64.
+  Filter(const at::Tensor& points, FilterKind kind);
+  bool usable() const { return usable_; }
+
+  // Makes rows `picks` of the points the centres 0..count-1 of what follows; count <= kBlock.
+  void pack(const int64_t* picks, int64_t count);
+  int64_t groups() const { return (count_ + kGroup - 1) / kGroup; }
+
+  // The row's side of the test, given its present sq_dist.
+  struct Bound {
+    double scale, alpha, rho;
+  };
+  Bound bound(int64_t row, double sq_dist) const;
+
+  struct alignas(64) Dots {
+    char bytes[4 * kRows * kGroup];  // [kRows, kGroup] int32 or float
+  };
+  // q_x.q_c of rows[0..kRows-1] and the centres of a group.
+  void dots(const int64_t* rows, int64_t group, Dots& out) const;
+  // Bit c tells that centre c of the group is undecided for row `slot` of the tile.
+  uint64_t undecided(const Dots& dots, int slot, const Bound& bound, int64_t group) const;
+
+ private:
+  bool integer() const { return kind_ == FilterKind::vnni; }
+  int vectors(int64_t group) const {
+    return static_cast<int>((std::min<int64_t>(kGroup, count_ - group * kGroup) + kVector - 1) / kVector);
+  }
+  template <typename T>
+  void encode(const at::Tensor& points);
+
+  FilterKind kind_;
+  int64_t d_, steps_;  // a code is steps_ units of 4 bytes
+  double slack_;       // lambda
+  bool usable_ = true;
+  at::Tensor codes_;                       // [n, 4 steps] bytes
+  at::Tensor offset_;                      // int32 [n]: -128 sum q, since VNNI takes centres as q + 128; int8 only
+  at::Tensor scale_, sq_norm_, residual_;  // float64 [n]: s, Q, e
+  at::Tensor packed_;                      // per group [steps, vectors, kVector] units
+  at::Tensor centre_scale_, centre_beta_, centre_error_;  // float64 [kBlock]
+  int64_t count_ = 0;
+};
+
+}  // namespace fastif

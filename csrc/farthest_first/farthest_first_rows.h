@@ -1,0 +1,47 @@
+// What the plain and the lazy kernel of farthest_first share on the CPU: the distance and the order of candidates.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "farthest_first.h"
+
+namespace fastif {
+
+// A candidate for the next pick. The default is nobody: every point beats it.
+struct Farthest {
+  double sq_dist = -1;
+  int64_t index = -1;
+
+  // A total order of the points: farther first, lower index on ties.
+  bool beats(const Farthest& other) const {
+    return sq_dist > other.sq_dist || (sq_dist == other.sq_dist && index < other.index);
+  }
+  void offer(double value, int64_t i) {
+    if (Farthest{value, i}.beats(*this)) *this = {value, i};
+  }
+};
+
+// Squared distance of one row to the centre, in the order of summation that farthest_first.h defines. (The build turns
+// fused multiply-add contraction off.) float32 to float64 is exact: C may be either.
+template <typename T, typename C>
+__attribute__((always_inline)) inline double sq_dist(const T* row, const C* centre, int64_t d) {
+  double lane[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= d; j += kLanes) {
+    for (int l = 0; l < kLanes; ++l) {
+      const double t = static_cast<double>(row[j + l]) - static_cast<double>(centre[j + l]);
+      lane[l] += t * t;
+    }
+  }
+  for (int l = 0; j < d; ++j, ++l) {
+    const double t = static_cast<double>(row[j]) - static_cast<double>(centre[j]);
+    lane[l] += t * t;
+  }
+  for (int half = kLanes / 2; half; half /= 2) {
+    for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+  }
+  return lane[0];
+}
+
+}  // namespace fastif
