@@ -45,8 +45,10 @@ CXX = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=of
 cpu_sources = sources("csrc/*.cpp") + sources("csrc/*/*_cpu.cpp")
 
 if build_for_cuda():
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
-    print(f"fastif: building for CPU and CUDA ({os.environ['TORCH_CUDA_ARCH_LIST']}), torch {torch.__version__}")
+    if not torch.cuda.is_available():  # otherwise torch builds for the GPUs that it sees
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
+    target = os.environ.get("TORCH_CUDA_ARCH_LIST", "the GPUs here")
+    print(f"fastif: building for CPU and CUDA ({target}), torch {torch.__version__}")
     extension = cpp_extension.CUDAExtension(
         "fastif._C",
         cpu_sources + sources("csrc/*/*_cuda.cpp") + sources("csrc/*/*.cu"),

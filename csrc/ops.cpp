@@ -1,5 +1,6 @@
 // Every op's schema, one line each; the pybind11 module tells what was built. Contracts: csrc/<op>/<op>.h.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/library.h>
 
 #include "common/memory.h"

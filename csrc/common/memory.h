@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 
 namespace fastif {
 
@@ -14,11 +15,14 @@ class PeakMemory {
  public:
   void start() {
     TORCH_CHECK_VALUE(!log_, "PeakMemory: is already active");
+    // The place is torch's profiler's, which takes whatever it finds there for its own. Nobody is put out of it:
+    // neither a profiler nor an outer measurement.
+    if (c10::ThreadLocalDebugInfo::get(c10::DebugInfoKind::PROFILER_STATE)) return;
     log_ = std::make_shared<Log>();
     c10::ThreadLocalDebugInfo::_push(c10::DebugInfoKind::PROFILER_STATE, log_);
   }
-  int64_t stop() {
-    TORCH_CHECK_VALUE(log_, "PeakMemory: is not active");
+  std::optional<int64_t> stop() {  // nothing if somebody else was measuring
+    if (!log_) return std::nullopt;
     c10::ThreadLocalDebugInfo::_pop(c10::DebugInfoKind::PROFILER_STATE);
     const int64_t peak = log_->peak;
     log_.reset();

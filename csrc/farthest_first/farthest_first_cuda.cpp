@@ -30,8 +30,8 @@ void run(const at::Tensor& points, int64_t k, int64_t start, at::Tensor& indices
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> farthest_first_cuda(const at::Tensor& points,  // [n, d]
                                                                                int64_t k, int64_t start) {
-  const c10::cuda::CUDAGuard guard(points.device());
   check_farthest_first(points, k, start);
+  const c10::cuda::CUDAGuard guard(points.device());
   const auto x = points.contiguous();
   auto indices = at::empty({k}, x.options().dtype(at::kLong));
   auto sq_radii = at::empty({k}, x.options().dtype(at::kDouble));

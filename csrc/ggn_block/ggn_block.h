@@ -39,6 +39,10 @@ inline void check_ggn_block(const at::Tensor& out,        // [c, d, c, d], conti
   check_finite_rows(op, "weights", weights);
   const double lowest = weights.min().item<double>();
   TORCH_CHECK_VALUE(lowest >= 0, op, ": weights must be >= 0, got ", lowest);
+  const auto [low, high] = features.aminmax();
+  const double largest = std::max(-low.item<double>(), high.item<double>()), total = weights.sum().item<double>();
+  TORCH_CHECK_VALUE(largest * largest * total <= (features.scalar_type() == at::kFloat ? 1e38 : 1e300), op,
+                    ": the result overflows: the largest |feature| is ", largest, ", the weights sum to ", total);
   const double negative = probs.min().item<double>();
   TORCH_CHECK_VALUE(negative >= 0, op, ": probs must be >= 0, got ", negative);
   const auto off = probs.sum(1).sub(1).abs();

@@ -25,8 +25,8 @@ void ggn_block_cuda_(at::Tensor out,               // [c, d, c, d]
                      const at::Tensor& features,   // [n, d]
                      const at::Tensor& probs,      // [n, c]
                      const at::Tensor& weights) {  // [n]
-  const c10::cuda::CUDAGuard guard(features.device());
   check_ggn_block(out, features, probs, weights);
+  const c10::cuda::CUDAGuard guard(features.device());
   if (features.scalar_type() == at::kFloat) {
     run<float>(out, features.contiguous(), probs.contiguous(), weights.contiguous());
   } else {

@@ -3,8 +3,10 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include "../common/simd.h"
@@ -22,18 +24,21 @@ at::Tensor accumulate_cpu(const at::Tensor& inputs, const at::Tensor& output_gra
   check_accumulate(inputs, output_grads, weights, groups, num_groups);
   const int64_t n = inputs.size(0), t = inputs.size(1), d = inputs.size(2), o = output_grads.size(2);
   auto out = at::zeros({num_groups, o, d}, inputs.options());
-  const bool one_group = num_groups == 1;
   const auto order = groups.argsort(/*stable=*/true, /*dim=*/0, /*descending=*/false);
   const auto sorted = groups.index_select(0, order);
   const int64_t* group = sorted.const_data_ptr<int64_t>();
-  const int64_t chunk = rows_in_scratch(t * (o + d) * inputs.element_size());
+  const int64_t chunk = std::min(n, rows_in_scratch(t * (o + d) * inputs.element_size()));
+  const auto scratch_a = at::empty({chunk, t, d}, inputs.options()),
+             scratch_u = at::empty({chunk, t, o}, inputs.options());
   for (int64_t begin = 0, end = 0; begin < n; begin = end) {
     for (end = begin + 1; end < n && end - begin < chunk && group[end] == group[begin];) ++end;
-    const auto members = [&](const at::Tensor& x) {
-      return one_group ? x.slice(0, begin, end) : x.index_select(0, order.slice(0, begin, end));
-    };
-    const auto u = members(output_grads).mul(members(weights).view({-1, 1, 1}));
-    out[group[begin]].addmm_(u.reshape({-1, o}).t(), members(inputs).reshape({-1, d}));
+    // Into the same scratch every time: fresh memory for every chunk costs as much as the product.
+    auto a = scratch_a.narrow(0, 0, end - begin), u = scratch_u.narrow(0, 0, end - begin);
+    const auto members = order.slice(0, begin, end);
+    at::index_select_out(a, inputs, 0, members);
+    at::index_select_out(u, output_grads, 0, members);
+    u.mul_(weights.index_select(0, members).view({-1, 1, 1}));
+    out[group[begin]].addmm_(u.view({-1, o}).t(), a.view({-1, d}));
   }
   check_finite_result("per_sample_grad.accumulate", out, inputs, output_grads);
   return out;
@@ -87,6 +92,7 @@ at::Tensor sq_norms_cpu(const at::Tensor& inputs, const at::Tensor& output_grads
     check_finite_result(op, out, inputs, output_grads);
     return out;
   }
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const bool by_gram = t * (o + d) <= o * d;  // operations of the two routes, over t
   const int64_t chunk = rows_in_scratch((by_gram ? 2 * t * t : o * d) * a.element_size());
   for (int64_t begin = 0; begin < n; begin += chunk) {

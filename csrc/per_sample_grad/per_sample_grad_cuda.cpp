@@ -34,8 +34,8 @@ at::Tensor accumulate_cuda(const at::Tensor& inputs,        // [n, t, d]
                            const at::Tensor& weights,       // [n]
                            const at::Tensor& groups,        // [n]
                            int64_t num_groups) {
-  const c10::cuda::CUDAGuard guard(inputs.device());
   check_accumulate(inputs, output_grads, weights, groups, num_groups);
+  const c10::cuda::CUDAGuard guard(inputs.device());
   // Stable, so that the examples of a group keep their order.
   const auto [sorted, order] = at::sort(groups, /*stable=*/true, /*dim=*/0, /*descending=*/false);
   const auto offsets = at::searchsorted(sorted, at::arange(num_groups + 1, groups.options()));
@@ -60,8 +60,8 @@ at::Tensor sq_norms(const at::Tensor& inputs, const at::Tensor& output_grads) {
 
 at::Tensor sq_norms_cuda(const at::Tensor& inputs,          // [n, t, d]
                          const at::Tensor& output_grads) {  // [n, t, o]
-  const c10::cuda::CUDAGuard guard(inputs.device());
   check_sq_norms(inputs, output_grads);
+  const c10::cuda::CUDAGuard guard(inputs.device());
   const auto a = inputs.contiguous(), u = output_grads.contiguous();
   const auto out = inputs.scalar_type() == at::kFloat ? sq_norms<float>(a, u) : sq_norms<double>(a, u);
   check_finite_result("per_sample_grad.sq_norms", out, a, u);
@@ -83,8 +83,8 @@ at::Tensor dots(const at::Tensor& inputs, const at::Tensor& output_grads, const 
 at::Tensor dots_cuda(const at::Tensor& inputs,        // [n, t, d]
                      const at::Tensor& output_grads,  // [n, t, o]
                      const at::Tensor& directions) {  // [q, o, d]
-  const c10::cuda::CUDAGuard guard(inputs.device());
   check_dots(inputs, output_grads, directions);
+  const c10::cuda::CUDAGuard guard(inputs.device());
   const auto a = inputs.contiguous(), u = output_grads.contiguous(), v = directions.contiguous();
   const auto out = inputs.scalar_type() == at::kFloat ? dots<float>(a, u, v) : dots<double>(a, u, v);
   check_finite_result("per_sample_grad.dots", out, a, u);
