@@ -38,6 +38,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace fastif {
 
@@ -88,11 +89,12 @@ class Filter {
   int64_t d_, steps_;  // a code is steps_ units of 4 bytes
   double slack_;       // lambda
   bool usable_ = true;
-  at::Tensor codes_;                       // [n, 4 steps] bytes
-  at::Tensor offset_;                      // int32 [n]: -128 sum q, since VNNI takes centres as q + 128; int8 only
-  at::Tensor scale_, sq_norm_, residual_;  // float64 [n]: s, Q, e
-  at::Tensor packed_;                      // per group [steps, vectors, kVector] units
-  at::Tensor centre_scale_, centre_beta_, centre_error_;  // float64 [kBlock]
+  std::vector<at::Tensor> storage_;                         // of what follows
+  char* codes_;                                             // [n, 4 steps]
+  int32_t* offset_;                                         // [n]: -128 sum q, as VNNI takes centres as q + 128
+  double *scale_, *sq_norm_, *residual_;                    // [n]: s, Q, e
+  char* packed_;                                            // per group [steps, vectors, kVector] units
+  double *centre_scale_, *centre_beta_, *centre_residual_;  // [kBlock]
   int64_t count_ = 0;
 };
 

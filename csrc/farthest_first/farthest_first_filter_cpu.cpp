@@ -284,16 +284,21 @@ Filter::Filter(const at::Tensor& points, FilterKind kind) : kind_(kind), d_(poin
   const int64_t n = points.size(0);
   steps_ = integer() ? (d_ + 3) / 4 : d_;
   slack_ = 0x1p-30 + (integer() ? 0 : 1.25 * static_cast<double>(d_ + 1) * 0x1p-24);
-  const auto f64 = points.options().dtype(at::kDouble), bytes = points.options().dtype(at::kByte);
-  codes_ = at::empty({n, kUnit * steps_}, bytes);
-  offset_ = at::empty({integer() ? n : 0}, points.options().dtype(at::kInt));
-  scale_ = at::empty({n}, f64);
-  sq_norm_ = at::empty({n}, f64);
-  residual_ = at::empty({n}, f64);
-  packed_ = at::empty({kBlock * kUnit * steps_}, bytes);
-  centre_scale_ = at::empty({kBlock}, f64);
-  centre_beta_ = at::empty({kBlock}, f64);
-  centre_error_ = at::empty({kBlock}, f64);
+  const auto take = [&](int64_t count, auto example) {
+    using E = decltype(example);
+    const auto bytes = count * static_cast<int64_t>(sizeof(E));
+    storage_.push_back(at::empty({bytes}, points.options().dtype(at::kByte)));
+    return reinterpret_cast<E*>(storage_.back().mutable_data_ptr<uint8_t>());
+  };
+  codes_ = take(n * kUnit * steps_, char{});
+  offset_ = take(integer() ? n : 0, int32_t{});
+  scale_ = take(n, double{});
+  sq_norm_ = take(n, double{});
+  residual_ = take(n, double{});
+  packed_ = take(kBlock * kUnit * steps_, char{});
+  centre_scale_ = take(kBlock, double{});
+  centre_beta_ = take(kBlock, double{});
+  centre_residual_ = take(kBlock, double{});
   if (points.scalar_type() == at::kFloat) {
     encode<float>(points);
   } else {
@@ -308,20 +313,16 @@ void Filter::encode(const at::Tensor& points) {
   const auto mu_buffer = at::empty({d_}, points.options().dtype(at::kDouble));
   double* mu = mu_buffer.mutable_data_ptr<double>();
   middle_of_sample(x, n, d_, mu);
-  char* codes = reinterpret_cast<char*>(codes_.mutable_data_ptr<uint8_t>());
-  int32_t* offset = offset_.mutable_data_ptr<int32_t>();
-  double *scale = scale_.mutable_data_ptr<double>(), *sq_norm = sq_norm_.mutable_data_ptr<double>(),
-         *residual = residual_.mutable_data_ptr<double>();
   std::atomic<bool> in_range{true};
   at::parallel_for(0, n, std::max<int64_t>(1, 65536 / d_), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      char* code = codes + i * stride;
+      char* code = codes_ + i * stride;
       std::fill(code + stride - kUnit, code + stride, 0);  // zeros past column d
       const Code made = encode_one(x + i * d_, mu, d_, code, integer());
-      scale[i] = made.scale;
-      sq_norm[i] = made.sq_norm;
-      residual[i] = made.residual;
-      if (integer()) offset[i] = -128 * made.sum;
+      scale_[i] = made.scale;
+      sq_norm_[i] = made.sq_norm;
+      residual_[i] = made.residual;
+      if (integer()) offset_[i] = -128 * made.sum;
       if (!(made.largest <= 1e140)) in_range = false;
     }
   });
@@ -330,21 +331,15 @@ void Filter::encode(const at::Tensor& points) {
 
 void Filter::pack(const int64_t* picks, int64_t count) {
   count_ = count;
-  const double *scale = scale_.const_data_ptr<double>(), *sq_norm = sq_norm_.const_data_ptr<double>(),
-               *residual = residual_.const_data_ptr<double>();
-  double *to_scale = centre_scale_.mutable_data_ptr<double>(), *beta = centre_beta_.mutable_data_ptr<double>(),
-         *error = centre_error_.mutable_data_ptr<double>();
-  const char* codes = reinterpret_cast<const char*>(codes_.const_data_ptr<uint8_t>());
-  char* packed = reinterpret_cast<char*>(packed_.mutable_data_ptr<uint8_t>());
   const int32_t flip = integer() ? static_cast<int32_t>(0x80808080u) : 0;  // int8 q to uint8 q + 128
   for (int64_t c = 0; c < (count + kVector - 1) / kVector * kVector; ++c) {
     const int64_t pick = picks[std::min(c, count - 1)];  // the last vector is filled with repeats, masked out later
-    to_scale[c] = scale[pick];
-    error[c] = residual[pick];
-    beta[c] = ((1 - slack_) * sq_norm[pick] - (1 + slack_) * residual[pick] * residual[pick]) / 2;
+    centre_scale_[c] = scale_[pick];
+    centre_residual_[c] = residual_[pick];
+    centre_beta_[c] = ((1 - slack_) * sq_norm_[pick] - (1 + slack_) * residual_[pick] * residual_[pick]) / 2;
     const int64_t group = c / kGroup, width = kUnit * kVector * vectors(group);
-    const char* code = codes + pick * kUnit * steps_;
-    char* to = packed + group * kGroup * kUnit * steps_ + c % kGroup * kUnit;
+    const char* code = codes_ + pick * kUnit * steps_;
+    char* to = packed_ + group * kGroup * kUnit * steps_ + c % kGroup * kUnit;
     for (int64_t s = 0; s < steps_; ++s, code += kUnit, to += width) {
       const int32_t bits = unit(code) ^ flip;
       std::memcpy(to, &bits, kUnit);
@@ -353,24 +348,21 @@ void Filter::pack(const int64_t* picks, int64_t count) {
 }
 
 Filter::Bound Filter::bound(int64_t row, double sq_dist) const {
-  const double scale = scale_.const_data_ptr<double>()[row];
+  const double scale = scale_[row];
   if (sq_dist == 0) return {scale, std::numeric_limits<double>::infinity(), 0};
-  const double sq_norm = sq_norm_.const_data_ptr<double>()[row];
-  const double r = std::sqrt(sq_dist) * (1 + 0x1p-30) + 1e-140 + residual_.const_data_ptr<double>()[row];
-  return {scale, ((1 - slack_) * sq_norm - (1 + slack_) * r * r) / 2, (1 + slack_) * r};
+  const double r = std::sqrt(sq_dist) * (1 + 0x1p-30) + 1e-140 + residual_[row];
+  return {scale, ((1 - slack_) * sq_norm_[row] - (1 + slack_) * r * r) / 2, (1 + slack_) * r};
 }
 
 void Filter::dots(const int64_t* rows, int64_t group, Dots& out) const {
-  const char* codes = reinterpret_cast<const char*>(codes_.const_data_ptr<uint8_t>());
-  const char* packed =
-      reinterpret_cast<const char*>(packed_.const_data_ptr<uint8_t>()) + group * kGroup * kUnit * steps_;
+  const char* packed = packed_ + group * kGroup * kUnit * steps_;
   const char* code[kRows];
-  for (int r = 0; r < kRows; ++r) code[r] = codes + rows[r] * kUnit * steps_;
+  for (int r = 0; r < kRows; ++r) code[r] = codes_ + rows[r] * kUnit * steps_;
   const int v = vectors(group);
 #ifdef FASTIF_X86
   if (kind_ == FilterKind::vnni) {
     int32_t offset[kRows];
-    for (int r = 0; r < kRows; ++r) offset[r] = offset_.const_data_ptr<int32_t>()[rows[r]];
+    for (int r = 0; r < kRows; ++r) offset[r] = offset_[rows[r]];
     constexpr decltype(&dots_vnni<1>) kernel[] = {dots_vnni<1>, dots_vnni<2>, dots_vnni<3>, dots_vnni<4>};
     return kernel[v - 1](code, offset, packed, steps_, out.bytes);
   }
@@ -385,9 +377,9 @@ void Filter::dots(const int64_t* rows, int64_t group, Dots& out) const {
 
 uint64_t Filter::undecided(const Dots& dots, int slot, const Bound& bound, int64_t group) const {
   const char* row = dots.bytes + kUnit * kGroup * slot;
-  const double* scale = centre_scale_.const_data_ptr<double>() + group * kGroup;
-  const double* beta = centre_beta_.const_data_ptr<double>() + group * kGroup;
-  const double* error = centre_error_.const_data_ptr<double>() + group * kGroup;
+  const double* scale = centre_scale_ + group * kGroup;
+  const double* beta = centre_beta_ + group * kGroup;
+  const double* error = centre_residual_ + group * kGroup;
   const int v = vectors(group);
   const int64_t centres = std::min<int64_t>(kGroup, count_ - group * kGroup);
   const uint64_t real_centres = ~uint64_t{0} >> (kGroup - centres);
