@@ -64,4 +64,7 @@ else:
         "fastif._C", cpu_sources, extra_compile_args={"cxx": CXX}, extra_link_args=["-fopenmp"]
     )
 
-setup(ext_modules=[extension], cmdclass={"build_ext": cpp_extension.BuildExtension})
+if os.environ.get("FASTIF_PLAIN") == "1":  # no compiler: every op runs as plain torch
+    setup()
+else:
+    setup(ext_modules=[extension], cmdclass={"build_ext": cpp_extension.BuildExtension})

@@ -1,6 +1,7 @@
 """fastif: which training examples made a model behave so, and what would it be without them?"""
 
-from fastif import curvature, data, ops, samplers
+from fastif import curvature, data, evaluation, ops, samplers
+from fastif._version import __version__
 from fastif.curvature import ExactBlock, NotPositiveDefinite
 from fastif.features import Extracted, extract, find_head
 from fastif.influence import Influence, Plan
@@ -8,7 +9,6 @@ from fastif.ops import build_info
 from fastif.removal import HeadStep, Removal, remove
 from fastif.samplers import CertifiedSubset, Subset
 
-__version__ = "0.1.0"
 __all__ = [
     "CertifiedSubset",
     "ExactBlock",
@@ -19,9 +19,11 @@ __all__ = [
     "Plan",
     "Removal",
     "Subset",
+    "__version__",
     "build_info",
     "curvature",
     "data",
+    "evaluation",
     "extract",
     "find_head",
     "ops",

@@ -6,10 +6,13 @@ Whatever the user can get wrong ends in one line on stderr and exit code 2; an i
 import inspect
 import math
 import os
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -38,7 +41,15 @@ from fastif.evaluation.class_removal import (
 )
 from fastif.evaluation.metrics import METRICS
 from fastif.evaluation.models import build
-from fastif.evaluation.training import RECIPES, Checkpoint, Recipe, load_checkpoint, save_checkpoint, train
+from fastif.evaluation.training import (
+    MAX_WIDTH,
+    RECIPES,
+    Checkpoint,
+    Recipe,
+    load_checkpoint,
+    save_checkpoint,
+    train,
+)
 from fastif.report import last_step, references, samplers_of, share, write_report
 
 app = typer.Typer(
@@ -52,15 +63,21 @@ BUDGETS = ("5%", "20%")
 _errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 
+class _Interrupted(Exception):
+    """Ctrl-C, with something to say about it."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     try:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        if code == 130:  # what typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except typer.Exit as end:
         return end.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        _errors.print("interrupted")
+    except (KeyboardInterrupt, typer.Abort, _Interrupted) as end:
+        _errors.print(f"interrupted: {end}" if isinstance(end, _Interrupted) else "interrupted")
         return 130
     except (ValueError, OSError, ModuleNotFoundError, torch.OutOfMemoryError) as error:
         _errors.print(f"error: {_one_line(str(error))}")
@@ -68,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's own errors: an unknown option, a value of the wrong type
             raise
-        _errors.print(f"error: {_one_line(error.format_message())}")  # pyright: ignore[reportAttributeAccessIssue]
+        message = _one_line(error.format_message())  # pyright: ignore[reportAttributeAccessIssue]
+        if message:  # `fastif` alone has printed its help, and has nothing to add
+            _errors.print(f"error: {message}")
         return 2
 
 
@@ -137,11 +156,8 @@ def class_removal_command(
         _check("threads", threads, threads >= 1, ">= 1")
         torch.set_num_threads(threads)
     out = Path("runs") / data if out is None else out
-    _check_writable(out)
     if not resume and (out / "rows.jsonl").exists():
         raise ValueError(f"{out} holds an unfinished job: continue it with --resume, or remove {out / 'rows.jsonl'}")
-    if checkpoint is not None and not checkpoint.exists():
-        _check_writable(checkpoint.parent)
 
     given = {"data": data, "width": width, "epochs": epochs, "weight_decay": weight_decay}
     expect = {name: value for name, value in given.items() if value is not None}
@@ -151,39 +167,41 @@ def class_removal_command(
     images = load(data, root)
     budgets = check_budgets(BUDGETS if k is None else _split(k), len(images.y_train))
     removed = _classes(classes, images.classes)
-    if network is None:
-        model = _trained(recipe, images, images.x_train, images.y_train, where, progress=not quiet)
-        network = Checkpoint(model, recipe, data, images.classes, _image_shape(images))
-        save_checkpoint(stored, network)
-    recipe = network.recipe
-    if (network.shape, network.classes) != (_image_shape(images), images.classes):
-        raise ValueError(f"{stored} is for images {network.shape} of {len(network.classes)} classes, not for {data}")
+    if network is not None:
+        recipe = network.recipe
+        if (network.shape, network.classes) != (_image_shape(images), images.classes):
+            made_for = f"images {network.shape} of {len(network.classes)} classes"
+            raise ValueError(f"{stored} is for {made_for}, not for {data}")
 
     def retrained(keep: Tensor) -> nn.Module:
         return _trained(recipe, images, images.x_train[keep], images.y_train[keep], where, progress=False)
 
-    try:
-        results = class_removal(
-            network.model.to(where),
-            (images.x_train, images.y_train),
-            (images.x_test, images.y_test),
-            samplers=chosen,
-            k=budgets,
-            seeds=seeds,
-            classes=removed,
-            steps=steps,
-            weight_decay=recipe.weight_decay,
-            damping=damping,
-            retrain=retrained if retrain else None,
-            out=out,
-            resume=resume,
-            device=where,
-            progress=not quiet,
-            about={"data": data, "class_names": images.classes, "recipe": recipe._asdict()},
-        )
-    except KeyboardInterrupt:
-        _errors.print(f"interrupted: what was finished is in {out}; the same command with --resume continues")
-        raise typer.Exit(130) from None
+    with _writable(out, *([] if network is not None else [stored.parent])):
+        if network is None:
+            model = _trained(recipe, images, images.x_train, images.y_train, where, progress=not quiet)
+            network = Checkpoint(model, recipe, data, images.classes, _image_shape(images))
+            save_checkpoint(stored, network)
+        try:
+            results = class_removal(
+                network.model.to(where),
+                (images.x_train, images.y_train),
+                (images.x_test, images.y_test),
+                samplers=chosen,
+                k=budgets,
+                seeds=seeds,
+                classes=removed,
+                steps=steps,
+                weight_decay=recipe.weight_decay,
+                damping=damping,
+                retrain=retrained if retrain else None,
+                out=out,
+                resume=resume,
+                device=where,
+                progress=not quiet,
+                about={"data": data, "class_names": images.classes, "recipe": recipe._asdict()},
+            )
+        except KeyboardInterrupt:
+            raise _Interrupted(f"what was finished is in {out}; the same command with --resume continues") from None
     paths = [out / "results.json", *write_report(results, out), stored]
     if not quiet:
         console = Console(highlight=False)
@@ -201,7 +219,7 @@ def _recipe(data: str, width: float | None, epochs: int | None, weight_decay: fl
     recipe = RECIPES[data]
     given = {"width": width, "epochs": epochs, "weight_decay": weight_decay}
     recipe = recipe._replace(**{name: value for name, value in given.items() if value is not None})
-    _check("width", recipe.width, 0 < recipe.width < math.inf, "a positive number")
+    _check("width", recipe.width, 0 < recipe.width <= MAX_WIDTH, f"in (0, {MAX_WIDTH}]")
     _check("epochs", recipe.epochs, recipe.epochs >= 1, ">= 1")
     # Without weight decay the retrained head would have no finite optimum to compare with.
     _check("weight-decay", recipe.weight_decay, 0 < recipe.weight_decay < math.inf, "a positive number")
@@ -232,6 +250,7 @@ def _classes(given: Sequence[str] | None, names: Sequence[str]) -> list[int]:
 
 
 def _device(name: str) -> torch.device:
+    _check("device", name, re.fullmatch("cpu|cuda(:[0-9]+)?", name) is not None, "cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -240,14 +259,30 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _check_writable(folder: Path) -> None:
-    """OSError now, not after training, where the folder cannot be written to."""
+@contextmanager
+def _writable(*folders: Path) -> Iterator[None]:
+    """Makes the folders, OSError now, not after training, where one cannot be written to.
+
+    Those that it made and that are still empty when the block fails are removed.
+    """
+    made: list[Path] = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write to the folder {folder}: {error.strerror or error}") from error
+        for folder in folders:
+            try:
+                for path in (*reversed(folder.parents), folder):
+                    if not path.exists():
+                        path.mkdir()
+                        made.append(path)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+            except OSError as error:
+                raise OSError(f"cannot write to the folder {folder}: {error.strerror or error}") from error
+        yield
+    except BaseException:
+        for path in reversed(made):
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def _image_shape(images: Data) -> tuple[int, int, int]:
@@ -323,11 +358,14 @@ def sample_command(
     ((name, function),) = choose_samplers([sampler])
     if out.suffix not in (".npz", ".safetensors"):
         raise ValueError(f"--out must end in .npz or .safetensors, got {out}")
-    _check("seed", seed, seed >= 0, ">= 0")
+    _check("seed", seed, 0 <= seed < 2**63, "in [0, 2^63)")
     paths = {"features": features, "logits": logits, "labels": labels}
     given = {what: _read_array(path, what) for what, path in paths.items() if path is not None}
     if not given:
         raise ValueError("give at least one of --features, --logits, --labels")
+    for what, values in given.items():
+        if values.ndim == 0:
+            raise ValueError(f"--{what} must hold one entry per example, got a single number in {paths[what]}")
     lengths = {what: len(values) for what, values in given.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"the files must hold as many examples each, got {lengths}")
@@ -346,8 +384,8 @@ def sample_command(
         subset = function(**arguments)
     except TypeError as error:
         raise ValueError(str(error)) from error
-    _check_writable(out.parent)
-    _write_subset(out, subset.indices, subset.weights)
+    with _writable(out.parent):
+        _write_subset(out, subset.indices, subset.weights)
     print(f"{len(subset.indices)} of {n} examples, weights sum to {float(subset.weights.sum()):.4g}: {out}")
 
 
@@ -357,7 +395,7 @@ def _read_array(path: Path, name: str) -> Tensor:
     if path.suffix == ".npy":
         try:
             return torch.from_numpy(np.load(path, allow_pickle=False))
-        except (ValueError, EOFError, TypeError) as error:
+        except (ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is not a numeric .npy file: {error}") from error
     if path.suffix != ".safetensors":
         raise ValueError(f"--{name} must be a .npy or .safetensors file, got {path}")
@@ -393,9 +431,6 @@ def info_command() -> None:
     facts = {
         "fastif": fastif.__version__,
         "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         **fastif.build_info(),
     }
     for name, value in facts.items():

@@ -260,15 +260,14 @@ def as_loader(data: Any, batch_size: int = 256) -> Iterable[Batch]:
 def _check_order(loader: DataLoader) -> None:
     if isinstance(loader.dataset, IterableDataset):
         return
-    sampler: Any = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
-    if type(sampler) is BatchSampler:
-        sampler = sampler.sampler
+    batches: Any = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+    sampler = batches.sampler if type(batches) is BatchSampler else batches
     if not isinstance(sampler, SequentialSampler):
         raise ValueError(
             f"the DataLoader draws its order with {type(sampler).__name__}: "
             "indices would not mean the same example twice; pass shuffle=False"
         )
-    if loader.drop_last and loader.batch_size and len(loader.dataset) % loader.batch_size:  # pyright: ignore
+    if type(batches) is BatchSampler and batches.drop_last and len(sampler) % batches.batch_size:
         raise ValueError("the DataLoader leaves out its last examples; pass drop_last=False")
 
 

@@ -63,7 +63,12 @@ def extract(
     logits: list[Tensor] = []
     labels: list[Tensor | None] = []
     n = 0
-    with _as_it_was(model, device), torch.no_grad(), tqdm(loader, "extract", disable=not progress) as batches:
+    with (
+        _as_it_was(model, device),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),  # influence needs the digits that autocast drops
+        tqdm(loader, "extract", disable=not progress) as batches,
+    ):
         hook = layer.register_forward_hook(keep, with_kwargs=True)
         try:
             for x, y in batches:

@@ -6,12 +6,14 @@ removed; positive means that the example helps the query. docs/math.md (1), (2).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from fastif import ops
@@ -31,7 +33,7 @@ class Plan(NamedTuple):
     covered: dict[str, tuple[int, ...]]  # parameters that influence is computed for
     skipped: dict[str, tuple[int, ...]]  # parameters that it is not computed for: taken as fixed
     n: int  # training examples
-    curvature_bytes: int  # the block in the head's dtype and its float64 factor with one copy
+    curvature_bytes: int  # the block in the head's dtype, its float64 factor and two copies on the way
     feature_bytes: int  # features and logits of all training examples
     flops: float  # of the block over all examples and its factor
 
@@ -62,7 +64,7 @@ class Influence:
     Args:
         model: left as it is by every method.
         loss: "cross_entropy", the mean over the training examples.
-        curvature: an `ExactBlock`; default ExactBlock(damping=1e-3).
+        curvature: an `ExactBlock`, copied; default ExactBlock(damping=1e-3).
         head: name of the head; default the last nn.Linear.
         batch_size: for data that brings no batches of its own; results do not depend on it.
         device: where to compute; default that of the head.
@@ -84,7 +86,9 @@ class Influence:
             raise ValueError(f"Influence: loss must be 'cross_entropy', got {loss!r}")
         self.model, self.batch_size, self.progress = model, batch_size, progress
         self.head_name, self._layer = find_head(model, head)
-        self.curvature = ExactBlock() if curvature is None else curvature
+        if not isinstance(curvature, ExactBlock | None):
+            raise TypeError(f"Influence: curvature must be an ExactBlock, got {curvature!r}")
+        self.curvature = ExactBlock() if curvature is None else copy.deepcopy(curvature)
         self.device = self._layer.weight.device if device is None else torch.device(device)
         self._n = 0
 
@@ -92,7 +96,8 @@ class Influence:
         """What will be covered, skipped, stored and computed for this training data; nothing is computed."""
         n = _count(train, self.batch_size)
         prefix = f"{self.head_name}." if self.head_name else ""
-        shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+        named = self.model.named_parameters(remove_duplicate=False)  # tied parameters under each of their names
+        shapes = {name: tuple(parameter.shape) for name, parameter in named}
         covered = {name: shape for name, shape in shapes.items() if name in (f"{prefix}weight", f"{prefix}bias")}
         c, d = self._layer.out_features, self._layer.in_features + (self._layer.bias is not None)
         size, item = c * d, self._layer.weight.element_size()
@@ -100,7 +105,7 @@ class Influence:
             covered,
             {name: shape for name, shape in shapes.items() if name not in covered},
             n,
-            size * size * (item + 16),
+            size * size * (item + 24),
             n * (self._layer.in_features + c) * item,
             n * c * (c - 1) / 2 * d * (d + 1) + size**3 / 3,
         )
@@ -113,15 +118,16 @@ class Influence:
             subset: the examples of `train` that carry the curvature, with weights; default all, 1/n each.
         """
         inputs, logits, labels = self._extract(train, need_labels=self.curvature.matrix == "empirical_fisher")
-        self._n = len(inputs)
-        weights = None
+        n, weights = len(inputs), None
         if subset is not None:
-            picks = check_subset(subset, self._n)
+            picks = check_subset(subset, n)
             rows = picks.indices.to(self.device)
             inputs, logits, labels = inputs[rows], logits[rows], None if labels is None else labels[rows]
             weights = picks.weights.to(inputs)
+        self._n = 0  # until all has gone well
         self.curvature.fit(inputs, logits, labels, weights)
         _ = self.curvature.factor  # a block without a factor is reported here, not at the first question
+        self._n = n
         return self
 
     def on_parameters(self, batch: Any) -> dict[str, Tensor]:
@@ -151,8 +157,9 @@ class Influence:
         Largest first: the most helpful; `largest=False` gives the most harmful, smallest first. Ties go to the lower
         index. The score matrix [q, n] is never stored.
         """
-        if k < 1:
-            raise ValueError(f"top: k must be at least 1, got k={k}")
+        n = _count(train, self.batch_size)
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
+            raise ValueError(f"top: k must be an integer in [1, n={n}], got k={k}")
         values, indices, start = None, None, 0
         for block in self._score_blocks(query, train):
             here = torch.arange(start, start + block.shape[1]).expand_as(block)
@@ -163,8 +170,6 @@ class Influence:
             values, indices = values.gather(1, order), indices.gather(1, order)
         assert values is not None
         assert indices is not None
-        if k > start:
-            raise ValueError(f"top: k must be in [1, n={start}], got k={k}")
         return values, indices
 
     def self_influence(self, train: Any) -> Tensor:
@@ -214,10 +219,8 @@ class Influence:
 
 
 def _count(data: Any, batch_size: int) -> int:
-    if isinstance(data, tuple):
-        return len(data[0])
+    loader = as_loader(data, batch_size)  # refuses what has no fixed order
     dataset = getattr(data, "dataset", data)
-    try:
-        return len(dataset)
-    except TypeError:
-        return sum(len(x) for x, _ in as_loader(data, batch_size))
+    if isinstance(dataset, Dataset) and hasattr(dataset, "__len__"):
+        return len(dataset)  # pyright: ignore[reportArgumentType]
+    return sum(len(x) for x, _ in loader)

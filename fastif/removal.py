@@ -20,12 +20,13 @@ from tqdm import tqdm
 from fastif import ops
 from fastif.curvature import ExactBlock
 from fastif.curvature.cholesky import check_damping
-from fastif.curvature.exact_block import output_grads
+from fastif.curvature.exact_block import check_labels, output_grads
 from fastif.features import extract, find_head
 from fastif.measure import Measure
 from fastif.samplers import Subset, check_subset, draw
 
 STEP_SIZES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+SMALLEST_STEP = 2.0**-20  # where none of them lowers F, the step is halved down to this
 
 
 class HeadStep(NamedTuple):
@@ -81,7 +82,8 @@ def remove(
         steps: at most so many; fewer where F stops falling.
         damping: absolute λ >= 0, added to the diagonal of the curvature beside weight_decay, not to F.
         weight_decay: of the training; it also makes F's optimum finite where a whole class is removed.
-        line_search: take the best of the steps ⅛, ¼, ½, 1, 2, 4 by F. False: full steps along
+        line_search: take the best of the steps ⅛, ¼, ½, 1, 2, 4 by F; where none lowers F (a small subset can
+            underrate the curvature by far), halve ⅛ until one does. False: full steps along
             −(G + (weight_decay + damping) I)⁻¹ (∇F(θ) − ∇F_all(θ̂)), where F_all is the objective with all data and θ̂
             the trained parameters, taken as its optimum. The first step is then docs/math.md (3) exactly, since
             ∇F_all(θ̂) − ∇F(θ̂) = (1/n) Σ_{i removed} ∇ℓ_i.
@@ -144,6 +146,8 @@ def head_steps(
     weight [c, d] and bias [c] (or None) are the trained head, removed [r] the examples to remove; the rest is as in
     `remove`. Ends early where no step size lowers F.
     """
+    if damping == "auto":
+        raise ValueError("remove: damping must be a number, got 'auto'; weight_decay already damps the curvature")
     check_damping(damping)
     if steps < 1:
         raise ValueError(f"remove: steps must be at least 1, got {steps}")
@@ -263,12 +267,32 @@ class _Retained:
         return self.gradient(self.theta, self.logits(self.theta)) + removed
 
     def block(self, damping: float, logits: Tensor, picks: Subset | None = None) -> ExactBlock:
-        block = ExactBlock(self.weight_decay + damping)
+        block = ExactBlock(self.weight_decay + damping, name="head (damping here: weight_decay + damping)")
         if picks is None:
             weights = self.inputs.new_full((len(self.inputs),), 1 / self.n)
             return block.fit(self.inputs, logits, weights=weights)
         rows = picks.indices.to(self.inputs.device)
         return block.fit(self.inputs[rows], logits[rows], weights=picks.weights.to(self.inputs))
+
+    def best_step(
+        self, theta: Tensor, direction: Tensor, logits: Tensor, along: Tensor, objective: float | None
+    ) -> tuple[float, float]:
+        """Step size along `direction`, and F after it; `along` is what one unit of it adds to the logits.
+
+        The best of STEP_SIZES, or, where none is below `objective`, the first of its halvings that is (else the last).
+        Without an objective to improve on: 1.
+        """
+
+        def after(size: float) -> float:
+            return self.objective(logits + size * along, theta + size * direction)
+
+        if objective is None:
+            return 1.0, after(1.0)
+        value, size = min((after(size), size) for size in STEP_SIZES)
+        while not value < objective and size > SMALLEST_STEP:
+            size = min(size, STEP_SIZES[0]) / 2
+            value = after(size)
+        return size, value
 
     def newton(
         self,
@@ -287,18 +311,16 @@ class _Retained:
                 norm = gradient.norm().item()
                 if norm <= tolerance:
                     return
-                block, size = curvature(theta, logits)
+                block, examples = curvature(theta, logits)
                 direction = -block.solve(gradient if shift is None else gradient - shift)
                 along = self.logits(direction)  # logits are linear in θ: one product serves every step size
-                sizes = STEP_SIZES if line_search else (1.0,)
-                values = [self.objective(logits + s * along, theta + s * direction) for s in sizes]
-                best = min(range(len(sizes)), key=values.__getitem__)
-                if line_search and not values[best] < objective:
+                size, value = self.best_step(theta, direction, logits, along, objective if line_search else None)
+                if line_search and not value < objective:
                     return
-                stepped = theta + sizes[best] * direction
+                stepped = theta + size * direction
                 stepped_logits = self.logits(stepped)
-            theta, logits, objective = stepped, stepped_logits, values[best]
-            yield HeadStep(step, *self.split(theta), objective, norm, sizes[best], size, work.seconds, work.peak_bytes)
+            theta, logits, objective = stepped, stepped_logits, value
+            yield HeadStep(step, *self.split(theta), objective, norm, size, examples, work.seconds, work.peak_bytes)
 
 
 def _without(subset: Subset, kept: Tensor) -> Subset:
@@ -318,19 +340,16 @@ def _check_head(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor |
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"remove: bias must be [c={len(weight)}], got {list(bias.shape)}")
-    if labels.shape != features.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(f"remove: labels must be int64 [n={len(features)}], got {labels.dtype} {list(labels.shape)}")
-    if labels.numel() and not 0 <= labels.min() <= labels.max() < len(weight):
-        raise ValueError(
-            f"remove: labels must be in [0, c={len(weight)}), got {int(labels.min())} to {int(labels.max())}"
-        )
+    check_labels("remove", labels, len(features), len(weight))
 
 
 def _check_removed(removed: Tensor, n: int) -> None:
-    if removed.dim() != 1 or removed.dtype != torch.int64:
-        raise ValueError(f"remove: indices must be int64 [r], got {removed.dtype} {list(removed.shape)}")
     if removed.numel() == 0:
         raise ValueError("remove: indices must not be empty")
+    if removed.dtype == torch.bool:
+        raise ValueError("remove: indices must be int64 [r], got a mask; pass mask.nonzero()[:, 0]")
+    if removed.dim() != 1 or removed.dtype != torch.int64:
+        raise ValueError(f"remove: indices must be int64 [r], got {removed.dtype} {list(removed.shape)}")
     outside = removed[(removed < 0) | (removed >= n)]
     if outside.numel():
         raise ValueError(f"remove: indices must be in [0, n={n}), got {int(outside[0])}")

@@ -2,8 +2,10 @@
 
 import json
 import math
+import sys
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -266,6 +268,10 @@ def test_finished_results_of_another_job_are_not_taken_for_this_one(tmp_path):
     with pytest.raises(ValueError, match="model was"):
         class_removal(other, TRAIN, TEST, samplers=["random", "prefix"], k=20, seeds=1, steps=1, weight_decay=0.01,
                       out=tmp_path, resume=True, progress=False)  # fmt: skip
+    for train, test in (((TRAIN[0] + 1, TRAIN[1]), TEST), (TRAIN, (TEST[0] + 1, TEST[1]))):
+        with pytest.raises(ValueError, match="examples was"):
+            class_removal(MODEL, train, test, samplers=["random", "prefix"], k=20, seeds=1, steps=1, weight_decay=0.01,
+                          out=tmp_path, resume=True, progress=False)  # fmt: skip
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a results file"):
         run(out=tmp_path, resume=True)
@@ -292,12 +298,55 @@ def test_finished_results_of_another_job_are_not_taken_for_this_one(tmp_path):
         ({"classes": []}, "got none"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"damping": -1.0}, "damping"),
+        ({"damping": math.inf}, "damping must be a finite number >= 0, got inf"),
+        ({"damping": "auto"}, "damping must be a finite number >= 0, got 'auto'"),
+        ({"damping": None}, "damping must be"),
         ({"weight_decay": 0.0}, "weight_decay must be > 0"),
+        ({"weight_decay": -1}, "weight_decay must be > 0"),
+        ({"weight_decay": math.nan}, "weight_decay must be > 0 and finite, got nan"),
+        ({"weight_decay": math.inf}, "weight_decay must be > 0 and finite, got inf"),
+        ({"weight_decay": "0.1"}, "weight_decay must be > 0 and finite, got '0.1'"),
+        ({"seeds": 10**30}, "seeds must be at most"),
+        ({"seeds": [2**43]}, "seeds must be at most"),
+        ({"k": 0.05}, "k must be a number of examples or a percentage .* got 0.05"),
+        ({"k": [0.05]}, "k must be a number of examples or a percentage .* got 0.05"),
+        ({"k": None}, "k must be .* got None"),
+        ({"seeds": 1.5}, "seeds must be .* got 1.5"),
+        ({"seeds": [0.5]}, "seeds must be .* got 0.5"),
+        ({"seeds": "3"}, "seeds must be .* got '3'"),
+        ({"classes": 1}, "classes must be a list of numbers, got 1"),
+        ({"classes": "1"}, "classes must be numbers, got '1'"),
+        ({"steps": 1.5}, "steps must be an integer, got 1.5"),
+        ({"samplers": [samplers.random]}, "samplers must be names or pairs"),
+        ({"samplers": samplers.random}, "samplers must be names or pairs"),
+        ({"samplers": [("random", 3)]}, "the sampler random must be a function, got 3"),
     ],
 )
-def test_bad_settings_are_refused(change, words):
-    with pytest.raises(ValueError, match=words):
-        run(**change)
+def test_bad_settings_are_refused_before_anything_is_done(tmp_path, change, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        run(**change, retrain=lambda _: pytest.fail("retrained first"), out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_that_dies_before_its_first_record_leaves_no_journal(tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[check_seeds.__module__], "optimal_head", killed)
+        with pytest.raises(Killed):
+            run(out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    run(out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_integers_of_numpy_are_integers(tmp_path):
+    found = run(k=np.int64(20), seeds=np.arange(2), classes=np.array([1, 3]), steps=np.int32(2), out=tmp_path)
+    assert [found["meta"][name] for name in ("k", "seeds", "classes", "steps")] == [[20], [0, 1], [1, 3], 2]
+    assert without_times(found["rows"]) == without_times(run(k=20, seeds=2, classes=[1, 3], steps=2)["rows"])
+    assert check_seeds(np.int64(2)) == [0, 1]
+    assert check_budgets([np.int32(3), "50%"], 10) == [3, 5]
 
 
 def test_data_that_cannot_be_compared_is_refused():

@@ -139,6 +139,32 @@ def test_ctrl_c_in_a_real_process(tmp_path):
     assert files(tmp_path) == ["model.safetensors", "rows.jsonl"]
 
 
+def test_an_interrupted_training_says_so(run, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "train", interrupted)
+    assert run(*QUICK, "--quiet", "--out", tmp_path / "out") == (130, "", "interrupted\n")
+    assert files(tmp_path) == []
+
+
+def test_ctrl_c_while_a_real_process_trains(tmp_path):
+    command = [sys.executable, "-m", "fastif", *QUICK, "--out", str(tmp_path / "out"), "--epochs", "100000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    printed = tmp_path / "stderr"
+    with printed.open("w") as file:
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=file)
+    for _ in range(600):
+        if "training" in printed.read_text():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert printed.read_text().endswith("interrupted\n")
+    assert "Traceback" not in printed.read_text()
+    assert files(tmp_path) == ["stderr"]
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -157,25 +183,37 @@ def test_ctrl_c_in_a_real_process(tmp_path):
         (["--seeds", "three"], ["--seeds", "integer"]),
         (["--steps", "0"], ["--steps must be >= 1, got 0"]),
         (["--epochs", "0"], ["--epochs must be >= 1, got 0"]),
-        (["--width", "-1"], ["--width must be a positive number, got -1"]),
+        (["--width", "-1"], ["--width must be in (0, 64], got -1"]),
+        (["--width", "64.5"], ["--width must be in (0, 64], got 64.5"]),
+        (["--width", "nan"], ["--width must be in (0, 64], got nan"]),
         (["--weight-decay", "0"], ["--weight-decay must be a positive number, got 0"]),
         (["--damping", "-0.1"], ["--damping must be a finite number >= 0, got -0.1"]),
         (["--classes", "10"], ["[0, c=10), got 10"]),
         (["--classes", "cat"], ["'cat'"]),
         (["--threads", "0"], ["--threads must be >= 1, got 0"]),
-        (["--device", "abacus"], ["--device abacus"]),
+        (["--device", "abacus"], ["--device must be cpu, cuda or cuda:N, got abacus"]),
+        (["--device", "meta"], ["--device must be cpu, cuda or cuda:N, got meta"]),
+        (["--device", "cpu:1"], ["--device must be cpu, cuda or cuda:N, got cpu:1"]),
+        (["--device", "cuda:99999999999"], ["--device cuda:99999999999 cannot be used"]),
+        (["--checkpoint", "file/model.safetensors", "--epochs", "1", "--width", "0.1"], ["cannot write to the folder"]),
+        (["--weight-decay", "1e30", "--epochs", "1", "--width", "0.1"], ["the loss is"]),
+        (["--seeds", "9" * 30], ["seeds must be at most"]),
         (["--no-such-option"], ["--no-such-option"]),
     ],
 )
-def test_one_line_and_exit_code_2(run, tmp_path, arguments, words):
-    code, printed, error = run("class-removal", "--out", tmp_path / "out", *arguments)
+def test_one_line_and_exit_code_2(run, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    code, printed, error = run("class-removal", "--quiet", "--out", tmp_path / "deep" / "out", *arguments)
     assert code == 2
     assert printed == ""
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     for word in words:
         assert word in error
-    assert not (tmp_path / "out").exists() or files(tmp_path / "out") == []
+    assert files(tmp_path) == ["file"]  # a wrong call leaves nothing
+    run("class-removal", "--quiet", *arguments)
+    assert files(tmp_path) == ["file"]  # nor in the folder it takes when none is given
 
 
 def test_an_unwritable_folder_is_found_before_training(run, tmp_path, monkeypatch):
@@ -186,6 +224,7 @@ def test_an_unwritable_folder_is_found_before_training(run, tmp_path, monkeypatc
     assert f"cannot write to the folder {tmp_path / 'file' / 'out'}" in error
     code, _, error = run(*QUICK, "--out", tmp_path / "out", "--checkpoint", tmp_path / "file" / "model.safetensors")
     assert (code, "cannot write to the folder" in error) == (2, True)
+    assert files(tmp_path) == ["file"]
 
 
 def test_checkpoints_that_do_not_fit(run, trained, tmp_path):
@@ -200,6 +239,11 @@ def test_checkpoints_that_do_not_fit(run, trained, tmp_path):
     save_file(load_file(stored), broken)
     code, _, error = run(*QUICK, "--out", tmp_path, "--checkpoint", broken)
     assert (code, "was not written by fastif" in error) == (2, True)
+    save_file(load_file(stored), broken, {"fastif": json.dumps({"architecture": "cnn", "width": 1e9})})
+    code, _, error = run(*QUICK, "--out", tmp_path, "--checkpoint", broken)
+    assert (code, error.count("\n")) == (2, 1)
+    assert f"{broken} has metadata that make no network: width must be a number in (0, 64]" in error
+    assert files(tmp_path) == ["broken.safetensors"]
 
 
 # ----------------------------------------------------------------------------------------------------- sample and info
@@ -256,7 +300,15 @@ def test_sample_is_the_python_call(run, saved):
         (["stratified", "--k", "5", "--labels", "logits.npy"], "labels"),
         (["random", "--k", "5", "--labels", "labels.npy", "--logits", "short.npy"], "as many examples each"),
         (["random", "--k", "5", "--labels", "labels.npy", "--out", "x.csv"], "must end in .npz or .safetensors"),
-        (["random", "--k", "5", "--labels", "labels.npy", "--seed", "-1"], "--seed must be >= 0, got -1"),
+        (["random", "--k", "5", "--labels", "labels.npy", "--seed", "-1"], "--seed must be in [0, 2^63), got -1"),
+        (["random", "--k", "5", "--labels", "labels.npy", "--seed", str(2**63)], "--seed must be in [0, 2^63), got 9"),
+        (
+            ["random", "--k", "1", "--features", "number.npy"],
+            "one entry per example, got a single number in number.npy",
+        ),
+        (["random", "--k", "1", "--labels", "number.safetensors"], "got a single number in number.safetensors"),
+        (["random", "--k", "1", "--labels", "zip.npy"], "zip.npy is not a numeric .npy file"),
+        (["random", "--k", "41", "--labels", "labels.npy", "--out", "deep/s.npz"], "n=40"),
         (["random"], "--k"),
     ],
 )
@@ -267,6 +319,9 @@ def test_sample_refuses_in_one_line(run, saved, monkeypatch, arguments, words):
     (folder / "text.csv").write_text("1,2")
     (folder / "none.safetensors").write_text("")
     np.save(folder / "short.npy", np.zeros((3, 4)))
+    np.save(folder / "number.npy", np.array(1.0))
+    save_file({"labels": torch.tensor(1)}, folder / "number.safetensors")
+    (folder / "zip.npy").write_bytes(b"PK\x03\x04 no archive")
     before = files(folder)
     code, printed, error = run("sample", *(["--out", "s.npz"] if "--out" not in arguments else []), *arguments)
     assert (code, printed, error.count("\n")) == (2, "", 1)
@@ -279,7 +334,16 @@ def test_info_and_version(run):
     assert code == 0
     for name, value in fastif.build_info().items():
         assert f"{name:<10} {value}" in printed
+    names = [line.split()[0] for line in printed.splitlines()]
+    assert len(set(names)) == len(names)
+    assert "gpu" not in names  # build_info has cuda_device
     assert run("--version") == (0, f"fastif {fastif.__version__}\n", "")
+
+
+def test_without_arguments_it_prints_its_help_and_no_error(run):
+    code, printed, error = run()
+    assert (code, error) == (2, "")
+    assert "class-removal" in printed
 
 
 def test_help_lists_the_commands():

@@ -107,6 +107,39 @@ def test_auto_damping_is_the_smallest_power_of_ten_and_reported():
         _ = ExactBlock(block.damping_used / 10).fit(INPUTS.float(), LOGITS.float()).factor
 
 
+@pytest.mark.parametrize("matrix", ["ggn", "empirical_fisher"])
+def test_refused_batch_leaves_the_block_as_it_was(matrix):
+    block = ExactBlock(0.1, matrix).fit(INPUTS, LOGITS, LABELS)
+    before = block.block.clone()
+    for call in (block.fit, block.update, block.downdate):
+        with pytest.raises(ValueError, match="finite"):
+            call(INPUTS * torch.nan, LOGITS, LABELS)
+        assert torch.equal(block.block, before)
+    fresh = ExactBlock(0.1, matrix)
+    with pytest.raises(ValueError, match="finite"):
+        fresh.fit(INPUTS * torch.nan, LOGITS, LABELS)
+    with pytest.raises(ValueError, match="not fitted"):
+        fresh.solve(torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("matrix", ["ggn", "empirical_fisher"])
+@pytest.mark.parametrize(
+    ("labels", "weights", "message"),
+    [
+        (LABELS - 1, None, r"labels must be in \[0, c=3\), got -1 to 1"),
+        (LABELS + 1, None, "got 1 to 3"),
+        (LABELS[:9], None, r"labels must be int64 \[n=60\], got torch.int64 \[9\]"),
+        (LABELS.double(), None, "got torch.float64"),
+        (LABELS, -WEIGHTS, r"weights must be \[n=60\], finite and >= 0"),
+        (LABELS, WEIGHTS[:1], "got shape \\[1\\]"),
+        (LABELS, WEIGHTS * torch.nan, "finite"),
+    ],
+)
+def test_labels_and_weights_are_checked_for_every_matrix(matrix, labels, weights, message):
+    with pytest.raises(ValueError, match=message):
+        ExactBlock(0.1, matrix).fit(INPUTS, LOGITS, labels, weights)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -1,4 +1,4 @@
-"""Readers on files synthesised in the same formats, and on the real ones where a folder has them; as_loader's order."""
+"""Readers on files synthesised in the same formats, and on real ones where FASTIF_DATA has them; as_loader's order."""
 
 import gzip
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 
 from fastif.data import NAMES, as_loader, load
 
@@ -15,11 +15,24 @@ FASHION = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-l
 
 
 def real_data(folder: str) -> Path:
-    """FASTIF_DATA, or shared/data beside the repository; skips where it lacks the folder."""
-    root = Path(os.environ.get("FASTIF_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    if not (root / folder).is_dir():
-        pytest.skip(f"no {folder} in {root}; FASTIF_DATA names the folder with the data sets")
-    return root
+    """The folder that FASTIF_DATA names; skips where it names none, or one that lacks the data set's folder."""
+    root = os.environ.get("FASTIF_DATA")
+    if root is None:
+        pytest.skip("FASTIF_DATA, the folder with the data sets, is not set")
+    if not (Path(root) / folder).is_dir():
+        pytest.skip(f"no {folder} in FASTIF_DATA={root}")
+    return Path(root)
+
+
+def test_the_real_data_is_only_looked_for_where_the_variable_says(monkeypatch, tmp_path):
+    monkeypatch.delenv("FASTIF_DATA", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="FASTIF_DATA, .* is not set"):
+        real_data("cifar10")
+    monkeypatch.setenv("FASTIF_DATA", str(tmp_path))
+    with pytest.raises(pytest.skip.Exception, match="no cifar10 in FASTIF_DATA="):
+        real_data("cifar10")
+    (tmp_path / "cifar10").mkdir()
+    assert real_data("cifar10") == tmp_path
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -275,6 +288,20 @@ def test_a_loader_that_drops_examples_is_refused():
     with pytest.raises(ValueError, match="drop_last=False"):
         as_loader(DataLoader(TensorDataset(X, Y), batch_size=4, drop_last=True))
     assert len(list(as_loader(DataLoader(TensorDataset(X, Y), batch_size=5, drop_last=True)))) == 2
+
+
+@pytest.mark.parametrize("place", ["batch_sampler", "sampler"])
+def test_a_batch_sampler_that_drops_examples_is_refused(place):
+    def loader(size, drop_last):
+        batches = BatchSampler(SequentialSampler(X), size, drop_last)
+        return DataLoader(
+            TensorDataset(X, Y), **{place: batches}, **({"batch_size": None} if place == "sampler" else {})
+        )
+
+    with pytest.raises(ValueError, match="drop_last=False"):
+        as_loader(loader(4, True))
+    assert len(list(as_loader(loader(4, False)))) == 3
+    assert len(list(as_loader(loader(5, True)))) == 2
 
 
 def test_a_spent_iterator_says_so():

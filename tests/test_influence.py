@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastif import ExactBlock, Influence, samplers
+from fastif import ExactBlock, Influence, build_info, samplers
+from fastif.measure import Measure
 from tests.problems import WEIGHT_DECAY, converge, head_gradients, trained
 
 
@@ -132,12 +133,12 @@ def test_plan_lists_every_parameter_once_and_counts_bytes(problem):
     assert plan.covered == {"2.weight": (3, 6), "2.bias": (3,)}
     assert plan.skipped == {"0.weight": (6, 5), "0.bias": (6,)}
     assert plan.n == 90
-    assert plan.curvature_bytes == 21 * 21 * (8 + 16)
+    assert plan.curvature_bytes == 21 * 21 * (8 + 24)
     assert "skipped (taken as fixed): 36 parameters" in str(plan)
     assert "2.weight [3, 6]" in str(plan)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(problem.x, problem.y), batch_size=8)
     assert influence.plan(loader) == plan
-    assert influence.plan([(problem.x, problem.y)]).n in (1, 90)
+    assert influence.plan([(problem.x[:50], problem.y[:50]), (problem.x[50:], problem.y[50:])]).n == 90
 
 
 def test_model_is_left_as_it_was(problem):
@@ -148,6 +149,48 @@ def test_model_is_left_as_it_was(problem):
     assert all(torch.equal(value, before[key]) for key, value in problem.model.state_dict().items())
 
 
+def test_plan_is_no_less_than_what_fit_takes():
+    if not build_info()["compiled"]:
+        pytest.skip("memory is counted by the compiled extension")
+    model, x, y = nn.Linear(60, 10), torch.randn(500, 60), torch.arange(500) % 10
+    influence = Influence(model, progress=False)
+    plan = influence.plan((x, y))
+    with Measure() as work:
+        influence.fit((x, y))
+    # The features are there twice while the column of the bias is appended.
+    assert 0.5 < work.peak_bytes / (plan.curvature_bytes + 2 * plan.feature_bytes) < 1.2
+
+
+def test_refused_fit_leaves_nothing_to_be_misused(problem):
+    data = problem.x, problem.y
+    influence = Influence(problem.model, progress=False).fit(data)
+    before = influence.scores(data, data)
+    with pytest.raises(ValueError, match="in \\[0, n=10"):
+        influence.fit((problem.x[:10], problem.y[:10]), samplers.Subset(torch.tensor([10]), torch.ones(1)))
+    assert torch.equal(influence.scores(data, data), before)
+    singular = Influence(problem.model, curvature=ExactBlock(0), progress=False)
+    with pytest.raises(ValueError, match="not positive definite"):
+        singular.fit(data)
+    with pytest.raises(ValueError, match="not fitted"):
+        singular.scores(data, data)
+
+
+def test_two_influences_do_not_share_one_block(problem):
+    block, data = ExactBlock(WEIGHT_DECAY), (problem.x, problem.y)
+    first = Influence(problem.model, curvature=block, progress=False).fit(data)
+    before = first.self_influence(data)
+    Influence(problem.model, curvature=block, progress=False).fit((problem.x[:9], problem.y[:9]))
+    assert torch.equal(first.self_influence(data), before)
+
+
+def test_autocast_around_it_costs_no_digits(problem):
+    model, data = copy.deepcopy(problem.model).float(), (problem.x.float(), problem.y)
+    plain = Influence(model, progress=False).fit(data).self_influence(data)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = Influence(model, progress=False).fit(data).self_influence(data)
+    assert torch.equal(plain, under)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -155,8 +198,8 @@ def test_model_is_left_as_it_was(problem):
         (lambda i, d: Influence(nn.Conv2d(1, 1, 1)), "no nn.Linear"),
         (lambda i, d: Influence(i.model).scores(d, d), r"not fitted; call fit\(train\) first"),
         (lambda i, d: i.scores(d[0], d), "the data has no labels"),
-        (lambda i, d: i.top(d, d, 0), "k must be at least 1, got k=0"),
-        (lambda i, d: i.top(d, d, 91), r"k must be in \[1, n=90\], got k=91"),
+        (lambda i, d: i.top(d, d, 0), r"k must be an integer in \[1, n=90\], got k=0"),
+        (lambda i, d: i.top(d, d, 91), r"k must be an integer in \[1, n=90\], got k=91"),
         (lambda i, d: i.fit(d, samplers.Subset(torch.tensor([90]), torch.ones(1))), r"in \[0, n=90\), got 90"),
         (lambda i, d: i.fit((d[0] * torch.nan, d[1])), "finite"),
         (lambda i, d: Influence(i.model, curvature=ExactBlock(0), progress=False).fit(d), "not positive definite"),

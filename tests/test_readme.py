@@ -15,7 +15,7 @@ def test_example_runs(capsys):
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(example.strip().splitlines()) <= 18
     exec(example.replace("fastif.extract(model, data", "fastif.extract(model, data, progress=False"), {})
-    assert "of 36 sevens" in capsys.readouterr().out
+    assert "0 of 36 sevens" in capsys.readouterr().out
 
 
 def test_tables_are_those_of_the_results():

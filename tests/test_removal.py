@@ -1,6 +1,9 @@
 import copy
+import subprocess
+import sys
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ from torch.nn.functional import cross_entropy
 from fastif import ExactBlock, Influence, remove, samplers
 from fastif.removal import head_steps, optimal_head
 from tests.problems import WEIGHT_DECAY, converge, trained
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +150,21 @@ def test_drawing_everything_is_exact(head):
 
 def test_stops_where_nothing_falls_any_more(head):
     steps = list(head_steps(**head, removed=REMOVED, steps=100, weight_decay=WEIGHT_DECAY))
-    assert len(steps) < 30
+    assert 1 <= len(steps) < 40
+    assert steps[-1].objective == pytest.approx(
+        optimal_head(**head, removed=REMOVED, weight_decay=WEIGHT_DECAY).objective, abs=1e-12
+    )
+
+
+def test_underrated_curvature_is_met_by_smaller_steps(problem, head):
+    """A subset whose weights say a ten-thousandth of the curvature: the Newton step is ten thousand times too long."""
+    subset = samplers.Subset(torch.arange(90), torch.full((90,), 1e-4 / 90, dtype=torch.float64))
+    steps = list(head_steps(**head, removed=class_0(problem), subset=subset, weight_decay=1e-5, steps=2))
+    assert len(steps) == 2
+    assert 0 < steps[0].step_size < 0.125
+    kept = problem.y != 0
+    loss = cross_entropy(problem.model[2](head["features"][kept]), problem.y[kept], reduction="sum").item() / 90
+    assert steps[1].objective < steps[0].objective < loss
 
 
 def test_measures_time_and_memory(head):
@@ -157,6 +176,21 @@ def test_measures_time_and_memory(head):
         assert step.peak_bytes >= 8 * 21 * 21  # the float64 factor at the least
     else:
         assert step.peak_bytes is None
+
+
+def test_works_under_the_profiler():
+    """Which counts memory in the same place: it keeps it, and nothing is measured."""
+    code = (
+        "import torch, fastif\n"
+        "x, y = torch.randn(30, 4), torch.arange(30) % 3\n"
+        "with torch.profiler.profile(profile_memory=True):\n"
+        "    history = fastif.remove(torch.nn.Linear(4, 3), (x, y), torch.tensor([0]), progress=False).history\n"
+        "print('taken', len(history) > 0, history[0].peak_bytes)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert "taken True None" in result.stdout, result.stderr
 
 
 def test_remove_returns_a_loadable_model_and_leaves_the_old_one(problem):
@@ -197,6 +231,8 @@ ONE = torch.tensor([1])
         ((X, Y), torch.tensor([], dtype=torch.int64), {}, "must not be empty"),
         ((X, Y), torch.tensor([1.0]), {}, r"indices must be int64 \[r\], got torch.float32"),
         (X, ONE, {}, "the training data has no labels"),
+        ((X, Y), torch.ones(6, dtype=torch.bool), {}, r"got a mask; pass mask.nonzero\(\)"),
+        ((X, Y), ONE, {"damping": "auto"}, "damping must be a number, got 'auto'"),
         ((X, Y), ONE, {"damping": -1.0}, "damping must be a finite number >= 0"),
         ((X, Y), ONE, {"weight_decay": -1.0}, "weight_decay must be a finite number >= 0, got -1.0"),
         ((X, Y), ONE, {"weight_decay": 0.0}, "not positive definite: .* would do"),

@@ -1,6 +1,7 @@
 """Networks, their training and their checkpoints."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -185,6 +186,50 @@ def test_a_state_that_does_not_fit_is_described(stored, name, value, words):
     save_file({key: tensor for key, tensor in state.items() if tensor is not None}, path, {"fastif": json.dumps(facts)})
     with pytest.raises(ValueError, match=words):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("architecture", "resnet", "architecture must be one of cnn, vgg11, got 'resnet'"),
+        ("architecture", [], "architecture must be one of"),
+        ("width", 65, "width must be a number in (0, 64], got 65"),
+        ("width", 0, "width must be"),
+        ("width", float("nan"), "width must be"),
+        ("width", "1", "width must be"),
+        ("width", True, "width must be"),
+        ("epochs", 0, "epochs must be an integer >= 1, got 0"),
+        ("epochs", 1.5, "epochs must be an integer >= 1, got 1.5"),
+        ("lr", float("inf"), "lr must be a positive number, got inf"),
+        ("lr", None, "lr must be"),
+        ("batch_size", -1, "batch_size must be an integer >= 1, got -1"),
+        ("weight_decay", 0, "weight_decay must be a positive number, got 0"),
+        ("seed", -1, "seed must be an integer in [0, 2^63), got -1"),
+        ("seed", 2**63, "seed must be an integer in [0, 2^63)"),
+        ("data", 3, "data must be a string, got 3"),
+        ("classes", "ab", "classes must be a list of strings, got 'ab'"),
+        ("classes", [], "classes must be"),
+        ("classes", [0, 1], "classes must be"),
+        ("shape", [8, 8], "shape must be three integers in [1, 65536), got [8, 8]"),
+        ("shape", [1, 8, 0], "shape must be"),
+        ("shape", [1, 8, 8.0], "shape must be"),
+        ("shape", [10**30, 8, 8], "shape must be"),
+        ("shape", None, "shape must be"),
+        ("shape", [65_535, 8, 8], "does not fit its architecture cnn: body.0.weight must be [4, 65535, 3, 3]"),
+    ],
+)
+def test_facts_that_cannot_be_are_named(stored, name, value, words):
+    path, checkpoint = stored
+    facts = {**TINY._asdict(), "data": "digits", "classes": ["a", "b"], "shape": [1, 8, 8]}
+    save_file(checkpoint.model.state_dict(), path, {"fastif": json.dumps({**facts, name: value})})
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        load_checkpoint(path)
+    assert str(path) in str(caught.value)
+    del facts[name]
+    for entry, missing in ((facts, f"{name} is missing"), ([], "must be a JSON object, got []")):
+        save_file(checkpoint.model.state_dict(), path, {"fastif": json.dumps(entry)})
+        with pytest.raises(ValueError, match=re.escape(missing)):
+            load_checkpoint(path)
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, stored):

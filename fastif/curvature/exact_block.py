@@ -45,8 +45,12 @@ class ExactBlock:
         self, inputs: Tensor, logits: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
     ) -> ExactBlock:
         """Builds the curvature anew; arguments as in `update`."""
-        self._block = None
-        return self.update(inputs, logits, labels, weights)
+        before, self._block = self._block, None
+        try:
+            return self.update(inputs, logits, labels, weights)
+        except Exception:
+            self._block = before
+            raise
 
     def update(
         self, inputs: Tensor, logits: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
@@ -59,7 +63,7 @@ class ExactBlock:
             labels: [n] int64, needed for "empirical_fisher".
             weights: [n] >= 0; default 1/n each. Over all batches they should sum to 1 for the curvature of a mean loss.
         """
-        return self._add(inputs, logits, labels, weights, sign=1)
+        return self._add("update", inputs, logits, labels, weights, sign=1)
 
     def downdate(
         self, inputs: Tensor, logits: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
@@ -67,7 +71,7 @@ class ExactBlock:
         """Takes examples out again; arguments as in `update`, weights as they were added. docs/math.md (14)."""
         if self._block is None:
             raise ValueError("ExactBlock: downdate needs a fitted block; call fit or update first")
-        return self._add(inputs, logits, labels, weights, sign=-1)
+        return self._add("downdate", inputs, logits, labels, weights, sign=-1)
 
     def solve(self, rhs: Tensor) -> Tensor:
         """(G + λI)⁻¹ rhs for rhs [..., c, d], in the dtype of rhs. Raises NotPositiveDefinite with a diagnosis."""
@@ -110,42 +114,65 @@ class ExactBlock:
             raise ValueError(f"ExactBlock.{op}: rhs must be [..., c={c}, d={d}], got {list(rhs.shape)}")
         return rhs.reshape(-1, c * d).T.to(self.factor)
 
-    def _add(self, inputs: Tensor, logits: Tensor, labels: Tensor | None, weights: Tensor | None, sign: int):
-        if logits.dim() != 2 or inputs.dim() != 2 or logits.shape[0] != inputs.shape[0]:
-            raise ValueError(
-                "ExactBlock: inputs must be [n, d] and logits [n, c], "
-                f"got {list(inputs.shape)} and {list(logits.shape)}"
-            )
-        if inputs.shape[0] == 0:
-            raise ValueError("ExactBlock: inputs must hold at least one example, got 0")
+    def _add(
+        self, name: str, inputs: Tensor, logits: Tensor, labels: Tensor | None, weights: Tensor | None, sign: int
+    ) -> ExactBlock:
+        op = f"ExactBlock.{name}"
+        check_layer(op, inputs, logits)
         (n, d), c = inputs.shape, logits.shape[1]
-        if weights is None:
-            weights = inputs.new_full((n,), 1 / n)
-        weights = weights.to(inputs)
-        if self._block is None:
-            self._block = inputs.new_zeros((c, d, c, d))
-        elif self._block.shape != (c, d, c, d):
-            raise ValueError(
-                f"ExactBlock: batches must agree with the block [c, d] = {list(self._block.shape[:2])}, got [{c}, {d}]"
-            )
-        self._factor = None
+        if labels is not None:
+            check_labels(op, labels, n, c)
+        elif self.matrix == "empirical_fisher":
+            raise ValueError(f"{op}: matrix='empirical_fisher' needs labels")
+        if self._block is not None and self._block.shape != (c, d, c, d):
+            held = list(self._block.shape[:2])
+            raise ValueError(f"{op}: a batch must agree with the block's [c, d] = {held}, got [{c}, {d}]")
+        weights = inputs.new_full((n,), 1 / n) if weights is None else weights.to(inputs)
+        if weights.shape != (n,) or not bool((weights.isfinite() & (weights >= 0)).all()):
+            raise ValueError(f"{op}: weights must be [n={n}], finite and >= 0, got shape {list(weights.shape)}")
         probs = logits.to(inputs.dtype).softmax(1)
-        if self.matrix == "empirical_fisher":
-            self._add_empirical_fisher(inputs, probs, labels, sign * weights)
-        elif sign > 0:
+        # Nothing is changed before a batch has passed every check: a refused one leaves the block as it was.
+        if self.matrix != "empirical_fisher" and self._block is not None and sign > 0:
             ops.ggn_block(inputs, probs, weights, out=self._block)
         else:
-            self._block -= ops.ggn_block(inputs, probs, weights)
+            if self.matrix == "empirical_fisher":
+                assert labels is not None
+                batch = empirical_fisher(inputs, output_grads(probs, labels), weights)
+            else:
+                batch = ops.ggn_block(inputs, probs, weights)
+            self._block = batch if self._block is None else self._block.add_(batch, alpha=sign)
+        self._factor = None
         return self
 
-    def _add_empirical_fisher(self, inputs: Tensor, probs: Tensor, labels: Tensor | None, weights: Tensor) -> None:
-        if labels is None:
-            raise ValueError("ExactBlock: matrix='empirical_fisher' needs labels")
-        residuals = output_grads(probs, labels)
-        rows = self.block.view(probs.shape[1] * inputs.shape[1], -1)
-        for a, u, w in zip(inputs.split(_ROWS), residuals.split(_ROWS), weights.split(_ROWS), strict=True):
-            gradients = (u[:, :, None] * a[:, None, :]).flatten(1)  # [rows, c·d]
-            rows.addmm_((gradients * w[:, None]).T, gradients)
+
+def empirical_fisher(inputs: Tensor, residuals: Tensor, weights: Tensor) -> Tensor:
+    """Σ_i w_i g_i g_iᵀ as [c, d, c, d] for the gradients g_i = residuals_i inputs_iᵀ, docs/math.md (6)."""
+    (_, d), c = inputs.shape, residuals.shape[1]
+    block = inputs.new_zeros((c * d, c * d))
+    for a, u, w in zip(inputs.split(_ROWS), residuals.split(_ROWS), weights.split(_ROWS), strict=True):
+        gradients = (u[:, :, None] * a[:, None, :]).flatten(1)  # [rows, c·d]
+        block.addmm_((gradients * w[:, None]).T, gradients)
+    if not bool(block.isfinite().all()):
+        raise ValueError("ExactBlock: the empirical Fisher is not finite; look for NaN, Inf or overflow in the inputs")
+    return block.view(c, d, c, d)
+
+
+def check_layer(op: str, inputs: Tensor, logits: Tensor) -> None:
+    if logits.dim() != 2 or inputs.dim() != 2 or logits.shape[0] != inputs.shape[0]:
+        raise ValueError(
+            f"{op}: inputs must be [n, d] and logits [n, c], got {list(inputs.shape)} and {list(logits.shape)}"
+        )
+    if inputs.shape[0] == 0:
+        raise ValueError(f"{op}: inputs must hold at least one example, got 0")
+    if inputs.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op}: inputs must be float32 or float64, got {inputs.dtype}")
+
+
+def check_labels(op: str, labels: Tensor, n: int, c: int) -> None:
+    if labels.dtype != torch.int64 or labels.shape != (n,):
+        raise ValueError(f"{op}: labels must be int64 [n={n}], got {labels.dtype} {list(labels.shape)}")
+    if n and not 0 <= int(labels.min()) <= int(labels.max()) < c:
+        raise ValueError(f"{op}: labels must be in [0, c={c}), got {int(labels.min())} to {int(labels.max())}")
 
 
 def output_grads(probs: Tensor, labels: Tensor) -> Tensor:

@@ -8,12 +8,15 @@ no stop and no sampler depends on them.
 import hashlib
 import inspect
 import json
+import math
+import operator
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +75,20 @@ def class_removal(
     is kept in `out/rows.jsonl`, and the same call with `resume=True` goes on from there.
 
     Raises ValueError for settings that name no such thing, labels that are missing, classes without held-out examples,
-    and for a resumption with other settings than before, with the list of differences.
+    and for a resumption with other settings, model or data than before, with the list of differences; TypeError for
+    settings of the wrong type.
     """
     began = time.perf_counter()
     chosen = choose_samplers(samplers)
     seeds = check_seeds(seeds)
+    (steps,) = _integers("steps", "an integer", [steps])
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if not (isinstance(weight_decay, Real) and 0 < weight_decay < math.inf):
+        raise ValueError(f"weight_decay must be > 0 and finite, got {weight_decay!r}")
+    if not (isinstance(damping, Real) and 0 <= damping < math.inf):
+        raise ValueError(f"damping must be a finite number >= 0, got {damping!r}")
+    weight_decay, damping = float(weight_decay), float(damping)
     _, layer = find_head(model, head)
     removed_classes = check_classes(classes, layer.out_features)
     features, labels = _labelled("train", extract(model, train, head=head, device=device, progress=progress))
@@ -97,6 +107,7 @@ def class_removal(
         "retrain": retrain is not None,
         "model": _fingerprint(model.state_dict().values()),
         "labels": _fingerprint((labels, held_labels)),
+        "examples": _fingerprint((features, held_features)),
     }
     out = None if out is None else Path(out)
     if out is not None:
@@ -279,16 +290,23 @@ def _retrained(
 def choose_samplers(samplers: Iterable[str | tuple[str, Sampler]]) -> list[tuple[str, Sampler]]:
     """Names as they are in `fastif.samplers` ("-" passes for "_") become pairs (name, function); pairs stay.
 
-    Raises ValueError for a name that is none of `SAMPLERS`, listing them, for a name given twice, and for none at all.
+    Raises ValueError for a name that is none of `SAMPLERS`, listing them, for a name given twice, and for none at all,
+    TypeError for what is neither a name nor a pair.
     """
     chosen: list[tuple[str, Sampler]] = []
-    for sampler in [samplers] if isinstance(samplers, str) else samplers:
-        name, function = (sampler.strip().replace("-", "_"), None) if isinstance(sampler, str) else sampler
-        if function is None:
+    for sampler in _entries("samplers", "names or pairs (name, function)", samplers):
+        if isinstance(sampler, str):
+            name = sampler.strip().replace("-", "_")
             if name not in SAMPLERS:
                 raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
-            function = getattr(sampling, name)
-        chosen.append((name, function))
+            chosen.append((name, getattr(sampling, name)))
+        elif isinstance(sampler, tuple | list) and [isinstance(part, str) for part in sampler] == [True, False]:
+            name, function = sampler
+            if not callable(function):
+                raise TypeError(f"the sampler {name} must be a function, got {function!r}")
+            chosen.append((name, function))
+        else:
+            raise TypeError(f"samplers must be names or pairs (name, function), got {sampler!r}")
     names = [name for name, _ in chosen]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"samplers must be given, each name once, got {', '.join(names) or 'none'}")
@@ -302,13 +320,14 @@ def check_budgets(k: int | str | Iterable[int | str], n: int) -> list[int]:
     [500, 250]
     """
     budgets: list[int] = []
-    for entry in [k] if isinstance(k, int | str) else k:
-        text = str(entry).strip()
+    rule = 'a number of examples or a percentage such as "0.5%"'
+    for entry in _entries("k", rule, k):
+        text = entry.strip() if isinstance(entry, str) else str(*_integers("k", rule, [entry]))
         try:
             share = text.endswith("%")
             number = float(text[:-1]) * n / 100 if share else int(text)
         except ValueError:
-            raise ValueError(f'k must be a number of examples or a percentage such as "0.5%", got {entry!r}') from None
+            raise ValueError(f"k must be {rule}, got {entry!r}") from None
         if not 0 < number <= n:
             raise ValueError(f"k must be in [1, n={n}] or (0%, 100%], got {entry!r}")
         budgets.append(max(1, round(number)))
@@ -317,22 +336,50 @@ def check_budgets(k: int | str | Iterable[int | str], n: int) -> list[int]:
     return list(dict.fromkeys(budgets))
 
 
+_MOST_SEEDS = 10**6
+
+
 def check_seeds(seeds: int | Iterable[int]) -> list[int]:
     """The seeds 0 .. seeds - 1, or the seeds themselves."""
-    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    rule = "a number >= 1, or distinct numbers >= 0"
+    chosen = _integers("seeds", rule, _entries("seeds", rule, seeds))
+    if isinstance(seeds, Integral):
+        chosen = list(range(min(chosen[0], _MOST_SEEDS + 1)))
+    if len(chosen) > _MOST_SEEDS or max(chosen, default=0) >= 2**43:  # times 1,000,003 they must fit in 63 bits
+        raise ValueError(f"seeds must be at most {_MOST_SEEDS}, each below 2^43, got {seeds!r}")
     if not chosen or min(chosen) < 0 or len(set(chosen)) < len(chosen):
-        raise ValueError(f"seeds must be a number >= 1, or distinct numbers >= 0, got {seeds!r}")
+        raise ValueError(f"seeds must be {rule}, got {seeds!r}")
     return chosen
 
 
 def check_classes(classes: Iterable[int] | None, c: int) -> list[int]:
     """The classes to remove, ascending; None means all c."""
-    chosen = list(range(c)) if classes is None else sorted(set(classes))
+    if isinstance(classes, Integral):
+        raise TypeError(f"classes must be a list of numbers, got {classes!r}")
+    chosen = range(c) if classes is None else _integers("classes", "numbers", _entries("classes", "numbers", classes))
+    chosen = sorted(set(chosen))
     if outside := [str(label) for label in chosen if not 0 <= label < c]:
         raise ValueError(f"classes must be in [0, c={c}), got {', '.join(outside)}")
     if not chosen:
         raise ValueError("classes must be given, got none")
     return chosen
+
+
+def _entries(name: str, rule: str, given: Any) -> list[Any]:
+    """What was given, as a list: of one entry for a string or an integer."""
+    if isinstance(given, str | Integral):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{name} must be {rule}, got {given!r}")
+    return list(given)
+
+
+def _integers(name: str, rule: str, given: list[Any]) -> list[int]:
+    """Integers, numpy's among them, as int."""
+    try:
+        return [operator.index(value) for value in given]
+    except TypeError:
+        raise TypeError(f"{name} must be {rule}, got {', '.join(map(repr, given))}") from None
 
 
 def _check_examples(name: str, labels: Tensor, classes: Iterable[int]) -> None:
@@ -369,8 +416,8 @@ def _finished(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        found = {name: results["meta"][name] for name in settings}
-    except (ValueError, KeyError, TypeError) as error:
+        found = {name: results["meta"].get(name) for name in settings}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a results file of class_removal: {error!r}") from error
     refuse_differences(path, found, settings)
     return results
@@ -378,19 +425,18 @@ def _finished(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Where and with what a figure was measured."""
-    import fastif
-
+    build = ops.build_info()
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "versions": {
-            "fastif": fastif.__version__,
+            "fastif": build["fastif"],
             "torch": torch.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
-        "build": ops.build_info(),
+        "build": build,
     }
 
 

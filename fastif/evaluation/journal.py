@@ -11,14 +11,14 @@ class Journal:
     """Records of a job under way, in the file `path` (None: nowhere); its first line is the job's settings.
 
     `append` returns when the record is on the disk: what was finished before a crash or Ctrl-C is not lost. The file
-    exists exactly while the job is unfinished.
+    exists from the first record until the job is finished.
 
     Raises ValueError where `path` holds an unfinished job and `resume` is false, where it holds one with other
     settings (each difference named), and where a line other than a torn last one cannot be read.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any], resume: bool):
-        self.path = path
+        self.path, self.settings = path, settings
         self.kept: list[dict[str, Any]] = []  # records of the job that is being resumed
         if path is None:
             return
@@ -27,8 +27,7 @@ class Journal:
                 raise ValueError(f"{path} holds an unfinished job; resume it, or remove the file")
             found, *self.kept = _read_lines(path) or [{"settings": {}}]
             refuse_differences(path, found.get("settings", {}), settings)
-        lines = "".join(_line(record) for record in ({"settings": settings}, *self.kept))
-        write_whole(path, lines)
+            write_whole(path, "".join(_line(record) for record in ({"settings": settings}, *self.kept)))
 
     def of_kind(self, kind: str) -> Iterator[Any]:
         """What was kept under the name `kind`, in the order of writing."""
@@ -37,6 +36,8 @@ class Journal:
     def append(self, kind: str, value: Any) -> None:
         if self.path is None:
             return
+        if not self.path.exists():
+            write_whole(self.path, _line({"settings": self.settings}))
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line({kind: value}))
             file.flush()

@@ -1,8 +1,10 @@
 """Training the networks of the experiments, and keeping them in safetensors files."""
 
 import json
+import math
 import os
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastif.evaluation.models import build
+from fastif.evaluation.models import ARCHITECTURES, build
 
 
 class Recipe(NamedTuple):
@@ -31,6 +33,9 @@ RECIPES = {
     "fashion-mnist": Recipe("cnn", 1.0, 6, 0.1, 128, 5e-4, 0),
     "cifar10": Recipe("vgg11", 1.0, 15, 0.1, 128, 5e-4, 0),
 }
+
+
+MAX_WIDTH = 64  # a factor on channels; the work grows with its square
 
 
 def train(
@@ -116,7 +121,8 @@ def load_checkpoint(path: str | Path, expect: Mapping[str, Any] | None = None) -
     `expect` gives facts that must hold, by the names of Recipe's and Checkpoint's fields: {"data": "digits"}.
 
     Raises FileNotFoundError, and ValueError that names the file: where it is damaged, where something else wrote it,
-    where its tensors are not those of its architecture, and where a fact differs from the expected one (each named).
+    where a fact in its metadata cannot be (named), where its tensors are not those of its architecture, and where a
+    fact differs from the expected one (each named).
     """
     from safetensors import SafetensorError, safe_open
 
@@ -133,24 +139,65 @@ def load_checkpoint(path: str | Path, expect: Mapping[str, Any] | None = None) -
         raise ValueError(f"{path} was not written by fastif: its metadata lacks the entry 'fastif'")
     try:
         facts = json.loads(metadata["fastif"])
-        recipe = Recipe(**{name: facts[name] for name in Recipe._fields})
-        data, classes, shape = str(facts["data"]), tuple(facts["classes"]), tuple(facts["shape"])
-        model = build(recipe.architecture, shape, len(classes), width=recipe.width, seed=recipe.seed)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} has metadata that make no network: {error!r}") from error
-    checkpoint = Checkpoint(model, recipe, data, classes, shape)
-    known = {**checkpoint._asdict(), **recipe._asdict()}
+        _check_facts(facts)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has metadata that make no network: {error}") from error
+    recipe = Recipe(**{name: facts[name] for name in Recipe._fields})
+    data, classes, shape = facts["data"], tuple(facts["classes"]), tuple(facts["shape"])
+    known = {**recipe._asdict(), "data": data, "classes": classes, "shape": shape}
     if differing := [
         f"{name} is {known[name]!r}, expected {value!r}"
         for name, value in (expect or {}).items()
         if known[name] != value
     ]:
         raise ValueError(f"{path} holds another network: {'; '.join(differing)}")
-    if difference := _first_difference(model.state_dict(), state):
+    with torch.device("meta"):  # the shapes alone: nothing is allocated for a network that the file does not hold
+        expected = build(recipe.architecture, shape, len(classes), width=recipe.width).state_dict()
+    if difference := _first_difference(expected, state):
         raise ValueError(f"{path} does not fit its architecture {recipe.architecture}: {difference}")
+    model = build(recipe.architecture, shape, len(classes), width=recipe.width, seed=recipe.seed)
     model.load_state_dict(state)
-    model.eval()
-    return checkpoint
+    return Checkpoint(model.eval(), recipe, data, classes, shape)
+
+
+def _whole(value: Any, least: int = 1, below: int = 2**63) -> bool:
+    return type(value) is int and least <= value < below
+
+
+def _positive(value: Any, most: float = math.inf) -> bool:
+    return type(value) in (int, float) and 0 < value <= most and value < math.inf
+
+
+# What save_checkpoint writes: for each fact, whether a value can be one, and the rule in words.
+_FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "architecture": (lambda value: value in ARCHITECTURES, f"one of {', '.join(ARCHITECTURES)}"),
+    "width": (lambda value: _positive(value, MAX_WIDTH), f"a number in (0, {MAX_WIDTH}]"),
+    "epochs": (_whole, "an integer >= 1"),
+    "lr": (_positive, "a positive number"),
+    "batch_size": (_whole, "an integer >= 1"),
+    "weight_decay": (_positive, "a positive number"),
+    "seed": (lambda value: _whole(value, 0), "an integer in [0, 2^63)"),
+    "data": (lambda value: type(value) is str, "a string"),
+    "classes": (lambda value: _list_of(value, lambda name: type(name) is str), "a list of strings"),
+    "shape": (
+        lambda value: _list_of(value, lambda size: _whole(size, 1, 2**16)) and len(value) == 3,
+        f"three integers in [1, {2**16})",
+    ),
+}
+
+
+def _list_of(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return type(value) is list and len(value) > 0 and all(map(holds, value))
+
+
+def _check_facts(facts: Any) -> None:
+    if not isinstance(facts, dict):
+        raise ValueError(f"the entry 'fastif' must be a JSON object, got {reprlib.repr(facts)}")
+    for name, (holds, rule) in _FACTS.items():
+        if name not in facts:
+            raise ValueError(f"{name} is missing")
+        if not holds(facts[name]):
+            raise ValueError(f"{name} must be {rule}, got {reprlib.repr(facts[name])}")
 
 
 def _first_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:

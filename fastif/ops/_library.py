@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from fastif._version import __version__
+
 # As in csrc/ops.cpp; needed here only where the extension is absent (a test holds the two against each other).
 SCHEMAS = {
     "farthest_first": "(Tensor points, int k, int start=0) -> "
@@ -49,10 +51,14 @@ def plain(name: str) -> Callable[[Callable], Callable]:
     """Registers a plain torch formulation of op `name` where no compiled kernel exists."""
 
     def register(formulation: Callable) -> Callable:
+        def exact(*args, **kwargs):  # the kernels know no autocast either
+            with torch.autocast(args[0].device.type, enabled=False):
+                return formulation(*args, **kwargs)
+
         if not compiled:
-            _definitions.impl(name, formulation, "CompositeExplicitAutograd")
+            _definitions.impl(name, exact, "CompositeExplicitAutograd")
         elif not compiled_for_cuda:
-            _definitions.impl(name, formulation, "CUDA")
+            _definitions.impl(name, exact, "CUDA")
         return formulation
 
     return register
@@ -61,6 +67,7 @@ def plain(name: str) -> Callable[[Callable], Callable]:
 def build_info() -> dict[str, object]:
     """What was built and what runs: `compiled`, `cuda` (kernels built), `isa` (CPU vector instructions), versions."""
     return {
+        "fastif": __version__,
         "compiled": compiled,
         "cuda": compiled_for_cuda,
         "isa": extension.isa() if extension is not None else "plain torch",

@@ -30,6 +30,8 @@ def farthest_first(points: Tensor, k: int, start: int = 0) -> FarthestFirst:
     points, or as much as they where the processor has no AVX512-VNNI. The environment variable FASTIF_KCENTER, plain
     or lazy, forces one kernel; the result is the same.
 
+    Not differentiable.
+
     Args:
         points: [n, d] float32 or float64, finite; float64 entries at most 1e150 in size.
         k: number of picks, 1 to n. Where distinct points run out, the remaining picks have distance 0 and the lowest
@@ -44,12 +46,13 @@ def farthest_first(points: Tensor, k: int, start: int = 0) -> FarthestFirst:
     >>> farthest_first(points, k=3).indices.tolist()
     [0, 3, 2]
     """
-    return FarthestFirst(*torch.ops.fastif.farthest_first(points, k, start))
+    return FarthestFirst(*torch.ops.fastif.farthest_first(points.detach(), k, start))
 
 
 @torch.library.register_fake("fastif::farthest_first")
 def _fake(points, k, start=0):
     n = points.shape[0]
+    torch._check_value(1 <= k <= n, lambda: f"farthest_first: k must be in [1, n={n}], got k={k}")
     return (
         points.new_empty((k,), dtype=torch.int64),
         points.new_empty((k,), dtype=torch.float64),

@@ -13,7 +13,7 @@ def ggn_block(features: Tensor, probs: Tensor, weights: Tensor | None = None, *,
     """Adds Σ_i w_i (diag(p_i) − p_i p_iᵀ) ⊗ a_i a_iᵀ to `out` and returns it: the GGN of a linear layer with softmax.
 
     The entry for weight [a, j] and weight [b, k] is out[a, j, b, k]. The diagonal of the first factor is formed as
-    p_a Σ_{b≠a} p_b, which is p_a (1 − p_a) without its cancellation. docs/math.md (6).
+    p_a Σ_{b≠a} p_b, which is p_a (1 − p_a) without its cancellation. Not differentiable. docs/math.md (6).
 
     Args:
         features: [n, d] float32 or float64, the inputs a_i of the layer.
@@ -38,17 +38,17 @@ def ggn_block(features: Tensor, probs: Tensor, weights: Tensor | None = None, *,
         check.rank("ggn_block", "probs", "[n, c]", probs, 2)
         c, d = probs.shape[1], features.shape[1]
         out = features.new_zeros((c, d, c, d))
-    torch.ops.fastif.ggn_block_(out, features, probs, weights)
+    check.require(not out.requires_grad, "ggn_block: out must not require grad (the op is not differentiable)")
+    torch.ops.fastif.ggn_block_(out, features.detach(), probs.detach(), weights.detach())
     return out
 
 
 @torch.library.register_fake("fastif::ggn_block_")
 def _fake(out, features, probs, weights):
-    return None
+    _check_shapes(out, features, probs, weights)
 
 
-@plain("ggn_block_")
-def _plain(out, features, probs, weights):
+def _check_shapes(out, features, probs, weights):
     op = "ggn_block"
     check.rank(op, "features", "[n, d]", features, 2)
     check.rank(op, "probs", "[n, c]", probs, 2)
@@ -68,8 +68,20 @@ def _plain(out, features, probs, weights):
         f"{op}: out must be a contiguous [c, d, c, d] = [{c}, {d}, {c}, {d}], got {list(out.shape)} "
         f"with strides {list(out.stride())}",
     )
+
+
+@plain("ggn_block_")
+def _plain(out, features, probs, weights):
+    op = "ggn_block"
+    _check_shapes(out, features, probs, weights)
+    c = probs.shape[1]
     for name, x in (("features", features), ("probs", probs), ("weights", weights)):
         check.finite_rows(op, name, x)
+    largest, total = features.abs().max().item(), weights.sum().item()
+    check.require(
+        largest * largest * total <= (1e38 if features.dtype == torch.float32 else 1e300),
+        f"{op}: the result overflows: the largest |feature| is {largest:g}, the weights sum to {total:g}",
+    )
     check.require(weights.min().item() >= 0, f"{op}: weights must be >= 0, got {weights.min().item():g}")
     check.require(probs.min().item() >= 0, f"{op}: probs must be >= 0, got {probs.min().item():g}")
     off = (probs.sum(1) - 1).abs()

@@ -76,16 +76,21 @@ def _with_positions(inputs: Tensor, output_grads: Tensor) -> tuple[Tensor, Tenso
 
 @torch.library.register_fake("fastif::per_sample_grad_accumulate")
 def _(inputs, output_grads, weights, groups, num_groups):
+    _check_linear_map("per_sample_grad.accumulate", inputs, output_grads)
+    check.same_type("per_sample_grad.accumulate", "weights", weights, "inputs", inputs)
     return inputs.new_empty((num_groups, output_grads.shape[2], inputs.shape[2]))
 
 
 @torch.library.register_fake("fastif::per_sample_grad_sq_norms")
 def _(inputs, output_grads):
+    _check_linear_map("per_sample_grad.sq_norms", inputs, output_grads)
     return inputs.new_empty((inputs.shape[0],))
 
 
 @torch.library.register_fake("fastif::per_sample_grad_dots")
 def _(inputs, output_grads, directions):
+    _check_linear_map("per_sample_grad.dots", inputs, output_grads)
+    check.same_type("per_sample_grad.dots", "directions", directions, "inputs", inputs)
     return inputs.new_empty((directions.shape[0], inputs.shape[0]))
 
 

@@ -133,6 +133,10 @@ def test_threads_do_not_matter():
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
+def test_gradients_are_cut():
+    assert not any(out.requires_grad for out in farthest_first(torch.randn(4, 2, requires_grad=True), 2))
+
+
 def test_opcheck():
     torch.library.opcheck(torch.ops.fastif.farthest_first.default, (torch.randn(20, 5), 4, 1))
 

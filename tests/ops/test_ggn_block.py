@@ -140,6 +140,25 @@ def test_bad_input(args, out, error, message):
         ggn_block(*args, out=out)
 
 
+def test_overflow_is_refused():
+    with pytest.raises(
+        ValueError, match=r"the result overflows: the largest \|feature\| is 1e\+25, the weights sum to 1"
+    ):
+        ggn_block(torch.full((4, 2), 1e25), torch.full((4, 2), 0.5))
+
+
+def test_gradients_are_refused_or_cut():
+    features = torch.randn(3, 2, requires_grad=True)
+    assert not ggn_block(features, GOOD[1]).requires_grad
+    with pytest.raises(ValueError, match="out must not require grad"):
+        ggn_block(*GOOD, out=torch.zeros(4, 2, 4, 2, requires_grad=True))
+
+
+def test_meta_tensors_among_others_are_refused():
+    with pytest.raises(ValueError, match="on the device of features"):
+        ggn_block(GOOD[0], GOOD[1].to("meta"), GOOD[2])
+
+
 def test_bad_input_leaves_out_as_it_was():
     out = torch.ones(4, 2, 4, 2)
     with pytest.raises(ValueError, match="finite"):

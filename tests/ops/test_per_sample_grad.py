@@ -132,6 +132,18 @@ def test_opcheck_and_gradcheck(op, args):
     assert torch.autograd.gradcheck(op, args)
 
 
+def test_autocast_does_not_matter():
+    inputs, output_grads, _ = problem(5, 9, 4, 3, torch.float32)
+    plain = per_sample_grad.sq_norms(inputs, output_grads)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(per_sample_grad.sq_norms(inputs, output_grads), plain)
+
+
+def test_meta_tensors_among_others_are_refused():
+    with pytest.raises(ValueError, match="directions must be on the device of inputs"):
+        per_sample_grad.dots(A, U, V.to("meta"))
+
+
 A, U, V = torch.randn(3, 2, 5), torch.randn(3, 2, 4), torch.randn(2, 4, 5)
 W, G = torch.ones(3), torch.tensor([0, 1, 0])
 

@@ -106,6 +106,6 @@ def test_plain_checks_say_what_the_compiled_ones_say():
 
 def test_build_info_says_what_was_built():
     info = build_info()
-    assert {"compiled", "cuda", "isa", "torch", "cuda_device", "threads"} == set(info)
+    assert {"fastif", "compiled", "cuda", "isa", "torch", "cuda_device", "threads"} == set(info)
     if info["compiled"]:
         assert info["isa"] in ("avx512", "avx2", "generic")
