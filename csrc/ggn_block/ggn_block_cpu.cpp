@@ -30,7 +30,7 @@ using Micro = void (*)(const float* scaled, const float* columns, int64_t rows, 
 __attribute__((target("avx512f"))) void micro_avx512(const float* scaled, const float* columns, int64_t rows,
                                                      float* tile) {
   __m512 sum[kMicroRows][2] = {};
-  for (int64_t i = 0; i < rows; ++i, scaled += kMicroRows, columns += kTile) {
+  for (int64_t i = 0; i < rows; ++i, scaled += kTile, columns += kTile) {
     const __m512 left = _mm512_loadu_ps(columns), right = _mm512_loadu_ps(columns + 16);
 #pragma GCC unroll 8
     for (int m = 0; m < kMicroRows; ++m) {
@@ -53,7 +53,7 @@ __attribute__((target("avx2,fma"))) void micro_avx2(const float* scaled, const f
     const float* s = scaled + quarter / 2 * 4;
     const float* x = columns + quarter % 2 * 16;
     __m256 sum[4][2] = {};
-    for (int64_t i = 0; i < rows; ++i, s += kMicroRows, x += kTile) {
+    for (int64_t i = 0; i < rows; ++i, s += kTile, x += kTile) {
       const __m256 left = _mm256_loadu_ps(x), right = _mm256_loadu_ps(x + 8);
 #pragma GCC unroll 4
       for (int m = 0; m < 4; ++m) {
@@ -89,14 +89,11 @@ void copy_columns(const float* features, int64_t rows, int64_t d, int64_t first,
   }
 }
 
-// scaled[m / 8][i][m % 8] = factor[i] * columns[i][m]: the order in which the micro kernel reads it.
-FASTIF_CLONES void scale_columns(const float* columns, const float* factor, int64_t rows, int64_t micros,
-                                 float* scaled) {
-  for (int64_t micro = 0; micro < micros; ++micro) {
-    const float* x = columns + micro * kMicroRows;
-    for (int64_t i = 0; i < rows; ++i, x += kTile, scaled += kMicroRows) {
-      for (int64_t m = 0; m < kMicroRows; ++m) scaled[m] = factor[i] * x[m];
-    }
+// scaled[i][m] = factor[i] * columns[i][m].
+FASTIF_CLONES void scale_columns(const float* __restrict__ columns, const float* __restrict__ factor, int64_t rows,
+                                 float* __restrict__ scaled) {
+  for (int64_t i = 0; i < rows; ++i, columns += kTile, scaled += kTile) {
+    for (int64_t m = 0; m < kTile; ++m) scaled[m] = factor[i] * columns[m];
   }
 }
 
@@ -144,7 +141,7 @@ struct Problem {
   void tile(Micro micro, int64_t row, int64_t column, float* scratch) const {
     float* left = scratch;                                // [kRows, kTile]
     float* right = left + kRows * kTile;                  // [kRows, kTile]
-    float* scaled = right + kRows * kTile;                // [kTile / 8, kRows, 8]
+    float* scaled = right + kRows * kTile;                // [kRows, kTile]
     float* factor = scaled + kRows * kTile;               // [kPairChunk, kRows]
     float* sums = factor + kPairChunk * kRows;            // [kPairChunk, kTile, kTile]
     float* diagonal = sums + kPairChunk * kTile * kTile;  // [c, kTile, kTile]
@@ -160,9 +157,9 @@ struct Problem {
         if (row != column) copy_columns(features + begin * d, rows, d, column, right);
         pair_factors(pairs + first, count, weights, class_probs, n, begin, rows, factor);
         for (int64_t p = 0; p < count; ++p) {
-          scale_columns(left, factor + p * rows, rows, micros, scaled);
+          scale_columns(left, factor + p * rows, rows, scaled);
           for (int64_t m = 0; m < micros; ++m) {
-            micro(scaled + m * rows * kMicroRows, row == column ? left : right, rows,
+            micro(scaled + m * kMicroRows, row == column ? left : right, rows,
                   sums + p * area + m * kMicroRows * kTile);
           }
         }
