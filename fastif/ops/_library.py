@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable
@@ -26,7 +27,7 @@ def _load():
     if os.environ.get("FASTIF_PLAIN") == "1":
         return None
     try:
-        from fastif import _C  # pyright: ignore[reportAttributeAccessIssue]
+        return importlib.import_module("fastif._C")
     except ImportError as error:
         warnings.warn(
             f"fastif: the compiled extension could not be loaded ({error}); every op runs as plain torch, slower. "
@@ -34,7 +35,6 @@ def _load():
             stacklevel=2,
         )
         return None
-    return _C
 
 
 extension = _load()
