@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastif.data import as_loader
+from fastif.ops._checks import first_nonfinite_row
 
 
 class Extracted(NamedTuple):
@@ -110,14 +111,6 @@ def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear
     if head not in linear:
         raise ValueError(f"extract: the head must be an nn.Linear, {head!r} is {type(modules[head]).__name__}")
     return head, linear[head]
-
-
-def first_nonfinite_row(x: Tensor) -> int | None:
-    """The first row of x [n, m] that holds NaN or Inf, or None; row sums find it without a mask of x's size."""
-    for row in (~x.sum(1, dtype=torch.float64).isfinite()).nonzero().flatten().tolist():
-        if not bool(x[row].isfinite().all()):  # finite entries may overflow the sum
-            return row
-    return None
 
 
 def _checked(name: str, calls: list[tuple[Tensor, Tensor]], output: Any, x: Any, start: int) -> tuple[Tensor, Tensor]:

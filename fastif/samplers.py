@@ -22,7 +22,7 @@ import torch
 from torch import Generator, Tensor
 
 from fastif import ops
-from fastif.features import first_nonfinite_row
+from fastif.ops._checks import first_nonfinite_row
 from fastif.systematic import check_k, classes_in_turn, systematic_picks, tails
 
 _UNIFORM = 0.1  # part of a sampling share that is the same for every example: bounds the weights by 1 / (0.1 k)

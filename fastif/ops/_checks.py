@@ -34,8 +34,14 @@ def require(rule: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def first_nonfinite_row(x: Tensor) -> int | None:
+    """The first row of x [n, m] that holds NaN or Inf, or None; row sums find it without a mask of x's size."""
+    for row in (~x.sum(1, dtype=torch.float64).isfinite()).nonzero().flatten().tolist():
+        if not bool(x[row].isfinite().all()):  # finite entries may overflow the sum
+            return row
+    return None
+
+
 def finite_rows(op: str, name: str, x: Tensor) -> None:
-    rows = x.reshape(x.shape[0], -1)
-    for i in (~rows.sum(1).isfinite()).nonzero().flatten().tolist():
-        if not rows[i].isfinite().all():
-            raise ValueError(f"{op}: {name} must be finite, row {i} holds NaN or Inf")
+    row = first_nonfinite_row(x.reshape(x.shape[0], -1))
+    require(row is None, f"{op}: {name} must be finite, row {row} holds NaN or Inf")
