@@ -14,7 +14,8 @@ TORCH_LIBRARY(fastif, m) {
   m.def(
       "per_sample_grad_accumulate(Tensor inputs, Tensor output_grads, Tensor weights, Tensor groups, int num_groups) "
       "-> Tensor");
-  m.def("per_sample_grad_sq_norms(Tensor inputs, Tensor output_grads) -> Tensor");
+  m.def("per_sample_grad_accumulate_squares(Tensor inputs, Tensor output_grads, Tensor weights) -> Tensor");
+  m.def("per_sample_grad_sq_norms(Tensor inputs, Tensor output_grads, Tensor? scale=None) -> Tensor");
   m.def("per_sample_grad_dots(Tensor inputs, Tensor output_grads, Tensor directions) -> Tensor");
 }
 

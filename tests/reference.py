@@ -50,8 +50,13 @@ def accumulate(inputs: Tensor, output_grads: Tensor, weights: Tensor, groups: Te
     return torch.einsum("ns,nod->sod", members, per_sample_grads(inputs, output_grads))
 
 
-def sq_norms(inputs: Tensor, output_grads: Tensor) -> Tensor:
-    return per_sample_grads(inputs, output_grads).square().sum((1, 2))
+def accumulate_squares(inputs: Tensor, output_grads: Tensor, weights: Tensor) -> Tensor:
+    return torch.einsum("n,nod->od", weights.double(), per_sample_grads(inputs, output_grads).square())
+
+
+def sq_norms(inputs: Tensor, output_grads: Tensor, scale: Tensor | None = None) -> Tensor:
+    squares = per_sample_grads(inputs, output_grads).square()
+    return (squares if scale is None else squares * scale.double()).sum((1, 2))
 
 
 def dots(inputs: Tensor, output_grads: Tensor, directions: Tensor) -> Tensor:

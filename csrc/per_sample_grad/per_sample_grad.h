@@ -1,20 +1,43 @@
 // per_sample_grad: sums, norms and dot products of the per-sample gradients of a linear map, which are never stored.
 //
 // Example i has inputs a_it [d] and output gradients u_it [o] at positions t; its gradient is g_i = sum_t u_it a_it^T.
-//   accumulate  [g, o, d]  out[s] = sum_{i : groups[i] = s} w_i g_i
-//   sq_norms    [n]        |g_i|^2 = sum_{t,t'} (u_it . u_it') (a_it . a_it')
-//   dots        [q, n]     <V_q, g_i> = sum_t u_it^T V_q a_it
+//   accumulate          [g, o, d]  out[s] = sum_{i : groups[i] = s} w_i g_i
+//   accumulate_squares  [o, d]     sum_i w_i g_i^2, entry by entry
+//   sq_norms            [n]        |g_i|^2 = sum_{t,t'} (u_it . u_it') (a_it . a_it');  sum_{od} R_od (g_i)_od^2 with a
+//                                  scale R
+//   dots                [q, n]     <V_q, g_i> = sum_t u_it^T V_q a_it
+// inputs and output_grads may have 16 bits; everything else, and every sum, has the result's type: float32, or float64
+// for float64 inputs.
 #pragma once
+
+#include <optional>
 
 #include "../common/checks.h"
 
 namespace fastif {
 
-inline void check_linear_map(const char* op, const at::Tensor& inputs,  // [n, t, d] float32 or float64
+inline bool has_16_bits(const at::Tensor& x) {
+  return x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
+}
+
+inline at::ScalarType result_type(const at::Tensor& inputs) {
+  return has_16_bits(inputs) ? at::kFloat : inputs.scalar_type();
+}
+
+// For weights, scale and directions.
+inline void check_result_type(const char* op, const char* name, const at::Tensor& x, const at::Tensor& inputs) {
+  TORCH_CHECK_TYPE(x.scalar_type() == result_type(inputs), op, ": ", name, " must be ", result_type(inputs),
+                   " where inputs are ", inputs.scalar_type(), ", got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.device() == inputs.device(), op, ": ", name, " must be on the device of inputs (",
+                    inputs.device(), "), got ", x.device());
+}
+
+inline void check_linear_map(const char* op, const at::Tensor& inputs,  // [n, t, d] floating, 16 to 64 bits
                              const at::Tensor& output_grads) {          // [n, t, o]
   check_rank(op, "inputs", "[n, t, d]", inputs, 3);
   check_rank(op, "output_grads", "[n, t, o]", output_grads, 3);
-  check_floating(op, "inputs", inputs);
+  TORCH_CHECK_TYPE(has_16_bits(inputs) || inputs.scalar_type() == at::kFloat || inputs.scalar_type() == at::kDouble, op,
+                   ": inputs must be floating with 16 to 64 bits, got ", inputs.scalar_type());
   check_same_type(op, "output_grads", output_grads, "inputs", inputs);
   TORCH_CHECK_VALUE(inputs.numel() > 0 && output_grads.numel() > 0, op,
                     ": inputs [n, t, d] and output_grads [n, t, o] must not be empty, got ", inputs.sizes(), " and ",
@@ -34,30 +57,52 @@ inline void check_finite_result(const char* op, const at::Tensor& result, const 
   TORCH_CHECK_VALUE(false, op, ": the result overflows ", result.scalar_type(), "; pass float64 or scale the inputs");
 }
 
+inline void check_weights(const char* op, const at::Tensor& weights, const at::Tensor& inputs) {  // [n]
+  check_rank(op, "weights", "[n]", weights, 1);
+  check_result_type(op, "weights", weights, inputs);
+  TORCH_CHECK_VALUE(weights.size(0) == inputs.size(0), op, ": weights must have n=", inputs.size(0), " entries, got ",
+                    weights.size(0));
+  check_finite_rows(op, "weights", weights);
+}
+
 inline void check_accumulate(const at::Tensor& inputs, const at::Tensor& output_grads,
                              const at::Tensor& weights,  // [n]
                              const at::Tensor& groups,   // [n] int64 in [0, num_groups)
                              int64_t num_groups) {
   constexpr auto op = "per_sample_grad.accumulate";
   check_linear_map(op, inputs, output_grads);
-  check_rank(op, "weights", "[n]", weights, 1);
+  check_weights(op, weights, inputs);
   check_rank(op, "groups", "[n]", groups, 1);
-  check_same_type(op, "weights", weights, "inputs", inputs);
   TORCH_CHECK_TYPE(groups.scalar_type() == at::kLong, op, ": groups must be int64, got ", groups.scalar_type());
   TORCH_CHECK_VALUE(groups.device() == inputs.device(), op, ": groups must be on the device of inputs (",
                     inputs.device(), "), got ", groups.device());
   const int64_t n = inputs.size(0);
-  TORCH_CHECK_VALUE(weights.size(0) == n, op, ": weights must have n=", n, " entries, got ", weights.size(0));
   TORCH_CHECK_VALUE(groups.size(0) == n, op, ": groups must have n=", n, " entries, got ", groups.size(0));
   TORCH_CHECK_VALUE(num_groups >= 1, op, ": num_groups must be >= 1, got ", num_groups);
   const int64_t lowest = groups.min().item<int64_t>(), highest = groups.max().item<int64_t>();
   TORCH_CHECK_VALUE(0 <= lowest && highest < num_groups, op, ": groups must be in [0, num_groups=", num_groups,
                     "), got ", lowest < 0 ? lowest : highest);
-  check_finite_rows(op, "weights", weights);
 }
 
-inline void check_sq_norms(const at::Tensor& inputs, const at::Tensor& output_grads) {
-  check_linear_map("per_sample_grad.sq_norms", inputs, output_grads);
+inline void check_accumulate_squares(const at::Tensor& inputs, const at::Tensor& output_grads,
+                                     const at::Tensor& weights) {  // [n]
+  constexpr auto op = "per_sample_grad.accumulate_squares";
+  check_linear_map(op, inputs, output_grads);
+  check_weights(op, weights, inputs);
+}
+
+inline void check_sq_norms(const at::Tensor& inputs, const at::Tensor& output_grads,
+                           const std::optional<at::Tensor>& scale) {  // [o, d], >= 0
+  constexpr auto op = "per_sample_grad.sq_norms";
+  check_linear_map(op, inputs, output_grads);
+  if (!scale) return;
+  check_rank(op, "scale", "[o, d]", *scale, 2);
+  check_result_type(op, "scale", *scale, inputs);
+  TORCH_CHECK_VALUE(scale->size(0) == output_grads.size(2) && scale->size(1) == inputs.size(2), op,
+                    ": scale must be [o=", output_grads.size(2), ", d=", inputs.size(2), "], got ", scale->sizes());
+  check_finite_rows(op, "scale", *scale);
+  const double lowest = scale->min().item<double>();
+  TORCH_CHECK_VALUE(lowest >= 0, op, ": scale must be >= 0, got ", lowest);
 }
 
 inline void check_dots(const at::Tensor& inputs, const at::Tensor& output_grads,
@@ -65,7 +110,7 @@ inline void check_dots(const at::Tensor& inputs, const at::Tensor& output_grads,
   constexpr auto op = "per_sample_grad.dots";
   check_linear_map(op, inputs, output_grads);
   check_rank(op, "directions", "[q, o, d]", directions, 3);
-  check_same_type(op, "directions", directions, "inputs", inputs);
+  check_result_type(op, "directions", directions, inputs);
   TORCH_CHECK_VALUE(
       directions.size(0) >= 1 && directions.size(1) == output_grads.size(2) && directions.size(2) == inputs.size(2), op,
       ": directions must be [q, o=", output_grads.size(2), ", d=", inputs.size(2), "] with q >= 1, got ",

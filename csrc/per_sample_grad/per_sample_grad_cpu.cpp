@@ -19,28 +19,58 @@ constexpr int64_t kScratchBytes = 8 << 20;  // what one chunk of intermediate re
 
 int64_t rows_in_scratch(int64_t bytes_per_row) { return std::max<int64_t>(1, kScratchBytes / bytes_per_row); }
 
+// Rows [begin, end) of x in the type of the result. Blocks are copied one at a time: 16-bit inputs never stand whole in
+// 32 bits.
+at::Tensor block_of(const at::Tensor& x, int64_t begin, int64_t end) {
+  return x.slice(0, begin, end).to(result_type(x)).contiguous();
+}
+
 at::Tensor accumulate_cpu(const at::Tensor& inputs, const at::Tensor& output_grads, const at::Tensor& weights,
                           const at::Tensor& groups, int64_t num_groups) {
   check_accumulate(inputs, output_grads, weights, groups, num_groups);
   const int64_t n = inputs.size(0), t = inputs.size(1), d = inputs.size(2), o = output_grads.size(2);
-  auto out = at::zeros({num_groups, o, d}, inputs.options());
+  auto out = at::zeros({num_groups, o, d}, weights.options());
   const auto order = groups.argsort(/*stable=*/true, /*dim=*/0, /*descending=*/false);
   const auto sorted = groups.index_select(0, order);
   const int64_t* group = sorted.const_data_ptr<int64_t>();
-  const int64_t chunk = std::min(n, rows_in_scratch(t * (o + d) * inputs.element_size()));
-  const auto scratch_a = at::empty({chunk, t, d}, inputs.options()),
-             scratch_u = at::empty({chunk, t, o}, inputs.options());
+  const int64_t chunk = std::min(n, rows_in_scratch(t * (o + d) * weights.element_size()));
+  // Into the same scratch every time: fresh memory for every chunk costs as much as the product.
+  const auto scratch_a = at::empty({chunk, t, d}, weights.options()),
+             scratch_u = at::empty({chunk, t, o}, weights.options());
+  const auto gather = [](const at::Tensor& scratch, const at::Tensor& x, const at::Tensor& members) {
+    auto rows = scratch.narrow(0, 0, members.size(0));
+    if (has_16_bits(x)) return rows.copy_(x.index_select(0, members));
+    return at::index_select_out(rows, x, 0, members);
+  };
   for (int64_t begin = 0, end = 0; begin < n; begin = end) {
     for (end = begin + 1; end < n && end - begin < chunk && group[end] == group[begin];) ++end;
-    // Into the same scratch every time: fresh memory for every chunk costs as much as the product.
-    auto a = scratch_a.narrow(0, 0, end - begin), u = scratch_u.narrow(0, 0, end - begin);
     const auto members = order.slice(0, begin, end);
-    at::index_select_out(a, inputs, 0, members);
-    at::index_select_out(u, output_grads, 0, members);
+    const auto a = gather(scratch_a, inputs, members), u = gather(scratch_u, output_grads, members);
     u.mul_(weights.index_select(0, members).view({-1, 1, 1}));
     out[group[begin]].addmm_(u.view({-1, o}).t(), a.view({-1, d}));
   }
   check_finite_result("per_sample_grad.accumulate", out, inputs, output_grads);
+  return out;
+}
+
+at::Tensor accumulate_squares_cpu(const at::Tensor& inputs, const at::Tensor& output_grads, const at::Tensor& weights) {
+  check_accumulate_squares(inputs, output_grads, weights);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const int64_t n = inputs.size(0), t = inputs.size(1), d = inputs.size(2), o = output_grads.size(2);
+  auto out = at::zeros({o, d}, weights.options());
+  const int64_t chunk = rows_in_scratch((t == 1 ? o + d : o * d) * weights.element_size());
+  for (int64_t begin = 0; begin < n; begin += chunk) {
+    const int64_t end = std::min(n, begin + chunk);
+    const auto a = block_of(inputs, begin, end), u = block_of(output_grads, begin, end);
+    const auto w = weights.slice(0, begin, end);
+    if (t == 1) {  // (g_i)_od^2 = u_io^2 a_id^2
+      out.addmm_(u.view({-1, o}).square().mul_(w.unsqueeze(1)).t(), a.view({-1, d}).square());
+    } else {
+      const auto squares = at::bmm(u.transpose(1, 2), a).square_();
+      out.view({1, o * d}).addmm_(w.unsqueeze(0), squares.view({-1, o * d}));
+    }
+  }
+  check_finite_result("per_sample_grad.accumulate_squares", out, inputs, output_grads);
   return out;
 }
 
@@ -74,38 +104,43 @@ T sq_norm_by_gram(const T* a, const T* u, int64_t t, int64_t d, int64_t o) {
   return sum;
 }
 
-at::Tensor sq_norms_cpu(const at::Tensor& inputs, const at::Tensor& output_grads) {
+at::Tensor sq_norms_cpu(const at::Tensor& inputs, const at::Tensor& output_grads,
+                        const std::optional<at::Tensor>& scale) {
   constexpr auto op = "per_sample_grad.sq_norms";
-  check_sq_norms(inputs, output_grads);
-  const auto a = inputs.contiguous(), u = output_grads.contiguous();
-  const int64_t n = a.size(0), t = a.size(1), d = a.size(2), o = u.size(2);
-  auto out = at::empty({n}, a.options());
-  if (t <= 4) {  // matrix products of that size cost more than they save
-    AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "per_sample_grad_sq_norms", [&] {
-      at::parallel_for(0, n, std::max<int64_t>(1, 65536 / (t * t * (o + d))), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          out.mutable_data_ptr<scalar_t>()[i] = sq_norm_by_gram(a.const_data_ptr<scalar_t>() + i * t * d,
-                                                                u.const_data_ptr<scalar_t>() + i * t * o, t, d, o);
-        }
-      });
-    });
-    check_finite_result(op, out, inputs, output_grads);
-    return out;
-  }
+  check_sq_norms(inputs, output_grads, scale);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const bool by_gram = t * (o + d) <= o * d;  // operations of the two routes, over t
-  const int64_t chunk = rows_in_scratch((by_gram ? 2 * t * t : o * d) * a.element_size());
+  const int64_t n = inputs.size(0), t = inputs.size(1), d = inputs.size(2), o = output_grads.size(2);
+  const auto options = inputs.options().dtype(result_type(inputs));
+  auto out = at::empty({n}, options);
+  const bool by_gram = !scale && t * (o + d) <= o * d;  // operations of the two routes, over t
+  const bool small = !scale && t <= 4;                  // matrix products of that size cost more than they save
+  const int64_t kept = small ? t * (o + d) : by_gram ? 2 * t * t : scale && t == 1 ? o + d : o * d;
+  const int64_t chunk = rows_in_scratch(kept * out.element_size());
   for (int64_t begin = 0; begin < n; begin += chunk) {
     const int64_t end = std::min(n, begin + chunk);
-    const auto ac = a.slice(0, begin, end), uc = u.slice(0, begin, end);
-    const auto left = by_gram ? at::bmm(ac, ac.transpose(1, 2)) : at::bmm(uc.transpose(1, 2), ac);
-    const auto right = by_gram ? at::bmm(uc, uc.transpose(1, 2)) : left;
-    AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "per_sample_grad_sq_norms", [&] {
-      const int64_t size = left.size(1) * left.size(2);
-      for (int64_t i = 0; i < end - begin; ++i) {
-        out.mutable_data_ptr<scalar_t>()[begin + i] =
-            row_dot(left.const_data_ptr<scalar_t>() + i * size, right.const_data_ptr<scalar_t>() + i * size, size);
-      }
+    const auto a = block_of(inputs, begin, end), u = block_of(output_grads, begin, end);
+    auto left = a, right = u;
+    if (scale && t == 1) {  // sum_od R_od u_o^2 a_d^2
+      left = at::mm(u.view({-1, o}).square(), *scale);
+      right = a.view({-1, d}).square();
+    } else if (!small && by_gram) {
+      left = at::bmm(a, a.transpose(1, 2));
+      right = at::bmm(u, u.transpose(1, 2));
+    } else if (!small) {
+      left = at::bmm(u.transpose(1, 2), a);
+      right = scale ? left.mul(*scale) : left;
+    }
+    AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "per_sample_grad_sq_norms", [&] {
+      const auto *l = left.const_data_ptr<scalar_t>(), *r = right.const_data_ptr<scalar_t>();
+      auto* to = out.mutable_data_ptr<scalar_t>() + begin;
+      const int64_t size = left.numel() / (end - begin);
+      const int64_t grain = std::max<int64_t>(1, 65536 / (small ? t * t * (o + d) : size));
+      at::parallel_for(0, end - begin, grain, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+          to[i] = small ? sq_norm_by_gram(l + i * t * d, r + i * t * o, t, d, o)
+                        : row_dot(l + i * size, r + i * size, size);
+        }
+      });
     });
   }
   check_finite_result(op, out, inputs, output_grads);
@@ -114,10 +149,10 @@ at::Tensor sq_norms_cpu(const at::Tensor& inputs, const at::Tensor& output_grads
 
 // One task is one direction and one block of rows: their product with the direction stays in the thread's cache and is
 // contracted at once, so neither [n, o, d] nor [q o, n] is ever formed.
-at::Tensor dots_cpu(const at::Tensor& inputs, const at::Tensor& output_grads, const at::Tensor& directions) {
-  check_dots(inputs, output_grads, directions);
+void dots_by_position(const at::Tensor& inputs, const at::Tensor& output_grads, const at::Tensor& directions,
+                      at::Tensor out) {
   const int64_t n = inputs.size(0), t = inputs.size(1), q = directions.size(0);
-  auto a = inputs.contiguous(), u = output_grads.contiguous();
+  auto a = inputs, u = output_grads;
   auto v = directions.transpose(1, 2);  // [q, d, o]
   if (a.size(2) < u.size(2)) {          // keep the narrower side in the cache
     std::swap(a, u);
@@ -125,7 +160,6 @@ at::Tensor dots_cpu(const at::Tensor& inputs, const at::Tensor& output_grads, co
   }
   const int64_t wide = a.size(2), narrow = u.size(2);
   const int64_t block = std::max<int64_t>(1, 256 / t), blocks = (n + block - 1) / block;
-  auto out = at::empty({q, n}, a.options());
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), q * blocks);
   const auto scratch = at::empty({threads, block * t, narrow}, a.options());
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
@@ -139,12 +173,35 @@ at::Tensor dots_cpu(const at::Tensor& inputs, const at::Tensor& output_grads, co
         AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "per_sample_grad_dots", [&] {
           const auto* p = product.const_data_ptr<scalar_t>();
           const auto* g = u.const_data_ptr<scalar_t>() + begin * t * narrow;
-          auto* to = out.mutable_data_ptr<scalar_t>() + direction * n;
+          auto* to = out.mutable_data_ptr<scalar_t>() + direction * out.stride(0);
           for (int64_t i = begin; i < end; ++i, p += t * narrow, g += t * narrow) to[i] = row_dot(p, g, t * narrow);
         });
       }
     }
   });
+}
+
+at::Tensor dots_cpu(const at::Tensor& inputs, const at::Tensor& output_grads, const at::Tensor& directions) {
+  check_dots(inputs, output_grads, directions);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const int64_t n = inputs.size(0), t = inputs.size(1), d = inputs.size(2), o = output_grads.size(2);
+  const int64_t q = directions.size(0);
+  auto out = at::empty({q, n}, directions.options());
+  const bool by_gradient = t > 1 && t + q < q * t;  // operations of the two routes, over n o d
+  const auto v = by_gradient ? directions.contiguous().view({q, o * d}) : directions;
+  const int64_t chunk = by_gradient           ? rows_in_scratch(o * d * out.element_size())
+                        : has_16_bits(inputs) ? rows_in_scratch(t * (o + d) * out.element_size())
+                                              : n;
+  for (int64_t begin = 0; begin < n; begin += chunk) {
+    const int64_t end = std::min(n, begin + chunk);
+    const auto a = block_of(inputs, begin, end), u = block_of(output_grads, begin, end);
+    auto to = out.slice(1, begin, end);
+    if (by_gradient) {
+      to.copy_(at::mm(v, at::bmm(u.transpose(1, 2), a).view({-1, o * d}).t()));
+    } else {
+      dots_by_position(a, u, v, to);
+    }
+  }
   check_finite_result("per_sample_grad.dots", out, inputs, output_grads);
   return out;
 }
@@ -153,6 +210,7 @@ at::Tensor dots_cpu(const at::Tensor& inputs, const at::Tensor& output_grads, co
 
 TORCH_LIBRARY_IMPL(fastif, CPU, m) {
   m.impl("per_sample_grad_accumulate", accumulate_cpu);
+  m.impl("per_sample_grad_accumulate_squares", accumulate_squares_cpu);
   m.impl("per_sample_grad_sq_norms", sq_norms_cpu);
   m.impl("per_sample_grad_dots", dots_cpu);
 }

@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_NAMES = {torch.float32: "Float", torch.float64: "Double", torch.int64: "Long", torch.float16: "Half"}
+_NAMES = {
+    torch.float32: "Float",
+    torch.float64: "Double",
+    torch.int32: "Int",
+    torch.int64: "Long",
+    torch.float16: "Half",
+    torch.bfloat16: "BFloat16",
+}
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES.get(dtype, str(dtype))
 
 
@@ -19,12 +26,14 @@ def rank(op: str, name: str, axes: str, x: Tensor, dims: int) -> None:
 
 def floating(op: str, name: str, x: Tensor) -> None:
     if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{op}: {name} must be float32 or float64, got {_name(x.dtype)}")
+        raise TypeError(f"{op}: {name} must be float32 or float64, got {dtype_name(x.dtype)}")
 
 
 def same_type(op: str, name: str, x: Tensor, as_name: str, like: Tensor) -> None:
     if x.dtype != like.dtype:
-        raise TypeError(f"{op}: {name} must have the dtype of {as_name} ({_name(like.dtype)}), got {_name(x.dtype)}")
+        raise TypeError(
+            f"{op}: {name} must have the dtype of {as_name} ({dtype_name(like.dtype)}), got {dtype_name(x.dtype)}"
+        )
     if x.device != like.device:
         raise ValueError(f"{op}: {name} must be on the device of {as_name} ({like.device}), got {x.device}")
 

@@ -18,7 +18,8 @@ SCHEMAS = {
     "ggn_block_": "(Tensor(a!) out, Tensor features, Tensor probs, Tensor weights) -> ()",
     "per_sample_grad_accumulate": "(Tensor inputs, Tensor output_grads, Tensor weights, Tensor groups, int num_groups) "
     "-> Tensor",
-    "per_sample_grad_sq_norms": "(Tensor inputs, Tensor output_grads) -> Tensor",
+    "per_sample_grad_accumulate_squares": "(Tensor inputs, Tensor output_grads, Tensor weights) -> Tensor",
+    "per_sample_grad_sq_norms": "(Tensor inputs, Tensor output_grads, Tensor? scale=None) -> Tensor",
     "per_sample_grad_dots": "(Tensor inputs, Tensor output_grads, Tensor directions) -> Tensor",
 }
 

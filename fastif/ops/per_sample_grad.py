@@ -3,12 +3,15 @@
 Example i has layer inputs a_it and output gradients u_it at positions t (t = 1 for a plain layer on one vector); its
 gradient is g_i = Σ_t u_it a_itᵀ, of shape [o, d]. docs/math.md (8).
 
-Every function takes inputs [n, t, d] and output_grads [n, t, o] (or [n, d] and [n, o] for t = 1), float32 or float64,
-and raises ValueError for shapes that do not fit and for NaN or Inf (with the row's index), TypeError for other dtypes.
-All are differentiable.
+Every function takes inputs [n, t, d] and output_grads [n, t, o] (or [n, d] and [n, o] for t = 1), both float16,
+bfloat16, float32 or float64. Weights, scale, directions and the result are float32, or float64 for float64 inputs; no
+sum is formed in fewer bits. ValueError for shapes that do not fit and for NaN or Inf (with the row's index), TypeError
+for other dtypes. All are differentiable.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -36,23 +39,43 @@ def accumulate(
     >>> accumulate(a, u, groups=torch.tensor([1, 1]), num_groups=2).tolist()
     [[[0.0, 0.0]], [[-2.0, -2.0]]]
     """
-    n = inputs.shape[0]
-    if weights is None:
-        weights = inputs.new_ones(n)
     if groups is None:
-        groups = torch.zeros(n, dtype=torch.int64, device=inputs.device)
+        groups = torch.zeros(inputs.shape[0], dtype=torch.int64, device=inputs.device)
     return torch.ops.fastif.per_sample_grad_accumulate(
-        *_with_positions(inputs, output_grads), weights, groups, num_groups
+        *_with_positions(inputs, output_grads), _weights(weights, inputs), groups, num_groups
     )
 
 
-def sq_norms(inputs: Tensor, output_grads: Tensor) -> Tensor:
+def accumulate_squares(inputs: Tensor, output_grads: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Weighted sum of the squared entries of the per-sample gradients, Σ_i w_i (g_i)²_od, [o, d].
+
+    With inputs and output_grads in the eigenbases of their second moments this is EK-FAC's second moment; as they are,
+    the diagonal of the empirical Fisher.
+
+    Args:
+        inputs, output_grads: [n, t, d] and [n, t, o].
+        weights: [n]; default 1 each.
+
+    >>> accumulate_squares(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0], [-1.0]])).tolist()
+    [[10.0, 20.0]]
+    """
+    return torch.ops.fastif.per_sample_grad_accumulate_squares(
+        *_with_positions(inputs, output_grads), _weights(weights, inputs)
+    )
+
+
+def sq_norms(inputs: Tensor, output_grads: Tensor, scale: Tensor | None = None) -> Tensor:
     """Squared norms of the per-sample gradients, ‖g_i‖² = Σ_{t,t'} (u_it·u_it')(a_it·a_it'), [n].
 
-    >>> sq_norms(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0]])).tolist()
-    [100.0]
+    Args:
+        inputs, output_grads: [n, t, d] and [n, t, o].
+        scale: R [o, d] >= 0; with it, Σ_{od} R_od (g_i)²_od.
+
+    >>> a, u = torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0]])
+    >>> sq_norms(a, u).tolist(), sq_norms(a, u, scale=torch.tensor([[1.0, 0.5]])).tolist()
+    ([100.0], [68.0])
     """
-    return torch.ops.fastif.per_sample_grad_sq_norms(*_with_positions(inputs, output_grads))
+    return torch.ops.fastif.per_sample_grad_sq_norms(*_with_positions(inputs, output_grads), scale)
 
 
 def dots(inputs: Tensor, output_grads: Tensor, directions: Tensor) -> Tensor:
@@ -74,27 +97,50 @@ def _with_positions(inputs: Tensor, output_grads: Tensor) -> tuple[Tensor, Tenso
     return inputs, output_grads
 
 
+def _result_type(inputs: Tensor) -> torch.dtype:
+    return torch.float32 if inputs.dtype in (torch.float16, torch.bfloat16) else inputs.dtype
+
+
+def _weights(weights: Tensor | None, inputs: Tensor) -> Tensor:
+    return inputs.new_ones(inputs.shape[0], dtype=_result_type(inputs)) if weights is None else weights
+
+
 @torch.library.register_fake("fastif::per_sample_grad_accumulate")
 def _(inputs, output_grads, weights, groups, num_groups):
     _check_linear_map("per_sample_grad.accumulate", inputs, output_grads)
-    check.same_type("per_sample_grad.accumulate", "weights", weights, "inputs", inputs)
-    return inputs.new_empty((num_groups, output_grads.shape[2], inputs.shape[2]))
+    _check_result_type("per_sample_grad.accumulate", "weights", weights, inputs)
+    return inputs.new_empty((num_groups, output_grads.shape[2], inputs.shape[2]), dtype=_result_type(inputs))
+
+
+@torch.library.register_fake("fastif::per_sample_grad_accumulate_squares")
+def _(inputs, output_grads, weights):
+    _check_linear_map("per_sample_grad.accumulate_squares", inputs, output_grads)
+    _check_result_type("per_sample_grad.accumulate_squares", "weights", weights, inputs)
+    return inputs.new_empty((output_grads.shape[2], inputs.shape[2]), dtype=_result_type(inputs))
 
 
 @torch.library.register_fake("fastif::per_sample_grad_sq_norms")
-def _(inputs, output_grads):
+def _(inputs, output_grads, scale=None):
     _check_linear_map("per_sample_grad.sq_norms", inputs, output_grads)
-    return inputs.new_empty((inputs.shape[0],))
+    if scale is not None:
+        _check_result_type("per_sample_grad.sq_norms", "scale", scale, inputs)
+    return inputs.new_empty((inputs.shape[0],), dtype=_result_type(inputs))
 
 
 @torch.library.register_fake("fastif::per_sample_grad_dots")
 def _(inputs, output_grads, directions):
     _check_linear_map("per_sample_grad.dots", inputs, output_grads)
-    check.same_type("per_sample_grad.dots", "directions", directions, "inputs", inputs)
-    return inputs.new_empty((directions.shape[0], inputs.shape[0]))
+    _check_result_type("per_sample_grad.dots", "directions", directions, inputs)
+    return inputs.new_empty((directions.shape[0], inputs.shape[0]), dtype=_result_type(inputs))
 
 
 # Derivatives. Each op is linear or quadratic in each of its arguments.
+
+
+def _saved(ctx) -> tuple[Tensor, Tensor, Tensor]:
+    """inputs and output_grads in the type of the result, and the gradients g_i that follow from them, [n, o, d]."""
+    inputs, output_grads = (x.to(_result_type(x)) for x in ctx.saved_tensors[:2])
+    return inputs, output_grads, output_grads.transpose(1, 2) @ inputs
 
 
 def _pull_back(inputs: Tensor, output_grads: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,23 +149,34 @@ def _pull_back(inputs: Tensor, output_grads: Tensor, direction: Tensor) -> tuple
 
 
 def _accumulate_backward(ctx, grad):
-    inputs, output_grads, weights, groups = ctx.saved_tensors
+    inputs, output_grads, gradients = _saved(ctx)
+    weights, groups = ctx.saved_tensors[2:]
     direction = grad.index_select(0, groups)
-    to_inputs, to_output_grads = _pull_back(inputs, output_grads, direction * weights[:, None, None])
-    to_weights = (torch.einsum("nto,nod->ntd", output_grads, direction) * inputs).sum((1, 2))
-    return to_inputs, to_output_grads, to_weights, None, None
+    to_weights = (gradients * direction).sum((1, 2))
+    return *_pull_back(inputs, output_grads, direction * weights[:, None, None]), to_weights, None, None
+
+
+def _accumulate_squares_backward(ctx, grad):
+    inputs, output_grads, gradients = _saved(ctx)
+    weights = ctx.saved_tensors[2]
+    to_weights = (gradients.square() * grad).sum((1, 2))
+    return *_pull_back(inputs, output_grads, 2 * weights[:, None, None] * grad * gradients), to_weights
 
 
 def _sq_norms_backward(ctx, grad):
-    inputs, output_grads = ctx.saved_tensors
-    gradients = output_grads.transpose(1, 2) @ inputs
-    return _pull_back(inputs, output_grads, 2 * grad[:, None, None] * gradients)
+    inputs, output_grads, gradients = _saved(ctx)
+    coefficients = grad[:, None, None]
+    if len(ctx.saved_tensors) == 2:
+        return *_pull_back(inputs, output_grads, 2 * coefficients * gradients), None
+    scale = ctx.saved_tensors[2]
+    to_scale = (coefficients * gradients.square()).sum(0)
+    return *_pull_back(inputs, output_grads, 2 * coefficients * scale * gradients), to_scale
 
 
 def _dots_backward(ctx, grad):
-    inputs, output_grads, directions = ctx.saved_tensors
-    to_inputs, to_output_grads = _pull_back(inputs, output_grads, torch.einsum("qn,qod->nod", grad, directions))
-    return to_inputs, to_output_grads, torch.einsum("qn,nto,ntd->qod", grad, output_grads, inputs)
+    inputs, output_grads, gradients = _saved(ctx)
+    to_both = _pull_back(inputs, output_grads, torch.einsum("qn,qod->nod", grad, ctx.saved_tensors[2]))
+    return *to_both, torch.einsum("qn,nod->qod", grad, gradients)
 
 
 def _save_tensors(ctx, inputs, output):
@@ -128,6 +185,7 @@ def _save_tensors(ctx, inputs, output):
 
 for _op, _backward in (
     ("accumulate", _accumulate_backward),
+    ("accumulate_squares", _accumulate_squares_backward),
     ("sq_norms", _sq_norms_backward),
     ("dots", _dots_backward),
 ):
@@ -137,7 +195,8 @@ for _op, _backward in (
 def _check_linear_map(op: str, inputs: Tensor, output_grads: Tensor) -> None:
     check.rank(op, "inputs", "[n, t, d]", inputs, 3)
     check.rank(op, "output_grads", "[n, t, o]", output_grads, 3)
-    check.floating(op, "inputs", inputs)
+    if inputs.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"{op}: inputs must be floating with 16 to 64 bits, got {check.dtype_name(inputs.dtype)}")
     check.same_type(op, "output_grads", output_grads, "inputs", inputs)
     shapes = f"{list(inputs.shape)} and {list(output_grads.shape)}"
     check.require(
@@ -149,11 +208,30 @@ def _check_linear_map(op: str, inputs: Tensor, output_grads: Tensor) -> None:
     )
 
 
+def _check_result_type(op: str, name: str, x: Tensor, inputs: Tensor) -> None:
+    wanted, have, got = (check.dtype_name(dtype) for dtype in (_result_type(inputs), inputs.dtype, x.dtype))
+    if wanted != got:
+        raise TypeError(f"{op}: {name} must be {wanted} where inputs are {have}, got {got}")
+    check.require(
+        x.device == inputs.device, f"{op}: {name} must be on the device of inputs ({inputs.device}), got {x.device}"
+    )
+
+
+def _check_weights(op: str, weights: Tensor, inputs: Tensor) -> None:
+    check.rank(op, "weights", "[n]", weights, 1)
+    _check_result_type(op, "weights", weights, inputs)
+    n = inputs.shape[0]
+    check.require(weights.shape[0] == n, f"{op}: weights must have n={n} entries, got {weights.shape[0]}")
+    check.finite_rows(op, "weights", weights)
+
+
 def _finite(op: str, result: Tensor, inputs: Tensor, output_grads: Tensor) -> Tensor:
     if not result.isfinite().all():
         check.finite_rows(op, "inputs", inputs)
         check.finite_rows(op, "output_grads", output_grads)
-        raise ValueError(f"{op}: the result overflows {result.dtype}; pass float64 or scale the inputs")
+        raise ValueError(
+            f"{op}: the result overflows {check.dtype_name(result.dtype)}; pass float64 or scale the inputs"
+        )
     return result
 
 
@@ -161,35 +239,69 @@ def _finite(op: str, result: Tensor, inputs: Tensor, output_grads: Tensor) -> Te
 def _accumulate_plain(inputs, output_grads, weights, groups, num_groups):
     op = "per_sample_grad.accumulate"
     _check_linear_map(op, inputs, output_grads)
-    check.rank(op, "weights", "[n]", weights, 1)
+    _check_weights(op, weights, inputs)
     check.rank(op, "groups", "[n]", groups, 1)
-    check.same_type(op, "weights", weights, "inputs", inputs)
     if groups.dtype != torch.int64:
         raise TypeError(f"{op}: groups must be int64, got {groups.dtype}")
     n = inputs.shape[0]
-    for name, x in (("weights", weights), ("groups", groups)):
-        check.require(x.shape[0] == n, f"{op}: {name} must have n={n} entries, got {x.shape[0]}")
+    check.require(groups.shape[0] == n, f"{op}: groups must have n={n} entries, got {groups.shape[0]}")
     check.require(num_groups >= 1, f"{op}: num_groups must be >= 1, got {num_groups}")
     lowest, highest = groups.min().item(), groups.max().item()
     check.require(
         0 <= lowest and highest < num_groups,
         f"{op}: groups must be in [0, num_groups={num_groups}), got {lowest if lowest < 0 else highest}",
     )
-    check.finite_rows(op, "weights", weights)
-    out = inputs.new_zeros((num_groups, output_grads.shape[2], inputs.shape[2]))
+    out = weights.new_zeros((num_groups, output_grads.shape[2], inputs.shape[2]))
     for group in groups.unique().tolist():
         members = groups == group
-        scaled = output_grads[members] * weights[members, None, None]
-        out[group] = scaled.flatten(0, 1).T @ inputs[members].flatten(0, 1)
+        a, u = inputs[members].to(out.dtype), output_grads[members].to(out.dtype)
+        out[group] = (u * weights[members, None, None]).flatten(0, 1).T @ a.flatten(0, 1)
+    return _finite(op, out, inputs, output_grads)
+
+
+_PLAIN_BYTES = 64 << 20  # what the gradients of a block of examples may take
+
+
+def _gradients_by_block(inputs: Tensor, output_grads: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(examples, their gradients [b, o, d] in the type of the result), block after block."""
+    dtype = _result_type(inputs)
+    block = max(1, _PLAIN_BYTES // (output_grads.shape[2] * inputs.shape[2] * dtype.itemsize))
+    for begin in range(0, inputs.shape[0], block):
+        examples = slice(begin, begin + block)
+        yield examples, output_grads[examples].to(dtype).transpose(1, 2) @ inputs[examples].to(dtype)
+
+
+@plain("per_sample_grad_accumulate_squares")
+def _accumulate_squares_plain(inputs, output_grads, weights):
+    op = "per_sample_grad.accumulate_squares"
+    _check_linear_map(op, inputs, output_grads)
+    _check_weights(op, weights, inputs)
+    out = weights.new_zeros((output_grads.shape[2], inputs.shape[2]))
+    for examples, gradients in _gradients_by_block(inputs, output_grads):
+        out += torch.einsum("n,nod->od", weights[examples], gradients.square())
     return _finite(op, out, inputs, output_grads)
 
 
 @plain("per_sample_grad_sq_norms")
-def _sq_norms_plain(inputs, output_grads):
+def _sq_norms_plain(inputs, output_grads, scale=None):
     op = "per_sample_grad.sq_norms"
     _check_linear_map(op, inputs, output_grads)
-    grams = (inputs @ inputs.transpose(1, 2)) * (output_grads @ output_grads.transpose(1, 2))
-    return _finite(op, grams.sum((1, 2)), inputs, output_grads)
+    t, d, o = *inputs.shape[1:], output_grads.shape[2]
+    if scale is not None:
+        check.rank(op, "scale", "[o, d]", scale, 2)
+        _check_result_type(op, "scale", scale, inputs)
+        check.require(scale.shape == (o, d), f"{op}: scale must be [o={o}, d={d}], got {list(scale.shape)}")
+        check.finite_rows(op, "scale", scale)
+        lowest = scale.min().item()
+        check.require(lowest >= 0, f"{op}: scale must be >= 0, got {lowest:g}")
+    parts = []
+    if scale is None and t * (o + d) <= o * d:
+        a, u = (x.to(_result_type(x)) for x in (inputs, output_grads))
+        return _finite(op, ((a @ a.mT) * (u @ u.mT)).sum((1, 2)), inputs, output_grads)
+    for _, gradients in _gradients_by_block(inputs, output_grads):
+        squares = gradients.square()
+        parts.append((squares if scale is None else squares * scale).sum((1, 2)))
+    return _finite(op, torch.cat(parts), inputs, output_grads)
 
 
 @plain("per_sample_grad_dots")
@@ -197,12 +309,17 @@ def _dots_plain(inputs, output_grads, directions):
     op = "per_sample_grad.dots"
     _check_linear_map(op, inputs, output_grads)
     check.rank(op, "directions", "[q, o, d]", directions, 3)
-    check.same_type(op, "directions", directions, "inputs", inputs)
+    _check_result_type(op, "directions", directions, inputs)
     o, d = output_grads.shape[2], inputs.shape[2]
     check.require(
         directions.shape[0] >= 1 and directions.shape[1:] == (o, d),
         f"{op}: directions must be [q, o={o}, d={d}] with q >= 1, got {list(directions.shape)}",
     )
     check.finite_rows(op, "directions", directions)
-    rows = [((output_grads @ direction) * inputs).sum((1, 2)) for direction in directions]
-    return _finite(op, torch.stack(rows), inputs, output_grads)
+    if inputs.shape[1] == 1 or len(directions) == 1:
+        a, u = (x.to(_result_type(x)) for x in (inputs, output_grads))
+        return _finite(op, torch.stack([((u @ v) * a).sum((1, 2)) for v in directions]), inputs, output_grads)
+    parts = [
+        directions.flatten(1) @ gradients.flatten(1).T for _, gradients in _gradients_by_block(inputs, output_grads)
+    ]
+    return _finite(op, torch.cat(parts, 1), inputs, output_grads)

@@ -39,14 +39,82 @@ def test_dots_are_the_definition(n, t, d, o, dtype, offset, q):
     )
 
 
-@given(**SIZES)
-def test_sq_norms_are_the_definition(n, t, d, o, dtype, offset):
-    inputs, output_grads, _ = problem(n, t, d, o, dtype, offset)
-    got = per_sample_grad.sq_norms(inputs, output_grads)
-    size = reference.sq_norms(inputs.abs(), output_grads.abs()).max()
-    assert (got.double() - reference.sq_norms(inputs, output_grads)).abs().max() <= size * (
+@given(**SIZES, scaled=st.booleans())
+def test_sq_norms_are_the_definition(n, t, d, o, dtype, offset, scaled):
+    inputs, output_grads, g = problem(n, t, d, o, dtype, offset)
+    scale = torch.rand(o, d, generator=g, dtype=dtype) if scaled else None
+    got = per_sample_grad.sq_norms(inputs, output_grads, scale)
+    size = reference.sq_norms(inputs.abs(), output_grads.abs(), scale).max()
+    assert (got.double() - reference.sq_norms(inputs, output_grads, scale)).abs().max() <= size * (
         1e-6 if dtype == torch.float32 else 1e-14
     )
+
+
+@given(**SIZES, weighted=st.booleans())
+def test_accumulated_squares_are_the_definition(n, t, d, o, dtype, offset, weighted):
+    inputs, output_grads, g = problem(n, t, d, o, dtype, offset)
+    weights = torch.randn(n, generator=g, dtype=dtype) if weighted else torch.ones(n, dtype=dtype)
+    got = per_sample_grad.accumulate_squares(inputs, output_grads, weights if weighted else None)
+    size = reference.accumulate_squares(inputs.abs(), output_grads.abs(), weights.abs()).max()
+    assert (got.double() - reference.accumulate_squares(inputs, output_grads, weights)).abs().max() <= size * (
+        1e-6 if dtype == torch.float32 else 1e-14
+    )
+
+
+# Sides beyond one tile and one region of tiles, positions beyond one chunk, directions that pay for explicit gradients.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "t", "d", "o"), [(5, 9, 577, 128), (3, 40, 130, 515), (2, 700, 33, 7), (40, 6, 5, 300)])
+def test_large_sides_and_many_positions(n, t, d, o, dtype):
+    inputs, output_grads, g = problem(n, t, d, o, dtype)
+    weights, scale = torch.rand(n, generator=g, dtype=dtype), torch.rand(o, d, generator=g, dtype=dtype)
+    directions = torch.randn(11, o, d, generator=g, dtype=dtype)
+    grads = inputs, output_grads
+    check_close(per_sample_grad.accumulate_squares(*grads, weights), reference.accumulate_squares(*grads, weights))
+    check_close(per_sample_grad.sq_norms(*grads), reference.sq_norms(*grads))
+    check_close(per_sample_grad.sq_norms(*grads, scale), reference.sq_norms(*grads, scale))
+    error = per_sample_grad.dots(*grads, directions).double() - reference.dots(*grads, directions)
+    size = reference.dots(inputs.abs(), output_grads.abs(), directions.abs()).max()  # entries cancel
+    assert error.abs().max() <= size * (1e-6 if dtype == torch.float32 else 1e-14)
+
+
+@given(
+    n=st.sampled_from([1, 3, 50]),
+    t=st.sampled_from([1, 2, 17]),
+    d=st.sampled_from([1, 33]),
+    o=st.sampled_from([1, 4, 40]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16]),
+    q=st.integers(1, 4),
+)
+def test_16_bit_inputs_give_what_their_values_in_32_bits_give(n, t, d, o, dtype, q):
+    inputs, output_grads, g = problem(n, t, d, o, torch.float32)
+    short = inputs.to(dtype), output_grads.to(dtype)
+    same = short[0].float(), short[1].float()
+    weights, scale = torch.randn(n, generator=g), torch.rand(o, d, generator=g)
+    groups, directions = torch.randint(0, 3, (n,), generator=g), torch.randn(q, o, d, generator=g)
+    for call in (
+        lambda a, u: per_sample_grad.accumulate(a, u, weights, groups, 3),
+        per_sample_grad.accumulate,
+        lambda a, u: per_sample_grad.accumulate_squares(a, u, weights),
+        per_sample_grad.accumulate_squares,
+        per_sample_grad.sq_norms,
+        lambda a, u: per_sample_grad.sq_norms(a, u, scale),
+        lambda a, u: per_sample_grad.dots(a, u, directions),
+    ):
+        got = call(*short)
+        assert got.dtype == torch.float32
+        check_close(got, call(*same).double())
+
+
+def test_inputs_stay_as_they_are():
+    inputs, output_grads, g = problem(6, 1, 5, 4, torch.float32)
+    before = inputs.clone(), output_grads.clone()
+    scale = torch.rand(4, 5, generator=g)
+    per_sample_grad.sq_norms(inputs, output_grads, scale)
+    per_sample_grad.sq_norms(inputs, output_grads)
+    per_sample_grad.accumulate_squares(inputs, output_grads, torch.rand(6, generator=g))
+    per_sample_grad.accumulate(inputs, output_grads, torch.rand(6, generator=g))
+    assert torch.equal(inputs, before[0])
+    assert torch.equal(output_grads, before[1])
 
 
 @given(**SIZES, num_groups=st.integers(1, 5))
@@ -66,6 +134,10 @@ def test_two_axes_mean_one_position():
     directions = torch.randn(2, 3, 5, generator=g, dtype=torch.float64)
     check_close(per_sample_grad.dots(*flat, directions), reference.dots(inputs, output_grads, directions))
     check_close(per_sample_grad.sq_norms(*flat), reference.sq_norms(inputs, output_grads))
+    check_close(
+        per_sample_grad.accumulate_squares(*flat),
+        reference.accumulate_squares(inputs, output_grads, torch.ones(7, dtype=torch.float64)),
+    )
     check_close(per_sample_grad.accumulate(*flat)[0], reference.per_sample_grads(inputs, output_grads).sum(0))
 
 
@@ -90,6 +162,14 @@ def test_strides_do_not_matter():
     )
     assert torch.equal(per_sample_grad.sq_norms(*strided), per_sample_grad.sq_norms(inputs, output_grads))
     assert torch.equal(per_sample_grad.accumulate(*strided), per_sample_grad.accumulate(inputs, output_grads))
+    assert torch.equal(
+        per_sample_grad.accumulate_squares(*strided), per_sample_grad.accumulate_squares(inputs, output_grads)
+    )
+    scale = torch.rand(6, 8, generator=g)
+    turned = scale.T.contiguous().T
+    check_close(
+        per_sample_grad.sq_norms(*strided, turned), per_sample_grad.sq_norms(inputs, output_grads, scale).double()
+    )
     turned = directions.transpose(1, 2).contiguous().transpose(1, 2)
     check_close(per_sample_grad.dots(inputs, output_grads, turned), per_sample_grad.dots(*strided, directions).double())
 
@@ -108,8 +188,32 @@ def test_batches_and_threads_do_not_matter():
             check_close(torch.cat([per_sample_grad.sq_norms(a, u) for a, u in parts]), norms)
             total = torch.stack([per_sample_grad.accumulate(a, u) for a, u in parts]).sum(0)
             check_close(total, per_sample_grad.accumulate(inputs, output_grads))
+            total = torch.stack([per_sample_grad.accumulate_squares(a, u) for a, u in parts]).sum(0)
+            check_close(total, per_sample_grad.accumulate_squares(inputs, output_grads))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("t", "d", "o"), [(1, 70, 40), (9, 130, 70), (40, 9, 20)])
+def test_the_bits_do_not_depend_on_the_number_of_threads(t, d, o):
+    inputs, output_grads, g = problem(150, t, d, o, torch.float32)
+    scale = torch.rand(o, d, generator=g)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            results.append(
+                (
+                    per_sample_grad.accumulate_squares(inputs, output_grads),
+                    per_sample_grad.sq_norms(inputs, output_grads),
+                    per_sample_grad.sq_norms(inputs, output_grads, scale),
+                )
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
 def samples():
@@ -118,18 +222,37 @@ def samples():
         x.requires_grad_()
     directions = torch.randn(3, 2, 3, generator=g, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(4, generator=g, dtype=torch.float64, requires_grad=True)
+    scale = torch.rand(2, 3, generator=g, dtype=torch.float64).add_(0.1).requires_grad_()  # stays >= 0 nearby
     ops = torch.ops.fastif
     return [
         (ops.per_sample_grad_dots.default, (inputs, output_grads, directions)),
         (ops.per_sample_grad_sq_norms.default, (inputs, output_grads)),
+        (ops.per_sample_grad_sq_norms.default, (inputs, output_grads, scale)),
+        (ops.per_sample_grad_accumulate_squares.default, (inputs, output_grads, weights)),
         (ops.per_sample_grad_accumulate.default, (inputs, output_grads, weights, torch.tensor([0, 2, 2, 1]), 4)),
     ]
 
 
-@pytest.mark.parametrize(("op", "args"), samples(), ids=["dots", "sq_norms", "accumulate"])
+NAMES = ["dots", "sq_norms", "sq_norms with scale", "accumulate_squares", "accumulate"]
+
+
+@pytest.mark.parametrize(("op", "args"), samples(), ids=NAMES)
 def test_opcheck_and_gradcheck(op, args):
     torch.library.opcheck(op, args)
     assert torch.autograd.gradcheck(op, args)
+
+
+@pytest.mark.parametrize(("op", "args"), samples(), ids=NAMES)
+def test_16_bit_inputs_in_opcheck_and_backward(op, args):
+    args = [x.detach().float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+    short = [x.bfloat16().requires_grad_() for x in args[:2]]
+    torch.library.opcheck(op, (*short, *args[2:]))
+    same = [x.detach().float().requires_grad_() for x in short]
+    for leaves in (short, same):
+        op(*leaves, *args[2:]).square().sum().backward()
+    for got, want in zip(short, same, strict=True):
+        assert got.grad.dtype == torch.bfloat16
+        assert torch.allclose(got.grad.float(), want.grad, rtol=1e-2, atol=1e-6)
 
 
 def test_autocast_does_not_matter():
@@ -162,7 +285,40 @@ def with_nan(x, row):
         (lambda: per_sample_grad.dots(A, U, V[:, :3]), ValueError, r"directions must be \[q, o=4, d=5\] with q >= 1"),
         (lambda: per_sample_grad.dots(A, U, V[:0]), ValueError, "q >= 1, got"),
         (lambda: per_sample_grad.dots(A, U.double(), V), TypeError, "output_grads must have the dtype of inputs"),
-        (lambda: per_sample_grad.dots(A.half(), U.half(), V.half()), TypeError, "must be float32 or float64, got Half"),
+        (lambda: per_sample_grad.dots(A.int(), U.int(), V), TypeError, "must be floating with 16 to 64 bits, got Int"),
+        (
+            lambda: per_sample_grad.dots(A.half(), U.bfloat16(), V),
+            TypeError,
+            "output_grads must have the dtype of inputs",
+        ),
+        (
+            lambda: per_sample_grad.dots(A.half(), U.half(), V.half()),
+            TypeError,
+            "directions must be Float where inputs are Half, got Half",
+        ),
+        (
+            lambda: per_sample_grad.sq_norms(A, U, V[0].double()),
+            TypeError,
+            "scale must be Float where inputs are Float",
+        ),
+        (lambda: per_sample_grad.sq_norms(A, U, V), ValueError, r"scale must be \[o, d\], got shape \[2, 4, 5\]"),
+        (lambda: per_sample_grad.sq_norms(A, U, V[0].T), ValueError, r"scale must be \[o=4, d=5\], got \[5, 4\]"),
+        (lambda: per_sample_grad.sq_norms(A, U, -V[0].abs() - 1), ValueError, r"sq_norms: scale must be >= 0, got -"),
+        (lambda: per_sample_grad.sq_norms(A, U, with_nan(V[0], 3)), ValueError, "scale must be finite, row 3"),
+        (lambda: per_sample_grad.sq_norms(with_nan(A, 1), U, V[0].abs()), ValueError, "inputs must be finite, row 1"),
+        (
+            lambda: per_sample_grad.accumulate_squares(A, with_nan(U, 2)),
+            ValueError,
+            "accumulate_squares: output_grads must be finite, row 2",
+        ),
+        (lambda: per_sample_grad.accumulate_squares(A * 1e30, U), ValueError, "the result overflows Float"),
+        (lambda: per_sample_grad.accumulate_squares(A, U, W[:2]), ValueError, "weights must have n=3 entries, got 2"),
+        (
+            lambda: per_sample_grad.accumulate_squares(A, U, W.double()),
+            TypeError,
+            "weights must be Float where inputs are Float, got Double",
+        ),
+        (lambda: per_sample_grad.accumulate_squares(A[:, :1], U), ValueError, r"must agree in \[n, t\]"),
         (lambda: per_sample_grad.dots(with_nan(A, 2), U, V), ValueError, "inputs must be finite, row 2 holds NaN"),
         (lambda: per_sample_grad.dots(A, U, with_nan(V, 1)), ValueError, "directions must be finite, row 1"),
         (lambda: per_sample_grad.sq_norms(A, with_nan(U, 1)), ValueError, "output_grads must be finite, row 1"),
