@@ -2,18 +2,23 @@
 
 from fastif import curvature, data, evaluation, ops, samplers
 from fastif._version import __version__
-from fastif.curvature import ExactBlock, NotPositiveDefinite
+from fastif.curvature import EKFAC, KFAC, Diagonal, ExactBlock, Identity, NotPositiveDefinite
 from fastif.features import Extracted, extract, find_head
-from fastif.influence import Influence, Plan
+from fastif.influence import Influence
+from fastif.plan import Plan
 from fastif.ops import build_info
 from fastif.removal import HeadStep, Removal, remove
 from fastif.samplers import CertifiedSubset, Subset
 
 __all__ = [
+    "EKFAC",
+    "KFAC",
     "CertifiedSubset",
+    "Diagonal",
     "ExactBlock",
     "Extracted",
     "HeadStep",
+    "Identity",
     "Influence",
     "NotPositiveDefinite",
     "Plan",

@@ -7,14 +7,14 @@ indices, so `as_loader` accepts only data that comes in the same order each time
 import gzip
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 
 NAMES = ("digits", "fashion-mnist", "cifar10")
 
@@ -250,7 +250,7 @@ def as_loader(data: Any, batch_size: int = 256) -> Iterable[Batch]:
         if not isinstance(data, IterableDataset) and len(data) == 0:  # pyright: ignore[reportArgumentType]
             raise ValueError("data holds no examples")
         return _Batches(DataLoader(data, batch_size=batch_size, shuffle=False))
-    if isinstance(data, Iterable) and not isinstance(data, str | bytes | dict):
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
         return _Batches(data)
     raise TypeError(
         f"data must be a DataLoader, a Dataset, tensors or an iterable of batches, got {type(data).__name__}"
@@ -315,3 +315,55 @@ def _pair(batch: Any) -> Batch:
     if len(batch) == 2:
         return batch[0], batch[1]
     raise TypeError(f"a batch must be x, (x,) or (x, y), got {len(batch)} parts")
+
+
+def batch_length(x: Any) -> int:
+    """Examples in a batch: the first axis of its first tensor."""
+    if isinstance(x, Tensor):
+        return len(x)
+    values = x.values() if isinstance(x, Mapping) else x if isinstance(x, list | tuple) else ()
+    for value in values:
+        if isinstance(value, Tensor):
+            return len(value)
+    raise TypeError(f"data: a batch must be a tensor, or a mapping or tuple of tensors, got {type(x).__name__}")
+
+
+def rows_of(x: Any, rows: Tensor) -> Any:
+    """The examples `rows` of a batch."""
+    if isinstance(x, Tensor):
+        return x[rows.to(x.device)]
+    if isinstance(x, Mapping):
+        return {key: rows_of(value, rows) for key, value in x.items()}
+    return type(x)(rows_of(value, rows) for value in x) if isinstance(x, list | tuple) else x
+
+
+def count(data: Any, batch_size: int = 256) -> int:
+    """Examples of whatever `as_loader` takes; walks through data that does not know its length."""
+    loader = as_loader(data, batch_size)  # refuses what has no fixed order
+    dataset = getattr(data, "dataset", data)
+    if isinstance(dataset, Dataset) and hasattr(dataset, "__len__"):
+        return len(dataset)  # pyright: ignore[reportArgumentType]
+    return sum(batch_length(x) for x, _ in loader)
+
+
+def picked(data: Any, batch_size: int, indices: Tensor) -> Iterator[tuple[Batch, Tensor]]:
+    """Batches of the examples `indices` alone, each with their places in `indices`; others are not loaded where the
+    data can be indexed."""
+    if isinstance(data, Tensor | tuple) or (isinstance(data, Dataset) and not isinstance(data, IterableDataset)):
+        for places in torch.arange(len(indices)).split(batch_size):
+            rows = indices[places]
+            if isinstance(data, Dataset):
+                (batch,) = as_loader(Subset(data, rows.tolist()), len(rows))
+            else:
+                (batch,) = as_loader(tuple(x[rows] for x in data) if isinstance(data, tuple) else data[rows], len(rows))
+            yield batch, places
+        return
+    place = {index: position for position, index in enumerate(indices.tolist())}
+    start = 0
+    for x, y in as_loader(data, batch_size):
+        n = batch_length(x)
+        rows = torch.tensor([i for i in range(n) if start + i in place], dtype=torch.int64)
+        if len(rows):
+            places = torch.tensor([place[start + i] for i in rows.tolist()])
+            yield (rows_of(x, rows), None if y is None else rows_of(y, rows)), places
+        start += n

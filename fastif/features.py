@@ -3,7 +3,7 @@
 They are all that the samplers need, and all that the curvature of the last layer is made of.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ def extract(
         try:
             for x, y in batches:
                 calls.clear()
-                output = model(_to(x, device))
+                output = call(model, moved_to(x, device))
                 batch_features, batch_logits = _checked(name, calls, output, x, n)
                 features.append(batch_features)
                 logits.append(batch_logits)
@@ -158,31 +158,46 @@ def _checked_labels(y: Any, rows: int, classes: int, start: int) -> Tensor:
 @contextmanager
 def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
     """The model in eval mode on `device`; afterwards each module's training flag and the device are what they were."""
-    tensors = [*model.parameters(), *model.buffers()]
-    homes = {tensor.device for tensor in tensors}
+    training = [(module, module.training) for module in model.modules()]
+    with placed(model, device, "extract"):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, flag in training:
+                module.training = flag
+
+
+@contextmanager
+def placed(model: nn.Module, device: torch.device, op: str) -> Iterator[None]:
+    """The model on `device`, and afterwards where it was. Raises ValueError for one that would have to be gathered."""
+    homes = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     moved = device not in homes
     if moved and len(homes) > 1:
         places = ", ".join(sorted(map(str, homes)))
-        raise ValueError(f"extract: the model is spread over {places} and cannot be moved to {device}")
-    training = [(module, module.training) for module in model.modules()]
+        raise ValueError(f"{op}: the model is spread over {places} and cannot be moved to {device}")
     try:
         if moved:
             model.to(device)
-        model.eval()
         yield
     finally:
-        for module, flag in training:
-            module.training = flag
         if moved:
             model.to(homes.pop())
 
 
-def _to(x: Any, device: torch.device) -> Any:
+def call(model: nn.Module, x: Any) -> Any:
+    """The model's outputs: a mapping is keyword arguments (without "labels"), a list or tuple positional ones."""
+    if isinstance(x, Mapping):
+        return model(**{key: value for key, value in x.items() if key != "labels"})
+    return model(*x) if isinstance(x, list | tuple) else model(x)
+
+
+def moved_to(x: Any, device: torch.device) -> Any:
     """x on the device, where x is a tensor or a dict, list or tuple of them."""
     if isinstance(x, Tensor):
         return x.to(device)
-    if isinstance(x, dict):
-        return {key: _to(value, device) for key, value in x.items()}
+    if isinstance(x, Mapping):
+        return {key: moved_to(value, device) for key, value in x.items()}
     if isinstance(x, list | tuple):
-        return type(x)(_to(value, device) for value in x)
+        return type(x)(moved_to(value, device) for value in x)
     return x

@@ -7,108 +7,112 @@ removed; positive means that the example helps the query. docs/math.md (1), (2).
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from fastif import ops
-from fastif.curvature import ExactBlock
-from fastif.curvature.exact_block import output_grads
-from fastif.data import as_loader
-from fastif.features import extract, find_head
+from fastif.capture import Capture, Forward
+from fastif.curvature import Curvature, Directions, ExactBlock, Explicit, LowRank
+from fastif.data import as_loader, count, picked
+from fastif.features import find_head, moved_to, placed
+from fastif.gradients import Gradients
+from fastif.losses import (
+    Loss,
+    Measurement,
+    check_loss,
+    check_measurement,
+    measured,
+    output_columns,
+    per_sample,
+)
+from fastif.plan import Plan, plan
 from fastif.samplers import check_subset
 
-_ROWS = 2048  # training examples per block of scores
-_ENTRIES = 1 << 22  # of gradients that are formed at a time where they have to be
-
-
-class Plan(NamedTuple):
-    """What `fit` and `scores` will do, known before any work."""
-
-    covered: dict[str, tuple[int, ...]]  # parameters that influence is computed for
-    skipped: dict[str, tuple[int, ...]]  # parameters that it is not computed for: taken as fixed
-    n: int  # training examples
-    curvature_bytes: int  # the block in the head's dtype, its float64 factor and two copies on the way
-    feature_bytes: int  # features and logits of all training examples
-    flops: float  # of the block over all examples and its factor
-
-    def __str__(self) -> str:
-        def lines(parameters: dict[str, tuple[int, ...]]) -> str:
-            return "\n".join(f"  {name} {list(shape)}" for name, shape in parameters.items()) or "  none"
-
-        def count(parameters: dict[str, tuple[int, ...]]) -> int:
-            return sum(math.prod(shape) for shape in parameters.values())
-
-        return (
-            f"covered: {count(self.covered):,} parameters\n{lines(self.covered)}\n"
-            f"skipped (taken as fixed): {count(self.skipped):,} parameters\n{lines(self.skipped)}\n"
-            f"{self.n:,} training examples; curvature {self.curvature_bytes / 2**20:.1f} MiB, "
-            f"features {self.feature_bytes / 2**20:.1f} MiB, {self.flops / 1e9:.1f} GFLOP"
-        )
+_RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm, nn.AlphaDropout)
 
 
 class Influence:
-    """Influence functions on the head (the final nn.Linear) of a classifier trained with softmax cross-entropy.
+    """Influence functions on a trained model, over the layers that are chosen and with the curvature that is chosen.
 
+    >>> from fastif import EKFAC
     >>> _ = torch.manual_seed(0)
-    >>> model, x, y = nn.Linear(2, 3), torch.randn(8, 2), torch.arange(8) % 3
-    >>> influence = Influence(model, curvature=ExactBlock(damping=1e-2), progress=False).fit((x, y))
+    >>> model, x, y = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(8, 2), torch.arange(8) % 3
+    >>> influence = Influence(model, curvature=EKFAC(damping=1e-2), progress=False).fit((x, y))
     >>> influence.scores((x[:2], y[:2]), (x, y)).shape
     torch.Size([2, 8])
 
     Args:
-        model: left as it is by every method.
-        loss: "cross_entropy", the mean over the training examples.
-        curvature: an `ExactBlock`, copied; default ExactBlock(damping=1e-3).
-        head: name of the head; default the last nn.Linear.
+        model: left as it is by every method. It runs as it is: a model in train mode whose dropout or BatchNorm would
+            act is refused unless `allow_train_mode`.
+        loss: "cross_entropy", "causal_lm", "bce", "mse", or a function (outputs, batch) → [n]; see `fastif.losses`. The
+            model was trained on its mean over the training examples.
+        curvature: an estimator (`ExactBlock`, `KFAC`, `EKFAC`, `Diagonal`, `Identity`), or a mapping from patterns of
+            layer names to estimators, the first match counts. They are copied. Default ExactBlock(damping=1e-3).
+        layers: names or patterns of the layers whose parameters may move (see `Capture`). Default all that are known;
+            for a lone ExactBlock, which holds the square of what it covers, the head: the last nn.Linear.
+        measurement: what is asked of queries: "loss", "margin", "log_odds", or a function (outputs, batch) → [q].
+        checkpoints: state dicts; influence is averaged over the model at each of them. Default: the model as it is.
         batch_size: for data that brings no batches of its own; results do not depend on it.
-        device: where to compute; default that of the head.
+        memory: bytes that preconditioned query gradients may take at a time.
+        device: where to compute; default that of the model.
+        allow_train_mode: run a model in train mode as it is.
+        seed: of the labels that fisher="monte_carlo" draws.
         progress: show progress bars.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        loss: Literal["cross_entropy"] = "cross_entropy",
-        curvature: ExactBlock | None = None,
+        loss: Loss = "cross_entropy",
+        curvature: Curvature | Mapping[str, Curvature] | None = None,
         *,
-        head: str | None = None,
+        layers: str | Sequence[str] | None = None,
+        measurement: Measurement = "loss",
+        checkpoints: Sequence[Mapping[str, Tensor]] | None = None,
         batch_size: int = 256,
+        memory: int = 1 << 30,
         device: torch.device | str | None = None,
+        allow_train_mode: bool = False,
+        seed: int = 0,
         progress: bool = True,
     ):
-        if loss != "cross_entropy":
-            raise ValueError(f"Influence: loss must be 'cross_entropy', got {loss!r}")
-        self.model, self.batch_size, self.progress = model, batch_size, progress
-        self.head_name, self._layer = find_head(model, head)
-        if not isinstance(curvature, ExactBlock | None):
-            raise TypeError(f"Influence: curvature must be an ExactBlock, got {curvature!r}")
-        self.curvature = ExactBlock() if curvature is None else copy.deepcopy(curvature)
-        self.device = self._layer.weight.device if device is None else torch.device(device)
+        check_loss(loss)
+        check_measurement(measurement, loss)
+        if checkpoints is not None and not len(checkpoints):
+            raise ValueError("Influence: checkpoints must not be empty")
+        if memory < 1:
+            raise ValueError(f"Influence: memory must be at least 1 byte, got {memory}")
+        curvature = ExactBlock() if curvature is None else curvature
+        if isinstance(curvature, ExactBlock) and layers is None:
+            layers = find_head(model)[0] or "*"
+        self.model, self.loss, self.measurement = model, loss, measurement
+        self.batch_size, self.memory, self.seed, self.progress = batch_size, memory, seed, progress
+        self.allow_train_mode, self.checkpoints = allow_train_mode, checkpoints
+        self.capture = Capture(model, layers)
+        self._estimators = self._assigned(curvature)
+        places = {parameter.device for parameter in model.parameters()}
+        if device is None and len(places) > 1:
+            raise ValueError(f"Influence: the model is spread over {', '.join(sorted(map(str, places)))}")
+        self.device = places.pop() if device is None else torch.empty(0, device=device).device
+        self._fitted: list[dict[str, Curvature]] = []  # by checkpoint, by block
         self._n = 0
 
+    @property
+    def curvature(self) -> dict[str, Any]:
+        """The fitted estimators by block (of the first checkpoint)."""
+        if not self._fitted:
+            raise ValueError("Influence: not fitted; call fit(train) first")
+        return self._fitted[0]
+
     def plan(self, train: Any) -> Plan:
-        """What will be covered, skipped, stored and computed for this training data; nothing is computed."""
-        n = _count(train, self.batch_size)
-        prefix = f"{self.head_name}." if self.head_name else ""
-        named = self.model.named_parameters(remove_duplicate=False)  # tied parameters under each of their names
-        shapes = {name: tuple(parameter.shape) for name, parameter in named}
-        covered = {name: shape for name, shape in shapes.items() if name in (f"{prefix}weight", f"{prefix}bias")}
-        c, d = self._layer.out_features, self._layer.in_features + (self._layer.bias is not None)
-        size, item = c * d, self._layer.weight.element_size()
-        return Plan(
-            covered,
-            {name: shape for name, shape in shapes.items() if name not in covered},
-            n,
-            size * size * (item + 24),
-            n * (self._layer.in_features + c) * item,
-            n * c * (c - 1) / 2 * d * (d + 1) + size**3 / 3,
-        )
+        """What will be covered, skipped, stored and computed; only one example goes through the model."""
+        with self._running(None):
+            return plan(self, train)
 
     def fit(self, train: Any, subset: Any | None = None) -> Influence:
         """Builds the curvature at the model's parameters.
@@ -116,111 +120,399 @@ class Influence:
         Args:
             train: the data that the model was trained on, as `fastif.data.as_loader` takes it; its length is n of (2).
             subset: the examples of `train` that carry the curvature, with weights; default all, 1/n each.
+
+        Raises ValueError for whatever `Capture` refuses: layers that are not called, examples that mix, parameters
+        used behind a layer's back, NaN; NotPositiveDefinite, naming the layer, where damping does not suffice.
         """
-        inputs, logits, labels = self._extract(train, need_labels=self.curvature.matrix == "empirical_fisher")
-        n, weights = len(inputs), None
+        n = count(train, self.batch_size)
+        indices, weights = torch.arange(n), torch.full((n,), 1 / n, dtype=torch.float64)
         if subset is not None:
-            picks = check_subset(subset, n)
-            rows = picks.indices.to(self.device)
-            inputs, logits, labels = inputs[rows], logits[rows], None if labels is None else labels[rows]
-            weights = picks.weights.to(inputs)
-        self._n = 0  # until all has gone well
-        self.curvature.fit(inputs, logits, labels, weights)
-        _ = self.curvature.factor  # a block without a factor is reported here, not at the first question
-        self._n = n
+            indices, weights = check_subset(subset, n)
+        fitted: list[dict[str, Curvature]] = []
+        for checkpoint in self.checkpoints or [None]:
+            with self._running(checkpoint):
+                fitted.append(self._fit_one(train, indices, weights))
+        self._fitted, self._n = fitted, n
         return self
 
     def on_parameters(self, batch: Any) -> dict[str, Tensor]:
-        """Σ_z I(z) = −(G + λI)⁻¹ Σ_z ∇ℓ(z) over the examples of `batch`: a dict keyed like the model's state_dict.
+        """Σ_z I(z) = −(G + λI)⁻¹ Σ_z ∇ℓ(z) over the examples of `batch`: a dict keyed like the model's parameters.
 
-        θ̂ + ε·I(z) approximates the optimum when z gains weight ε in the mean loss: removing z is ε = −1/n.
+        θ̂ + ε·I(z) approximates the optimum when z gains weight ε in the mean loss: removing z is ε = −1/n. Parameters
+        that are not covered are absent: they are taken as fixed. With checkpoints, the mean over them.
         docs/math.md (1).
         """
-        inputs, output_grads_ = self._gradients(batch)
-        total = ops.per_sample_grad.accumulate(inputs, output_grads_)[0]
-        change = -self.curvature.solve(total)
-        prefix = f"{self.head_name}." if self.head_name else ""
-        if self._layer.bias is None:
-            return {f"{prefix}weight": change}
-        return {f"{prefix}weight": change[:, :-1].contiguous(), f"{prefix}bias": change[:, -1].contiguous()}
+        change: dict[nn.Parameter, Tensor] = {}
+        for _, blocks in self._at_checkpoints():
+            totals: dict[str, Tensor] = {}
+            for _, _, gradients in self._train_batches(batch, "on_parameters"):
+                for name, g in gradients.items():
+                    total = g.sum(torch.ones(len(g), device=self.device))
+                    totals[name] = totals[name].add_(total) if name in totals else total
+            for name, total in totals.items():
+                moved = -blocks[name].solve(total) / len(self._fitted)
+                for parameter, rows, value in self.capture.blocks[name].split(moved):
+                    if parameter not in change:
+                        change[parameter] = torch.zeros_like(parameter, requires_grad=False)
+                    change[parameter][rows] += value
+        names = self.capture.names
+        return {names[p]: change[p].detach() for p in names if p in change}
 
-    def scores(self, query: Any, train: Any) -> Tensor:
-        """scores[q, t] = (1/n) ∇ℓ_qᵀ (G + λI)⁻¹ ∇ℓ_t, [q, n]: predicted rise of q's loss if t is removed.
+    def scores(
+        self,
+        query: Any,
+        train: Any,
+        *,
+        groups: Tensor | None = None,
+        query_groups: Tensor | None = None,
+        rank: int | None = None,
+    ) -> Tensor:
+        """scores[q, t] = (1/n) ∇m_qᵀ (G + λI)⁻¹ ∇ℓ_t, [q, n]: predicted rise of q's measurement if t is removed.
 
-        Positive: t helps q. In units of the query's loss; on the CPU. docs/math.md (2).
+        With the measurement "loss", positive: t helps q. In units of the measurement; on the CPU. docs/math.md (2).
+
+        Args:
+            query, train: data with labels.
+            groups: int64 [n]; columns are then groups of training examples, scores of a group are summed, [q, groups].
+            query_groups: int64 [q]; rows are then groups of queries, [groups, n].
+            rank: keep only so many singular vectors of each query's preconditioned gradient (less memory, so fewer
+                passes over `train` for many queries); the largest relative error is in `rank_error` afterwards.
         """
-        return torch.cat(list(self._score_blocks(query, train)), 1)
+        return self._assembled(self._tiles(query, train, query_groups, rank), query, query_groups, groups, train)[""]
+
+    def scores_by_layer(self, query: Any, train: Any) -> dict[str, Tensor]:
+        """The part of every block in `scores`, {block: [q, n]}; they add up to `scores`."""
+        return self._assembled(self._tiles(query, train, by="layer"), query, None, None, train)
+
+    def scores_by_token(self, query: Any, train: Any) -> Tensor:
+        """The part of every position of the training examples in `scores`, [q, n, t]; they add up to `scores`.
+
+        Raises ValueError where a covered layer has other positions than the rest (a normalisation layer sums over
+        them): leave it out with layers=.
+        """
+        return self._assembled(self._tiles(query, train, by="token"), query, None, None, train)[""]
 
     def top(self, query: Any, train: Any, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
         """The k training examples with the largest scores for each query: (values [q, k], indices int64 [q, k]).
 
         Largest first: the most helpful; `largest=False` gives the most harmful, smallest first. Ties go to the lower
-        index. The score matrix [q, n] is never stored.
+        index. The score matrix [q, n] is not stored, unless there are several checkpoints.
         """
-        n = _count(train, self.batch_size)
+        n = count(train, self.batch_size)
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
             raise ValueError(f"top: k must be an integer in [1, n={n}], got k={k}")
-        values, indices, start = None, None, 0
-        for block in self._score_blocks(query, train):
-            here = torch.arange(start, start + block.shape[1]).expand_as(block)
-            start += block.shape[1]
-            values = block if values is None else torch.cat([values, block], 1)
-            indices = here if indices is None else torch.cat([indices, here], 1)
+        if len(self._fitted) > 1:  # a checkpoint's part is no score: the sum has to be there before it is ranked
+            values, indices = self.scores(query, train).sort(dim=1, descending=largest, stable=True)
+            return values[:, :k], indices[:, :k]
+        best: dict[int, tuple[Tensor, Tensor]] = {}  # by first query of a block
+        for tile in self._tiles(query, train):
+            values = tile.values[""]
+            indices = torch.arange(tile.train, tile.train + values.shape[1]).expand_as(values)
+            if tile.query in best:
+                held = best[tile.query]
+                values, indices = torch.cat([held[0], values], 1), torch.cat([held[1], indices], 1)
             order = values.argsort(dim=1, descending=largest, stable=True)[:, :k]
-            values, indices = values.gather(1, order), indices.gather(1, order)
-        assert values is not None
-        assert indices is not None
-        return values, indices
+            best[tile.query] = values.gather(1, order), indices.gather(1, order)
+        values, indices = zip(*(best[start] for start in sorted(best)), strict=True)
+        return torch.cat(values), torch.cat(indices)
 
     def self_influence(self, train: Any) -> Tensor:
         """scores[t, t] of every training example, [n], never negative: how much its loss rests on it."""
-        inputs, grads = self._gradients(train)
-        parts = []
-        rows = max(1, _ENTRIES // (grads.shape[1] * inputs.shape[1]))
-        blocks = zip(inputs.split(rows), grads.split(rows), strict=True)
-        for a, u in self._progress(blocks, math.ceil(len(inputs) / rows), "self-influence"):
-            parts.append(self.curvature.sq_norms(u[:, :, None] * a[:, None, :]).cpu())
-        return torch.cat(parts) / self._n
+        total = None
+        for _, blocks in self._at_checkpoints():
+            parts = [
+                torch.stack([blocks[name].sq_norms(g) for name, g in gradients.items()]).sum(0).cpu()
+                for _, _, gradients in self._train_batches(train, "self-influence")
+            ]
+            total = torch.cat(parts) if total is None else total + torch.cat(parts)
+        assert total is not None
+        return total / (self._n * len(self._fitted))
 
-    def _score_blocks(self, query: Any, train: Any) -> Iterator[Tensor]:
-        """Columns of the scores, _ROWS training examples at a time: [q, <= _ROWS] on the CPU."""
-        query_inputs, query_grads = self._gradients(query)
-        directions = self.curvature.solve(query_grads[:, :, None] * query_inputs[:, None, :])  # [q, c, d]
-        inputs, grads = self._gradients(train)
-        blocks = zip(inputs.split(_ROWS), grads.split(_ROWS), strict=True)
-        for a, u in self._progress(blocks, math.ceil(len(inputs) / _ROWS), "scores"):
-            yield ops.per_sample_grad.dots(a, u, directions).div_(self._n).cpu()
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that `fit` learned, as tensors: safetensors or torch.save keep it."""
+        fitted = self._fitted or [self.curvature]
+        state = {
+            f"{number}/{name}/{key}": value
+            for number, blocks in enumerate(fitted)
+            for name, estimator in blocks.items()
+            for key, value in estimator.state_dict().items()
+        }
+        return {"n": torch.tensor(self._n), **state}
 
-    def _gradients(self, data: Any) -> tuple[Tensor, Tensor]:
-        """Head inputs [n, d] (with the 1 of the bias) and gradients with respect to the logits [n, c]."""
-        if not self._n:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> Influence:
+        """Takes what `state_dict` gave an Influence of the same model and arguments; refuses what does not fit."""
+        fitted: list[dict[str, Curvature]] = []
+        for number in range(len(self.checkpoints or [None])):
+            blocks = self._begun()
+            for name, estimator in blocks.items():
+                prefix = f"{number}/{name}/"
+                own = {key[len(prefix) :]: v.to(self.device) for key, v in state.items() if key.startswith(prefix)}
+                try:
+                    estimator.load_state_dict(own)
+                except KeyError as error:
+                    raise ValueError(f"load_state_dict: the state lacks {prefix}{error.args[0]}") from None
+            fitted.append(blocks)
+        known = {f"{number}/{name}" for number, blocks in enumerate(fitted) for name in blocks}
+        foreign = [key for key in state if key != "n" and key.rsplit("/", 1)[0] not in known]
+        if foreign or "n" not in state:
+            raise ValueError(f"load_state_dict: the state is another model's: {foreign[0] if foreign else 'no n'}")
+        self._fitted, self._n = fitted, int(state["n"])
+        return self
+
+    # --------------------------------------------------------------------------------------------------------- fitting
+
+    def _assigned(self, curvature: Curvature | Mapping[str, Curvature]) -> dict[str, Curvature]:
+        """A copy of an estimator for every block; blocks that no pattern matches are no longer covered."""
+        rules = dict(curvature) if isinstance(curvature, Mapping) else {"*": curvature}
+        for estimator in rules.values():
+            if not hasattr(estimator, "observe"):
+                raise TypeError(f"Influence: curvature must be an estimator or a mapping to them, got {estimator!r}")
+        chosen: dict[str, Curvature] = {}
+        for name, block in list(self.capture.blocks.items()):
+            matching = [estimator for pattern, estimator in rules.items() if fnmatchcase(name, pattern)]
+            if matching:
+                chosen[name] = copy.deepcopy(matching[0])
+                continue
+            self.capture.leave_out(block, "no pattern of curvature= matches its layer")
+        if not chosen:
+            raise ValueError(f"Influence: no pattern of curvature= matches a layer, got {', '.join(rules)}")
+        return chosen
+
+    def _begun(self) -> dict[str, Curvature]:
+        blocks = copy.deepcopy(self._estimators)
+        for name, estimator in blocks.items():
+            estimator.begin(name, self.capture.blocks[name].shape)
+        return blocks
+
+    def _fit_one(self, train: Any, indices: Tensor, weights: Tensor) -> dict[str, Curvature]:
+        blocks = self._begun()
+        for turn in range(max(1, *(estimator.passes for estimator in blocks.values()))):
+            open_blocks = {name: estimator for name, estimator in blocks.items() if turn < estimator.passes}
+            generator = Generator().manual_seed(self.seed)
+            batches = -(-len(indices) // self.batch_size)
+            with tqdm(total=batches, desc=f"fit, pass {turn + 1}", disable=not self.progress) as bar:
+                for (x, y), places in picked(train, self.batch_size, indices):
+                    x, y = moved_to(x, self.device), moved_to(y, self.device)
+                    self._observe(open_blocks, x, y, weights[places], turn, generator)
+                    bar.update()
+            for estimator in open_blocks.values():
+                estimator.end(turn)
+        return blocks
+
+    def _observe(
+        self, blocks: dict[str, Curvature], x: Any, y: Any, weights: Tensor, turn: int, generator: Generator
+    ) -> None:
+        forward = self.capture.forward(x)
+        batch = x if y is None and isinstance(x, Mapping) else y
+        losses = per_sample(self.loss, forward.outputs, batch, forward.n)
+        forward.check(losses)
+        weights = weights.to(self.device)
+        rest = dict(blocks)
+        for name, estimator in blocks.items():
+            if isinstance(estimator, ExactBlock) and estimator.fisher == "exact" and self.loss == "cross_entropy":
+                head = forward.head(name)
+                if head is not None:
+                    estimator.update(*head, weights=weights)
+                    del rest[name]
+        for fisher in dict.fromkeys(estimator.fisher for estimator in rest.values()):
+            mine = {name: estimator for name, estimator in rest.items() if estimator.fisher == fisher}
+            if fisher == "empirical":
+                found = iter([forward.gradients(losses, keep=True)])
+            else:
+                columns = output_columns(self.loss, forward.outputs, batch, forward.n, fisher, generator)
+                found = (forward.gradients(scores, column, keep=True) for scores, column in columns)
+            for column, gradients in enumerate(found):
+                for name, estimator in mine.items():
+                    estimator.observe(gradients[name], weights, column, turn)
+
+    # --------------------------------------------------------------------------------------------------------- scoring
+
+    def _at_checkpoints(self) -> Iterator[tuple[int, dict[str, Curvature]]]:
+        if not self._fitted:
             raise ValueError("Influence: not fitted; call fit(train) first")
-        inputs, logits, labels = self._extract(data, need_labels=True)
-        assert labels is not None
-        return inputs, output_grads(logits.softmax(1), labels)
+        for number, (checkpoint, blocks) in enumerate(zip(self.checkpoints or [None], self._fitted, strict=True)):
+            with self._running(checkpoint):
+                yield number, blocks
 
-    def _extract(self, data: Any, need_labels: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        features, logits, labels = extract(
-            self.model,
-            data,
-            head=self.head_name,
-            batch_size=self.batch_size,
-            device=self.device,
-            progress=self.progress,
+    def _batches(self, data: Any, name: str) -> Iterator[tuple[int, Any, Any, Forward]]:
+        """First index, x, y and the forward pass of every batch."""
+        start = 0
+        with tqdm(as_loader(data, self.batch_size), name, disable=not self.progress) as batches:
+            for x, y in batches:
+                x, y = moved_to(x, self.device), moved_to(y, self.device)
+                forward = self.capture.forward(x)
+                yield start, x, x if y is None and isinstance(x, Mapping) else y, forward
+                start += forward.n
+        if start == 0:
+            raise ValueError("data holds no examples")
+
+    def _train_batches(self, data: Any, name: str) -> Iterator[tuple[int, int, dict[str, Gradients]]]:
+        for start, _, batch, forward in self._batches(data, name):
+            losses = per_sample(self.loss, forward.outputs, batch, forward.n)
+            yield start, forward.n, forward.gradients(losses)
+
+    def _query_blocks(
+        self, query: Any, blocks: dict[str, Curvature], groups: Tensor | None, rank: int | None, explicit: bool
+    ) -> Iterator[tuple[int, dict[str, list[Directions]]]]:
+        """The query side for as many queries at a time as `memory` holds, with the first query's index."""
+        if groups is not None:
+            yield 0, self._grouped_queries(query, blocks, groups)
+            return
+        whole = sum(block.size for block in self.capture.blocks.values()) * _item_size(self.model)
+        each = max(1, self.memory // whole)
+        first, held, used = 0, {name: [] for name in blocks}, 0
+        for start, _, batch, forward in self._batches(query, "queries"):
+            gradients = forward.gradients(measured(self.measurement, self.loss, forward.outputs, batch, forward.n))
+            for begin in range(0, forward.n, each):
+                part = {name: g.rows(begin, begin + each) for name, g in gradients.items()}
+                made = {name: self._directions(blocks[name], g, rank, explicit) for name, g in part.items()}
+                size = sum(directions.nbytes for directions in made.values())
+                if used and used + size > self.memory:
+                    yield first, held
+                    first, held, used = start + begin, {name: [] for name in blocks}, 0
+                for name, directions in made.items():
+                    held[name].append(directions)
+                used += size
+        yield first, held
+
+    def _directions(self, estimator: Curvature, g: Gradients, rank: int | None, explicit: bool) -> Directions:
+        if rank is None:
+            return Explicit(estimator.solve(g.formed())) if explicit else estimator.directions(g)
+        compressed = LowRank.of(estimator.solve(g.formed()), rank)
+        self.rank_error = max(self.rank_error, compressed.error)
+        return compressed
+
+    def _grouped_queries(
+        self, query: Any, blocks: dict[str, Curvature], groups: Tensor
+    ) -> dict[str, list[Directions]]:
+        number = int(groups.max()) + 1
+        totals = {
+            name: torch.zeros((number, *block.shape), device=self.device, dtype=_dtype(self.model))
+            for name, block in self.capture.blocks.items()
+        }
+        for start, _, batch, forward in self._batches(query, "queries"):
+            gradients = forward.gradients(measured(self.measurement, self.loss, forward.outputs, batch, forward.n))
+            here = groups[start : start + forward.n].to(self.device)
+            for group in here.unique().tolist():
+                for name, g in gradients.items():
+                    totals[name][group] += g.sum((here == group).to(self.device))
+        return {name: [Explicit(blocks[name].solve(total))] for name, total in totals.items()}
+
+    def _tiles(
+        self,
+        query: Any,
+        train: Any,
+        query_groups: Tensor | None = None,
+        rank: int | None = None,
+        by: str = "all",
+    ) -> Iterator[Tile]:
+        """Rectangles of the scores: queries of a block × training examples of a batch."""
+        if query_groups is not None:
+            _check_groups("query_groups", query_groups, count(query, self.batch_size))
+        if rank is not None and rank < 1:
+            raise ValueError(f"scores: rank must be at least 1, got {rank}")
+        self.rank_error = 0.0
+        for _, blocks in self._at_checkpoints():
+            share = self._n * len(self._fitted)
+            for first, held in self._query_blocks(query, blocks, query_groups, rank, by == "token"):
+                for start, _, gradients in self._train_batches(train, "scores"):
+                    parts = {}
+                    for name, g in gradients.items():
+                        dots = _by_position if by == "token" else _dots
+                        parts[name] = torch.cat([dots(directions, g) for directions in held[name]]).div_(share).cpu()
+                    if by == "token":
+                        _check_positions({name: g.positions for name, g in gradients.items()})
+                    yield Tile(first, start, parts if by == "layer" else {"": _added(parts.values())})
+
+    def _assembled(
+        self, tiles: Iterator[Tile], query: Any, query_groups: Tensor | None, groups: Tensor | None, train: Any
+    ) -> dict[str, Tensor]:
+        rows = count(query, self.batch_size) if query_groups is None else int(query_groups.max()) + 1
+        columns = n = count(train, self.batch_size)
+        if groups is not None:
+            _check_groups("groups", groups, n)
+            columns = int(groups.max()) + 1
+        out: dict[str, Tensor] = {}
+        for tile in tiles:
+            for key, values in tile.values.items():
+                if key not in out:
+                    out[key] = values.new_zeros((rows, columns, *values.shape[2:]))
+                place = out[key][tile.query : tile.query + len(values)]
+                if groups is None:
+                    place[:, tile.train : tile.train + values.shape[1]] += values
+                else:
+                    place.index_add_(1, groups[tile.train : tile.train + values.shape[1]].cpu(), values)
+        return out
+
+    @contextmanager
+    def _running(self, checkpoint: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """The model on the device, with a checkpoint's parameters and the capture's hooks; afterwards as it was."""
+        if not self.allow_train_mode:
+            for name, module in self.model.named_modules():
+                acts = module.training and isinstance(module, _RANDOM_LAYERS) and getattr(module, "p", 1) > 0
+                if acts:
+                    raise ValueError(
+                        f"Influence: {name!r} ({type(module).__name__}) is in train mode, so one example's loss is "
+                        "random or depends on others; call model.eval(), or pass allow_train_mode=True"
+                    )
+        with ExitStack() as undo:
+            if checkpoint is not None:
+                before = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
+                undo.callback(self.model.load_state_dict, before)
+                self.model.load_state_dict(checkpoint)
+            undo.enter_context(placed(self.model, self.device, "Influence"))
+            undo.enter_context(self.capture.attached())
+            yield
+
+
+class Tile(NamedTuple):
+    """A rectangle of scores and where it stands."""
+
+    query: int  # first row
+    train: int  # first column
+    values: dict[str, Tensor]  # "" or, by layer, its name: [rows, columns]
+
+
+def _dots(directions: Directions, g: Gradients) -> Tensor:
+    return directions.dots(g)
+
+
+def _by_position(directions: Directions, g: Gradients) -> Tensor:
+    assert isinstance(directions, Explicit)
+    return g.by_position(directions.matrices)
+
+
+def _added(parts: Any) -> Tensor:
+    first, *rest = parts
+    for part in rest:
+        first += part
+    return first
+
+
+def _check_positions(positions: dict[str, int]) -> None:
+    most = max(positions.values())
+    for name, t in positions.items():
+        if t != most:
+            raise ValueError(
+                f"scores_by_token: layer {name!r} has {t} positions where others have {most}; leave it out with layers="
+            )
+
+
+def _check_groups(what: str, groups: Tensor, n: int) -> None:
+    if groups.dtype != torch.int64:
+        raise TypeError(f"scores: {what} must be int64, got {groups.dtype}")
+    if groups.shape != (n,) or (n and int(groups.min()) < 0):
+        raise ValueError(
+            f"scores: {what} must be [{n}] numbers >= 0, got shape {list(groups.shape)}, "
+            f"the smallest {int(groups.min()) if groups.numel() else None}"
         )
-        if need_labels and labels is None:
-            raise ValueError("Influence: the data has no labels")
-        if self._layer.bias is not None:
-            features = torch.cat([features, features.new_ones(len(features), 1)], 1)
-        return features.to(self.device), logits.to(self.device), None if labels is None else labels.to(self.device)
-
-    def _progress(self, blocks: Any, total: int, name: str) -> Any:
-        return tqdm(blocks, name, total=total, disable=not self.progress)
 
 
-def _count(data: Any, batch_size: int) -> int:
-    loader = as_loader(data, batch_size)  # refuses what has no fixed order
-    dataset = getattr(data, "dataset", data)
-    if isinstance(dataset, Dataset) and hasattr(dataset, "__len__"):
-        return len(dataset)  # pyright: ignore[reportArgumentType]
-    return sum(len(x) for x, _ in loader)
+def _dtype(model: nn.Module) -> torch.dtype:
+    """Of what is computed with a model's gradients."""
+    double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
+    return torch.float64 if double else torch.float32
+
+
+def _item_size(model: nn.Module) -> int:
+    return _dtype(model).itemsize

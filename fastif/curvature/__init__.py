@@ -1,6 +1,80 @@
-"""Curvature estimators, one per file, with one protocol: fit, update, downdate, solve."""
+"""Curvature estimators, one per file, with one protocol.
+
+`Influence` drives them: `begin` a layer's block, `observe` its gradients batch by batch in `passes` passes, `end` each
+pass; then `solve`, `sq_norms` and `directions` apply the damped inverse.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
 
 from fastif.curvature.cholesky import NotPositiveDefinite
+from fastif.curvature.diagonal import Diagonal, Identity
+from fastif.curvature.directions import Directions, Explicit, LowRank
+from fastif.curvature.ekfac import EKFAC
 from fastif.curvature.exact_block import ExactBlock
+from fastif.curvature.kfac import KFAC
+from fastif.gradients import Gradients
+from fastif.losses import Fisher
 
-__all__ = ["ExactBlock", "NotPositiveDefinite"]
+
+class Curvature(Protocol):
+    """What an estimator of one block, g matrices [o, d] of parameters, must be able to do."""
+
+    @property
+    def passes(self) -> int:
+        """How often it must see the data."""
+        ...
+
+    @property
+    def fisher(self) -> Fisher:
+        """Of which gradients it is made."""
+        ...
+
+    def begin(self, name: str, shape: tuple[int, int, int]) -> None:
+        """Forgets what was learned; name and shape [g, o, d] of the block."""
+        ...
+
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
+        """Takes in Σ_i weights[i] vec(g_i) vec(g_i)ᵀ of a batch, column `column` of its curvature, in pass `turn`."""
+        ...
+
+    def end(self, turn: int) -> None:
+        """Ends a pass; raises NotPositiveDefinite with a diagnosis."""
+        ...
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """(G + λI)⁻¹ rhs for rhs [..., g, o, d]."""
+        ...
+
+    def sq_norms(self, gradients: Gradients) -> Tensor:
+        """g_iᵀ (G + λI)⁻¹ g_i, [n]."""
+        ...
+
+    def directions(self, gradients: Gradients) -> Directions:
+        """(G + λI)⁻¹ g_q for every q."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+    def bytes_needed(self, shape: tuple[int, int, int], table: bool, item: int) -> int:
+        """Peak memory of the fitted block and its making, for `Influence.plan`."""
+        ...
+
+
+__all__ = [
+    "EKFAC",
+    "KFAC",
+    "Curvature",
+    "Diagonal",
+    "Directions",
+    "ExactBlock",
+    "Explicit",
+    "Identity",
+    "LowRank",
+    "NotPositiveDefinite",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -9,8 +10,12 @@ from torch import Tensor
 
 from fastif import ops
 from fastif.curvature.cholesky import check_damping, factorize
+from fastif.curvature.directions import Directions, Explicit
+from fastif.gradients import Gradients
+from fastif.losses import Fisher
 
 Matrix = Literal["ggn", "hessian", "empirical_fisher"]
+_ENTRIES = 1 << 22  # of gradients that are formed at a time where they have to be
 _ROWS = 1024  # examples per product where rows of c·d entries have to be formed
 
 
@@ -38,8 +43,58 @@ class ExactBlock:
             raise ValueError(f"ExactBlock: matrix must be 'ggn', 'hessian' or 'empirical_fisher', got {matrix!r}")
         self.damping: float | Literal["auto"] = damping
         self.matrix, self.name = matrix, name
+        self._shape: tuple[int, ...] = ()  # [g, o, d] of a layer that is given by its gradients
         self._block: Tensor | None = None  # [c, d, c, d]
         self._factor: Tensor | None = None  # [c·d, c·d] float64
+
+    passes = 1
+
+    @property
+    def fisher(self) -> Fisher:
+        """The gradients of which a block that is not a head is built."""
+        return "empirical" if self.matrix == "empirical_fisher" else "exact"
+
+    def begin(self, name: str, shape: tuple[int, int, int]) -> None:
+        """Forgets what was learned; the block has g matrices [o, d], which are taken as one [g·o, d]."""
+        self.name, self._shape, self._block, self._factor = name, shape, None, None
+
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
+        """Adds Σ_i weights[i] vec(g_i) vec(g_i)ᵀ: a column of the curvature of a layer that is not the head."""
+        del column, turn
+        if self.matrix == "hessian":
+            raise ValueError(
+                f"ExactBlock: matrix='hessian' is available for the head, where it equals the GGN; {self.name!r} is "
+                "none: choose 'ggn'"
+            )
+        g, o, d = self._shape
+        for begin in range(0, len(gradients), _ROWS):
+            rows = gradients.rows(begin, begin + _ROWS).formed().flatten(1)
+            if self._block is None:
+                self._block = rows.new_zeros((g * o, d, g * o, d))
+            flat = self._block.view(rows.shape[1], rows.shape[1])
+            flat.addmm_((rows * weights[begin : begin + _ROWS].to(rows)[:, None]).T, rows)
+        self._factor = None
+
+    def end(self, turn: int) -> None:
+        """Makes the factor; raises NotPositiveDefinite with a diagnosis."""
+        del turn
+        _ = self.factor
+
+    def directions(self, gradients: Gradients) -> Directions:
+        """The query side of pairwise scores."""
+        return Explicit(self.solve(gradients.formed()))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"block": self.block}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._block, self._factor = state["block"], None
+
+    @staticmethod
+    def bytes_needed(shape: tuple[int, int, int], table: bool, item: int) -> int:
+        """Of the block, its float64 factor and two copies on the way."""
+        del table
+        return math.prod(shape) ** 2 * (item + 24)
 
     def fit(
         self, inputs: Tensor, logits: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
@@ -74,14 +129,19 @@ class ExactBlock:
         return self._add("downdate", inputs, logits, labels, weights, sign=-1)
 
     def solve(self, rhs: Tensor) -> Tensor:
-        """(G + λI)⁻¹ rhs for rhs [..., c, d], in the dtype of rhs. Raises NotPositiveDefinite with a diagnosis."""
+        """(G + λI)⁻¹ rhs for rhs [..., c, d] or [..., g, o, d], in the dtype of rhs. Raises NotPositiveDefinite with a diagnosis."""
         columns = self._columns("solve", rhs)
         return torch.cholesky_solve(columns, self.factor).T.reshape(rhs.shape).to(rhs.dtype)
 
-    def sq_norms(self, rhs: Tensor) -> Tensor:
-        """rhs_iᵀ (G + λI)⁻¹ rhs_i for each i of rhs [m, c, d] → [m]: half the work of `solve`."""
-        half = torch.linalg.solve_triangular(self.factor, self._columns("sq_norms", rhs), upper=False)
-        return half.square().sum(0).to(rhs.dtype)
+    def sq_norms(self, gradients: Gradients) -> Tensor:
+        """g_iᵀ (G + λI)⁻¹ g_i, [n]: half the work of `solve`."""
+        parts = []
+        each = max(1, _ENTRIES // len(self.factor))
+        for begin in range(0, len(gradients), each):
+            columns = self._columns("sq_norms", gradients.rows(begin, begin + each).formed())
+            half = torch.linalg.solve_triangular(self.factor, columns, upper=False)
+            parts.append(half.square().sum(0).to(self.block.dtype))
+        return torch.cat(parts)
 
     def inverse(self) -> Tensor:
         """(G + λI)⁻¹ as a matrix [c·d, c·d], float64."""
@@ -110,6 +170,8 @@ class ExactBlock:
 
     def _columns(self, op: str, rhs: Tensor) -> Tensor:
         c, d = self.block.shape[:2]
+        if rhs.dim() >= 3 and rhs.shape[-3:] == self._shape:
+            rhs = rhs.flatten(-3, -2)
         if rhs.shape[-2:] != (c, d):
             raise ValueError(f"ExactBlock.{op}: rhs must be [..., c={c}, d={d}], got {list(rhs.shape)}")
         return rhs.reshape(-1, c * d).T.to(self.factor)

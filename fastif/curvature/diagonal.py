@@ -1,0 +1,115 @@
+"""The diagonal of the curvature, and no curvature at all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
+from fastif.curvature.directions import Directions, Explicit
+from fastif.gradients import Gradients
+from fastif.losses import Fisher
+
+
+class Diagonal:
+    """diag(G) = Σ_i w_i Σ_s g_is², elementwise: entries that influence one another are not seen to.
+
+    Args:
+        damping: absolute λ >= 0.
+        fisher: which gradients, as for `KFAC`.
+    """
+
+    passes = 1
+
+    def __init__(self, damping: float = 1e-3, fisher: Fisher = "exact"):
+        if damping == "auto":
+            raise ValueError("Diagonal: damping must be a number, got 'auto'")
+        check_damping(damping)
+        if fisher not in ("exact", "monte_carlo", "empirical"):
+            raise ValueError(f"Diagonal: fisher must be 'exact', 'monte_carlo' or 'empirical', got {fisher!r}")
+        self.damping, self.fisher, self.name = damping, fisher, "layer"
+        self._diagonal: Tensor | None = None
+
+    def begin(self, name: str, shape: tuple[int, int, int]) -> None:
+        self.name, self.shape, self._diagonal = name, shape, None
+
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
+        del column, turn
+        squares = gradients.squares(weights)
+        self._diagonal = squares if self._diagonal is None else self._diagonal.add_(squares)
+
+    def end(self, turn: int) -> None:
+        del turn
+        if not bool(self.diagonal.isfinite().all()):
+            raise NotPositiveDefinite(f"Diagonal: layer {self.name!r} holds NaN or Inf")
+
+    @property
+    def diagonal(self) -> Tensor:
+        """Without damping, [g, o, d]."""
+        if self._diagonal is None:
+            raise ValueError("Diagonal: not fitted; call Influence.fit first")
+        return self._diagonal
+
+    @property
+    def inverse_diagonal(self) -> Tensor:
+        lowest = float(self.diagonal.min())
+        if not lowest + self.damping > torch.finfo(self.diagonal.dtype).tiny:
+            raise NotPositiveDefinite(
+                f"Diagonal: layer {self.name!r} with damping {self.damping:g} is singular: its smallest entry is "
+                f"{lowest:.3g}; a damping > 0 would do"
+            )
+        return 1 / (self.diagonal + self.damping)
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """(diag(G) + λI)⁻¹ rhs for rhs [..., g, o, d]."""
+        return rhs * self.inverse_diagonal
+
+    def sq_norms(self, gradients: Gradients) -> Tensor:
+        return gradients.sq_norms(self.inverse_diagonal)
+
+    def directions(self, gradients: Gradients) -> Directions:
+        return Explicit(self.solve(gradients.formed()))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"diagonal": self.diagonal}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._diagonal = state["diagonal"]
+
+    @staticmethod
+    def bytes_needed(shape: tuple[int, int, int], table: bool, item: int) -> int:
+        del table
+        g, o, d = shape
+        return 2 * g * o * d * item
+
+
+class Identity:
+    """No curvature: scores are dot products of gradients, divided by n (TracIn's; Pruthi et al. 2020)."""
+
+    passes, fisher = 0, "empirical"
+
+    def begin(self, name: str, shape: tuple[int, int, int]) -> None:
+        del name, shape
+
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None: ...
+
+    def end(self, turn: int) -> None: ...
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        return rhs
+
+    def sq_norms(self, gradients: Gradients) -> Tensor:
+        return gradients.sq_norms()
+
+    def directions(self, gradients: Gradients) -> Directions:
+        return Explicit(gradients.formed())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+    @staticmethod
+    def bytes_needed(shape: tuple[int, int, int], table: bool, item: int) -> int:
+        del shape, table, item
+        return 0

@@ -1,0 +1,30 @@
+"""EK-FAC: the eigenbasis of K-FAC with the curvature's own diagonal in it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastif.curvature.kfac import KFAC
+from fastif.gradients import Gradients
+
+
+class EKFAC(KFAC):
+    """G ≈ (Q_A ⊗ Q_B) diag(λ) (Q_A ⊗ Q_B)ᵀ with the eigenvectors of `KFAC` and λ = Σ_i w_i Σ_s (Q_Bᵀ g_is Q_A)².
+
+    Of all matrices with these eigenvectors it is the nearest to the curvature of the layer (George et al. 2018,
+    arXiv 1806.03884). It takes a second pass over the data. Arguments as for `KFAC`. docs/math.md (16).
+    """
+
+    passes = 2
+
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
+        if turn == 0:
+            super().observe(gradients, weights, column, turn)
+        else:
+            squares = self._rotated(gradients).squares(weights)
+            self._eigenvalues = squares if self._eigenvalues is None else self._eigenvalues.add_(squares)
+
+    def end(self, turn: int) -> None:
+        if turn == 0:
+            super().end(turn)
+            self._eigenvalues = None  # those of the product have served

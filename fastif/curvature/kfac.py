@@ -1,0 +1,170 @@
+"""K-FAC: the curvature of a layer as a Kronecker product."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
+from fastif.curvature.directions import Directions, Explicit, Separable
+from fastif.gradients import Gradients
+from fastif.losses import Fisher
+
+_RELATIVE_DAMPING = 0.1  # of the mean eigenvalue, for damping="auto" (Grosse et al. 2023)
+
+
+class KFAC:
+    """G ≈ A ⊗ B: the mean second moment of a layer's inputs times the summed one of its output gradients.
+
+    A = Σ_i w_i Σ_t a_it a_itᵀ / Σ_i w_i t, B = Σ_i w_i Σ_t Σ_s u_it u_itᵀ over the columns s of `fisher` (Martens &
+    Grosse 2015, arXiv 1503.05671; for positions the "expand" form of arXiv 2311.00636). The damped inverse
+    (A ⊗ B + λI)⁻¹ is exact, by the eigenbases of both. docs/math.md (16).
+
+    Args:
+        damping: absolute λ >= 0, or "auto": a tenth of the layer's mean eigenvalue (see `damping_used`).
+        fisher: "exact": the GGN, by one backward pass per output; "monte_carlo": by one pass with labels drawn from the
+            model's prediction; "empirical": the gradients of the data's own labels, another matrix.
+        separable: in pairwise scores of layers with one position per example, replace 1/(λ_od + damping) by a sum of
+            products, as few as keep the relative error of the scores below this tolerance, measured on a sample;
+            where that would cost more than the exact form, the exact form is used. None: always exact.
+    """
+
+    passes = 1
+
+    def __init__(
+        self,
+        damping: float | Literal["auto"] = 1e-3,
+        fisher: Fisher = "exact",
+        separable: float | None = None,
+    ):
+        check_damping(damping)
+        if fisher not in ("exact", "monte_carlo", "empirical"):
+            raise ValueError(
+                f"{type(self).__name__}: fisher must be 'exact', 'monte_carlo' or 'empirical', got {fisher!r}"
+            )
+        if separable is not None and not 0 < separable < 1:
+            raise ValueError(f"{type(self).__name__}: separable must be a tolerance in (0, 1) or None, got {separable}")
+        self.damping: float | Literal["auto"] = damping
+        self.fisher: Fisher = fisher
+        self.separable = separable
+        self.name = "layer"
+        self._moments: dict[str, Tensor] = {}
+        self._positions = 0.0
+        self.input_basis: Tensor | None = None  # [g, d, d], columns are eigenvectors
+        self.output_basis: Tensor | None = None  # [g, o, o], None where the outputs are rows of a table
+        self._eigenvalues: Tensor | None = None  # [g, o, d]
+        self.separable_rank: int | None = None  # of the last scores, None: exact
+
+    def begin(self, name: str, shape: tuple[int, int, int]) -> None:
+        """Forgets what was learned; the block has g matrices [o, d]."""
+        self.name, self.shape = name, shape
+        self._moments, self._positions, self._eigenvalues = {}, 0.0, None
+
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
+        """Takes in a batch: column `column` of its curvature (the activations only once), in pass `turn`."""
+        del turn
+        for side in ("inputs", "outputs"):
+            if column == 0 or side != gradients.activations:
+                moment = gradients.moment(side, weights)
+                self._moments[side] = self._moments[side].add_(moment) if side in self._moments else moment
+        if column == 0:
+            self._positions += float(weights.double().sum()) * gradients.positions
+
+    def end(self, turn: int) -> None:
+        """Ends pass `turn`: the eigenbases are found. Raises NotPositiveDefinite, naming the layer, if it cannot."""
+        del turn
+        for side, moment in self._moments.items():
+            if not bool(moment.isfinite().all()):
+                raise NotPositiveDefinite(f"{self.name}: the second moment of its {side} holds NaN or Inf")
+        inputs = self._moments["inputs"].double()
+        outputs = self._moments["outputs"].double() / max(self._positions, 1e-300)
+        like = self._moments["inputs"]
+        self._moments = {}
+        input_values, input_basis = torch.linalg.eigh(inputs)
+        if outputs.dim() == 3:
+            output_values, output_basis = torch.linalg.eigh(outputs)
+            self.output_basis = output_basis.to(like)
+        else:
+            output_values, self.output_basis = outputs, None
+        self.input_basis = input_basis.to(like)
+        values = output_values.clamp(min=0)[:, :, None] * input_values.clamp(min=0)[:, None, :]
+        self._eigenvalues = values.to(like)
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """Of the undamped curvature, in the eigenbases, [g, o, d]."""
+        if self._eigenvalues is None:
+            raise ValueError(f"{type(self).__name__}: not fitted; call Influence.fit first")
+        return self._eigenvalues
+
+    @property
+    def damping_used(self) -> float:
+        """λ: the number given, or what "auto" found. Raises NotPositiveDefinite where it leaves the layer singular."""
+        values = self.eigenvalues
+        largest, lowest = float(values.max()), float(values.min())
+        if self.damping == "auto":
+            return _RELATIVE_DAMPING * float(values.double().mean()) or 1e-12
+        floor = torch.finfo(values.dtype).eps * largest
+        if not lowest + self.damping > floor:
+            raise NotPositiveDefinite(
+                f"{type(self).__name__}: layer {self.name!r} with damping {self.damping:g} is singular: its smallest "
+                f"eigenvalue is {lowest:.3g}, its largest {largest:.3g}; damping "
+                f"{10.0 ** math.ceil(math.log10(max(floor, 1e-12))):g} would do, or 'auto'"
+            )
+        return self.damping
+
+    @property
+    def inverse_eigenvalues(self) -> Tensor:
+        """1 / (λ_od + damping), [g, o, d]."""
+        return 1 / (self.eigenvalues + self.damping_used)
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """(G + λI)⁻¹ rhs for rhs [..., g, o, d]."""
+        return self._from_basis(self._to_basis(rhs) * self.inverse_eigenvalues)
+
+    def sq_norms(self, gradients: Gradients) -> Tensor:
+        """g_iᵀ (G + λI)⁻¹ g_i, [n]."""
+        return self._rotated(gradients).sq_norms(self.inverse_eigenvalues)
+
+    def directions(self, gradients: Gradients) -> Directions:
+        """The query side of pairwise scores."""
+        if self.separable is not None and Separable.suits(gradients):
+            made = Separable.of(
+                self._rotated(gradients), self.inverse_eigenvalues, self.eigenvalues, self.separable, self._rotated
+            )
+            self.separable_rank = None if made is None else made.rank
+            if made is not None:
+                return made
+        return Explicit(self.solve(gradients.formed()))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {"eigenvalues": self.eigenvalues, "input_basis": self.input_basis, "output_basis": self.output_basis}
+        return {key: value for key, value in state.items() if value is not None}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._eigenvalues, self.input_basis = state["eigenvalues"], state["input_basis"]
+        self.output_basis = state.get("output_basis")
+
+    @staticmethod
+    def bytes_needed(shape: tuple[int, int, int], table: bool, item: int) -> int:
+        """Of moments in float64, bases and eigenvalues while they are made."""
+        g, o, d = shape
+        squares = d * d + (o if table else o * o)
+        return g * (squares * (item + 3 * 8) + o * d * (item + 8))
+
+    def _rotated(self, gradients: Gradients) -> Gradients:
+        assert self.input_basis is not None
+        return gradients.rotated(self.output_basis, self.input_basis)
+
+    def _to_basis(self, m: Tensor) -> Tensor:
+        assert self.input_basis is not None
+        m = m.to(self.input_basis) @ self.input_basis
+        return m if self.output_basis is None else self.output_basis.mT @ m
+
+    def _from_basis(self, m: Tensor) -> Tensor:
+        assert self.input_basis is not None
+        m = m @ self.input_basis.mT
+        return m if self.output_basis is None else self.output_basis @ m

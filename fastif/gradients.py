@@ -1,0 +1,228 @@
+"""Per-sample gradients of a batch, kept in the factors that a backward pass leaves behind and never formed.
+
+A block of parameters is seen as g matrices [o, d] (g = 1 but for grouped convolutions). Example i's gradient is
+
+    g_i[s] = Σ_t output_grads[s, i, t] ⊗ inputs[s, i, t]           (docs/math.md (8)),
+
+a sum over t positions: words of a text, pixels of an image, uses of a shared layer. Everything that an estimator asks
+of it is a method here, so that no estimator knows how a layer's gradient is stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fastif import ops
+
+Side = Literal["inputs", "outputs"]
+
+
+class Gradients(Protocol):
+    """What a batch of n per-sample gradients [g, o, d] can tell."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, begin: int, end: int) -> Gradients:
+        """Examples begin, ..., end - 1."""
+        ...
+
+    def sum(self, weights: Tensor) -> Tensor:
+        """Σ_i weights[i] g_i, [g, o, d]."""
+        ...
+
+    def squares(self, weights: Tensor) -> Tensor:
+        """Σ_i weights[i] g_i², elementwise, [g, o, d]."""
+        ...
+
+    def sq_norms(self, scale: Tensor | None = None) -> Tensor:
+        """Σ over entries of scale g_i², [n]; scale [g, o, d] >= 0, default 1."""
+        ...
+
+    def dots(self, directions: Tensor) -> Tensor:
+        """⟨directions[q], g_i⟩, [q, n], for directions [q, g, o, d]."""
+        ...
+
+    def formed(self) -> Tensor:
+        """The gradients themselves, [n, g, o, d]: for blocks that are small."""
+        ...
+
+    def rotated(self, output_basis: Tensor | None, input_basis: Tensor) -> Gradients:
+        """Gradients output_basisᵀ g_i input_basis, for bases [g, o, o'] (None: the identity) and [g, d, d']."""
+        ...
+
+    def moment(self, side: Side, weights: Tensor) -> Tensor:
+        """Σ_i Σ_t weights[i] x xᵀ of the inputs x = a [g, d, d] or the outputs x = u [g, o, o] (its diagonal [g, o]
+        where no two entries of u are ever both nonzero).
+        """
+        ...
+
+    @property
+    def activations(self) -> Side:
+        """The factor that comes from the forward pass; the other one comes from the backward pass."""
+        ...
+
+    @property
+    def positions(self) -> int:
+        """t."""
+        ...
+
+    def by_position(self, directions: Tensor) -> Tensor:
+        """⟨directions[q], what position t adds to g_i⟩, [q, n, t], for directions [q, g, o, d]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Gradients of linear maps, whose factors are dense."""
+
+    inputs: Tensor  # [g, n, t, d]
+    output_grads: Tensor  # [g, n, t, o]
+    activations: Side = "inputs"
+
+    def __len__(self) -> int:
+        return self.inputs.shape[1]
+
+    def rows(self, begin: int, end: int) -> Dense:
+        return replace(self, inputs=self.inputs[:, begin:end], output_grads=self.output_grads[:, begin:end])
+
+    def sum(self, weights: Tensor) -> Tensor:
+        weights = weights.to(self.inputs)
+        return torch.stack([ops.per_sample_grad.accumulate(a, u, weights)[0] for a, u in self._groups()])
+
+    def squares(self, weights: Tensor) -> Tensor:
+        weights = weights.to(self.inputs)
+        return torch.stack([ops.per_sample_grad.accumulate_squares(a, u, weights) for a, u in self._groups()])
+
+    def sq_norms(self, scale: Tensor | None = None) -> Tensor:
+        scales = [None] * len(self.inputs) if scale is None else list(scale)
+        parts = [ops.per_sample_grad.sq_norms(a, u, r) for (a, u), r in zip(self._groups(), scales, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def dots(self, directions: Tensor) -> Tensor:
+        out = None
+        for s, (a, u) in enumerate(self._groups()):
+            part = ops.per_sample_grad.dots(a, u, directions[:, s].contiguous())
+            out = part if out is None else out.add_(part)
+        assert out is not None
+        return out
+
+    def formed(self) -> Tensor:
+        return torch.einsum("snto,sntd->nsod", self.output_grads, self.inputs)
+
+    def rotated(self, output_basis: Tensor | None, input_basis: Tensor) -> Dense:
+        grads = self.output_grads if output_basis is None else self.output_grads @ output_basis[:, None]
+        return replace(self, inputs=self.inputs @ input_basis[:, None], output_grads=grads)
+
+    def moment(self, side: Side, weights: Tensor) -> Tensor:
+        return _second_moment(self.inputs if side == "inputs" else self.output_grads, weights.to(self.inputs))
+
+    @property
+    def positions(self) -> int:
+        return self.inputs.shape[2]
+
+    def by_position(self, directions: Tensor) -> Tensor:
+        parts = [
+            (((self.output_grads @ direction[:, None]) * self.inputs).sum((0, 3))) for direction in directions
+        ]  # one query at a time: [g, n, t, d]
+        return torch.stack(parts)
+
+    def _groups(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.inputs, self.output_grads, strict=True))
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """Gradients of a table that is looked up (an embedding): at every position one row takes the gradient."""
+
+    places: Tensor  # int64 [n, t]: which row of the table [o, d]
+    inputs: Tensor  # [n, t, d]: the gradient that it takes
+    table_rows: int  # o
+    activations: Side = "outputs"
+
+    def __len__(self) -> int:
+        return self.inputs.shape[0]
+
+    def rows(self, begin: int, end: int) -> OneHot:
+        return replace(self, places=self.places[begin:end], inputs=self.inputs[begin:end])
+
+    def sum(self, weights: Tensor) -> Tensor:
+        total = self.inputs.new_zeros((self.table_rows, self.inputs.shape[2]))
+        weighted = self.inputs * weights.to(self.inputs)[:, None, None]
+        return total.index_add_(0, self.places.flatten(), weighted.flatten(0, 1))[None]
+
+    def squares(self, weights: Tensor) -> Tensor:
+        rows, gradients, example = self._merged()
+        total = self.inputs.new_zeros((self.table_rows, self.inputs.shape[2]))
+        return total.index_add_(0, rows, gradients.square() * weights.to(self.inputs)[example, None])[None]
+
+    def sq_norms(self, scale: Tensor | None = None) -> Tensor:
+        rows, gradients, example = self._merged()
+        values = gradients.square()
+        if scale is not None:
+            values = values * scale[0, rows]
+        return values.new_zeros(len(self)).index_add_(0, example, values.sum(1))
+
+    def dots(self, directions: Tensor) -> Tensor:
+        parts = [torch.einsum("ntd,ntd->n", direction[0][self.places], self.inputs) for direction in directions]
+        return torch.stack(parts)
+
+    def formed(self) -> Tensor:
+        n, d = len(self), self.inputs.shape[2]
+        out = self.inputs.new_zeros((n * self.table_rows, d))
+        place = self.places + self.table_rows * torch.arange(n, device=self.places.device)[:, None]
+        return out.index_add_(0, place.flatten(), self.inputs.flatten(0, 1)).view(n, 1, self.table_rows, d)
+
+    def rotated(self, output_basis: Tensor | None, input_basis: Tensor) -> OneHot:
+        assert output_basis is None, "rows of a table stay as they are"
+        return replace(self, inputs=self.inputs @ input_basis[0])
+
+    def moment(self, side: Side, weights: Tensor) -> Tensor:
+        weights = weights.to(self.inputs)
+        if side == "inputs":
+            return _second_moment(self.inputs[None], weights)
+        each = weights[:, None].expand_as(self.places).flatten()
+        return each.new_zeros(self.table_rows).index_add_(0, self.places.flatten(), each)[None]
+
+    @property
+    def positions(self) -> int:
+        return self.places.shape[1]
+
+    def by_position(self, directions: Tensor) -> Tensor:
+        parts = [torch.einsum("ntd,ntd->nt", direction[0][self.places], self.inputs) for direction in directions]
+        return torch.stack(parts)
+
+    def dense(self) -> Dense:
+        rows = torch.nn.functional.one_hot(self.places, self.table_rows).to(self.inputs)
+        return Dense(self.inputs[None], rows[None])
+
+    def _merged(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [m], gradients [m, d] and examples [m], each row at most once per example."""
+        n = len(self)
+        place = self.places + self.table_rows * torch.arange(n, device=self.places.device)[:, None]
+        unique, inverse = place.flatten().unique(return_inverse=True)
+        gradients = self.inputs.new_zeros((len(unique), self.inputs.shape[2]))
+        gradients.index_add_(0, inverse, self.inputs.flatten(0, 1))
+        return unique % self.table_rows, gradients, unique // self.table_rows
+
+
+def joined(parts: list[Dense | OneHot]) -> Dense | OneHot:
+    """The sum of the gradients of several uses of one block, as further positions."""
+    if len(parts) == 1:
+        return parts[0]
+    tables = [part for part in parts if isinstance(part, OneHot)]
+    if len(tables) == len(parts):
+        places, inputs = torch.cat([p.places for p in tables], 1), torch.cat([p.inputs for p in tables], 1)
+        return replace(tables[0], places=places, inputs=inputs)
+    dense = [part.dense() if isinstance(part, OneHot) else part for part in parts]
+    return Dense(torch.cat([p.inputs for p in dense], 2), torch.cat([p.output_grads for p in dense], 2))
+
+
+def _second_moment(x: Tensor, weights: Tensor) -> Tensor:
+    """Σ_i Σ_t weights[i] x[s, i, t] x[s, i, t]ᵀ, [g, d, d] for x [g, n, t, d]; exactly symmetric."""
+    rows = (x * weights.sqrt()[:, None, None]).flatten(1, 2)
+    moment = rows.mT @ rows
+    return (moment + moment.mT) / 2

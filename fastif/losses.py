@@ -1,0 +1,233 @@
+"""Losses and measurements: one value per example, and what the curvature needs of the outputs.
+
+A loss is a name or a function of (outputs, batch). `outputs` is what the model returned (its `.logits`, where there
+are some, for the named ones), `batch` the labels y of a pair (x, y), or the whole mapping where the batch is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+Loss = Literal["cross_entropy", "causal_lm", "bce", "mse"] | Callable[[Any, Any], Tensor]
+Measurement = Literal["loss", "margin", "log_odds"] | Callable[[Any, Any], Tensor]
+Fisher = Literal["exact", "monte_carlo", "empirical"]
+
+LOSSES = ("cross_entropy", "causal_lm", "bce", "mse")
+MEASUREMENTS = ("loss", "margin", "log_odds")
+IGNORED = -100  # the label of positions that do not count
+
+
+def check_loss(loss: Any) -> None:
+    if not callable(loss) and loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)} or a function of (outputs, batch), got {loss!r}")
+
+
+def check_measurement(measurement: Any, loss: Any) -> None:
+    if callable(measurement) or measurement == "loss":
+        return
+    if measurement not in MEASUREMENTS:
+        raise ValueError(
+            f"measurement must be one of {', '.join(MEASUREMENTS)} or a function of (outputs, batch), "
+            f"got {measurement!r}"
+        )
+    if loss != "cross_entropy":
+        raise ValueError(f"measurement={measurement!r} is defined for loss='cross_entropy', got loss={loss!r}")
+
+
+def per_sample(loss: Loss, outputs: Any, batch: Any, n: int) -> Tensor:
+    """The losses [n] of a batch.
+
+    - "cross_entropy": −log softmax(logits)[label], logits [n, c] and integer labels [n]; with positions ([n, c, ...]
+      and [n, ...]) their sum. Labels −100 do not count.
+    - "causal_lm": logits [n, t, v] and token labels [n, t]; Σ over t of the cross-entropy of label t+1 given position
+      t, labels −100 left out.
+    - "bce": binary cross-entropy with logits, summed over the outputs of an example.
+    - "mse": squared error, summed over the outputs of an example.
+    - a function: must return [n].
+    """
+    if callable(loss):
+        values = loss(outputs, batch)
+        if not isinstance(values, Tensor) or values.shape != (n,):
+            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            advice = '; a mean or a sum will not do: use reduction="none"' if got == [] else ""
+            raise ValueError(f"loss: must return one value per example, shape [n={n}], got {got}{advice}")
+        return values
+    scores, labels = logits_of(outputs), labels_of(batch)
+    if loss in ("cross_entropy", "causal_lm"):
+        scores, labels = _class_axis_last(loss, scores, labels, n)
+        losses = F.cross_entropy(scores.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED)
+        return losses.view(n, -1).sum(1)
+    targets = _targets(loss, scores, labels, n)
+    if loss == "bce":
+        losses = F.binary_cross_entropy_with_logits(scores, targets, reduction="none")
+    else:
+        losses = (scores - targets).square()
+    return losses.reshape(n, -1).sum(1)
+
+
+def measured(measurement: Measurement, loss: Loss, outputs: Any, batch: Any, n: int) -> Tensor:
+    """What is asked of the queries, [n].
+
+    "loss": the loss; "margin": the label's logit minus the largest other; "log_odds": log p/(1 − p) of the label.
+    """
+    if measurement == "loss":
+        return per_sample(loss, outputs, batch, n)
+    if callable(measurement):
+        return per_sample(measurement, outputs, batch, n)
+    logits, labels = _class_axis_last("cross_entropy", logits_of(outputs), labels_of(batch), n)
+    logits, labels = logits.view(n, -1), labels.view(n)
+    own = logits.gather(1, labels[:, None])[:, 0]
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return own - (others.amax(1) if measurement == "margin" else others.logsumexp(1))
+
+
+def output_columns(
+    loss: Loss, outputs: Any, batch: Any, n: int, fisher: Fisher, generator: Generator | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs (outputs [n, ...], columns of the same shape): the vectors s whose JᵀssᵀJ add up to the curvature.
+
+    "exact": the columns of a square root of the output Hessian H_i, one pair per output, Σ s sᵀ = H_i; the sum is the
+    GGN. "monte_carlo": one s = ∇ℓ at labels drawn from the model's own prediction, E s sᵀ = H_i. ("empirical" needs no
+    columns: it is the loss's own gradient.) docs/math.md (6).
+    """
+    if callable(loss):
+        yield from _columns_of_function(loss, outputs, batch, n, fisher, generator)
+        return
+    logits = logits_of(outputs)
+    if loss in ("cross_entropy", "causal_lm"):
+        scores, labels = _class_axis_last(loss, logits, labels_of(batch), n)
+        probs = scores.detach().softmax(-1)  # [n, t, c]
+        counted = (labels != IGNORED)[..., None]
+        c = scores.shape[-1]
+        if fisher == "monte_carlo":
+            drawn = _draw(probs.flatten(0, -2), generator).view(labels.shape)
+            yield scores, (probs - F.one_hot(drawn, c)) * counted
+            return
+        if scores.shape[1] > 1:
+            raise ValueError(
+                f"fisher='exact' with loss={loss!r} would need {scores.shape[1]} x {c} backward passes per batch: "
+                "choose fisher='monte_carlo' or 'empirical'"
+            )
+        roots = probs.sqrt()
+        for k in range(c):
+            column = -roots[..., k, None] * probs
+            column[..., k] = roots[..., k] * (1 - probs[..., k])
+            yield scores, column * counted
+        return
+    scores = logits.reshape(n, -1)
+    spread = (scores.detach().sigmoid() * (1 - scores.detach().sigmoid())).sqrt()
+    if loss == "mse":
+        spread = torch.full_like(scores.detach(), 2**0.5)
+    if fisher == "monte_carlo":
+        if loss == "bce":
+            probs = scores.detach().sigmoid()
+            yield scores, probs - torch.rand(probs.shape, generator=generator).to(probs).lt(probs).to(probs)
+        else:
+            yield scores, spread * torch.randn(scores.shape, generator=generator).to(spread)
+        return
+    for k in range(scores.shape[1]):
+        column = torch.zeros_like(spread)
+        column[:, k] = spread[:, k]
+        yield scores, column
+
+
+def logits_of(outputs: Any) -> Tensor:
+    if isinstance(outputs, Tensor):
+        return outputs
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"loss: the model must return a tensor or something with `.logits`, got {type(outputs).__name__}; "
+            "or pass a function as loss"
+        )
+    return logits
+
+
+def labels_of(batch: Any) -> Tensor:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else batch
+    if not isinstance(labels, Tensor):
+        raise ValueError("loss: the data has no labels: batches must be pairs (x, y) or mappings with 'labels'")
+    return labels
+
+
+def _class_axis_last(loss: str, logits: Tensor, labels: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Logits [n, t, c] and labels [n, t] of one example's positions."""
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"loss: labels of {loss!r} must be integers, got {labels.dtype}")
+    if loss == "causal_lm":
+        if logits.dim() != 3 or labels.shape != logits.shape[:2] or logits.shape[1] < 2:
+            raise ValueError(
+                f"loss: 'causal_lm' needs logits [n, t, v] and labels [n, t] with t >= 2, got {list(logits.shape)} "
+                f"and {list(labels.shape)}"
+            )
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    else:
+        if logits.dim() < 2 or labels.shape != (*logits.shape[:1], *logits.shape[2:]) or len(labels) != n:
+            raise ValueError(
+                f"loss: 'cross_entropy' needs logits [n={n}, c, ...] and labels [n={n}, ...], got "
+                f"{list(logits.shape)} and {list(labels.shape)}"
+            )
+        logits, labels = logits.reshape(n, logits.shape[1], -1).mT, labels.reshape(n, -1)
+    outside = (labels != IGNORED) & ((labels < 0) | (labels >= logits.shape[-1]))
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0, 0])
+        value = int(labels[outside][0])
+        raise ValueError(f"loss: labels must be in [0, c={logits.shape[-1]}), example {row} of the batch has {value}")
+    return logits, labels.long()
+
+
+def _targets(loss: str, outputs: Tensor, labels: Tensor, n: int) -> Tensor:
+    targets = labels.to(outputs)
+    if len(outputs) != n or outputs.numel() != targets.numel():
+        raise ValueError(
+            f"loss: {loss!r} needs outputs and targets of one shape [n={n}, ...], got {list(outputs.shape)} and "
+            f"{list(targets.shape)}"
+        )
+    return targets.view(outputs.shape)
+
+
+def _draw(probs: Tensor, generator: Generator | None) -> Tensor:
+    """One class per row of probs [m, c], by inversion of CPU draws: the same on every device."""
+    u = torch.rand(len(probs), 1, generator=generator, dtype=torch.float64).to(probs.device)
+    cumulative = probs.double().cumsum(1)
+    return (u * cumulative[:, -1:] >= cumulative).sum(1).clamp(max=probs.shape[1] - 1)
+
+
+def _columns_of_function(
+    loss: Callable[[Any, Any], Tensor], outputs: Any, batch: Any, n: int, fisher: Fisher, generator: Generator | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Columns of a user's loss: a root of its output Hessian, found by autograd example by example."""
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"loss: fisher={fisher!r} with a function needs a model that returns a tensor, got "
+            f"{type(outputs).__name__}; choose fisher='empirical'"
+        )
+    scores = outputs
+    with torch.enable_grad():
+        leaf = scores.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(per_sample(loss, leaf, batch, n).sum(), leaf, create_graph=True)
+        if not gradient.requires_grad:
+            raise ValueError("loss: the function has no second derivative in the outputs; choose fisher='empirical'")
+        flat = gradient.reshape(n, -1)
+        rows = [torch.autograd.grad(flat[:, k].sum(), leaf, retain_graph=True)[0] for k in range(flat.shape[1])]
+    hessian = torch.stack([row.reshape(n, -1) for row in rows], 1)  # [n, m, m]
+    values, vectors = torch.linalg.eigh((hessian + hessian.mT).double() / 2)
+    lowest = values.amin(1)
+    if bool((lowest < -1e-6 * values.abs().amax(1).clamp(min=1e-12)).any()):
+        row = int(lowest.argmin())
+        raise ValueError(
+            f"loss: the output Hessian of example {row} of the batch is not positive semidefinite (lowest eigenvalue "
+            f"{float(lowest[row]):.3g}): the GGN needs a loss that is convex in the outputs; choose fisher='empirical'"
+        )
+    root = (vectors * values.clamp(min=0).sqrt()[:, None, :]).to(scores.dtype)  # [n, m, m], root rootᵀ = H
+    if fisher == "monte_carlo":
+        signs = torch.randint(0, 2, (n, root.shape[2]), generator=generator).to(root) * 2 - 1
+        yield scores, (root @ signs[:, :, None]).view_as(scores)
+        return
+    for k in range(root.shape[2]):
+        yield scores, root[:, :, k].reshape(scores.shape)
