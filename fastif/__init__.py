@@ -5,8 +5,8 @@ from fastif._version import __version__
 from fastif.curvature import EKFAC, KFAC, Diagonal, ExactBlock, Identity, NotPositiveDefinite
 from fastif.features import Extracted, extract, find_head
 from fastif.influence import Influence
-from fastif.plan import Plan
 from fastif.ops import build_info
+from fastif.plan import Plan
 from fastif.removal import HeadStep, Removal, remove
 from fastif.samplers import CertifiedSubset, Subset
 

@@ -28,8 +28,8 @@ class Capture:
     """The blocks of a model's layers, and their gradients.
 
     Args:
-        model: any module. Layers of these kinds are covered: Linear, Conv1d/2d/3d and their transposed forms (any stride,
-            dilation, padding, groups), Embedding, LayerNorm, GroupNorm, BatchNorm, InstanceNorm, RMSNorm,
+        model: any module. Layers of these kinds are covered: Linear, Conv1d/2d/3d and their transposed forms (any
+            stride, dilation, padding, groups), Embedding, LayerNorm, GroupNorm, BatchNorm, InstanceNorm, RMSNorm,
             MultiheadAttention, the Conv1D of transformers; layers that are used several times and weights that several
             layers share too.
         layers: names of modules or patterns of them (as in `fnmatch`: "encoder.*"); default all.
@@ -43,7 +43,7 @@ class Capture:
 
     def __init__(self, model: nn.Module, layers: str | Sequence[str] | None = None):
         self.model = model
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.blocks: dict[str, Block] = {}
         self.skipped: dict[str, str] = {}  # parameters that no block covers, and why
         self._discover([layers] if isinstance(layers, str) else layers)
@@ -51,7 +51,7 @@ class Capture:
         self._attached = False
         self._n = 0
         self._shared: set[str] = set()  # layers that see one row for the whole batch
-        self._checked = False
+        self.checked = False  # by `Forward.check`, on the first batch
 
     @property
     def covered(self) -> dict[str, tuple[int, ...]]:
@@ -62,9 +62,9 @@ class Capture:
     # ------------------------------------------------------------------------------------------------------- discovery
 
     def _discover(self, patterns: Sequence[str] | None) -> None:
-        owners: dict[nn.Parameter, int] = {}
+        owners: dict[Tensor, int] = {}
         inside_attention: set[nn.Module] = set()
-        modules = [(name, module) for name, module in self.model.named_modules() if any(_own_parameters(module))]
+        modules = [(name, module) for name, module in self.model.named_modules() if list(_own_parameters(module))]
         for _, module in self.model.named_modules():
             if isinstance(module, nn.MultiheadAttention):
                 inside_attention.add(module.out_proj)
@@ -95,7 +95,7 @@ class Capture:
                 self.skipped[self.names[parameter]] = reason
         if unused:
             known = ", ".join(name for name, _ in modules if name) or "none"
-            raise ValueError(f"capture: layers={sorted(unused)[0]!r} names no layer with parameters; there are: {known}")
+            raise ValueError(f"capture: layers={min(unused)!r} names no layer with parameters; there are: {known}")
         self._join(found, apart)
         for block in self.blocks.values():
             for parameter in block.parameters:
@@ -104,9 +104,9 @@ class Capture:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items()) or "it has no parameters"
             raise ValueError(f"capture: the model has no layer that can be covered ({reasons})")
 
-    def _join(self, found: list[Block], apart: set[nn.Parameter]) -> None:
+    def _join(self, found: list[Block], apart: set[Tensor]) -> None:
         """Blocks by name; those of one shared weight become one block with several uses."""
-        by_weight: dict[nn.Parameter, str] = {}
+        by_weight: dict[Tensor, str] = {}
         for block in found:
             first = block.parameters[0]
             if first in apart and first in by_weight:
@@ -122,7 +122,7 @@ class Capture:
                 self.blocks[block.name or "model"] = block._replace(name=block.name or "model")
         for parameter in apart:  # a shared weight of which only some uses are covered is not covered
             name = by_weight.get(parameter)
-            sharing = sum(parameter in _own_parameters(module) for module in self.model.modules())
+            sharing = sum(p is parameter for module in self.model.modules() for p in _own_parameters(module))
             if name is not None and len(self.blocks[name].uses) < sharing:
                 del self.blocks[name]
                 self.skipped[self.names[parameter]] = "layers that share it are not covered"
@@ -230,12 +230,11 @@ class Forward:
     def head(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Inputs [n, d] (with the 1 of a bias) and logits [n, c] of a block whose output is the model's, else None."""
         block = self._capture.blocks[name]
-        calls = self._seen[block.uses[0].source]
-        if len(block.uses) > 1 or len(calls) > 1 or not isinstance(self.outputs, Tensor) or self.outputs.dim() != 2:
+        s, *again = self._seen[block.uses[0].source]
+        if len(block.uses) > 1 or again or not isinstance(self.outputs, Tensor) or self.outputs.dim() != 2:
             return None
-        (s,) = calls
         gradients = block.uses[0].gradients(_computable(s.x.detach()), torch.zeros_like(self.outputs))
-        linear = isinstance(gradients, Dense) and gradients.inputs.shape[::2] == (1, 1)
+        linear = isinstance(gradients, Dense) and gradients.positions == 1 and len(gradients.inputs) == 1
         if s.y is not self.outputs or s.y._version != s.y_version or not linear:
             return None
         return gradients.inputs[0, :, 0], _computable(self.outputs.detach())
@@ -266,8 +265,6 @@ class Forward:
 
         The gradients captured must be those of autograd, and example 0's loss must not reach the rows of the others.
         """
-        if self._capture._checked:
-            return
         total = self.gradients(losses, keep=True)
         if self.n > 1:
             alone = self.gradients(losses[:1], keep=True)
@@ -280,7 +277,7 @@ class Forward:
                         "vector of positions happens to be as long as the batch (choose another batch_size)"
                     )
         self._compare_with_autograd(losses, total)
-        self._capture._checked = True
+        self._capture.checked = True
 
     def _compare_with_autograd(self, losses: Tensor, total: dict[str, Gradients]) -> None:
         capture = self._capture
@@ -308,7 +305,9 @@ class Forward:
                 axis = factor.isfinite().flatten(2) if isinstance(gradients, Dense) else factor.isfinite()
                 bad = (~axis).nonzero()[0]
                 row = int(bad[1] if isinstance(gradients, Dense) else bad[0])
-                raise ValueError(f"capture: {what} of layer {block.name!r} holds NaN or Inf, example {row} of the batch")
+                raise ValueError(
+                    f"capture: {what} of layer {block.name!r} holds NaN or Inf, example {row} of the batch"
+                )
         return gradients
 
 
@@ -320,7 +319,13 @@ class _Seen:
         self.y, self.y_version = y, y._version
 
 
-def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Of a model's gradients as they are computed with: float64 for a float64 model, else float32."""
+    double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
+    return torch.float64 if double else torch.float32
+
+
+def _own_parameters(module: nn.Module) -> Iterator[Tensor]:
     return (parameter for parameter in module._parameters.values() if parameter is not None)
 
 

@@ -186,10 +186,10 @@ def placed(model: nn.Module, device: torch.device, op: str) -> Iterator[None]:
 
 
 def call(model: nn.Module, x: Any) -> Any:
-    """The model's outputs: a mapping is keyword arguments (without "labels"), a list or tuple positional ones."""
+    """The model's outputs; a mapping is taken as keyword arguments, without "labels"."""
     if isinstance(x, Mapping):
         return model(**{key: value for key, value in x.items() if key != "labels"})
-    return model(*x) if isinstance(x, list | tuple) else model(x)
+    return model(x)
 
 
 def moved_to(x: Any, device: torch.device) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from fastif.capture import Capture, Forward
+from fastif.capture import Capture, Forward, dtype_of
 from fastif.curvature import Curvature, Directions, ExactBlock, Explicit, LowRank
 from fastif.data import as_loader, count, picked
 from fastif.features import find_head, moved_to, placed
@@ -60,6 +60,8 @@ class Influence:
         batch_size: for data that brings no batches of its own; results do not depend on it.
         memory: bytes that preconditioned query gradients may take at a time.
         device: where to compute; default that of the model.
+        autocast: run forward and backward passes under autocast of this 16-bit type, whatever surrounds the call; sums
+            are float32 all the same. Default: not.
         allow_train_mode: run a model in train mode as it is.
         seed: of the labels that fisher="monte_carlo" draws.
         progress: show progress bars.
@@ -77,6 +79,7 @@ class Influence:
         batch_size: int = 256,
         memory: int = 1 << 30,
         device: torch.device | str | None = None,
+        autocast: torch.dtype | None = None,
         allow_train_mode: bool = False,
         seed: int = 0,
         progress: bool = True,
@@ -92,7 +95,7 @@ class Influence:
             layers = find_head(model)[0] or "*"
         self.model, self.loss, self.measurement = model, loss, measurement
         self.batch_size, self.memory, self.seed, self.progress = batch_size, memory, seed, progress
-        self.allow_train_mode, self.checkpoints = allow_train_mode, checkpoints
+        self.allow_train_mode, self.checkpoints, self.autocast = allow_train_mode, checkpoints, autocast
         self.capture = Capture(model, layers)
         self._estimators = self._assigned(curvature)
         places = {parameter.device for parameter in model.parameters()}
@@ -142,7 +145,7 @@ class Influence:
         that are not covered are absent: they are taken as fixed. With checkpoints, the mean over them.
         docs/math.md (1).
         """
-        change: dict[nn.Parameter, Tensor] = {}
+        change: dict[Tensor, Tensor] = {}
         for _, blocks in self._at_checkpoints():
             totals: dict[str, Tensor] = {}
             for _, _, gradients in self._train_batches(batch, "on_parameters"):
@@ -305,7 +308,15 @@ class Influence:
         forward = self.capture.forward(x)
         batch = x if y is None and isinstance(x, Mapping) else y
         losses = per_sample(self.loss, forward.outputs, batch, forward.n)
-        forward.check(losses)
+        if not self.capture.checked:
+            if not self.allow_train_mode and any(module.training for module in self.model.modules()):
+                again = per_sample(self.loss, self.capture.forward(x).outputs, batch, forward.n)
+                if not torch.allclose(again, losses, rtol=1e-3, atol=1e-6):
+                    raise ValueError(
+                        "Influence: the model is in train mode and two forward passes of one batch differ (dropout?); "
+                        "call model.eval(), or pass allow_train_mode=True"
+                    )
+            forward.check(losses)
         weights = weights.to(self.device)
         rest = dict(blocks)
         for name, estimator in blocks.items():
@@ -358,7 +369,7 @@ class Influence:
         if groups is not None:
             yield 0, self._grouped_queries(query, blocks, groups)
             return
-        whole = sum(block.size for block in self.capture.blocks.values()) * _item_size(self.model)
+        whole = sum(block.size for block in self.capture.blocks.values()) * dtype_of(self.model).itemsize
         each = max(1, self.memory // whole)
         first, held, used = 0, {name: [] for name in blocks}, 0
         for start, _, batch, forward in self._batches(query, "queries"):
@@ -382,12 +393,10 @@ class Influence:
         self.rank_error = max(self.rank_error, compressed.error)
         return compressed
 
-    def _grouped_queries(
-        self, query: Any, blocks: dict[str, Curvature], groups: Tensor
-    ) -> dict[str, list[Directions]]:
+    def _grouped_queries(self, query: Any, blocks: dict[str, Curvature], groups: Tensor) -> dict[str, list[Directions]]:
         number = int(groups.max()) + 1
         totals = {
-            name: torch.zeros((number, *block.shape), device=self.device, dtype=_dtype(self.model))
+            name: torch.zeros((number, *block.shape), device=self.device, dtype=dtype_of(self.model))
             for name, block in self.capture.blocks.items()
         }
         for start, _, batch, forward in self._batches(query, "queries"):
@@ -462,6 +471,10 @@ class Influence:
                 self.model.load_state_dict(checkpoint)
             undo.enter_context(placed(self.model, self.device, "Influence"))
             undo.enter_context(self.capture.attached())
+            if self.autocast is None:
+                undo.enter_context(torch.autocast(self.device.type, enabled=False))
+            else:
+                undo.enter_context(torch.autocast(self.device.type, self.autocast))
             yield
 
 
@@ -506,13 +519,3 @@ def _check_groups(what: str, groups: Tensor, n: int) -> None:
             f"scores: {what} must be [{n}] numbers >= 0, got shape {list(groups.shape)}, "
             f"the smallest {int(groups.min()) if groups.numel() else None}"
         )
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    """Of what is computed with a model's gradients."""
-    double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
-    return torch.float64 if double else torch.float32
-
-
-def _item_size(model: nn.Module) -> int:
-    return _dtype(model).itemsize

@@ -22,7 +22,7 @@ from fastif.gradients import Dense, OneHot
 class Piece(NamedTuple):
     """What a block's matrix says of one parameter: `value` stands in parameter[rows]."""
 
-    parameter: nn.Parameter
+    parameter: Tensor
     rows: slice
     value: Tensor
 
@@ -39,7 +39,7 @@ class Block(NamedTuple):
 
     name: str
     shape: tuple[int, int, int]  # g, o, d
-    parameters: tuple[nn.Parameter, ...]
+    parameters: tuple[Tensor, ...]
     uses: tuple[Use, ...]
     split: Callable[[Tensor], list[Piece]]  # of a matrix [g, o, d]
 
@@ -48,7 +48,7 @@ class Block(NamedTuple):
         return math.prod(self.shape)
 
 
-def blocks_of(name: str, module: nn.Module, apart: set[nn.Parameter]) -> list[Block] | str:
+def blocks_of(name: str, module: nn.Module, apart: set[Tensor]) -> list[Block] | str:
     """The blocks of a module's own parameters, or why it has none.
 
     Weights in `apart` (those that several modules share) get a block without their bias, so that it can be joined with
@@ -79,10 +79,10 @@ def blocks_of(name: str, module: nn.Module, apart: set[nn.Parameter]) -> list[Bl
 
 def _linear_map(
     name: str,
-    weight: nn.Parameter,
-    bias: nn.Parameter | None,
+    weight: Tensor,
+    bias: Tensor | None,
     source: str,
-    apart: set[nn.Parameter],
+    apart: set[Tensor],
     rows: slice = slice(None),
     bias_rows: slice = slice(None),
     transposed: bool = False,
@@ -112,7 +112,7 @@ def _linear_map(
     return blocks
 
 
-def _bias(name: str, bias: nn.Parameter, source: str, channel_axis: int) -> Block:
+def _bias(name: str, bias: Tensor, source: str, channel_axis: int) -> Block:
     """A bias by itself: a column [o, 1] whose input is 1."""
 
     def gradients(_x: Tensor, u: Tensor) -> Dense:
@@ -140,7 +140,7 @@ def _with_ones(x: Tensor, append: bool) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- convolutions
 
 
-def _convolution(name: str, module: nn.modules.conv._ConvNd, apart: set[nn.Parameter]) -> list[Block]:
+def _convolution(name: str, module: nn.modules.conv._ConvNd, apart: set[Tensor]) -> list[Block]:
     weight, bias, g = module.weight, module.bias, module.groups
     o, d = weight.shape[0] // g, weight[0].numel()
     separate = bias is not None and weight in apart
@@ -289,7 +289,7 @@ def _attention(name: str, module: nn.MultiheadAttention) -> list[Block] | str:
     return blocks + _linear_map(source, module.out_proj.weight, module.out_proj.bias, source, set())
 
 
-def _projections(module: nn.MultiheadAttention) -> list[tuple[str, nn.Parameter, slice, slice]]:
+def _projections(module: nn.MultiheadAttention) -> list[tuple[str, Tensor, slice, slice]]:
     """Role, weight, and the rows of the weight and of in_proj_bias that belong to it."""
     e = module.embed_dim
     thirds = [slice(i * e, (i + 1) * e) for i in range(3)]
@@ -327,8 +327,11 @@ def attention_forward(name: str, module: nn.MultiheadAttention, record: Record) 
         q, k, v = heads
         attention = q @ k.mT / math.sqrt(q.shape[-1])
         for mask in (
-            None if attn_mask is None else attn_mask.view(-1, module.num_heads, *attn_mask.shape[1:])
-            if attn_mask.dim() == 3 else attn_mask,
+            None
+            if attn_mask is None
+            else attn_mask.view(-1, module.num_heads, *attn_mask.shape[1:])
+            if attn_mask.dim() == 3
+            else attn_mask,
             None if key_padding_mask is None else key_padding_mask[:, None, None, :],
         ):
             if mask is not None and mask.dtype == torch.bool:

@@ -39,7 +39,7 @@ def check_measurement(measurement: Any, loss: Any) -> None:
         raise ValueError(f"measurement={measurement!r} is defined for loss='cross_entropy', got loss={loss!r}")
 
 
-def per_sample(loss: Loss, outputs: Any, batch: Any, n: int) -> Tensor:
+def per_sample(loss: Any, outputs: Any, batch: Any, n: int) -> Tensor:
     """The losses [n] of a batch.
 
     - "cross_entropy": −log softmax(logits)[label], logits [n, c] and integer labels [n]; with positions ([n, c, ...]
@@ -70,7 +70,7 @@ def per_sample(loss: Loss, outputs: Any, batch: Any, n: int) -> Tensor:
     return losses.reshape(n, -1).sum(1)
 
 
-def measured(measurement: Measurement, loss: Loss, outputs: Any, batch: Any, n: int) -> Tensor:
+def measured(measurement: Any, loss: Any, outputs: Any, batch: Any, n: int) -> Tensor:
     """What is asked of the queries, [n].
 
     "loss": the loss; "margin": the label's logit minus the largest other; "log_odds": log p/(1 − p) of the label.
@@ -87,7 +87,7 @@ def measured(measurement: Measurement, loss: Loss, outputs: Any, batch: Any, n: 
 
 
 def output_columns(
-    loss: Loss, outputs: Any, batch: Any, n: int, fisher: Fisher, generator: Generator | None
+    loss: Any, outputs: Any, batch: Any, n: int, fisher: str, generator: Generator | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs (outputs [n, ...], columns of the same shape): the vectors s whose JᵀssᵀJ add up to the curvature.
 
@@ -199,7 +199,7 @@ def _draw(probs: Tensor, generator: Generator | None) -> Tensor:
 
 
 def _columns_of_function(
-    loss: Callable[[Any, Any], Tensor], outputs: Any, batch: Any, n: int, fisher: Fisher, generator: Generator | None
+    loss: Any, outputs: Any, batch: Any, n: int, fisher: str, generator: Generator | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Columns of a user's loss: a root of its output Hessian, found by autograd example by example."""
     if not isinstance(outputs, Tensor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastif.capture import dtype_of
 from fastif.data import count
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Plan(NamedTuple):
 
 def plan(influence: Influence, train: Any) -> Plan:
     capture = influence.capture
-    item = 4
+    item = dtype_of(influence.model).itemsize
     layers = {
         name: LayerPlan(block.shape, type(estimator).__name__, estimator.bytes_needed(block.shape, False, item))
         for name, (block, estimator) in (

@@ -26,7 +26,7 @@ def test_influence(problem, matrix):
         model = copy.deepcopy(problem.model).to(device)
         influence = Influence(model, curvature=ExactBlock(WEIGHT_DECAY, matrix), progress=False).fit(data)
         results.append((influence.scores(data, data), influence.self_influence(data), influence.top(data, data, 3)[1]))
-        assert influence.curvature.block.device.type == device
+        assert influence.curvature["2"].block.device.type == device
         assert influence.on_parameters(data)["2.weight"].device.type == device
     for cpu, cuda in zip(*results, strict=True):
         assert cuda.device.type == "cpu"

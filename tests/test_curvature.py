@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fastif.curvature import ExactBlock, NotPositiveDefinite
+from fastif.gradients import Dense
 from fastif.samplers import certified
 from tests import reference
 
@@ -28,8 +29,10 @@ def test_block_solve_and_inverse(matrix):
     assert torch.allclose(block.inverse(), damped.inverse(), atol=1e-11)
     rhs = torch.randn(2, 5, 3, 4, dtype=torch.float64)
     assert torch.allclose(block.solve(rhs), (rhs.flatten(2) @ damped.inverse()).view_as(rhs), atol=1e-11)
-    norms = torch.einsum("ip,pq,iq->i", rhs[0].flatten(1), damped.inverse(), rhs[0].flatten(1))
-    assert torch.allclose(block.sq_norms(rhs[0]), norms, atol=1e-11)
+    rank_one = Dense(INPUTS[None, :5, None], LOGITS[None, :5, None])
+    formed = rank_one.formed().flatten(1)
+    norms = torch.einsum("ip,pq,iq->i", formed, damped.inverse(), formed)
+    assert torch.allclose(block.sq_norms(rank_one), norms, atol=1e-11)
 
 
 def test_ggn_and_empirical_fisher_are_different_matrices():

@@ -109,12 +109,12 @@ def test_structured_inputs_reach_the_model(xy):
             super().__init__()
             self.head = nn.Linear(4, C)
 
-        def forward(self, x):
-            return self.head(input=x["left"] + x["right"][0])  # the head may be called by keyword
+        def forward(self, left, right):
+            return self.head(input=left + right[0])  # the head may be called by keyword
 
     x, y = xy
     model = Pair()
-    got = run(model, [({"left": x, "right": (x, "a note")}, y)])
+    got = run(model, [({"left": x, "right": (x, "a note")}, y)])  # a mapping is keyword arguments
     assert torch.equal(got.features, 2 * x)
 
 

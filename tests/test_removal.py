@@ -66,7 +66,7 @@ def test_one_exact_step_is_influence_with_the_downdated_block(problem, head):
     influence.fit((problem.x, problem.y))
     inputs = torch.cat([head["features"], torch.ones(90, 1, dtype=torch.float64)], 1)
     weights = torch.full((4,), 1 / 90, dtype=torch.float64)
-    influence.curvature.downdate(inputs[REMOVED], problem.model(problem.x[REMOVED]).detach(), weights=weights)
+    influence.curvature["2"].downdate(inputs[REMOVED], problem.model(problem.x[REMOVED]).detach(), weights=weights)
     change = influence.on_parameters((problem.x[REMOVED], problem.y[REMOVED]))
     (step,) = head_steps(**head, removed=REMOVED, steps=1, weight_decay=WEIGHT_DECAY, line_search=False)
     assert torch.allclose(step.weight, head["weight"] - change["2.weight"] / 90, atol=1e-10)

@@ -80,9 +80,12 @@ def _smallest_pivot(matrix: Tensor, damping: float) -> float:
     factor, info = torch.linalg.cholesky_ex(damped)
     if info.item() == 0:
         return factor.diagonal().min().item() ** 2
-    j = int(info.item()) - 1  # the pivot of column j is what the columns before it leave of the diagonal
+    j = len(damped)
+    while info.item() and j:  # the columns before the one that failed; summed in another order, they may fail too
+        j = int(info.item()) - 1
+        factor, info = torch.linalg.cholesky_ex(damped[:j, :j])
     if j == 0:
         return damped[0, 0].item()
-    head = torch.linalg.cholesky(damped[:j, :j])
-    column = torch.linalg.solve_triangular(head, damped[:j, j : j + 1], upper=False)
+    # The pivot of column j is what the columns before it leave of the diagonal.
+    column = torch.linalg.solve_triangular(factor, damped[:j, j : j + 1], upper=False)
     return (damped[j, j] - column.square().sum()).item()

@@ -129,7 +129,10 @@ class ExactBlock:
         return self._add("downdate", inputs, logits, labels, weights, sign=-1)
 
     def solve(self, rhs: Tensor) -> Tensor:
-        """(G + λI)⁻¹ rhs for rhs [..., c, d] or [..., g, o, d], in the dtype of rhs. Raises NotPositiveDefinite with a diagnosis."""
+        """(G + λI)⁻¹ rhs for rhs [..., c, d] or [..., g, o, d], in the dtype of rhs.
+
+        Raises NotPositiveDefinite with a diagnosis.
+        """
         columns = self._columns("solve", rhs)
         return torch.cholesky_solve(columns, self.factor).T.reshape(rhs.shape).to(rhs.dtype)
 

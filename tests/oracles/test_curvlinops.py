@@ -31,9 +31,9 @@ def test_block_and_solve(matrix):
     influence = Influence(problem.model, curvature=ExactBlock(1e-2, matrix), progress=False)
     influence.fit((problem.x, problem.y))
     order = torch.cat([torch.arange(21).view(3, 7)[:, :6].flatten(), torch.arange(21).view(3, 7)[:, 6]])
-    block = influence.curvature.block.view(21, 21)[order][:, order]
+    block = influence.curvature["2"].block.view(21, 21)[order][:, order]
     assert (block - dense).norm() <= 1e-10 * dense.norm()
 
     damped = dense + 1e-2 * torch.eye(21, dtype=torch.float64)
-    inverse = influence.curvature.inverse()[order][:, order]
+    inverse = influence.curvature["2"].inverse()[order][:, order]
     assert (inverse - torch.linalg.inv(damped)).norm() <= 1e-10 * inverse.norm()
