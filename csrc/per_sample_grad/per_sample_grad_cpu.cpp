@@ -11,6 +11,7 @@
 
 #include "../common/simd.h"
 #include "per_sample_grad.h"
+#include "per_sample_grad_tiles.h"
 
 namespace fastif {
 namespace {
@@ -53,21 +54,28 @@ at::Tensor accumulate_cpu(const at::Tensor& inputs, const at::Tensor& output_gra
   return out;
 }
 
+// The examples that are worked on at a time where inputs have to be copied, because they are wanted in other bits; else
+// all.
+int64_t examples_at_a_time(const at::Tensor& inputs, const at::Tensor& output_grads) {
+  const int64_t bytes = inputs.size(1) * (inputs.size(2) + output_grads.size(2)) * sizeof(float);
+  return has_16_bits(inputs) ? rows_in_scratch(bytes) : inputs.size(0);
+}
+
 at::Tensor accumulate_squares_cpu(const at::Tensor& inputs, const at::Tensor& output_grads, const at::Tensor& weights) {
   check_accumulate_squares(inputs, output_grads, weights);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const int64_t n = inputs.size(0), t = inputs.size(1), d = inputs.size(2), o = output_grads.size(2);
   auto out = at::zeros({o, d}, weights.options());
-  const int64_t chunk = rows_in_scratch((t == 1 ? o + d : o * d) * weights.element_size());
+  const int64_t chunk =
+      t == 1 ? rows_in_scratch((o + d) * out.element_size()) : examples_at_a_time(inputs, output_grads);
   for (int64_t begin = 0; begin < n; begin += chunk) {
     const int64_t end = std::min(n, begin + chunk);
     const auto a = block_of(inputs, begin, end), u = block_of(output_grads, begin, end);
-    const auto w = weights.slice(0, begin, end);
+    const auto w = weights.slice(0, begin, end).contiguous();
     if (t == 1) {  // (g_i)_od^2 = u_io^2 a_id^2
       out.addmm_(u.view({-1, o}).square().mul_(w.unsqueeze(1)).t(), a.view({-1, d}).square());
     } else {
-      const auto squares = at::bmm(u.transpose(1, 2), a).square_();
-      out.view({1, o * d}).addmm_(w.unsqueeze(0), squares.view({-1, o * d}));
+      add_squares_by_tiles(a, u, w, out);
     }
   }
   check_finite_result("per_sample_grad.accumulate_squares", out, inputs, output_grads);
@@ -110,25 +118,27 @@ at::Tensor sq_norms_cpu(const at::Tensor& inputs, const at::Tensor& output_grads
   check_sq_norms(inputs, output_grads, scale);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const int64_t n = inputs.size(0), t = inputs.size(1), d = inputs.size(2), o = output_grads.size(2);
-  const auto options = inputs.options().dtype(result_type(inputs));
-  auto out = at::empty({n}, options);
-  const bool by_gram = !scale && t * (o + d) <= o * d;  // operations of the two routes, over t
-  const bool small = !scale && t <= 4;                  // matrix products of that size cost more than they save
-  const int64_t kept = small ? t * (o + d) : by_gram ? 2 * t * t : scale && t == 1 ? o + d : o * d;
-  const int64_t chunk = rows_in_scratch(kept * out.element_size());
+  auto out = at::empty({n}, inputs.options().dtype(result_type(inputs)));
+  const bool small = !scale && t <= 4;  // matrix products of that size cost more than they save
+  // Operations of the two routes, over t; batched products of t x t are the slower the smaller.
+  const bool by_gram = !scale && (t + 32) * (o + d) <= o * d;
+  const bool by_tiles = !small && !by_gram && t > 1;
+  const int64_t chunk = small || by_tiles ? examples_at_a_time(inputs, output_grads)
+                                          : rows_in_scratch((by_gram ? 2 * t * t : o + d) * out.element_size());
   for (int64_t begin = 0; begin < n; begin += chunk) {
     const int64_t end = std::min(n, begin + chunk);
     const auto a = block_of(inputs, begin, end), u = block_of(output_grads, begin, end);
+    if (by_tiles) {
+      sq_norms_by_tiles(a, u, scale, out.slice(0, begin, end));
+      continue;
+    }
     auto left = a, right = u;
-    if (scale && t == 1) {  // sum_od R_od u_o^2 a_d^2
+    if (scale) {  // t = 1: sum_od R_od u_o^2 a_d^2
       left = at::mm(u.view({-1, o}).square(), *scale);
       right = a.view({-1, d}).square();
-    } else if (!small && by_gram) {
+    } else if (!small) {
       left = at::bmm(a, a.transpose(1, 2));
       right = at::bmm(u, u.transpose(1, 2));
-    } else if (!small) {
-      left = at::bmm(u.transpose(1, 2), a);
-      right = scale ? left.mul(*scale) : left;
     }
     AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "per_sample_grad_sq_norms", [&] {
       const auto *l = left.const_data_ptr<scalar_t>(), *r = right.const_data_ptr<scalar_t>();
