@@ -5,9 +5,12 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
+
+#include <atomic>
 
 #include "../common/simd.h"
 #include "per_sample_grad.h"
@@ -157,8 +160,8 @@ at::Tensor sq_norms_cpu(const at::Tensor& inputs, const at::Tensor& output_grads
   return out;
 }
 
-// One task is one direction and one block of rows: their product with the direction stays in the thread's cache and is
-// contracted at once, so neither [n, o, d] nor [q o, n] is ever formed.
+// q t products for every entry of a gradient. One task is one direction and one block of rows: their product with the
+// direction stays in the thread's cache and is contracted at once, so neither [n, o, d] nor [q o, n] is ever formed.
 void dots_by_position(const at::Tensor& inputs, const at::Tensor& output_grads, const at::Tensor& directions,
                       at::Tensor out) {
   const int64_t n = inputs.size(0), t = inputs.size(1), q = directions.size(0);
@@ -191,25 +194,54 @@ void dots_by_position(const at::Tensor& inputs, const at::Tensor& output_grads, 
   });
 }
 
+// t + q products for every entry of a gradient: a slice of 64 examples' gradients is formed, at most 4 MiB or 16 rows
+// of each, and multiplied with that slice of all directions. One task is one block of examples and, where blocks are
+// few, one of `parts` shares of the slices, whose sums are added at the end.
+void dots_by_gradient(const at::Tensor& inputs, const at::Tensor& output_grads, const at::Tensor& directions,
+                      at::Tensor& out) {
+  constexpr int64_t kExamples = 64, kEntries = 1 << 20, kTasks = 32;
+  const int64_t n = inputs.size(0), d = inputs.size(2), o = output_grads.size(2), q = directions.size(0);
+  const int64_t rows = std::clamp<int64_t>(kEntries / (kExamples * d), std::min<int64_t>(o, 16), o);
+  const int64_t slices = (o + rows - 1) / rows, blocks = (n + kExamples - 1) / kExamples;
+  const int64_t parts = std::clamp<int64_t>(kTasks / blocks, 1, slices), tasks = blocks * parts;
+  const auto v = directions.contiguous().view({q, o * d});
+  const auto sums = at::zeros({parts, q, n}, out.options());
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks);
+  const auto scratch = at::empty({threads, kExamples * rows * d}, out.options());
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    const at::AutoDispatchBelowADInplaceOrView guard;  // the dispatcher's state is per thread
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    for (int64_t thread = first; thread < last; ++thread) {
+      for (int64_t task; (task = next++) < tasks;) {
+        const int64_t part = task % parts, begin = task / parts * kExamples, end = std::min(n, begin + kExamples);
+        const auto a = block_of(inputs, begin, end), u = block_of(output_grads, begin, end);
+        auto sum = sums[part].slice(1, begin, end);
+        for (int64_t s = slices * part / parts; s < slices * (part + 1) / parts; ++s) {
+          const int64_t row = s * rows, count = std::min(rows, o - row);
+          auto gradients = scratch[thread].narrow(0, 0, (end - begin) * count * d).view({end - begin, count, d});
+          at::bmm_out(gradients, u.narrow(2, row, count).transpose(1, 2), a);
+          sum.addmm_(v.narrow(1, row * d, count * d), gradients.view({end - begin, count * d}).t());
+        }
+      }
+    }
+  });
+  at::sum_out(out, sums, {0});
+}
+
 at::Tensor dots_cpu(const at::Tensor& inputs, const at::Tensor& output_grads, const at::Tensor& directions) {
   check_dots(inputs, output_grads, directions);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const int64_t n = inputs.size(0), t = inputs.size(1), d = inputs.size(2), o = output_grads.size(2);
-  const int64_t q = directions.size(0);
+  const int64_t n = inputs.size(0), t = inputs.size(1), q = directions.size(0);
   auto out = at::empty({q, n}, directions.options());
-  const bool by_gradient = t > 1 && t + q < q * t;  // operations of the two routes, over n o d
-  const auto v = by_gradient ? directions.contiguous().view({q, o * d}) : directions;
-  const int64_t chunk = by_gradient           ? rows_in_scratch(o * d * out.element_size())
-                        : has_16_bits(inputs) ? rows_in_scratch(t * (o + d) * out.element_size())
-                                              : n;
-  for (int64_t begin = 0; begin < n; begin += chunk) {
-    const int64_t end = std::min(n, begin + chunk);
-    const auto a = block_of(inputs, begin, end), u = block_of(output_grads, begin, end);
-    auto to = out.slice(1, begin, end);
-    if (by_gradient) {
-      to.copy_(at::mm(v, at::bmm(u.transpose(1, 2), a).view({-1, o * d}).t()));
-    } else {
-      dots_by_position(a, u, v, to);
+  if (q * t > q + t + 24) {  // what gradients cost on their way to memory and back counts as 24 products
+    dots_by_gradient(inputs, output_grads, directions, out);
+  } else {
+    const int64_t chunk = examples_at_a_time(inputs, output_grads);
+    for (int64_t begin = 0; begin < n; begin += chunk) {
+      const int64_t end = std::min(n, begin + chunk);
+      dots_by_position(block_of(inputs, begin, end), block_of(output_grads, begin, end), directions,
+                       out.slice(1, begin, end));
     }
   }
   check_finite_result("per_sample_grad.dots", out, inputs, output_grads);

@@ -123,7 +123,7 @@ constexpr int64_t kSlabRows = 2048;  // no fewer positions are worth sums of the
 constexpr int64_t kExamples = 256;   // a float32 sum of many examples loses digits with its length: two levels
 
 // panels[p][s][j] = x[s][(first + p) W + j], s < t: `count` panels of W columns, 0 past the last of `columns`. A few
-// rows at a time, so that they are read from the first-level cache for every panel.
+// rows at a time: they are in the first-level cache for every panel, while the next ones are on their way.
 template <int64_t W, typename T>
 void pack(const T* x, int64_t t, int64_t columns, int64_t first, int64_t count, T* panels) {
   constexpr int64_t kBlock = 16;
