@@ -113,7 +113,7 @@ class Influence:
         return self._fitted[0]
 
     def plan(self, train: Any) -> Plan:
-        """What will be covered, skipped, stored and computed; only one example goes through the model."""
+        """What will be covered, skipped, stored and computed; only a few examples go through the model."""
         with self._running(None):
             return plan(self, train)
 
@@ -298,6 +298,8 @@ class Influence:
                     x, y = moved_to(x, self.device), moved_to(y, self.device)
                     self._observe(open_blocks, x, y, weights[places], turn, generator)
                     bar.update()
+                    if not open_blocks:
+                        break  # nothing to learn: the first batch was looked at for what `Capture` refuses
             for estimator in open_blocks.values():
                 estimator.end(turn)
         return blocks

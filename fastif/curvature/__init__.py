@@ -61,8 +61,8 @@ class Curvature(Protocol):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
-    def bytes_needed(self, shape: tuple[int, int, int], table: bool, item: int) -> int:
-        """Peak memory of the fitted block and its making, for `Influence.plan`."""
+    def footprint(self, shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
+        """For `Influence.plan`: bytes held once fitted, and what making it takes beside them, for `item` bytes each."""
         ...
 
 

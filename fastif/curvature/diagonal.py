@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -77,10 +79,9 @@ class Diagonal:
         self._diagonal = state["diagonal"]
 
     @staticmethod
-    def bytes_needed(shape: tuple[int, int, int], table: bool, item: int) -> int:
+    def footprint(shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
         del table
-        g, o, d = shape
-        return 2 * g * o * d * item
+        return 2 * math.prod(shape) * item, 0  # and the sum of one batch
 
 
 class Identity:
@@ -110,6 +111,6 @@ class Identity:
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
     @staticmethod
-    def bytes_needed(shape: tuple[int, int, int], table: bool, item: int) -> int:
+    def footprint(shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
         del shape, table, item
-        return 0
+        return 0, 0

@@ -91,10 +91,10 @@ class ExactBlock:
         self._block, self._factor = state["block"], None
 
     @staticmethod
-    def bytes_needed(shape: tuple[int, int, int], table: bool, item: int) -> int:
-        """Of the block, its float64 factor and two copies on the way."""
+    def footprint(shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
+        """Bytes held: the block and its float64 factor; and taken beside them: two copies on the way."""
         del table
-        return math.prod(shape) ** 2 * (item + 24)
+        return math.prod(shape) ** 2 * (item + 8), math.prod(shape) ** 2 * 16
 
     def fit(
         self, inputs: Tensor, logits: Tensor, labels: Tensor | None = None, weights: Tensor | None = None

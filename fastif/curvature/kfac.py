@@ -155,11 +155,11 @@ class KFAC:
         self.output_basis = state.get("output_basis")
 
     @staticmethod
-    def bytes_needed(shape: tuple[int, int, int], table: bool, item: int) -> int:
-        """Of moments in float64, bases and eigenvalues while they are made."""
+    def footprint(shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
+        """Bytes held: bases and eigenvalues; and taken beside them: float64 moments, eigenvectors and their making."""
         g, o, d = shape
         squares = d * d + (o if table else o * o)
-        return g * (squares * (item + 3 * 8) + o * d * (item + 8))
+        return g * item * (squares + o * d), 8 * (g * squares + g * o * d + (g + 2) * max(d, 0 if table else o) ** 2)
 
     def _rotated(self, gradients: Gradients) -> Gradients:
         assert self.input_basis is not None
