@@ -28,13 +28,11 @@ class Features(NamedTuple):
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 32, 64, 128)
-        stages = [
-            nn.Sequential(
-                nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)
-            )
-            for before, after in pairwise(widths)
-        ]
+        stages: list[nn.Module] = []
+        for before, after in pairwise((3, 32, 64, 128)):
+            stride = 2 if before == 3 else 1
+            stages += [nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+            stages += [nn.MaxPool2d(2)] if stride == 1 else []
         self.maps = nn.Sequential(*stages)  # [n, 128, 4, 4]
         self.penultimate = nn.Sequential(nn.Flatten(), nn.Linear(128 * 16, 512), nn.ReLU())
         self.head = nn.Linear(512, 10)
@@ -43,7 +41,7 @@ class Net(nn.Module):
         return self.head(self.penultimate(self.maps(x)))
 
 
-def features(epochs: int = 5) -> Features | None:
+def features(epochs: int = 3) -> Features | None:
     """The cached features, or those of a network trained now; None where there is no cache and no FASTIF_DATA."""
     if CACHE.exists():
         return Features(**torch.load(CACHE))
