@@ -41,7 +41,7 @@ class Net(nn.Module):
         return self.head(self.penultimate(self.maps(x)))
 
 
-def features(epochs: int = 3) -> Features | None:
+def features(epochs: int = 2) -> Features | None:
     """The cached features, or those of a network trained now; None where there is no cache and no FASTIF_DATA."""
     if CACHE.exists():
         return Features(**torch.load(CACHE))

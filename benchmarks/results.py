@@ -167,7 +167,7 @@ def growth_picture(name: str, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("processor seconds")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=110, metadata={"Software": None, "Description": results["datetime"]})
     pyplot.close(figure)
 
 
