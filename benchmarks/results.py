@@ -131,7 +131,7 @@ def kcenter_table(name: str) -> str:
     lines += [
         "",
         f"Processor time of all threads: of fastif in seconds, of the others as a multiple of fastif's at k = {most}, "
-        "from a dozen of their picks (100 of the plain kernel's). "
+        "drawn on from a few of their picks. "
         + (f"Not installed: {', '.join(absent)}. " if absent else "")
         + f"{machine['cpu'].get('brand_raw', 'CPU')}, {machine['threads']} threads, {machine['build']['isa']}, torch "
         f"{machine['torch']}, {results['datetime'][:10]}. Made by `make bench-kcenter`.",
