@@ -109,7 +109,8 @@ def k_center_by_class(
 
     Each class gets k_c picks as in `stratified`. Its first centre is drawn from `generator`, and its points are within
     twice the smallest covering radius of k_c centres. A pick's weight is the number of points *of its class* that are
-    nearest to it, over n (over those of the classes that have picks), or 1/k with `weighted=False`.
+    nearest to it, over n (over those of the classes that have picks), or 1/k with `weighted=False`. Classes of
+    similar size are one call of the op, on copies of their points.
 
     points [n, d], labels [n] integers >= 0; indices are class after class, in the order of the picks. Raises ValueError
     or TypeError. docs/math.md (4), (7).
@@ -126,13 +127,32 @@ def k_center_by_class(
     _check_metric(name, metric)
     points = _prepared(points, metric, name)
     labels, counts, picks = allocate(labels, k)
-    indices, cells = [], []
-    for members, k_c in zip(labels.argsort(stable=True).split(counts.tolist()), picks.tolist(), strict=True):
-        if k_c > 0:
-            centres = ops.farthest_first(points[members.to(points.device)], k_c, _first(len(members), generator))
-            indices.append(members[centres.indices.cpu()])
-            cells.append(centres.counts.cpu())
+    starts = torch.zeros_like(counts)
+    for c in picks.nonzero()[:, 0].tolist():
+        starts[c] = _first(int(counts[c]), generator)
+    members = labels.argsort(stable=True).split(counts.tolist())  # of each class
+    indices, cells = ([members[0][:0]] * len(members) for _ in range(2))
+    for batch in _of_similar_size(counts, picks > 0):  # each one call of the op, classes filled up to the largest
+        rows = torch.nn.utils.rnn.pad_sequence([members[c] for c in batch.tolist()], batch_first=True)
+        mask = torch.arange(rows.shape[1]) < counts[batch, None]
+        centres = ops.farthest_first(
+            points[rows.to(points.device)],
+            int(picks[batch].max()),
+            starts[batch, None],
+            picks=picks[batch],
+            mask=mask.to(points.device),
+        )
+        for c, picked, count in zip(batch.tolist(), centres.indices.cpu(), centres.counts.cpu(), strict=True):
+            indices[c] = members[c][picked[: picks[c]]]
+            cells[c] = count[: picks[c]]
     return _subset(torch.cat(indices), torch.cat(cells) if weighted else None)
+
+
+def _of_similar_size(counts: Tensor, taken: Tensor) -> Iterator[Tensor]:
+    """The classes that are taken, in batches whose members are less than twice as large as each other."""
+    bits = torch.tensor([count.bit_length() for count in counts.tolist()])
+    for size in bits[taken].unique():
+        yield (taken & (bits == size)).nonzero()[:, 0]
 
 
 def _in_two_rounds(
