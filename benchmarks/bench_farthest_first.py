@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.cifar10_features import features as cifar10
 from benchmarks.conftest import DEVICE
-from benchmarks.kcenter_peers import ABSENT, BUCKETS, LOOPS, NOT_FARTHEST_FIRST, PEERS, Peer, direct
+from benchmarks.kcenter_peers import ABSENT, BUCKETS, LOOPS, PEERS, SLOW, Peer, direct
 from fastif.measure import Measure
 from fastif.ops import farthest_first
 
@@ -92,39 +92,33 @@ class Turn(NamedTuple):
     timed: int  # picks that are timed: k, or fewer where k would take too long
 
 
-def cost(run: Peer, points: Tensor, picks: int) -> Tensor:
-    """Wall-clock seconds, and processor seconds of all threads."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    run(points, picks)
-    return torch.tensor([time.perf_counter() - wall, time.process_time() - cpu], dtype=torch.float64)
-
-
 def take_turns(points: Tensor, turns: list[Turn], rounds: int = 2) -> list[dict[str, Any]]:
-    """The least cost of each in `rounds` rounds. Where not all k picks are timed, a quarter of them is as well, and the
-    line through both is drawn on to k: what is spent once, before the first pick, is then counted once."""
+    """The least cost of each in `rounds` rounds: wall-clock seconds, and processor seconds of all threads.
+
+    Where not all k picks are timed, a quarter of them is as well, and the line through both is drawn on to k: what is
+    spent once, before the first pick, is then counted once. agree: of the first picks, how many are those of float64.
+    """
     parts = [sorted({turn.timed, turn.timed if turn.timed == turn.k else turn.timed // 4}) for turn in turns]
-    best: dict[tuple[str, int, int], Tensor] = {}
+    want = direct(points.double(), 12)
+    costs: list[list[Tensor]] = [[torch.full((2,), torch.inf)] * len(counts) for counts in parts]
+    agree = [0] * len(turns)
     for _ in range(rounds):
-        for turn, counts in zip(turns, parts, strict=True):
-            for picks in counts:
-                key = turn.contender, turn.k, picks
-                seconds = cost(turn.run, points, picks)
-                best[key] = torch.minimum(best.get(key, seconds), seconds)
+        for t, (turn, counts) in enumerate(zip(turns, parts, strict=True)):
+            for p, picks in enumerate(counts):
+                wall, cpu = time.perf_counter(), time.process_time()
+                made = turn.run(points, picks)
+                seconds = torch.tensor([time.perf_counter() - wall, time.process_time() - cpu])
+                costs[t][p] = torch.minimum(costs[t][p], seconds)
+            agree[t] = int((made[: len(want)] == want).long().cumprod(0).sum())
     rows = []
-    for turn, counts in zip(turns, parts, strict=True):
-        some, most = (best[turn.contender, turn.k, picks] for picks in (counts[0], counts[-1]))
-        wall, cpu = most.tolist()
+    for turn, counts, own, same in zip(turns, parts, costs, agree, strict=True):
+        total = own[-1]
         if len(counts) == 2:
-            per_pick = (most - some).clamp(min=0) / (counts[1] - counts[0])
-            wall, cpu = (most + per_pick * (turn.k - turn.timed)).tolist()
-        rows.append({"contender": turn.contender, "k": turn.k, "timed": turn.timed, "wall": wall, "cpu": cpu})
+            total = total + (own[1] - own[0]) / (counts[1] - counts[0]) * (turn.k - turn.timed)
+        wall, cpu = total.tolist()
+        row = {"contender": turn.contender, "k": turn.k, "timed": turn.timed, "wall": wall, "cpu": cpu, "agree": same}
+        rows.append(row)
     return rows
-
-
-def agreement(peer: Peer, points: Tensor, want: Tensor) -> int:
-    """Of the first picks, how many are those of float64 before the first other one."""
-    same = peer(points, len(want)) == want
-    return len(want) if bool(same.all()) else int(same.int().argmin())
 
 
 DATA = {
@@ -145,28 +139,23 @@ def test_kcenter(benchmark, capsys, data):
         pytest.skip("FASTIF_DATA does not name the folder with CIFAR-10")
     points = DATA[data]()
     ks = (500, 2000, 5000)
-    want = direct(points.double(), 12)
-    assert torch.equal(lazy(points, 500), plain(points, 500))
-    assert torch.equal(lazy(points, len(want)), want)
-    agree = {name: agreement(peer, points, want) for name, peer in PEERS.items() if name not in NOT_FARTHEST_FIRST}
-    peaks = {}
-    for k in ks:
-        with Measure() as measured:
-            lazy(points, k)
-        peaks[k] = None if measured.peak_bytes is None else measured.peak_bytes / points.nbytes
+    assert torch.equal(lazy(points, 300), plain(points, 300))
+    with Measure() as measured:
+        lazy(points, ks[-1])
+    assert measured.peak_bytes is not None
+    peak = measured.peak_bytes / points.nbytes
     turns = [Turn("fastif", lazy, k, k) for k in ks]
     turns += [Turn("fastif, plain kernel", plain, ks[-1], 80)]
-    turns += [Turn(name, peer, ks[-1], 12) for name, peer in PEERS.items()]
+    turns += [Turn(name, peer, ks[-1], 12 if name in SLOW else 60) for name, peer in PEERS.items()]
     rows = take_turns(points, turns)
+    assert all(row["agree"] == 12 for row in rows[: len(ks) + 1])
     benchmark.pedantic(lambda: lazy(points, ks[0]), rounds=1)
-    benchmark.extra_info.update(
-        n=len(points), d=points.shape[1], rows=rows, agree=agree, peak_share_of_input=peaks, absent=ABSENT
-    )
+    benchmark.extra_info.update(n=len(points), d=points.shape[1], rows=rows, peak_share_of_input=peak, absent=ABSENT)
     with capsys.disabled():
-        print(f"\n{data} {list(points.shape)}: besides the input " + ", ".join(f"{s:.2f}" for s in peaks.values() if s))
+        print(f"\n{data} {list(points.shape)}: {peak:.2f} of the input besides it; absent: {ABSENT or 'none'}")
         for row in rows:
-            print(f"  {row['wall']:9.3f} s  {row['cpu']:9.3f} cpu s  k={row['k']:5d}  {row['contender']}")
-        print(f"  of the first {len(want)} picks as in float64: {agree}; absent: {ABSENT or 'none'}")
+            print(f"  {row['wall']:9.3f} s  {row['cpu']:9.3f} cpu s  k={row['k']:5d}  {row['contender']}", end="")
+            print(f"  (of the first 12 picks, {row['agree']} as in float64)")
 
 
 GROWTH = {  # axis -> n, d and k, one of them a list
@@ -193,16 +182,18 @@ def test_kcenter_growth(benchmark, capsys, axis):
     for value in GROWTH[axis][which]:
         n, d, k = (*GROWTH[axis][:which], value, *GROWTH[axis][which + 1 :])
         points = gaussian(n, d)
-        assert torch.equal(lazy(points, 20), direct(points.double(), 20))
         turns = []
         for name, contender in contenders.items():
             if name in BUCKETS and d > 8:
                 continue
             tried = min(k, 12)
-            affordable = int(PATIENCE * tried / float(cost(contender, points, tried)[0]))
+            before = time.process_time()
+            contender(points, tried)
+            affordable = int(PATIENCE * tried / (time.process_time() - before))
             timed = k if name == "fastif" else min(k, max(tried, affordable))
             turns.append(Turn(name, contender, k, timed))
         measured = take_turns(points, turns)
+        assert measured[0]["agree"] == measured[1]["agree"] == 12
         rows += [{**row, "n": n, "d": d} for row in measured]
         with capsys.disabled():
             print(f"\nn={n} d={d} k={k}: " + ", ".join(f"{row['contender']} {row['cpu']:.3f}" for row in measured))

@@ -91,7 +91,7 @@ def fpsample(points: Tensor, k: int) -> Tensor:
 
 
 def fpsample_buckets(points: Tensor, k: int) -> Tensor:
-    """QuickFPS: a KD-tree of buckets, built for point clouds of at most 8 coordinates."""
+    """QuickFPS: a KD-tree of buckets, for point clouds of at most 8 coordinates. It does not begin with the start."""
     from fpsample import bucket_fps_kdline_sampling  # pyright: ignore[reportMissingImports]
 
     return torch.from_numpy(bucket_fps_kdline_sampling(points.numpy(), k, h=7, start_idx=0).astype("int64"))
@@ -126,4 +126,4 @@ _OTHERS: dict[str, tuple[str | None, Peer]] = {  # name -> the module that it ne
 ABSENT = [name for name, (module, _) in _OTHERS.items() if module and importlib.util.find_spec(module) is None]
 PEERS = LOOPS | {name: peer for name, (_, peer) in _OTHERS.items() if name not in ABSENT}
 BUCKETS = {"fpsample, KD-tree of buckets": fpsample_buckets} if "fpsample" in PEERS else {}
-NOT_FARTHEST_FIRST = ("scikit-learn k-means++", *BUCKETS)  # another algorithm; a start of its own
+SLOW = ("anomalib's loop", "DeepCore's loop")
