@@ -7,7 +7,8 @@ A sampler returns `indices` and `weights` such that the weighted sum of per-exam
 so the weights of a subset sum to 1 (`logit` and `leverage`: in expectation; `certified`: to k/n). Samplers are plain
 functions of what they need and nothing else. Those that draw take `generator=`, a CPU generator: the draw is made on
 the CPU and does not depend on the device of the tensors. Arithmetic is float64, one block of rows at a time; nothing of
-size n x n is ever stored, nor a second copy of the features (but for the unit rows of `k_center` with "cosine").
+size n x n is ever stored, nor a second copy of the features (but for the unit rows of `k_center` with "cosine" and the
+classes of `k_center_by_class`).
 
 The idea of choosing the curvature's examples by features or by logits, and the names, come from arXiv 2510.26776; its
 formulas are not given there, and the definitions on this page are our own.
