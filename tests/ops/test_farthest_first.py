@@ -373,15 +373,19 @@ def test_what_a_report_raises_ends_the_run():
     assert len(farthest_first(points, 3).indices) == 3
 
 
-@pytest.mark.parametrize("shape", [(200_000, 64), (6, 30_000, 64)], ids=["one cloud", "many clouds"])
-def test_interrupt_is_answered_within_a_second(shape):
+@pytest.mark.parametrize(
+    ("shape", "picks"),
+    [((200_000, 64), None), ((6, 30_000, 64), [30_000] * 6), ((2, 40_000, 64), [1, 40_000])],
+    ids=["one cloud", "many clouds", "one cloud of two"],
+)
+def test_interrupt_is_answered_within_a_second(shape, picks):
     code = (
         "import time, torch\n"
         "from fastif.ops import farthest_first\n"
-        f"points = torch.randn({shape})\n"
+        f"points, picks = torch.randn({shape}), {picks}\n"
         "print('running', flush=True)\n"
         "try:\n"
-        "    farthest_first(points, 30_000)\n"
+        "    farthest_first(points, 30_000 if picks is None else picks[-1], picks=picks and torch.tensor(picks))\n"
         "except KeyboardInterrupt:\n"
         "    print(time.monotonic(), flush=True)\n"
         "print(farthest_first(torch.eye(3), 2).indices.tolist())\n"
