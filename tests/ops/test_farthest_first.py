@@ -445,7 +445,8 @@ START, STARTS = torch.tensor([0]), torch.tensor([[0], [2]])
 MANY = dict(points=XS, start=STARTS)
 FIRST_LAST = torch.tensor([True, False, True])
 
-BAD = [  # what is given beside X, k = 2 and START, the error, the end of its message
+GOOD = dict(points=X, k=2, start=START)
+BAD = [  # what is given in place of these, the error, the end of its message
     (dict(points=X[0]), ValueError, "points must be [n, d] or [b, n, d], got shape [2]"),
     (dict(points=X.long()), TypeError, "points must be float16, bfloat16, float32 or float64, got Long"),
     (dict(points=X[:0]), ValueError, "points must have at least one row and one column, got shape [0, 2]"),
@@ -494,7 +495,7 @@ BAD = [  # what is given beside X, k = 2 and START, the error, the end of its me
 @pytest.mark.parametrize(("given", "error", "message"), BAD, ids=[message for *_, message in BAD])
 def test_bad_input(given, error, message):
     with pytest.raises(error) as caught:
-        op(**(dict(points=X, k=2, start=START) | given))
+        op(**(GOOD | given))
     assert str(caught.value).splitlines()[0].startswith("farthest_first: ")
     assert str(caught.value).splitlines()[0].endswith(message)
 
