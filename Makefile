@@ -19,7 +19,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 OUT     ?= runs/demo
 
-.PHONY: demo test lint bench results cuda-check gpu-check clean
+.PHONY: demo test lint bench bench-kcenter results cuda-check gpu-check clean
 
 demo: build/ready  ## remove each class of the digits from a small CNN, compare samplers with retraining
 	$(PY) -m fastif class-removal --out $(OUT)
@@ -35,6 +35,12 @@ lint: .venv/lint
 
 bench: build/ready  ## verify, then time every op against its peers
 	$(PY) -m pytest benchmarks --benchmark-enable -s
+
+bench-kcenter: build/ready  ## every k-center peer, growth with n, d and k, on one thread: 10 minutes; FASTIF_DATA=folder
+	OMP_NUM_THREADS=1 FASTIF_BENCH=all $(PY) -m pytest benchmarks/bench_farthest_first.py -k kcenter --benchmark-enable -s \
+	  --benchmark-json runs/kcenter.json
+	$(PY) benchmarks/results.py keep runs/kcenter.json kcenter-cpu
+	$(PY) benchmarks/results.py tables
 
 results: build/ready  ## README's tables from scratch, about an hour: make results DATA=folder-with-fashion-mnist
 	$(PY) -m fastif class-removal --k 5% --seeds 10 --out runs/digits

@@ -1,8 +1,9 @@
-"""Keeps results in benchmarks/results/ and writes README's tables from them: no figure there is typed by hand.
+"""Keeps results in benchmarks/results/ and makes the pages' tables and pictures from them: no figure is typed by hand.
 
 python benchmarks/results.py keep runs/fashion-mnist/results.json class-removal-fashion-mnist
 python benchmarks/results.py keep runs/bench.json cpu
-python benchmarks/results.py tables          # rewrites README.md between its markers
+python benchmarks/results.py keep runs/kcenter.json kcenter-cpu
+python benchmarks/results.py tables          # rewrites README.md and docs/kcenter.md between markers; pictures
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "kcenter.md")
 SAMPLERS = ("logit", "leverage", "random", "stratified", "k_center", "certified", "intermediate_distance", "prefix")
 
 
@@ -96,23 +98,98 @@ def benchmark_table(name: str) -> str:
     return "\n".join(lines)
 
 
-def with_tables(readme: str) -> str:
-    """README with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew from the kept NAME.json."""
+def kcenter_table(name: str) -> str:
+    results = json.loads((KEPT / f"{name}.json").read_text())
+    data = [b for b in results["benchmarks"] if "peak_share_of_input" in b["extra_info"]]
+    labels = [b["name"].split("[")[1].rstrip("]") for b in data]
+    cells = {
+        (label, row["contender"], row["k"]): row
+        for label, b in zip(labels, data, strict=True)
+        for row in b["extra_info"]["rows"]
+    }
+    ks = sorted({k for _, contender, k in cells if contender == "fastif"})
+    shapes = [f"{b['extra_info']['n'] // 1000}k × {b['extra_info']['d']}" for b in data]
+    lines = [
+        "| | " + " | ".join(f"{label}<br>{shape}" for label, shape in zip(labels, shapes, strict=True)) + " |",
+        "|---" * (len(labels) + 1) + "|",
+    ]
+    for k in ks:
+        seconds = (f"{cells[label, 'fastif', k]['cpu']:.2f} s" for label in labels)
+        lines.append(f"| **fastif, k = {k}** | " + " | ".join(seconds) + " |")
+    most = ks[-1]
+    for contender in dict.fromkeys(contender for _, contender, _ in cells if contender != "fastif"):
+        ratios = []
+        for label in labels:
+            row = cells.get((label, contender, most))
+            ours = cells[label, "fastif", most]["cpu"]
+            ratios.append("" if row is None else f"{row['cpu'] / ours:.0f}×")
+        lines.append(f"| {contender} | " + " | ".join(ratios) + " |")
+    peaks = (f"{b['extra_info']['peak_share_of_input']:.2f}" for b in data)
+    lines.append("| *memory besides the input, share of it* | " + " | ".join(peaks) + " |")
+    machine = results["machine_info"]
+    absent = sorted({name for b in data for name in b["extra_info"]["absent"]})
+    lines += [
+        "",
+        f"Processor time of all threads: of fastif in seconds, of the others as a multiple of fastif's at k = {most}, "
+        "drawn on from a few of their picks. "
+        + (f"Not installed: {', '.join(absent)}. " if absent else "")
+        + f"{machine['cpu'].get('brand_raw', 'CPU')}, {machine['threads']} threads, {machine['build']['isa']}, torch "
+        f"{machine['torch']}, {results['datetime'][:10]}. Made by `make bench-kcenter`.",
+    ]
+    return "\n".join(lines)
+
+
+def growth_picture(name: str, path: Path) -> None:
+    """Time against n, d and k, one panel each, from the kept NAME.json."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    results = json.loads((KEPT / f"{name}.json").read_text())
+    panels = [b["extra_info"] for b in results["benchmarks"] if "axis" in b["extra_info"]]
+    words = {"n": "points n", "d": "coordinates d", "k": "picks k"}
+    contenders = list(dict.fromkeys(row["contender"] for panel in panels for row in panel["rows"]))
+    colours = dict(
+        zip(contenders, ("#d55e00", "#000000", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"), strict=False)
+    )
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(11, 3.9), sharey=True, layout="constrained")
+    for axis, panel in zip(axes, panels, strict=True):
+        over = panel["axis"]
+        for contender in contenders:
+            rows = [row for row in panel["rows"] if row["contender"] == contender]
+            width = 2.4 if contender == "fastif" else 1.2
+            style = dict(color=colours[contender], linewidth=width, marker="o", markersize=width + 1)
+            axis.loglog([row[over] for row in rows], [row["cpu"] for row in rows], label=contender, **style)
+        fixed = ", ".join(f"{a} = {panel['rows'][0][a]:,}" for a in "ndk" if a != over)
+        axis.set(title=fixed, xlabel=words[over])
+        axis.grid(alpha=0.25, which="major")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("processor seconds")
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Software": None, "Description": results["datetime"]})
+    pyplot.close(figure)
+
+
+def with_tables(page: str) -> str:
+    """The page with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew from the kept NAME.json."""
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
-        made = class_removal_table(name) if name.startswith("class-removal") else benchmark_table(name)
-        return f"<!-- table: {name} -->\n{made}\n<!-- end -->"
+        kinds = {"class-removal": class_removal_table, "kcenter": kcenter_table}
+        make = next((make for kind, make in kinds.items() if name.startswith(kind)), benchmark_table)
+        return f"<!-- table: {name} -->\n{make(name)}\n<!-- end -->"
 
-    return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", table, readme, flags=re.DOTALL)
+    return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
 
 
 def main(arguments: list[str]) -> None:
     if arguments[:1] == ["keep"] and len(arguments) == 3:
         keep(Path(arguments[1]), arguments[2])
     elif arguments == ["tables"]:
-        readme = ROOT / "README.md"
-        readme.write_text(with_tables(readme.read_text()))
+        for page in PAGES:
+            page.write_text(with_tables(page.read_text()))
+        growth_picture("kcenter-cpu", ROOT / "docs" / "kcenter-growth.png")
     else:
         sys.exit(__doc__)
 

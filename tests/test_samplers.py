@@ -19,6 +19,7 @@ from fastif.samplers import (
     draw,
     intermediate_distance,
     k_center,
+    k_center_by_class,
     leverage,
     logit,
     prefix,
@@ -65,6 +66,7 @@ WEIGHTED = {
     "intermediate_distance": intermediate_distance,
     "k_center": k_center,
     "k_center-cosine": partial(k_center, metric="cosine"),
+    "k_center_by_class": k_center_by_class,
     "logit": logit,
     "leverage-trace": partial(leverage, kind="trace"),
     "leverage-ridge": partial(leverage, kind="ridge", damping=1e-2),
@@ -130,7 +132,7 @@ def test_the_number_of_threads_does_not_matter(sampler):
 def test_rows_are_walked_in_blocks_without_a_trace(sampler, monkeypatch):
     data = problem(100, seed=5)
     whole = data.draw(partial(sampler, k=9))
-    monkeypatch.setattr(samplers, "_BLOCK", 7)
+    monkeypatch.setattr("fastif.subset._BLOCK", 7)
     blocks = data.draw(partial(sampler, k=9))
     assert torch.equal(whole.indices, blocks.indices)
     torch.testing.assert_close(whole.weights, blocks.weights, rtol=1e-12, atol=0)
@@ -233,52 +235,6 @@ def test_intermediate_distance_keeps_the_middle_band_of_each_class(n, d, c, seed
     plain = intermediate_distance(features, labels, k, weighted=False)
     assert torch.equal(plain.indices, subset.indices)
     assert plain.weights.tolist() == [1 / k] * k
-
-
-# ------------------------------------------------------------------------------------------------------------- k-center
-
-
-def farthest_first_by_hand(x: np.ndarray, k: int, start: int) -> tuple[list[int], list[int]]:
-    """Picks and, for every point, the position of its nearest pick: the definition, one distance at a time."""
-    picks = [start]
-    while len(picks) < k:
-        reach = [min(((x[i] - x[j]) ** 2).sum() for j in picks) if i not in picks else -1.0 for i in range(len(x))]
-        picks.append(int(np.argmax(reach)))
-    return picks, [int(np.argmin([((row - x[j]) ** 2).sum() for j in picks])) for row in x]
-
-
-@settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 25), d=st.integers(1, 4), seed=st.integers(0, 10**6), data=st.data())
-def test_k_center_is_farthest_first_with_cell_weights(n, d, seed, data):
-    k = data.draw(st.integers(1, n))
-    points = torch.randint(-2, 3, (n, d), generator=seeded(seed)).float()  # exact distances, many ties and duplicates
-    subset = k_center(points, k, generator=seeded(seed))
-    start = int(torch.randint(n, (), generator=seeded(seed)))
-    picks, nearest = farthest_first_by_hand(points.double().numpy(), k, start)
-    assert subset.indices.tolist() == picks
-    assert subset.weights.tolist() == [nearest.count(j) / n for j in range(k)]
-    assert float(subset.weights.sum()) == pytest.approx(1)
-    plain = k_center(points, k, weighted=False, generator=seeded(seed))
-    assert torch.equal(plain.indices, subset.indices)
-    assert plain.weights.tolist() == [1 / k] * k
-
-
-def test_k_center_cosine_sees_directions_only():
-    g = seeded(0)
-    points = torch.randn(50, 3, generator=g, dtype=torch.float64)
-    lengths = 10 ** torch.linspace(-200, 130, 50, dtype=torch.float64)
-    scaled = k_center(points * lengths[:, None], 8, metric="cosine", generator=seeded(1))
-    unit = (points / points.norm(dim=1, keepdim=True)).numpy()
-    picks, nearest = farthest_first_by_hand(unit, 8, int(torch.randint(50, (), generator=seeded(1))))
-    assert scaled.indices.tolist() == picks
-    assert scaled.weights.tolist() == [nearest.count(j) / 50 for j in range(8)]
-
-
-def test_k_center_gives_a_duplicate_no_weight():
-    subset = k_center(torch.tensor([[1.0], [1.0], [5.0]]), 3, generator=seeded(0))
-    mass = dict(zip(subset.indices.tolist(), subset.weights.tolist(), strict=True))
-    assert mass[2] == pytest.approx(1 / 3)
-    assert sorted([mass[0], mass[1]]) == [0.0, pytest.approx(2 / 3)]
 
 
 # -------------------------------------------------------------------------------------------------- systematic sampling
@@ -487,10 +443,8 @@ def test_draw_passes_what_the_signature_names():
 
 def test_draw_says_what_is_missing():
     data = problem()
-    with pytest.raises(
-        ValueError, match=r"draw: k_center needs k, which is none of n, features, .*partial\(k_center, k="
-    ):
-        data.draw(k_center)
+    with pytest.raises(ValueError, match=r"draw: random needs k, which is none of n, features, .*partial\(random, k="):
+        data.draw(random)
     with pytest.raises(ValueError, match="draw: logit needs labels, and the data has none"):
         data._replace(labels=None).draw(partial(logit, k=3))
     with pytest.raises(ValueError, match=r"subset: indices must be in \[0, n=60\), got 60"):
@@ -543,6 +497,7 @@ TAKES_K = {
     "stratified": partial(stratified, Y),
     "intermediate_distance": partial(intermediate_distance, X, Y),
     "k_center": partial(k_center, X),
+    "k_center_by_class": partial(k_center_by_class, X, Y),
     "logit": partial(logit, Z, Y),
     "leverage": partial(leverage, X, Z),
     "certified": lambda k: certified(X, Z, k=k),
@@ -569,7 +524,7 @@ def spoiled(x: torch.Tensor, row: int, value: float) -> torch.Tensor:
 
 MATRICES = {
     "intermediate_distance: features": (lambda x: intermediate_distance(x, Y, 1), "d"),
-    "k_center: points": (lambda x: k_center(x, 1), "d"),
+    "k_center_by_class: points": (lambda x: k_center_by_class(x, Y, 1), "d"),
     "logit: logits": (lambda x: logit(x, Y, 1), "c"),
     "leverage: features": (lambda x: leverage(x, Z, 1), "d"),
     "leverage: logits": (lambda x: leverage(X, x, 1), "c"),
@@ -604,6 +559,7 @@ def test_matrices_are_checked_and_the_row_is_named(what):
 LABELLED = {
     "stratified": lambda y: stratified(y, 1),
     "intermediate_distance": lambda y: intermediate_distance(X, y, 1),
+    "k_center_by_class": lambda y: k_center_by_class(X, y, 1),
     "logit": lambda y: logit(Z, y, 1),
 }
 
@@ -642,10 +598,6 @@ def test_other_rules():
             leverage(X, Z, 1, kind="ridge", damping=damping)
     with pytest.raises(ValueError, match=r"leverage: .* is not positive definite at row 1: damping=1e-12 .* would do"):
         leverage(torch.full((3, 2), 1e6), Z, 1, kind="ridge", damping=1e-12)
-    with pytest.raises(ValueError, match="k_center: metric must be 'euclidean' or 'cosine', got 'dot'"):
-        k_center(X, 1, metric="dot")
-    with pytest.raises(ValueError, match="k_center: metric 'cosine' needs rows that are not zero, row 1 is"):
-        k_center(torch.tensor([[1.0], [0.0]]), 1, metric="cosine")
     for tolerance in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match=rf"certified: tolerance must be in \[0, 1\), got {tolerance}"):
             certified(X, Z, tolerance)
