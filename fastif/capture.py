@@ -345,9 +345,10 @@ def _check_finite(what: str, name: str, gradients: Dense | OneHot) -> None:
             return
         factor = gradients.inputs[None]
     else:
-        factor = (
-            gradients.inputs if (gradients.activations == "inputs") == (what == "input") else gradients.output_grads
-        )
+        forward, backward = gradients.inputs, gradients.output_grads
+        if gradients.activations == "outputs":
+            forward, backward = backward, forward
+        factor = forward if what == "input" else backward
     if not bool(factor.sum().isfinite()) and not bool(factor.isfinite().all()):
         row = int((~factor.isfinite()).nonzero()[0, 1])
         raise ValueError(f"capture: the {what} of layer {name!r} holds NaN or Inf, example {row} of the batch")
