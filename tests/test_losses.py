@@ -126,7 +126,7 @@ def test_exact_columns_are_a_root_of_the_output_hessian(name):
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_monte_carlo_columns_are_so_on_average(name):
-    times = 2000
+    times = 1000
     (columns,) = flat_columns(name, "monte_carlo", torch.Generator().manual_seed(0), times)
     columns = columns.view(times, N, -1)
     _, outputs, batch, torchs = CASES[name]
@@ -134,7 +134,7 @@ def test_monte_carlo_columns_are_so_on_average(name):
     products = columns[:, :, :, None] * columns[:, :, None, :]
     error = products.mean(0) - torch.stack(wants)
     spread = products.std(0) / math.sqrt(times)  # the mean square of an unbiased error is this one's
-    assert (error.flatten(1).norm(dim=1) <= 2 * spread.flatten(1).norm(dim=1) + 1e-9).all()
+    assert (error.flatten(1).norm(dim=1) <= 4 * spread.flatten(1).norm(dim=1) + 1e-9).all()
 
 
 @pytest.mark.parametrize("name", list(CASES))
