@@ -114,8 +114,8 @@ class Dense:
         return torch.einsum("snto,sntd->nsod", self.output_grads, self.inputs)
 
     def rotated(self, output_basis: Tensor | None, input_basis: Tensor) -> Dense:
-        grads = self.output_grads if output_basis is None else self.output_grads @ output_basis[:, None]
-        return replace(self, inputs=self.inputs @ input_basis[:, None], output_grads=grads)
+        grads = self.output_grads if output_basis is None else _times(self.output_grads, output_basis)
+        return replace(self, inputs=_times(self.inputs, input_basis), output_grads=grads)
 
     def moment(self, side: Side, weights: Tensor) -> Tensor:
         return _second_moment(self.inputs if side == "inputs" else self.output_grads, weights.to(self.inputs))
@@ -126,7 +126,7 @@ class Dense:
 
     def by_position(self, directions: Tensor) -> Tensor:
         parts = [
-            (((self.output_grads @ direction[:, None]) * self.inputs).sum((0, 3))) for direction in directions
+            (_times(self.output_grads, direction) * self.inputs).sum((0, 3)) for direction in directions
         ]  # one query at a time: [g, n, t, d]
         return torch.stack(parts)
 
@@ -219,6 +219,11 @@ def joined(parts: list[Dense | OneHot]) -> Dense | OneHot:
         return replace(tables[0], places=places, inputs=inputs)
     dense = [part.dense() if isinstance(part, OneHot) else part for part in parts]
     return Dense(torch.cat([p.inputs for p in dense], 2), torch.cat([p.output_grads for p in dense], 2))
+
+
+def _times(x: Tensor, basis: Tensor) -> Tensor:
+    """x [g, n, t, d] times basis [g, d, e]: one product for all examples and positions."""
+    return (x.flatten(1, 2) @ basis).unflatten(1, x.shape[1:3])
 
 
 def _second_moment(x: Tensor, weights: Tensor) -> Tensor:

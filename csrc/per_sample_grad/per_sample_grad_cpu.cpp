@@ -5,12 +5,16 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
+#include <atomic>
+
 #include "../common/simd.h"
 #include "per_sample_grad.h"
+#include "per_sample_grad_tiles.h"
 
 namespace fastif {
 namespace {
@@ -53,21 +57,28 @@ at::Tensor accumulate_cpu(const at::Tensor& inputs, const at::Tensor& output_gra
   return out;
 }
 
+// The examples that are worked on at a time where inputs have to be copied, because they are wanted in other bits; else
+// all.
+int64_t examples_at_a_time(const at::Tensor& inputs, const at::Tensor& output_grads) {
+  const int64_t bytes = inputs.size(1) * (inputs.size(2) + output_grads.size(2)) * sizeof(float);
+  return has_16_bits(inputs) ? rows_in_scratch(bytes) : inputs.size(0);
+}
+
 at::Tensor accumulate_squares_cpu(const at::Tensor& inputs, const at::Tensor& output_grads, const at::Tensor& weights) {
   check_accumulate_squares(inputs, output_grads, weights);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const int64_t n = inputs.size(0), t = inputs.size(1), d = inputs.size(2), o = output_grads.size(2);
   auto out = at::zeros({o, d}, weights.options());
-  const int64_t chunk = rows_in_scratch((t == 1 ? o + d : o * d) * weights.element_size());
+  const int64_t chunk =
+      t == 1 ? rows_in_scratch((o + d) * out.element_size()) : examples_at_a_time(inputs, output_grads);
   for (int64_t begin = 0; begin < n; begin += chunk) {
     const int64_t end = std::min(n, begin + chunk);
     const auto a = block_of(inputs, begin, end), u = block_of(output_grads, begin, end);
-    const auto w = weights.slice(0, begin, end);
+    const auto w = weights.slice(0, begin, end).contiguous();
     if (t == 1) {  // (g_i)_od^2 = u_io^2 a_id^2
       out.addmm_(u.view({-1, o}).square().mul_(w.unsqueeze(1)).t(), a.view({-1, d}).square());
     } else {
-      const auto squares = at::bmm(u.transpose(1, 2), a).square_();
-      out.view({1, o * d}).addmm_(w.unsqueeze(0), squares.view({-1, o * d}));
+      add_squares_by_tiles(a, u, w, out);
     }
   }
   check_finite_result("per_sample_grad.accumulate_squares", out, inputs, output_grads);
@@ -110,25 +121,27 @@ at::Tensor sq_norms_cpu(const at::Tensor& inputs, const at::Tensor& output_grads
   check_sq_norms(inputs, output_grads, scale);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const int64_t n = inputs.size(0), t = inputs.size(1), d = inputs.size(2), o = output_grads.size(2);
-  const auto options = inputs.options().dtype(result_type(inputs));
-  auto out = at::empty({n}, options);
-  const bool by_gram = !scale && t * (o + d) <= o * d;  // operations of the two routes, over t
-  const bool small = !scale && t <= 4;                  // matrix products of that size cost more than they save
-  const int64_t kept = small ? t * (o + d) : by_gram ? 2 * t * t : scale && t == 1 ? o + d : o * d;
-  const int64_t chunk = rows_in_scratch(kept * out.element_size());
+  auto out = at::empty({n}, inputs.options().dtype(result_type(inputs)));
+  const bool small = !scale && t <= 4;  // matrix products of that size cost more than they save
+  // Operations of the two routes, over t; batched products of t x t are the slower the smaller.
+  const bool by_gram = !scale && (t + 32) * (o + d) <= o * d;
+  const bool by_tiles = !small && !by_gram && t > 1;
+  const int64_t chunk = small || by_tiles ? examples_at_a_time(inputs, output_grads)
+                                          : rows_in_scratch((by_gram ? 2 * t * t : o + d) * out.element_size());
   for (int64_t begin = 0; begin < n; begin += chunk) {
     const int64_t end = std::min(n, begin + chunk);
     const auto a = block_of(inputs, begin, end), u = block_of(output_grads, begin, end);
+    if (by_tiles) {
+      sq_norms_by_tiles(a, u, scale, out.slice(0, begin, end));
+      continue;
+    }
     auto left = a, right = u;
-    if (scale && t == 1) {  // sum_od R_od u_o^2 a_d^2
+    if (scale) {  // t = 1: sum_od R_od u_o^2 a_d^2
       left = at::mm(u.view({-1, o}).square(), *scale);
       right = a.view({-1, d}).square();
-    } else if (!small && by_gram) {
+    } else if (!small) {
       left = at::bmm(a, a.transpose(1, 2));
       right = at::bmm(u, u.transpose(1, 2));
-    } else if (!small) {
-      left = at::bmm(u.transpose(1, 2), a);
-      right = scale ? left.mul(*scale) : left;
     }
     AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "per_sample_grad_sq_norms", [&] {
       const auto *l = left.const_data_ptr<scalar_t>(), *r = right.const_data_ptr<scalar_t>();
@@ -147,8 +160,8 @@ at::Tensor sq_norms_cpu(const at::Tensor& inputs, const at::Tensor& output_grads
   return out;
 }
 
-// One task is one direction and one block of rows: their product with the direction stays in the thread's cache and is
-// contracted at once, so neither [n, o, d] nor [q o, n] is ever formed.
+// q t products for every entry of a gradient. One task is one direction and one block of rows: their product with the
+// direction stays in the thread's cache and is contracted at once, so neither [n, o, d] nor [q o, n] is ever formed.
 void dots_by_position(const at::Tensor& inputs, const at::Tensor& output_grads, const at::Tensor& directions,
                       at::Tensor out) {
   const int64_t n = inputs.size(0), t = inputs.size(1), q = directions.size(0);
@@ -181,25 +194,54 @@ void dots_by_position(const at::Tensor& inputs, const at::Tensor& output_grads, 
   });
 }
 
+// t + q products for every entry of a gradient: a slice of 64 examples' gradients is formed, at most 4 MiB or 16 rows
+// of each, and multiplied with that slice of all directions. One task is one block of examples and, where blocks are
+// few, one of `parts` shares of the slices, whose sums are added at the end.
+void dots_by_gradient(const at::Tensor& inputs, const at::Tensor& output_grads, const at::Tensor& directions,
+                      at::Tensor& out) {
+  constexpr int64_t kExamples = 64, kEntries = 1 << 20, kTasks = 32;
+  const int64_t n = inputs.size(0), d = inputs.size(2), o = output_grads.size(2), q = directions.size(0);
+  const int64_t rows = std::clamp<int64_t>(kEntries / (kExamples * d), std::min<int64_t>(o, 16), o);
+  const int64_t slices = (o + rows - 1) / rows, blocks = (n + kExamples - 1) / kExamples;
+  const int64_t parts = std::clamp<int64_t>(kTasks / blocks, 1, slices), tasks = blocks * parts;
+  const auto v = directions.contiguous().view({q, o * d});
+  const auto sums = at::zeros({parts, q, n}, out.options());
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks);
+  const auto scratch = at::empty({threads, kExamples * rows * d}, out.options());
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    const at::AutoDispatchBelowADInplaceOrView guard;  // the dispatcher's state is per thread
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    for (int64_t thread = first; thread < last; ++thread) {
+      for (int64_t task; (task = next++) < tasks;) {
+        const int64_t part = task % parts, begin = task / parts * kExamples, end = std::min(n, begin + kExamples);
+        const auto a = block_of(inputs, begin, end), u = block_of(output_grads, begin, end);
+        auto sum = sums[part].slice(1, begin, end);
+        for (int64_t s = slices * part / parts; s < slices * (part + 1) / parts; ++s) {
+          const int64_t row = s * rows, count = std::min(rows, o - row);
+          auto gradients = scratch[thread].narrow(0, 0, (end - begin) * count * d).view({end - begin, count, d});
+          at::bmm_out(gradients, u.narrow(2, row, count).transpose(1, 2), a);
+          sum.addmm_(v.narrow(1, row * d, count * d), gradients.view({end - begin, count * d}).t());
+        }
+      }
+    }
+  });
+  at::sum_out(out, sums, {0});
+}
+
 at::Tensor dots_cpu(const at::Tensor& inputs, const at::Tensor& output_grads, const at::Tensor& directions) {
   check_dots(inputs, output_grads, directions);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const int64_t n = inputs.size(0), t = inputs.size(1), d = inputs.size(2), o = output_grads.size(2);
-  const int64_t q = directions.size(0);
+  const int64_t n = inputs.size(0), t = inputs.size(1), q = directions.size(0);
   auto out = at::empty({q, n}, directions.options());
-  const bool by_gradient = t > 1 && t + q < q * t;  // operations of the two routes, over n o d
-  const auto v = by_gradient ? directions.contiguous().view({q, o * d}) : directions;
-  const int64_t chunk = by_gradient           ? rows_in_scratch(o * d * out.element_size())
-                        : has_16_bits(inputs) ? rows_in_scratch(t * (o + d) * out.element_size())
-                                              : n;
-  for (int64_t begin = 0; begin < n; begin += chunk) {
-    const int64_t end = std::min(n, begin + chunk);
-    const auto a = block_of(inputs, begin, end), u = block_of(output_grads, begin, end);
-    auto to = out.slice(1, begin, end);
-    if (by_gradient) {
-      to.copy_(at::mm(v, at::bmm(u.transpose(1, 2), a).view({-1, o * d}).t()));
-    } else {
-      dots_by_position(a, u, v, to);
+  if (q * t > q + t + 24) {  // what gradients cost on their way to memory and back counts as 24 products
+    dots_by_gradient(inputs, output_grads, directions, out);
+  } else {
+    const int64_t chunk = examples_at_a_time(inputs, output_grads);
+    for (int64_t begin = 0; begin < n; begin += chunk) {
+      const int64_t end = std::min(n, begin + chunk);
+      dots_by_position(block_of(inputs, begin, end), block_of(output_grads, begin, end), directions,
+                       out.slice(1, begin, end));
     }
   }
   check_finite_result("per_sample_grad.dots", out, inputs, output_grads);

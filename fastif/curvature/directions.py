@@ -30,9 +30,10 @@ class Directions(Protocol):
 
 @dataclass(frozen=True)
 class Explicit:
-    """The matrices themselves."""
+    """The matrices themselves, or what they are in another basis, into which training gradients have to be turned."""
 
     matrices: Tensor  # [q, g, o, d]
+    rotate: Callable[[Gradients], Gradients] | None = None
 
     def __len__(self) -> int:
         return len(self.matrices)
@@ -42,7 +43,7 @@ class Explicit:
         return self.matrices.nbytes
 
     def dots(self, train: Gradients) -> Tensor:
-        return train.dots(self.matrices)
+        return (train if self.rotate is None else self.rotate(train)).dots(self.matrices)
 
 
 @dataclass(frozen=True)

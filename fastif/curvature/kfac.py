@@ -142,7 +142,13 @@ class KFAC:
             self.separable_rank = None if made is None else made.rank
             if made is not None:
                 return made
-        return Explicit(self.solve(gradients.formed()))
+        rotated = self._rotated(gradients)
+        matrices = rotated.formed() * self.inverse_eigenvalues
+        q, t = len(gradients), gradients.positions
+        _, o, d = self.shape
+        if 4 * t * (d * d + o * o) <= q * o * d:  # little beside the products: training gradients are turned instead
+            return Explicit(matrices, self._rotated)
+        return Explicit(self._from_basis(matrices))
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"eigenvalues": self.eigenvalues, "input_basis": self.input_basis, "output_basis": self.output_basis}

@@ -197,7 +197,7 @@ def test_batches_and_threads_do_not_matter():
 @pytest.mark.parametrize(("t", "d", "o"), [(1, 70, 40), (9, 130, 70), (40, 9, 20)])
 def test_the_bits_do_not_depend_on_the_number_of_threads(t, d, o):
     inputs, output_grads, g = problem(150, t, d, o, torch.float32)
-    scale = torch.rand(o, d, generator=g)
+    scale, directions = torch.rand(o, d, generator=g), torch.randn(9, o, d, generator=g)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -208,6 +208,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(t, d, o):
                     per_sample_grad.accumulate_squares(inputs, output_grads),
                     per_sample_grad.sq_norms(inputs, output_grads),
                     per_sample_grad.sq_norms(inputs, output_grads, scale),
+                    per_sample_grad.dots(inputs, output_grads, directions),
                 )
             )
     finally:

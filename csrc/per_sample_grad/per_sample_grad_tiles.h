@@ -1,0 +1,22 @@
+// Squares of per-sample gradients that are never stored: tiles of one example's gradient are formed in registers,
+// squared there, and added up. n t o d multiply-adds; the same bits for any number of threads.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace fastif {
+
+// out += sum_i w_i g_i^2, entry by entry. All float32 or all float64, contiguous.
+void add_squares_by_tiles(const at::Tensor& inputs,        // [n, t, d]
+                          const at::Tensor& output_grads,  // [n, t, o]
+                          const at::Tensor& weights,       // [n]
+                          const at::Tensor& out);          // [o, d]
+
+// out_i = sum_od R_od (g_i)_od^2, R = scale or 1.
+void sq_norms_by_tiles(const at::Tensor& inputs, const at::Tensor& output_grads,
+                       const std::optional<at::Tensor>& scale,  // [o, d], any strides
+                       const at::Tensor& out);                  // [n]
+
+}  // namespace fastif
