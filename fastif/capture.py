@@ -229,14 +229,14 @@ class Forward:
 
     def head(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Inputs [n, d] (with the 1 of a bias) and logits [n, c] of a block whose output is the model's, else None."""
-        block = self._capture.blocks[name]
-        s, *again = self._seen[block.uses[0].source]
-        if len(block.uses) > 1 or again or not isinstance(self.outputs, Tensor) or self.outputs.dim() != 2:
+        use, *others = self._capture.blocks[name].uses
+        s, *again = self._seen[use.source]
+        if others or again or not isinstance(self.outputs, Tensor) or self.outputs.dim() != 2:
             return None
         if s.y is not self.outputs or s.y._version != s.y_version:
             return None
         logits = _computable(self.outputs.detach())
-        gradients = block.uses[0].gradients(_computable(s.x.detach()), logits)
+        gradients = use.gradients(_computable(s.x.detach()), logits)
         if not isinstance(gradients, Dense) or gradients.positions > 1 or len(gradients.inputs) > 1:
             return None
         if not torch.equal(gradients.output_grads[0, :, 0], logits):  # a normalisation layer's u is not the output's
@@ -263,7 +263,7 @@ class Forward:
         for (source, s), u in zip(flat, found, strict=True):
             u = torch.zeros_like(s.y) if u is None else u
             pairs.setdefault(source, []).append((_computable(s.x.detach()), _computable(u.detach())))
-        made = {
+        made: dict[str, Gradients] = {
             name: joined([use.gradients(x, u) for use in block.uses for x, u in pairs[use.source]])
             for name, block in self._capture.blocks.items()
         }
@@ -339,12 +339,13 @@ def _computable(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _check_finite(what: str, name: str, gradients: Dense | OneHot) -> None:
+def _check_finite(what: str, name: str, gradients: Gradients) -> None:
     if isinstance(gradients, OneHot):
         if what == "input":  # tokens
             return
         factor = gradients.inputs[None]
     else:
+        assert isinstance(gradients, Dense)
         forward, backward = gradients.inputs, gradients.output_grads
         if gradients.activations == "outputs":
             forward, backward = backward, forward
