@@ -148,8 +148,8 @@ class Capture:
         with ExitStack() as undo:
             for name, module in self._sources.items():
                 if isinstance(module, nn.MultiheadAttention):
+                    undo.callback(_restore_forward, module, vars(module).get("forward"))
                     module.forward = attention_forward(name, module, self._record)
-                    undo.callback(_delete_forward, module)
                 else:
                     undo.callback(module.register_forward_pre_hook(self._expanding(name), with_kwargs=True).remove)
                     undo.callback(module.register_forward_hook(self._noting(name), with_kwargs=True).remove)
@@ -229,15 +229,19 @@ class Forward:
 
     def head(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Inputs [n, d] (with the 1 of a bias) and logits [n, c] of a block whose output is the model's, else None."""
-        block = self._capture.blocks[name]
-        s, *again = self._seen[block.uses[0].source]
-        if len(block.uses) > 1 or again or not isinstance(self.outputs, Tensor) or self.outputs.dim() != 2:
+        use, *others = self._capture.blocks[name].uses
+        s, *again = self._seen[use.source]
+        if others or again or not isinstance(self.outputs, Tensor) or self.outputs.dim() != 2:
             return None
-        gradients = block.uses[0].gradients(_computable(s.x.detach()), torch.zeros_like(self.outputs))
-        linear = isinstance(gradients, Dense) and gradients.positions == 1 and len(gradients.inputs) == 1
-        if s.y is not self.outputs or s.y._version != s.y_version or not linear:
+        if s.y is not self.outputs or s.y._version != s.y_version:
             return None
-        return gradients.inputs[0, :, 0], _computable(self.outputs.detach())
+        logits = _computable(self.outputs.detach())
+        gradients = use.gradients(_computable(s.x.detach()), logits)
+        if not isinstance(gradients, Dense) or gradients.positions > 1 or len(gradients.inputs) > 1:
+            return None
+        if not torch.equal(gradients.output_grads[0, :, 0], logits):  # a normalisation layer's u is not the output's
+            return None
+        return gradients.inputs[0, :, 0], logits
 
     def gradients(self, target: Tensor, column: Tensor | None = None, keep: bool = False) -> dict[str, Gradients]:
         """Per-sample gradients of every block: of target [n] (summed), or of ⟨column, target⟩.
@@ -245,6 +249,9 @@ class Forward:
         keep: whether the graph will be walked again.
         """
         flat = [(source, s) for source, uses in self._seen.items() for s in uses]
+        for source, s in flat:
+            if s.x._version != s.version:
+                raise ValueError(f"capture: the input of layer {source!r} was overwritten in place after it was used")
         found = torch.autograd.grad(
             target.sum() if column is None else target,
             [s.edge for _, s in flat],
@@ -254,11 +261,16 @@ class Forward:
         )
         pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for (source, s), u in zip(flat, found, strict=True):
-            if s.x._version != s.version:
-                raise ValueError(f"capture: the input of layer {source!r} was overwritten in place after it was used")
             u = torch.zeros_like(s.y) if u is None else u
             pairs.setdefault(source, []).append((_computable(s.x.detach()), _computable(u.detach())))
-        return {name: self._of_block(block, pairs) for name, block in self._capture.blocks.items()}
+        made: dict[str, Gradients] = {
+            name: joined([use.gradients(x, u) for use in block.uses for x, u in pairs[use.source]])
+            for name, block in self._capture.blocks.items()
+        }
+        for what in ("input", "output gradient"):  # a NaN of the forward pass is in many output gradients
+            for name, gradients in made.items():
+                _check_finite(what, name, gradients)
+        return made
 
     def check(self, losses: Tensor) -> None:
         """Refuses a model whose examples mix, or that uses a covered parameter where no hook sees it.
@@ -297,19 +309,6 @@ class Forward:
                         "layer's forward; leave the layer out with layers="
                     )
 
-    def _of_block(self, block: Block, pairs: dict[str, list[tuple[Tensor, Tensor]]]) -> Gradients:
-        parts = [use.gradients(x, u) for use in block.uses for x, u in pairs[use.source]]
-        gradients = joined(parts)
-        for what, factor in _factors(gradients):
-            if not bool(factor.sum().isfinite()) and not bool(factor.isfinite().all()):
-                axis = factor.isfinite().flatten(2) if isinstance(gradients, Dense) else factor.isfinite()
-                bad = (~axis).nonzero()[0]
-                row = int(bad[1] if isinstance(gradients, Dense) else bad[0])
-                raise ValueError(
-                    f"capture: {what} of layer {block.name!r} holds NaN or Inf, example {row} of the batch"
-                )
-        return gradients
-
 
 class _Seen:
     """One call of a layer: its input, and where its output stands in the graph."""
@@ -329,8 +328,10 @@ def _own_parameters(module: nn.Module) -> Iterator[Tensor]:
     return (parameter for parameter in module._parameters.values() if parameter is not None)
 
 
-def _delete_forward(module: nn.Module) -> None:
-    del module.forward  # the instance's: the class's own shows again
+def _restore_forward(module: nn.Module, own: Any) -> None:
+    del module.forward  # the instance's: the class's shows again
+    if own is not None:
+        module.forward = own
 
 
 def _computable(x: Tensor) -> Tensor:
@@ -338,8 +339,17 @@ def _computable(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _factors(gradients: Gradients) -> list[tuple[str, Tensor]]:
-    if isinstance(gradients, Dense):
-        return [("the input", gradients.inputs), ("the output gradient", gradients.output_grads)]
-    assert isinstance(gradients, OneHot)
-    return [("the output gradient", gradients.inputs)]
+def _check_finite(what: str, name: str, gradients: Gradients) -> None:
+    if isinstance(gradients, OneHot):
+        if what == "input":  # tokens
+            return
+        factor = gradients.inputs[None]
+    else:
+        assert isinstance(gradients, Dense)
+        forward, backward = gradients.inputs, gradients.output_grads
+        if gradients.activations == "outputs":
+            forward, backward = backward, forward
+        factor = forward if what == "input" else backward
+    if not bool(factor.sum().isfinite()) and not bool(factor.isfinite().all()):
+        row = int((~factor.isfinite()).nonzero()[0, 1])
+        raise ValueError(f"capture: the {what} of layer {name!r} holds NaN or Inf, example {row} of the batch")

@@ -338,9 +338,8 @@ def attention_forward(name: str, module: nn.MultiheadAttention, record: Record) 
                 attention = attention.masked_fill(mask, -torch.inf)
             elif mask is not None:
                 attention = attention + mask
-        attention = attention.softmax(-1)
-        mixed = F.dropout(attention, module.dropout, module.training) @ v
-        x = mixed.transpose(1, 2).flatten(2)
+        attention = F.dropout(attention.softmax(-1), module.dropout, module.training)
+        x = (attention @ v).transpose(1, 2).flatten(2)
         y = F.linear(x, module.out_proj.weight, module.out_proj.bias)
         record(f"{name}.out_proj", x, y)
         weights = None

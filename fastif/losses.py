@@ -6,7 +6,7 @@ are some, for the named ones), `batch` the labels y of a pair (x, y), or the who
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -126,9 +126,10 @@ def output_columns(
     if fisher == "monte_carlo":
         if loss == "bce":
             probs = scores.detach().sigmoid()
-            yield scores, probs - torch.rand(probs.shape, generator=generator).to(probs).lt(probs).to(probs)
-        else:
-            yield scores, spread * torch.randn(scores.shape, generator=generator).to(spread)
+            drawn = torch.rand(probs.shape, generator=generator, dtype=torch.float64).to(probs.device)
+            yield scores, probs - (drawn < probs).to(probs)
+        else:  # signs have the variance of a normal law; torch's normal draws depend on how many are drawn at once
+            yield scores, spread * _signs(scores.shape, generator).to(spread)
         return
     for k in range(scores.shape[1]):
         column = torch.zeros_like(spread)
@@ -198,6 +199,10 @@ def _draw(probs: Tensor, generator: Generator | None) -> Tensor:
     return (u * cumulative[:, -1:] >= cumulative).sum(1).clamp(max=probs.shape[1] - 1)
 
 
+def _signs(shape: Sequence[int], generator: Generator | None) -> Tensor:
+    return torch.randint(0, 2, tuple(shape), generator=generator) * 2 - 1
+
+
 def _columns_of_function(
     loss: Any, outputs: Any, batch: Any, n: int, fisher: str, generator: Generator | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -226,8 +231,8 @@ def _columns_of_function(
         )
     root = (vectors * values.clamp(min=0).sqrt()[:, None, :]).to(scores.dtype)  # [n, m, m], root rootᵀ = H
     if fisher == "monte_carlo":
-        signs = torch.randint(0, 2, (n, root.shape[2]), generator=generator).to(root) * 2 - 1
-        yield scores, (root @ signs[:, :, None]).view_as(scores)
+        signs = _signs((n, root.shape[2], 1), generator).to(root)
+        yield scores, (root @ signs).view_as(scores)
         return
     for k in range(root.shape[2]):
         yield scores, root[:, :, k].reshape(scores.shape)

@@ -77,3 +77,32 @@ def sq_norms(inputs: Tensor, output_grads: Tensor, scale: Tensor | None = None) 
 
 def dots(inputs: Tensor, output_grads: Tensor, directions: Tensor) -> Tensor:
     return torch.einsum("qod,nod->qn", directions.double(), per_sample_grads(inputs, output_grads))
+
+
+def kfac_factors(inputs: Tensor, columns: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """A [d, d] and B [o, o] of a layer with inputs [n, t, d] and output gradients columns [s, n, t, o]."""
+    share = weights.sum() * inputs.shape[1]
+    a = torch.einsum("n,ntd,nte->de", weights, inputs, inputs) / share
+    b = torch.einsum("n,snto,sntp->op", weights, columns, columns)
+    return a.contiguous(), b.contiguous()
+
+
+def kfac(inputs: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
+    """A ⊗ B as a matrix [o·d, o·d] over the entries of a gradient [o, d], row by row."""
+    a, b = kfac_factors(inputs, columns, weights)
+    return torch.kron(b, a)
+
+
+def ekfac(inputs: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
+    """Q diag(λ) Qᵀ, Q = Q_B ⊗ Q_A, λ = Σ_i w_i Σ_s (Qᵀ g_is)²."""
+    a, b = kfac_factors(inputs, columns, weights)
+    basis = torch.kron(torch.linalg.eigh(b).eigenvectors, torch.linalg.eigh(a).eigenvectors)
+    gradients = torch.einsum("snto,ntd->snod", columns, inputs).flatten(2)
+    eigenvalues = torch.einsum("n,snp->p", weights, (gradients @ basis).square())
+    return basis * eigenvalues @ basis.T
+
+
+def ggn(inputs: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
+    """Σ_i w_i Σ_s g_is g_isᵀ."""
+    gradients = torch.einsum("snto,ntd->snod", columns, inputs).flatten(2)
+    return torch.einsum("n,snp,snq->pq", weights, gradients, gradients)

@@ -44,6 +44,7 @@ class Diagonal:
         del turn
         if not bool(self.diagonal.isfinite().all()):
             raise NotPositiveDefinite(f"Diagonal: layer {self.name!r} holds NaN or Inf")
+        _ = self.inverse_diagonal
 
     @property
     def diagonal(self) -> Tensor:

@@ -26,5 +26,7 @@ class EKFAC(KFAC):
 
     def end(self, turn: int) -> None:
         if turn == 0:
-            super().end(turn)
+            self._decompose()
             self._eigenvalues = None  # those of the product have served
+        else:
+            _ = self.damping_used

@@ -76,6 +76,10 @@ class KFAC:
     def end(self, turn: int) -> None:
         """Ends pass `turn`: the eigenbases are found. Raises NotPositiveDefinite, naming the layer, if it cannot."""
         del turn
+        self._decompose()
+        _ = self.damping_used
+
+    def _decompose(self) -> None:
         for side, moment in self._moments.items():
             if not bool(moment.isfinite().all()):
                 raise NotPositiveDefinite(f"{self.name}: the second moment of its {side} holds NaN or Inf")
