@@ -349,7 +349,7 @@ def count(data: Any, batch_size: int = 256) -> int:
 def batch_lengths(data: Any, batch_size: int = 256) -> list[int]:
     """How many examples each batch of `as_loader` holds; walks through data that cannot be indexed."""
     loader = as_loader(data, batch_size)  # refuses what has no fixed order
-    if not _indexable(data):
+    if not indexable(data):
         return [batch_length(x) for x, _ in loader]
     n, size = count(data, batch_size), _size(data, batch_size)
     return [min(size, n - start) for start in range(0, n, size)]
@@ -358,7 +358,7 @@ def batch_lengths(data: Any, batch_size: int = 256) -> list[int]:
 def picked(data: Any, batch_size: int, indices: Tensor) -> Iterator[tuple[Batch, Tensor]]:
     """Batches of the examples `indices` alone, each with their places in `indices`; others are not loaded where the
     data can be indexed."""
-    if _indexable(data):
+    if indexable(data):
         places = torch.arange(len(indices)).split(_size(data, batch_size))
         yield from zip(_at(data, batch_size, indices), places, strict=True)
         return
@@ -373,7 +373,7 @@ def picked(data: Any, batch_size: int, indices: Tensor) -> Iterator[tuple[Batch,
         start += n
 
 
-def _indexable(data: Any) -> bool:
+def indexable(data: Any) -> bool:
     """Whether an example can be had without those before it."""
     if isinstance(data, DataLoader):
         own = type(data.batch_sampler) is BatchSampler  # else it draws, or its dataset holds batches

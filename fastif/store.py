@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fastif._version import __version__
 from fastif.capture import dtype_of
-from fastif.data import Batch, as_loader, batch_lengths, picked
+from fastif.data import Batch, as_loader, batch_lengths, indexable, picked
 from fastif.journal import fingerprint, refuse_differences, remove_partial, whole, write_whole
 
 if TYPE_CHECKING:
@@ -245,6 +245,12 @@ class _Part:
     def __init__(self, data: Any, batch_size: int, runs: list[range]):
         self.data, self.batch_size = data, batch_size
         self.indices = torch.cat([torch.arange(run.start, run.stop) for run in runs])
+
+    def __len__(self) -> int:
+        """Batches, for the progress bar."""
+        if not indexable(self.data):
+            raise TypeError("data that can only be walked does not know")
+        return -(-len(self.indices) // batch_lengths(self.data, self.batch_size)[0])
 
     def __iter__(self) -> Iterator[Batch]:
         for batch, _ in picked(self.data, self.batch_size, self.indices):

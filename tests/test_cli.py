@@ -349,7 +349,7 @@ def test_without_arguments_it_prints_its_help_and_no_error(run):
 def test_help_lists_the_commands():
     shown = CliRunner().invoke(cli.app, ["--help"])
     assert shown.exit_code == 0
-    for command in ("class-removal", "sample", "info"):
+    for command in ("scores", "class-removal", "sample", "info"):
         assert command in shown.output
 
 

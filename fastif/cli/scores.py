@@ -137,9 +137,8 @@ def scores_command(
     if not quiet:
         console = terminal()
         console.print(_table(scores))
-        console.print(
-            f"[bold]{out}[/bold]: {', '.join(path.name for path in (out / MANIFEST, *paths))}", soft_wrap=True
-        )
+        names = ", ".join(path.name for path in (out / MANIFEST, *paths))
+        console.print(f"[bold]{out}[/bold]: the scores, as fastif.ScoreFolder reads them; {names}", soft_wrap=True)
         console.print(f"{time.perf_counter() - began:.1f} s in all")
 
 
