@@ -4,7 +4,8 @@
     FOLDER/scores-000000000-000016384.npy          one block, by its first query and first training example
 
 A block is a run of queries × a run of whole training batches. What it holds depends on these alone, so that a resumed
-job ends with the bits of one that was never cut off. A file appears whole or not at all.
+job ends with the bits of one that was never cut off (on one machine with one number of threads: matrix products round
+as these have it). A file appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -48,6 +49,16 @@ class ScoreFolder:
     `scores[rows, columns]` reads a part as a tensor, rows and columns being integers or slices as for a tensor;
     `scores.load()` all of it, `scores.blocks()` one block after another. `scores.settings` holds what determined the
     numbers, `scores.rank_error` what rank= lost.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from fastif import Diagonal, Influence
+    >>> _ = torch.manual_seed(0)
+    >>> train = torch.randn(8, 2), torch.arange(8) % 3
+    >>> influence = Influence(nn.Linear(2, 3), curvature=Diagonal(), progress=False).fit(train)
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = influence.scores(train, train, out=folder)
+    ...     ScoreFolder(folder)[2:4, 5].shape
+    torch.Size([2])
 
     Raises FileNotFoundError for a folder without scores, ValueError for one that is damaged and where a part is read
     that an unfinished job has not computed yet.

@@ -1,6 +1,7 @@
 """`fastif scores` on a user's own script: what it writes is what Python gives; it resumes, and says what is wrong."""
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -177,6 +178,22 @@ def test_resume(run, script, monkeypatch):
         assert (code, printed, error.count("\n")) == (2, "", 1)
         assert words in error
     assert {path.name: path.read_bytes() for path in (script / "out").iterdir()} == before
+
+
+def test_a_full_disk_ends_in_one_line_that_says_what_is_kept(run, script, monkeypatch):
+    def full(path, values):
+        Path(path).write_bytes(b"the part that had room")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    job = ["scores", "ownscript:problem", "--out", "out", "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full)
+        code, printed, error = run(*job)
+    assert (code, printed, error.count("\n")) == (2, "", 1)
+    assert "No space left on device; 0 of 1 blocks are kept in out, and the same job goes on" in error
+    assert files(script / "out") == ["curvature.safetensors", "manifest.json"]
+    assert run(*job, "--resume") == (0, "", "")
+    assert files(script / "out") == WRITTEN
 
 
 def test_ctrl_c_in_a_real_process(script):
