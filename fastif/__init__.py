@@ -9,6 +9,7 @@ from fastif.ops import build_info
 from fastif.plan import Plan
 from fastif.removal import HeadStep, Removal, remove
 from fastif.samplers import CertifiedSubset, Subset
+from fastif.store import ScoreFolder
 
 __all__ = [
     "EKFAC",
@@ -23,6 +24,7 @@ __all__ = [
     "NotPositiveDefinite",
     "Plan",
     "Removal",
+    "ScoreFolder",
     "Subset",
     "__version__",
     "build_info",

@@ -346,17 +346,21 @@ def count(data: Any, batch_size: int = 256) -> int:
     return sum(batch_length(x) for x, _ in loader)
 
 
+def batch_lengths(data: Any, batch_size: int = 256) -> list[int]:
+    """How many examples each batch of `as_loader` holds; walks through data that cannot be indexed."""
+    loader = as_loader(data, batch_size)  # refuses what has no fixed order
+    if not indexable(data):
+        return [batch_length(x) for x, _ in loader]
+    n, size = count(data, batch_size), _size(data, batch_size)
+    return [min(size, n - start) for start in range(0, n, size)]
+
+
 def picked(data: Any, batch_size: int, indices: Tensor) -> Iterator[tuple[Batch, Tensor]]:
     """Batches of the examples `indices` alone, each with their places in `indices`; others are not loaded where the
     data can be indexed."""
-    if isinstance(data, Tensor | tuple) or (isinstance(data, Dataset) and not isinstance(data, IterableDataset)):
-        for places in torch.arange(len(indices)).split(batch_size):
-            rows = indices[places]
-            if isinstance(data, Dataset):
-                (batch,) = as_loader(Subset(data, rows.tolist()), len(rows))
-            else:
-                (batch,) = as_loader(tuple(x[rows] for x in data) if isinstance(data, tuple) else data[rows], len(rows))
-            yield batch, places
+    if indexable(data):
+        places = torch.arange(len(indices)).split(_size(data, batch_size))
+        yield from zip(_at(data, batch_size, indices), places, strict=True)
         return
     place = {index: position for position, index in enumerate(indices.tolist())}
     start = 0
@@ -367,3 +371,36 @@ def picked(data: Any, batch_size: int, indices: Tensor) -> Iterator[tuple[Batch,
             places = torch.tensor([place[start + i] for i in rows.tolist()])
             yield (rows_of(x, rows), None if y is None else rows_of(y, rows)), places
         start += n
+
+
+def indexable(data: Any) -> bool:
+    """Whether an example can be had without those before it."""
+    if isinstance(data, DataLoader):
+        own = type(data.batch_sampler) is BatchSampler  # else it draws, or its dataset holds batches
+        return own and not isinstance(data.dataset, IterableDataset)
+    return isinstance(data, Tensor | tuple) or (isinstance(data, Dataset) and not isinstance(data, IterableDataset))
+
+
+def _size(data: Any, batch_size: int) -> int:
+    return data.batch_size if isinstance(data, DataLoader) and data.batch_size is not None else batch_size
+
+
+def _at(data: Any, batch_size: int, indices: Tensor) -> Iterator[Batch]:
+    """The examples `indices` of data that can be indexed, in batches."""
+    as_loader(data, batch_size)  # refuses what has no fixed order
+    if isinstance(data, DataLoader):
+        loader = DataLoader(
+            Subset(data.dataset, indices.tolist()),
+            batch_size=data.batch_size,
+            collate_fn=data.collate_fn,
+            num_workers=data.num_workers,
+            worker_init_fn=data.worker_init_fn,
+            multiprocessing_context=data.multiprocessing_context,
+        )
+        yield from as_loader(loader)
+    elif isinstance(data, Dataset):
+        yield from as_loader(Subset(data, indices.tolist()), batch_size)
+    else:
+        for rows in indices.split(batch_size):
+            (batch,) = as_loader(tuple(x[rows] for x in data) if isinstance(data, tuple) else data[rows], len(rows))
+            yield batch

@@ -10,7 +10,8 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Generator, Tensor, nn
@@ -32,6 +33,7 @@ from fastif.losses import (
 )
 from fastif.plan import Plan, plan
 from fastif.samplers import check_subset
+from fastif.store import ScoreFolder, best_of, write_scores
 
 _RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm, nn.AlphaDropout)
 
@@ -161,6 +163,7 @@ class Influence:
         names = self.capture.names
         return {names[p]: change[p].detach() for p in names if p in change}
 
+    @overload
     def scores(
         self,
         query: Any,
@@ -169,7 +172,22 @@ class Influence:
         groups: Tensor | None = None,
         query_groups: Tensor | None = None,
         rank: int | None = None,
-    ) -> Tensor:
+    ) -> Tensor: ...
+    @overload
+    def scores(
+        self, query: Any, train: Any, *, rank: int | None = None, out: Path | str, resume: bool = False
+    ) -> ScoreFolder: ...
+    def scores(
+        self,
+        query: Any,
+        train: Any,
+        *,
+        groups: Tensor | None = None,
+        query_groups: Tensor | None = None,
+        rank: int | None = None,
+        out: Path | str | None = None,
+        resume: bool = False,
+    ) -> Tensor | ScoreFolder:
         """scores[q, t] = (1/n) ∇m_qᵀ (G + λI)⁻¹ ∇ℓ_t, [q, n]: predicted rise of q's measurement if t is removed.
 
         With the measurement "loss", positive: t helps q. In units of the measurement; on the CPU. docs/math.md (2).
@@ -180,7 +198,17 @@ class Influence:
             query_groups: int64 [q]; rows are then groups of queries, [groups, n].
             rank: keep only so many singular vectors of each query's preconditioned gradient (less memory, so fewer
                 passes over `train` for many queries); the largest relative error is in `rank_error` afterwards.
+            out: a folder for the scores; they are written block by block as they are computed and returned as a
+                `ScoreFolder`, which reads them from there, also later and without the model. Not with groups.
+            resume: go on with a job in `out` that was cut off, at whatever point: what is there is not computed again,
+                and the scores end with the same bits. A folder of other settings is refused, each difference named.
         """
+        if out is not None:
+            if groups is not None or query_groups is not None:
+                raise ValueError("scores: out= and groups exclude each other; sum the columns of what was written")
+            return write_scores(self, query, train, out, rank=rank, resume=resume)
+        if resume:
+            raise ValueError("scores: resume=True needs out=, the folder of the job")
         return self._assembled(self._tiles(query, train, query_groups, rank), query, query_groups, groups, train)[""]
 
     def scores_by_layer(self, query: Any, train: Any) -> dict[str, Tensor]:
@@ -209,13 +237,7 @@ class Influence:
             return values[:, :k], indices[:, :k]
         best: dict[int, tuple[Tensor, Tensor]] = {}  # by first query of a block
         for tile in self._tiles(query, train):
-            values = tile.values[""]
-            indices = torch.arange(tile.train, tile.train + values.shape[1]).expand_as(values)
-            if tile.query in best:
-                held = best[tile.query]
-                values, indices = torch.cat([held[0], values], 1), torch.cat([held[1], indices], 1)
-            order = values.argsort(dim=1, descending=largest, stable=True)[:, :k]
-            best[tile.query] = values.gather(1, order), indices.gather(1, order)
+            best[tile.query] = best_of(best.get(tile.query), tile.values[""], tile.train, k, largest)
         values, indices = zip(*(best[start] for start in sorted(best)), strict=True)
         return torch.cat(values), torch.cat(indices)
 

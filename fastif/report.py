@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fastif.evaluation.journal import write_whole
 from fastif.evaluation.metrics import METRICS
+from fastif.journal import write_whole
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; the two baselines are grey and brown.
 _COLOURS = {

@@ -85,7 +85,7 @@ def test_a_checkpoint_is_saved_then_loaded(run, tmp_path, monkeypatch):
     stored = tmp_path / "a.safetensors"
     assert run(*QUICK, "--quiet", "--out", tmp_path / "x", "--checkpoint", stored)[0] == 0
     first = json.loads((tmp_path / "x" / "results.json").read_text())
-    monkeypatch.setattr(cli, "train", lambda *_, **__: pytest.fail("the checkpoint was there"))
+    monkeypatch.setattr("fastif.cli.class_removal.train", lambda *_, **__: pytest.fail("the checkpoint was there"))
     assert run(*QUICK, "--quiet", "--out", tmp_path / "y", "--checkpoint", stored)[0] == 0
     again = json.loads((tmp_path / "y" / "results.json").read_text())
     assert first["original"] == again["original"]
@@ -143,7 +143,7 @@ def test_an_interrupted_training_says_so(run, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "train", interrupted)
+    monkeypatch.setattr("fastif.cli.class_removal.train", interrupted)
     assert run(*QUICK, "--quiet", "--out", tmp_path / "out") == (130, "", "interrupted\n")
     assert files(tmp_path) == []
 
@@ -217,7 +217,7 @@ def test_one_line_and_exit_code_2(run, tmp_path, monkeypatch, arguments, words):
 
 
 def test_an_unwritable_folder_is_found_before_training(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "train", lambda *_, **__: pytest.fail("trained first"))
+    monkeypatch.setattr("fastif.cli.class_removal.train", lambda *_, **__: pytest.fail("trained first"))
     (tmp_path / "file").write_text("")
     code, _, error = run(*QUICK, "--out", tmp_path / "file" / "out")
     assert (code, error.count("\n")) == (2, 1)
@@ -349,7 +349,7 @@ def test_without_arguments_it_prints_its_help_and_no_error(run):
 def test_help_lists_the_commands():
     shown = CliRunner().invoke(cli.app, ["--help"])
     assert shown.exit_code == 0
-    for command in ("class-removal", "sample", "info"):
+    for command in ("scores", "class-removal", "sample", "info"):
         assert command in shown.output
 
 

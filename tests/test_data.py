@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 
-from fastif.data import NAMES, as_loader, load
+from fastif.data import NAMES, as_loader, batch_lengths, load, picked
 
 FASHION = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 
@@ -333,3 +333,58 @@ def test_batches_and_sizes_that_make_no_sense_are_refused():
         as_loader(X, batch_size=0)
     with pytest.raises(TypeError, match="got 3 parts"):
         list(as_loader([(X, Y, Y)]))
+
+
+class _Counted(TensorDataset):
+    """Notes which examples are loaded."""
+
+    def __init__(self, *tensors):
+        super().__init__(*tensors)
+        self.loaded = []
+
+    def __getitem__(self, index):
+        self.loaded.append(index)
+        return super().__getitem__(index)
+
+
+FORMS = {
+    "tensors": lambda x, y: (x, y),
+    "dataset": _Counted,
+    "loader": lambda x, y: DataLoader(_Counted(x, y), batch_size=4),
+    "batches": lambda x, y: list(zip(x.split([4, 1, 5]), y.split([4, 1, 5]), strict=True)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_picked_are_the_examples_asked_for_with_their_places(form):
+    x, y = torch.arange(20.0).view(10, 2), torch.arange(10)
+    data, indices = FORMS[form](x, y), torch.tensor([1, 2, 4, 7, 8, 9])
+    found = list(picked(data, 3, indices))
+    places = torch.cat([places for _, places in found])
+    assert places.tolist() == list(range(6))
+    assert torch.equal(torch.cat([batch[0] for batch, _ in found]), x[indices])
+    assert torch.equal(torch.cat([batch[1] for batch, _ in found]), y[indices])
+    dataset = getattr(data, "dataset", data)
+    if isinstance(dataset, _Counted):
+        assert dataset.loaded == indices.tolist()  # no other one
+        assert [len(places) for _, places in found] == ([4, 2] if form == "loader" else [3, 3])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_batch_lengths_are_those_of_the_batches(form):
+    data = FORMS[form](torch.arange(20.0).view(10, 2), torch.arange(10))
+    walked = [len(x) for x, _ in as_loader(data, 3)]
+    dataset = getattr(data, "dataset", data)
+    if isinstance(dataset, _Counted):
+        dataset.loaded.clear()
+    assert batch_lengths(data, 3) == walked
+    assert not getattr(dataset, "loaded", [])  # what can be indexed is not loaded
+
+
+def test_a_loader_is_picked_from_with_its_own_collate_function():
+    x = torch.arange(10.0)
+    loader = DataLoader(
+        TensorDataset(x), batch_size=4, collate_fn=lambda rows: {"x": torch.stack([r for (r,) in rows])}
+    )
+    ((batch, _), places), *_ = picked(loader, 256, torch.tensor([5, 6]))
+    assert (batch["x"].tolist(), places.tolist()) == ([5.0, 6.0], [0, 1])

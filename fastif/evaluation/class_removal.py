@@ -5,7 +5,6 @@ held-out examples say what became of it (`fastif.evaluation.metrics`). They are 
 no stop and no sampler depends on them.
 """
 
-import hashlib
 import inspect
 import json
 import math
@@ -28,9 +27,9 @@ from tqdm import tqdm
 
 from fastif import ops
 from fastif import samplers as sampling
-from fastif.evaluation.journal import Journal, refuse_differences, write_whole
 from fastif.evaluation.metrics import DEFINITIONS, measure, summarise
 from fastif.features import Extracted, extract, find_head
+from fastif.journal import Journal, fingerprint, refuse_differences, write_whole
 from fastif.removal import head_steps, optimal_head
 
 SAMPLERS = ("random", "prefix", "stratified", "intermediate_distance", "k_center", "logit", "leverage", "certified")
@@ -105,9 +104,9 @@ def class_removal(
         "weight_decay": weight_decay,
         "damping": damping,
         "retrain": retrain is not None,
-        "model": _fingerprint(model.state_dict().values()),
-        "labels": _fingerprint((labels, held_labels)),
-        "examples": _fingerprint((features, held_features)),
+        "model": fingerprint(model.state_dict().values()),
+        "labels": fingerprint((labels, held_labels)),
+        "examples": fingerprint((features, held_features)),
     }
     out = None if out is None else Path(out)
     if out is not None:
@@ -399,14 +398,6 @@ def _labelled(name: str, extracted: Extracted) -> tuple[Tensor, Tensor]:
 
 def _draws(sampler: Sampler) -> bool:
     return "generator" in inspect.signature(sampler).parameters
-
-
-def _fingerprint(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _finished(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastif.evaluation.models import ARCHITECTURES, build
+from fastif.journal import whole
 
 
 class Recipe(NamedTuple):
@@ -106,13 +106,8 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     model, recipe, *made_for = checkpoint
     facts = {**recipe._asdict(), **dict(zip(("data", "classes", "shape"), made_for, strict=True))}
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole(Path(path)) as partial:
         partial.write_bytes(save(state, {"fastif": json.dumps(facts)}))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path, expect: Mapping[str, Any] | None = None) -> Checkpoint:

@@ -1,10 +1,16 @@
-"""A job's finished parts on disk: one JSON line each, so that an interrupted job can go on where it stopped."""
+"""A job's finished parts on disk, so that an interrupted job can go on where it stopped: one JSON line each, or files
+that appear whole or not at all."""
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 class Journal:
@@ -52,7 +58,7 @@ def refuse_differences(path: Path, found: Mapping[str, Any], settings: Mapping[s
     """ValueError that names every setting in which the job on disk is not the job asked for."""
     wanted = json.loads(_line(settings))
     differing = [
-        f"{name} was {found.get(name)!r}, is {wanted.get(name)!r}"
+        f"{name} was {_short(found.get(name))}, is {_short(wanted.get(name))}"
         for name in dict.fromkeys((*found, *wanted))
         if found.get(name) != wanted.get(name)
     ]
@@ -60,17 +66,44 @@ def refuse_differences(path: Path, found: Mapping[str, Any], settings: Mapping[s
         raise ValueError(f"{path} holds a job with other settings and cannot be resumed: {'; '.join(differing)}")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that shall appear at `path` whole or not at all: it is moved there when the block ends."""
+    partial = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield partial
+        with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that appears whole or not at all."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def remove_partial(folder: Path, pattern: str) -> None:
+    """Removes what a process that was killed left of files that match the pattern."""
+    for partial in folder.glob(f".*-{pattern}"):
+        if partial.name[1:].partition("-")[0].isdecimal():
+            partial.unlink(missing_ok=True)
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Of the tensors' types, shapes and bits: 16 digits of their SHA-256."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 160 else f"{text[:100]} ... {text[-50:]}"
 
 
 def _line(record: Mapping[str, Any]) -> str:

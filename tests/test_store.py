@@ -1,0 +1,435 @@
+"""Scores on disk: the same bits after any cut, nothing computed twice, nothing half-written, other jobs refused."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastif import EKFAC, KFAC, Diagonal, Identity, Influence, ScoreFolder, store
+from tests.problems import clusters
+
+REPOSITORY = Path(__file__).parents[1]
+Q, N, BATCH = 11, 90, 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Little work: threads would wait for each other. And the job in a process of its own has one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    """Runs of two batches; fewer queries at a time by memory=."""
+    monkeypatch.setattr(store, "BLOCK_BYTES", 2 * BATCH * 5 * 8)
+
+
+def problem():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = clusters(N, seed=0)
+    return model, (x[:Q] + 0.1, y[:Q]), (x, y)
+
+
+def fitted(model, train, curvature=None, **arguments):
+    """Five queries at a time fit the memory: three rows of blocks, the last of one query."""
+    memory = 5 * sum(p.numel() for p in model.parameters()) * 8
+    settings = {"batch_size": BATCH, "memory": memory, "progress": False, **arguments}
+    return Influence(model, curvature=EKFAC() if curvature is None else curvature, **settings).fit(train)
+
+
+def bits(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def walked(train):
+    """Batches of uneven lengths that can only be walked."""
+    x, y = train
+    sizes = [8, 3, 16, 15, 1, 9, 16, 2, 11, 9]
+    return list(zip(x.split(sizes), y.split(sizes), strict=True))
+
+
+FORMS = {
+    "tensors": lambda train: train,
+    "dataset": lambda train: TensorDataset(*train),
+    "loader": lambda train: DataLoader(TensorDataset(*train), batch_size=7),
+    "batches": walked,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_folder_holds_the_scores(tmp_path, form):
+    model, query, train = problem()
+    influence, data = fitted(model, train), FORMS[form](train)
+    want = influence.scores(query, data)
+    got = influence.scores(query, data, out=tmp_path / "scores")
+    assert got.finished
+    assert got.shape == (Q, N)
+    assert len(list((tmp_path / "scores").glob("*.npy"))) >= 3 * 3
+    assert torch.allclose(got.load(), want, rtol=1e-12, atol=1e-18)
+    assert torch.equal(ScoreFolder(tmp_path / "scores").load(), got.load())  # later and without the model
+    values, indices = influence.top(query, data, 4)
+    assert torch.equal(got.top(4)[1], indices)
+    assert torch.allclose(got.top(4)[0], values, rtol=1e-12)
+    worst = want.sort(dim=1, stable=True).indices[:, :4]
+    assert torch.equal(got.top(4, largest=False)[1], worst)
+
+
+@pytest.mark.parametrize("curvature", [EKFAC(separable=1e-3), Diagonal(), Identity(), {"0": KFAC(), "2": Diagonal()}])
+def test_whatever_the_curvature(tmp_path, curvature):
+    model, query, train = problem()
+    influence = fitted(model, train, curvature)
+    got = influence.scores(query, train, out=tmp_path)
+    scale = float(influence.scores(query, train).abs().max())
+    assert float((got.load() - influence.scores(query, train)).abs().max()) <= 1e-3 * scale
+
+
+def test_checkpoints_are_averaged_within_each_block(tmp_path):
+    model, query, train = problem()
+    moved = {name: value * 1.1 for name, value in model.state_dict().items()}
+    influence = fitted(model, train, checkpoints=[model.state_dict(), moved])
+    got = influence.scores(query, train, out=tmp_path)
+    assert torch.allclose(got.load(), influence.scores(query, train), rtol=1e-12, atol=1e-18)
+
+
+def test_what_rank_lost_is_kept_with_the_scores(tmp_path):
+    model, query, train = problem()
+    influence = fitted(model, train)
+    want = influence.scores(query, train, rank=1)
+    lost = influence.rank_error
+    assert lost > 0.01
+    got = influence.scores(query, train, rank=1, out=tmp_path)
+    assert torch.allclose(got.load(), want, rtol=1e-9, atol=1e-15)
+    assert got.rank_error == pytest.approx(lost)
+    sorted(tmp_path.glob("*.npy"))[-1].unlink()
+    influence.scores(query, train, rank=1, out=tmp_path, resume=True)
+    assert influence.rank_error == got.rank_error  # also of the blocks that were there
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@given(st.slices(Q), st.slices(N), st.integers(-Q, Q - 1), st.integers(-N, N - 1))
+def test_parts_are_those_of_a_tensor(folder_and_scores, rows, columns, row, column):
+    scores, whole = folder_and_scores
+    rows, columns = (slice(s.start, s.stop, abs(s.step) if s.step else None) for s in (rows, columns))
+    for index in ((rows, columns), (row, columns), (rows, column), (row, column), rows, row):
+        assert torch.equal(scores[index], whole[index])
+
+
+@pytest.fixture(scope="module")
+def folder_and_scores(tmp_path_factory):
+    model, query, train = problem()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "BLOCK_BYTES", 2 * BATCH * 5 * 8)
+        scores = fitted(model, train).scores(query, train, out=tmp_path_factory.mktemp("scores"))
+    return scores, scores.load()
+
+
+def test_blocks_cover_the_scores_once(folder_and_scores):
+    scores, whole = folder_and_scores
+    covered = torch.zeros(scores.shape)
+    for query, train, values in scores.blocks():
+        here = slice(query, query + values.shape[0]), slice(train, train + values.shape[1])
+        covered[here] += 1
+        assert torch.equal(whole[here], values)
+    assert bool((covered == 1).all())
+    assert torch.equal(torch.stack(list(scores)), whole)  # row by row, as a tensor
+
+
+def test_reading_refuses(tmp_path, folder_and_scores):
+    scores, _ = folder_and_scores
+    with pytest.raises(IndexError):
+        scores[Q]
+    with pytest.raises(IndexError):
+        scores[0, -N - 1]
+    with pytest.raises(ValueError, match="step of a slice must be at least 1, got -1"):
+        scores[::-1]
+    with pytest.raises(ValueError, match=r"k must be in \[1, n=90\]|k must be an integer in \[1, n=90\], got k=91"):
+        scores.top(N + 1)
+    with pytest.raises(FileNotFoundError, match="holds no scores: it has no manifest.json"):
+        ScoreFolder(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"settings": {')
+    with pytest.raises(ValueError, match="manifest.json is damaged"):
+        ScoreFolder(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"settings": {}, "rank_error": 0.0}')
+    with pytest.raises(ValueError, match="manifest.json is damaged"):
+        ScoreFolder(tmp_path)
+
+
+def test_an_unfinished_folder_reads_what_it_has(tmp_path):
+    model, query, train = problem()
+    scores = fitted(model, train).scores(query, train, out=tmp_path)
+    whole, paths = scores.load(), sorted(tmp_path.glob("*.npy"))
+    paths[-1].unlink()
+    assert not scores.finished
+    assert f"{len(paths) - 1} of {len(paths)} blocks" in repr(scores)
+    assert torch.equal(scores[: Q - 1], whole[: Q - 1])
+    assert len(list(scores.blocks())) == len(paths) - 1
+    with pytest.raises(ValueError, match=rf"no scores of queries 10 to 10 .* yet: {len(paths) - 1} of {len(paths)}"):
+        scores.load()
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("checkpoints", [1, 2])
+def test_only_what_is_missing_goes_through_the_model(tmp_path, form, checkpoints):
+    model, query, train = problem()
+    influence = fitted(model, train, checkpoints=[model.state_dict()] * checkpoints)
+    data = FORMS[form](train)
+    influence.scores(query, data, out=tmp_path)
+    before, paths = bits(tmp_path), sorted(tmp_path.glob("*.npy"))
+    lost = [path for path in paths if "scores-000000005" in path.name][1:3]
+    lengths = {path: np.load(path).shape[1] for path in lost}
+    for path in lost:
+        path.unlink()
+    seen = []
+    with model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]))):
+        influence.scores(query, data, out=tmp_path, resume=True)
+    queries = 5 if checkpoints == 1 else 5 * len(lost) * checkpoints
+    assert sum(seen) == queries + checkpoints * sum(lengths.values())
+    assert bits(tmp_path) == before
+    seen.clear()
+    with model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]))):
+        assert influence.scores(query, data, out=tmp_path, resume=True).finished
+    assert seen == []
+
+
+_JOB = """
+import os, signal, sys, time
+import torch
+torch.set_num_threads(1)  # nothing runs in parallel before the process forks
+from fastif import journal, store
+from tests.test_store import *
+
+store.BLOCK_BYTES = 2 * BATCH * 5 * 8
+folder = Path(sys.argv[1])
+model, query, train = problem()
+
+def job():
+    fitted(model, train).scores(query, train, out=folder, resume=True)
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def nth(function, number, then):
+    calls = 0
+    def counted(*arguments, **keywords):
+        nonlocal calls
+        calls += 1
+        return (then if calls == number else function)(*arguments, **keywords)
+    return counted
+
+def torn(partial, values):
+    with open(partial, "wb") as file:
+        file.write(b"half a block")
+        file.flush()
+        die()
+
+def renamed_then_dead(self, target):
+    os.rename(self, target)
+    die()
+
+def killed(prepare):
+    pid = os.fork()
+    if pid == 0:
+        prepare()
+        job()
+        os._exit(0)
+    return os.WTERMSIG(os.waitpid(pid, 0)[1])
+
+def patched(owner, name, number, then):
+    return lambda: setattr(owner, name, nth(getattr(owner, name), number, then))
+
+moments = [
+    patched(Path, "write_text", 1, die),                         # before there is a manifest
+    patched(Path, "replace", 1, die),                            # the manifest is written, not yet in its place
+    patched(Path, "replace", 1, renamed_then_dead),              # a manifest and no block
+    patched(np, "save", 2, torn),                                # in the middle of a block
+    patched(os, "fsync", 1, die),                                # a block not yet on the disk
+    patched(Path, "replace", 2, renamed_then_dead),              # a block just finished
+    patched(Influence, "_directions", 1, die),                   # among the queries
+    patched(store._Part, "__iter__", 2, die),                    # before the first training batch
+]
+for moment in moments:
+    assert killed(moment) == signal.SIGKILL
+    print(len(list(folder.glob("scores-*.npy"))) if folder.exists() else 0)
+delay, done = 0.05, False
+while not done:  # and at moments that nothing has chosen
+    delay *= 1.5
+    pid = os.fork()
+    if pid == 0:
+        job()
+        os._exit(0)
+    end = time.monotonic() + delay
+    while time.monotonic() < end and not done:
+        done = os.waitpid(pid, os.WNOHANG)[0] == pid
+        time.sleep(0.001)
+    if not done:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_killed_at_every_turn_it_ends_with_the_same_bits(tmp_path):
+    folder, whole = tmp_path / "killed", tmp_path / "whole"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _JOB, str(folder)], cwd=REPOSITORY, env=environment, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    counts = [int(line) for line in done.stdout.split()]
+    assert counts[:4] == [0, 0, 0, 1]
+    assert counts == sorted(counts)
+    assert counts[-1] >= 3
+    model, query, train = problem()
+    fitted(model, train).scores(query, train, out=whole)
+    assert bits(folder) == bits(whole)  # the same files, no other ones
+
+
+def test_a_full_disk_says_what_is_kept(tmp_path, monkeypatch):
+    model, query, train = problem()
+    influence = fitted(model, train)
+    whole = influence.scores(query, train, out=tmp_path / "whole")
+    save, saved = np.save, 0
+
+    def full(path, values):
+        nonlocal saved
+        saved += 1
+        if saved > 4:
+            Path(path).write_bytes(b"the part that had room")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(path, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full)
+        with pytest.raises(OSError, match=r"No space left on device; 4 of \d+ blocks are kept in .*resumed") as caught:
+            influence.scores(query, train, out=tmp_path / "full")
+    assert caught.value.errno == errno.ENOSPC
+    assert len(list((tmp_path / "full").iterdir())) == 5  # four blocks, the manifest, nothing else
+    influence.scores(query, train, out=tmp_path / "full", resume=True)
+    assert bits(tmp_path / "full") == bits(whole.folder)
+
+
+def test_a_partial_file_of_somebody_else_stays(tmp_path):
+    model, query, train = problem()
+    for name in (".12-scores-000000000-000000000.npy", ".mine-scores-a.npy", "notes.txt"):
+        (tmp_path / name).write_text("")
+    fitted(model, train).scores(query, train, out=tmp_path)
+    assert not (tmp_path / ".12-scores-000000000-000000000.npy").exists()
+    assert (tmp_path / ".mine-scores-a.npy").exists()
+    assert (tmp_path / "notes.txt").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def _own_loss(outputs, labels):
+    return nn.functional.cross_entropy(outputs, labels, reduction="none")
+
+
+def _moved(module):
+    with torch.no_grad():
+        for parameter in module.parameters(recurse=False):
+            parameter.add_(1e-9)
+
+
+OTHERS = [  # what the message says, without its quotes
+    ("curvature was EKFAC(damping=0.001, fisher=exact, separable=None) of 0, 2, is EKFAC(damping=0.01,", EKFAC(0.01)),
+    ("of 0, 2, is Diagonal(damping=0.001, fisher=exact) of 0, 2; curvature state was", Diagonal()),
+    ("of 0, 2, is EKFAC(damping=0.001, fisher=exact, separable=None) of 2; curvature state was", {"layers": "2"}),
+    ("batch_size was 8, is 4; curvature state", {"batch_size": 4}),
+    ("seed was 0, is 1", {"seed": 1}),
+    ("measurement was loss, is margin", {"measurement": "margin"}),
+    ("loss was cross_entropy, is tests.test_store._own_loss (", {"loss": _own_loss}),
+    ("rows was [0, 5, 10, 11], is [0, 3, 6, 9, 11]; columns", {"memory": 3 * 57 * 8}),
+    ("checkpoints was None, is 1", {"checkpoints": [problem()[0].state_dict()]}),
+    ("q was 11, is 10; rows", lambda model, query, train: (model, (query[0][:10], query[1][:10]), train)),
+    ("n was 90, is 89", lambda model, query, train: (model, query, (train[0][:89], train[1][:89]))),
+    ("query was ", lambda model, query, train: (model, (query[0] + 1e-9, query[1]), train)),
+    ("train was ", lambda model, query, train: (model, query, (train[0], train[1].flip(0)))),
+    ("model was ", lambda model, query, train: (model.apply(_moved), query, train)),
+]
+
+
+@pytest.mark.parametrize(("words", "change"), OTHERS, ids=[words.split(" was")[0] for words, _ in OTHERS])
+def test_a_folder_of_other_settings_is_refused(tmp_path, words, change):
+    model, query, train = problem()
+    fitted(model, train).scores(query, train, out=tmp_path)
+    before = bits(tmp_path)
+    arguments = change if isinstance(change, dict) else {}
+    if callable(change):
+        model, query, train = change(model, query, train)
+    elif not arguments:
+        arguments = {"curvature": change}
+    with pytest.raises(ValueError, match="holds a job with other settings and cannot be resumed") as caught:
+        fitted(model, train, **arguments).scores(query, train, out=tmp_path, resume=True)
+    assert words in str(caught.value).replace("'", "").replace('"', "")
+    assert bits(tmp_path) == before
+
+
+def test_other_subsets_and_ranks_are_refused(tmp_path):
+    from fastif import samplers
+
+    model, query, train = problem()
+    influence = fitted(model, train)
+    influence.scores(query, train, out=tmp_path)
+    with pytest.raises(ValueError, match="rank was None, is 2"):
+        influence.scores(query, train, out=tmp_path, resume=True, rank=2)
+    influence.fit(train, subset=samplers.random(N, 40, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(ValueError, match="curvature state was '[0-9a-f]{16}', is '[0-9a-f]{16}'") as caught:
+        influence.scores(query, train, out=tmp_path, resume=True)
+    assert str(caught.value).count(" was ") == 1
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    model, query, train = problem()
+    influence = fitted(model, train)
+    with pytest.raises(ValueError, match="resume=True needs out="):
+        influence.scores(query, train, resume=True)
+    with pytest.raises(ValueError, match="out= and groups exclude each other"):
+        influence.scores(query, train, out=tmp_path, groups=torch.zeros(N, dtype=torch.int64))
+    with pytest.raises(ValueError, match="got an iterator"):
+        influence.scores(query, iter(walked(train)), out=tmp_path)
+    with pytest.raises(ValueError, match="not fitted"):
+        Influence(model, progress=False).scores(query, train, out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    scores = influence.scores(query, train, out=tmp_path)
+    with pytest.raises(ValueError, match="holds scores already; resume the job, or remove the folder"):
+        influence.scores(query, train, out=tmp_path)
+    (path, *_) = tmp_path.glob("*.npy")
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=f"{path.name} is damaged: .*; remove it and resume the job"):
+        influence.scores(query, train, out=tmp_path, resume=True)
+    np.save(path, np.zeros((1, 1)))
+    with pytest.raises(ValueError, match=f"{path.name} is damaged: it must be float64 .*, got float64 \\[1, 1\\]"):
+        scores.load()
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="holds blocks of scores but no manifest.json"):
+        influence.scores(query, train, out=tmp_path, resume=True)
+
+
+def test_the_manifest_says_what_determined_the_numbers(tmp_path):
+    model, query, train = problem()
+    fitted(model, train).scores(query, train, out=tmp_path)
+    settings = json.loads((tmp_path / "manifest.json").read_text())["settings"]
+    assert (settings["q"], settings["n"], settings["dtype"], settings["torch"]) == (Q, N, "float64", torch.__version__)
+    assert settings["rows"] == [0, 5, 10, 11]
+    assert settings["columns"] == [*range(0, 90, 16), 90]
