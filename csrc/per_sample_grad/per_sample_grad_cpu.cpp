@@ -23,12 +23,6 @@ constexpr int64_t kScratchBytes = 8 << 20;  // what one chunk of intermediate re
 
 int64_t rows_in_scratch(int64_t bytes_per_row) { return std::max<int64_t>(1, kScratchBytes / bytes_per_row); }
 
-// Rows [begin, end) of x in the type of the result. Blocks are copied one at a time: 16-bit inputs never stand whole in
-// 32 bits.
-at::Tensor block_of(const at::Tensor& x, int64_t begin, int64_t end) {
-  return x.slice(0, begin, end).to(result_type(x)).contiguous();
-}
-
 at::Tensor accumulate_cpu(const at::Tensor& inputs, const at::Tensor& output_grads, const at::Tensor& weights,
                           const at::Tensor& groups, int64_t num_groups) {
   check_accumulate(inputs, output_grads, weights, groups, num_groups);
