@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
@@ -83,12 +84,17 @@ at::Tensor accumulate_squares_cpu(const at::Tensor& inputs, const at::Tensor& ou
   auto out = at::zeros({o, d}, weights.options());
   const int64_t chunk =
       t == 1 ? rows_in_scratch((o + d) * out.element_size()) : examples_at_a_time(inputs, output_grads);
+  const int64_t squares = t == 1 ? std::min(n, chunk) : 0;  // the same memory every time, as in accumulate
+  const auto scratch_a = at::empty({squares, d}, out.options()), scratch_u = at::empty({squares, o}, out.options());
   for (int64_t begin = 0; begin < n; begin += chunk) {
     const int64_t end = std::min(n, begin + chunk);
     const auto a = block_of(inputs, begin, end), u = block_of(output_grads, begin, end);
     const auto w = weights.slice(0, begin, end).contiguous();
     if (t == 1) {  // (g_i)_od^2 = u_io^2 a_id^2
-      add_product(out, u.view({-1, o}).square().mul_(w.unsqueeze(1)), a.view({-1, d}).square());
+      auto a2 = scratch_a.narrow(0, 0, end - begin), u2 = scratch_u.narrow(0, 0, end - begin);
+      at::mul_out(a2, a.view({-1, d}), a.view({-1, d}));
+      at::mul_out(u2, u.view({-1, o}), u.view({-1, o}));
+      add_product(out, u2.mul_(w.unsqueeze(1)), a2);
     } else {
       add_squares_by_tiles(a, u, w, out);
     }
