@@ -10,8 +10,8 @@
 
 namespace fastif {
 
-// A single task gets two threads, of which one rests: outside a parallel region a matrix product would take them all, and
-// cut its sums accordingly.
+// A single task gets two threads, of which one rests: outside a parallel region a matrix product would take them all,
+// and cut its sums accordingly.
 inline int64_t threads_for(int64_t tasks) {
   return std::min<int64_t>(at::get_num_threads(), std::max<int64_t>(2, tasks));
 }
