@@ -1,5 +1,6 @@
-"""sq_norms and dots against einsum formulations; peak memory against storing every gradient."""
+"""Every op against its plain torch formulations; peak memory against storing every gradient."""
 
+import pytest
 import torch
 
 from benchmarks.conftest import DEVICE
@@ -90,3 +91,75 @@ def test_accumulate_by_class(race):
         },
         flops=2 * N * O * D,
     )
+
+
+# n, t, o, d: a linear layer, two convolutions and a layer of a transformer, three of them with a bias.
+LAYERS = {
+    "linear": (N, 1, 512, 512),
+    "conv 64 positions": (256, 64, 128, 577),
+    "conv 256 positions": (128, 256, 64, 289),
+    "transformer 32 positions": (256, 32, 512, 129),
+}
+layers = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+
+
+def layer_problem(layer):
+    n, t, o, d = layer
+    g = torch.Generator().manual_seed(0)
+    a, u = (torch.randn(n, t, side, generator=g).to(DEVICE) for side in (d, o))
+    return a, u, torch.rand(n, generator=g).to(DEVICE), torch.rand(o, d, generator=g).to(DEVICE)
+
+
+def by_block(work, *tensors, stored: int = 8 << 20):
+    """[work(block of each tensor)], whose gradients take `stored` bytes: the best size for plain torch on a CPU."""
+    a, u = tensors[:2]
+    size = max(1, stored // (4 * a.shape[2] * u.shape[2]))
+    return [work(*block) for block in zip(*(x.split(size) for x in tensors), strict=True)]
+
+
+@layers
+def test_accumulate_squares(race, layer):
+    a, u, w, _ = layer_problem(layer)
+    n, t, o, d = layer
+    want = torch.einsum("n,nod->od", w[:16].double(), (u[:16].double().mT @ a[:16].double()).square())
+    got = per_sample_grad.accumulate_squares(a[:16], u[:16], w[:16])
+    assert (got - want).abs().max() <= 1e-5 * want.max()
+    peers = {
+        "torch, gradients by block": lambda: sum(
+            by_block(lambda a, u, w: (w @ (u.mT @ a).square_().flatten(1)).view(o, d), a, u, w)
+        )
+    }
+    if t == 1:
+        peers = {"torch, a product of squares": lambda: (u[:, 0].square() * w[:, None]).T @ a[:, 0].square()}
+    race(lambda: per_sample_grad.accumulate_squares(a, u, w), peers, flops=2 * n * t * o * d)
+
+
+@layers
+def test_sq_norms_with_scale(race, layer):
+    a, u, _, r = layer_problem(layer)
+    n, t, o, d = layer
+    want = ((u[:16].double().mT @ a[:16].double()).square() * r).sum((1, 2))
+    assert (per_sample_grad.sq_norms(a, u, r)[:16] - want).abs().max() <= 1e-5 * want.max()
+    peers = {
+        "torch, gradients by block": lambda: torch.cat(
+            by_block(lambda a, u: (u.mT @ a).square_().flatten(1) @ r.flatten(), a, u)
+        )
+    }
+    if t == 1:
+        peers = {"torch, a product of squares": lambda: ((u[:, 0].square() @ r) * a[:, 0].square()).sum(1)}
+    race(lambda: per_sample_grad.sq_norms(a, u, r), peers, flops=2 * n * t * o * d)
+
+
+@layers
+def test_dots_by_layer(race, layer):
+    a, u, _, _ = layer_problem(layer)
+    n, t, o, d = layer
+    v = torch.randn(16, o, d, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    want = torch.einsum("nod,qod->qn", u[:16].double().mT @ a[:16].double(), v.double())
+    assert (per_sample_grad.dots(a, u, v)[:, :16] - want).abs().max() <= 1e-5 * want.abs().max()
+    peers = {"torch, a product per query": lambda: torch.stack([((u @ w) * a).sum((1, 2)) for w in v])}
+    if t > 1:  # for one position ten times slower
+        peers["torch, gradients by block"] = lambda: torch.cat(
+            by_block(lambda a, u: v.flatten(1) @ (u.mT @ a).flatten(1).T, a, u, stored=32 << 20), 1
+        )
+    race(lambda: per_sample_grad.dots(a, u, v), peers, flops=2 * n * o * d * (16 if t == 1 else t + 16))

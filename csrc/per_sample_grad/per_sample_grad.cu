@@ -22,13 +22,21 @@ Tile tile_for(int64_t rows, int64_t columns, int64_t element_bytes) {
   return {4, 4};
 }
 
+// The accumulators of accumulate_squares are of three sets (a chunk of positions, the gradient, the squares): no tile
+// of 128 x 128 fits the registers.
+Tile squares_tile_for(int64_t rows, int64_t columns, int64_t element_bytes) {
+  const Tile tile = tile_for(rows, columns, element_bytes);
+  return tile.rows == 8 ? Tile{4, 8} : tile;
+}
+
 int64_t tiles_of(Tile tile, int64_t rows, int64_t columns) {
   return ceil_div(rows, kTileSide * tile.rows) * ceil_div(columns, kTileSide * tile.columns);
 }
 
 enum class SqNorms { single, gram_small, gram, outer };
 
-SqNorms sq_norms_route(int64_t t, int64_t d, int64_t o, int64_t element_bytes) {
+SqNorms sq_norms_route(int64_t t, int64_t d, int64_t o, bool scaled, int64_t element_bytes) {
+  if (scaled) return SqNorms::outer;
   if (t == 1) return SqNorms::single;
   const Tile tile = tile_for(o, d, element_bytes);  // both counted with the padding of their tiles
   const int64_t outer = tiles_of(tile, o, d) * tile.rows * tile.columns * kTileThreads * t;
@@ -65,8 +73,31 @@ void per_sample_grad_accumulate_launch(const T* inputs, const T* output_grads, c
   }
 }
 
-int64_t per_sample_grad_sq_norms_parts(int64_t t, int64_t d, int64_t o, int64_t element_bytes) {
-  switch (sq_norms_route(t, d, o, element_bytes)) {
+int64_t per_sample_grad_accumulate_squares_splits(int64_t n, int64_t t, int64_t d, int64_t o, int64_t element_bytes) {
+  const int64_t blocks = tiles_of(squares_tile_for(o, d, element_bytes), o, d);
+  return std::max<int64_t>(1, std::min({kEnoughBlocks / blocks, n, n * t / kChunk}));
+}
+
+template <typename T>
+void per_sample_grad_accumulate_squares_launch(const T* inputs, const T* output_grads, const T* weights, int64_t n,
+                                               int64_t t, int64_t d, int64_t o, int64_t splits, T* out,
+                                               cudaStream_t stream) {
+  const Tile tile = squares_tile_for(o, d, sizeof(T));
+  const unsigned blocks = blocks_for(splits * tiles_of(tile, o, d));
+  const auto launch = [&](auto kernel) {
+    kernel<<<blocks, kTileThreads, 0, stream>>>(inputs, output_grads, weights, n, t, d, o, splits, out);
+  };
+  if (tile.rows == 1) {
+    launch(accumulate_squares_kernel<T, 1, 8>);
+  } else if (tile.columns == 4) {
+    launch(accumulate_squares_kernel<T, 4, 4>);
+  } else if constexpr (sizeof(T) == 4) {
+    launch(accumulate_squares_kernel<T, 4, 8>);
+  }
+}
+
+int64_t per_sample_grad_sq_norms_parts(int64_t t, int64_t d, int64_t o, bool scaled, int64_t element_bytes) {
+  switch (sq_norms_route(t, d, o, scaled, element_bytes)) {
     case SqNorms::outer:
       return tiles_of(tile_for(o, d, element_bytes), o, d);
     case SqNorms::gram:
@@ -77,31 +108,32 @@ int64_t per_sample_grad_sq_norms_parts(int64_t t, int64_t d, int64_t o, int64_t 
 }
 
 template <typename T>
-void per_sample_grad_sq_norms_launch(const T* inputs, const T* output_grads, int64_t n, int64_t t, int64_t d, int64_t o,
-                                     double* partial, cudaStream_t stream) {
-  const SqNorms route = sq_norms_route(t, d, o, sizeof(T));
+void per_sample_grad_sq_norms_launch(const T* inputs, const T* output_grads, const T* scale, int64_t n, int64_t t,
+                                     int64_t d, int64_t o, double* partial, cudaStream_t stream) {
+  const SqNorms route = sq_norms_route(t, d, o, scale != nullptr, sizeof(T));
   if (route == SqNorms::single) {
     sq_norms_single_kernel<T><<<blocks_for(ceil_div(n, kTileThreads / kWarp)), kTileThreads, 0, stream>>>(
         inputs, output_grads, n, d, o, partial);
     return;
   }
-  const unsigned blocks = blocks_for(n * per_sample_grad_sq_norms_parts(t, d, o, sizeof(T)));
-  const auto launch = [&](auto kernel) {
+  const unsigned blocks = blocks_for(n * per_sample_grad_sq_norms_parts(t, d, o, scale != nullptr, sizeof(T)));
+  const auto launch_gram = [&](auto kernel) {
     kernel<<<blocks, kTileThreads, 0, stream>>>(inputs, output_grads, n, t, d, o, partial);
   };
+  const auto launch_outer = [&](auto kernel) {
+    kernel<<<blocks, kTileThreads, 0, stream>>>(inputs, output_grads, scale, n, t, d, o, partial);
+  };
+  const Tile tile = tile_for(o, d, sizeof(T));
   if (route == SqNorms::gram_small) {
-    launch(sq_norms_gram_kernel<T, 1>);
+    launch_gram(sq_norms_gram_kernel<T, 1>);
   } else if (route == SqNorms::gram) {
-    launch(sq_norms_gram_kernel<T, 4>);
-  } else {
-    const Tile tile = tile_for(o, d, sizeof(T));
-    if (tile.rows == 1) {
-      launch(sq_norms_outer_kernel<T, 1, 8>);
-    } else if (tile.rows == 4) {
-      launch(sq_norms_outer_kernel<T, 4, 4>);
-    } else if constexpr (sizeof(T) == 4) {
-      launch(sq_norms_outer_kernel<T, 8, 8>);
-    }
+    launch_gram(sq_norms_gram_kernel<T, 4>);
+  } else if (tile.rows == 1) {
+    launch_outer(sq_norms_outer_kernel<T, 1, 8>);
+  } else if (tile.rows == 4) {
+    launch_outer(sq_norms_outer_kernel<T, 4, 4>);
+  } else if constexpr (sizeof(T) == 4) {
+    launch_outer(sq_norms_outer_kernel<T, 8, 8>);
   }
 }
 
@@ -123,12 +155,14 @@ void per_sample_grad_dots_launch(const T* inputs, const T* output_grads, const T
   }
 }
 
-#define FASTIF_INSTANTIATE(T)                                                                                        \
-  template void per_sample_grad_accumulate_launch<T>(const T*, const T*, const T*, const int64_t*, const int64_t*,   \
-                                                     int64_t, int64_t, int64_t, int64_t, int64_t, T*, cudaStream_t); \
-  template void per_sample_grad_sq_norms_launch<T>(const T*, const T*, int64_t, int64_t, int64_t, int64_t, double*,  \
-                                                   cudaStream_t);                                                    \
-  template void per_sample_grad_dots_launch<T>(const T*, const T*, const T*, int64_t, int64_t, int64_t, int64_t,     \
+#define FASTIF_INSTANTIATE(T)                                                                                         \
+  template void per_sample_grad_accumulate_launch<T>(const T*, const T*, const T*, const int64_t*, const int64_t*,    \
+                                                     int64_t, int64_t, int64_t, int64_t, int64_t, T*, cudaStream_t);  \
+  template void per_sample_grad_accumulate_squares_launch<T>(const T*, const T*, const T*, int64_t, int64_t, int64_t, \
+                                                             int64_t, int64_t, T*, cudaStream_t);                     \
+  template void per_sample_grad_sq_norms_launch<T>(const T*, const T*, const T*, int64_t, int64_t, int64_t, int64_t,  \
+                                                   double*, cudaStream_t);                                            \
+  template void per_sample_grad_dots_launch<T>(const T*, const T*, const T*, int64_t, int64_t, int64_t, int64_t,      \
                                                int64_t, T*, cudaStream_t);
 FASTIF_INSTANTIATE(float)
 FASTIF_INSTANTIATE(double)

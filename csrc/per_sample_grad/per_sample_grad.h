@@ -24,6 +24,12 @@ inline at::ScalarType result_type(const at::Tensor& inputs) {
   return has_16_bits(inputs) ? at::kFloat : inputs.scalar_type();
 }
 
+// Rows [begin, end) of x in the type of the result. Blocks are copied one at a time: 16-bit inputs never stand whole in
+// 32 bits.
+inline at::Tensor block_of(const at::Tensor& x, int64_t begin, int64_t end) {
+  return x.slice(0, begin, end).to(result_type(x)).contiguous();
+}
+
 // For weights, scale and directions.
 inline void check_result_type(const char* op, const char* name, const at::Tensor& x, const at::Tensor& inputs) {
   TORCH_CHECK_TYPE(x.scalar_type() == result_type(inputs), op, ": ", name, " must be ", result_type(inputs),

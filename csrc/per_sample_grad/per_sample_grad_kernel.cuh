@@ -53,6 +53,57 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
+// accumulate_squares. Item = (split * o_tiles + o_tile) * d_tiles + d_tile: a block owns that tile over one of `splits`
+// equal ranges of the examples. It forms the tile of one example's gradient after another in registers and adds its
+// weighted squares to a second set of accumulators; for float32 that set is emptied into a third, in global memory that
+// is the block's own, after every kSquares examples, so that no sum is long.
+inline constexpr int kSquares = 512;
+
+template <typename T, int RO, int RD>
+__global__ void __launch_bounds__(kTileThreads, 1)
+    accumulate_squares_kernel(const T* __restrict__ inputs,        // [n, t, d]
+                              const T* __restrict__ output_grads,  // [n, t, o]
+                              const T* __restrict__ weights,       // [n]
+                              int64_t n, int64_t t, int64_t d, int64_t o, int64_t splits,
+                              T* __restrict__ out) {  // [splits, o, d]
+  using Shared = OuterStorage<T, RO, RD>;
+  FASTIF_SHARED(Shared, shared);
+  const int64_t o_tiles = ceil_div(o, kTileSide * RO), d_tiles = ceil_div(d, kTileSide * RD);
+  const int64_t items = splits * o_tiles * d_tiles;
+  const int ty = threadIdx.x / kTileSide, tx = threadIdx.x % kTileSide;
+  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+    const int64_t d0 = item % d_tiles * (kTileSide * RD), o0 = item / d_tiles % o_tiles * (kTileSide * RO);
+    const int64_t split = item / d_tiles / o_tiles, begin = n * split / splits, end = n * (split + 1) / splits;
+    T* const mine = out + split * o * d;
+    for (int64_t first = begin; first < end; first += kSquares) {
+      const int64_t last = first + kSquares < end ? first + kSquares : end;
+      T squares[RO][RD] = {};
+      for (int64_t example = first; example < last; ++example) {
+        T total[RO][RD] = {};
+        weighted_outer<T, RO, RD>(
+            shared, output_grads, o, o0, o, inputs, d, d0, d, t,
+            [&](int64_t r, int64_t& row, T& coef) {
+              row = example * t + r;
+              coef = T(1);
+            },
+            total);
+        const T weight = weights[example];
+#pragma unroll
+        for (int p = 0; p < RO; ++p)
+#pragma unroll
+          for (int q = 0; q < RD; ++q) squares[p][q] += weight * total[p][q] * total[p][q];
+      }
+#pragma unroll
+      for (int p = 0; p < RO; ++p)
+#pragma unroll
+        for (int q = 0; q < RD; ++q) {
+          const int64_t i = o0 + tile_index<RO>(ty, p), j = d0 + tile_index<RD>(tx, q);
+          if (i < o && j < d) mine[i * d + j] = first == begin ? squares[p][q] : mine[i * d + j] + squares[p][q];
+        }
+    }
+  }
+}
+
 // sq_norms for t = 1: |u|^2 |a|^2, a warp per example.
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads)
@@ -106,12 +157,15 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
-// sq_norms by the gradient itself, t o d products, less where positions are many: a block owns one tile of one
-// example's gradient, in registers, and squares it; item = (example * o_tiles + o_tile) * d_tiles + d_tile.
+// sq_norms by the gradient itself, t o d products, less where positions are many and the only way with a scale: a block
+// owns one tile of one example's gradient, in registers, and squares it; item = (example * o_tiles + o_tile) * d_tiles
+// + d_tile. scale: null stands for 1.
 template <typename T, int RO, int RD>
 __global__ void __launch_bounds__(kTileThreads)
-    sq_norms_outer_kernel(const T* __restrict__ inputs, const T* __restrict__ output_grads, int64_t n, int64_t t,
-                          int64_t d, int64_t o, double* __restrict__ partial) {  // [n, o_tiles * d_tiles]
+    sq_norms_outer_kernel(const T* __restrict__ inputs, const T* __restrict__ output_grads,
+                          const T* __restrict__ scale,  // [o, d]
+                          int64_t n, int64_t t, int64_t d, int64_t o,
+                          double* __restrict__ partial) {  // [n, o_tiles * d_tiles]
   struct Shared {
     OuterStorage<T, RO, RD> outer;
     double parts[kWarp];
@@ -119,6 +173,7 @@ __global__ void __launch_bounds__(kTileThreads)
   FASTIF_SHARED(Shared, shared);
   const int64_t o_tiles = ceil_div(o, kTileSide * RO), d_tiles = ceil_div(d, kTileSide * RD);
   const int64_t items = n * o_tiles * d_tiles;
+  const int ty = threadIdx.x / kTileSide, tx = threadIdx.x % kTileSide;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const int64_t d0 = item % d_tiles * (kTileSide * RD), o0 = item / d_tiles % o_tiles * (kTileSide * RO);
     const int64_t row0 = item / d_tiles / o_tiles * t;
@@ -134,7 +189,11 @@ __global__ void __launch_bounds__(kTileThreads)
 #pragma unroll
     for (int p = 0; p < RO; ++p)
 #pragma unroll
-      for (int q = 0; q < RD; ++q) sum += static_cast<double>(total[p][q]) * static_cast<double>(total[p][q]);
+      for (int q = 0; q < RD; ++q) {
+        const int64_t i = o0 + tile_index<RO>(ty, p), j = d0 + tile_index<RD>(tx, q);
+        const T factor = scale && i < o && j < d ? scale[i * d + j] : T(1);  // past the edges total is 0
+        sum += static_cast<double>(factor) * static_cast<double>(total[p][q]) * static_cast<double>(total[p][q]);
+      }
     sum = block_sum(sum, shared.parts);  // the next item's barriers come before its use of parts
     if (threadIdx.x == 0) partial[item] = sum;
   }

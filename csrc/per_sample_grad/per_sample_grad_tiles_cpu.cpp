@@ -1,14 +1,13 @@
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <utility>
 
 #include "../common/simd.h"
+#include "../common/tasks.h"
 #include "per_sample_grad_tiles.h"
 
 #ifdef FASTIF_X86
@@ -227,18 +226,12 @@ class Tiles {
   const T *x_, *y_;
 };
 
-// Runs work(task, scratch) for every task; who does which is left to chance, so no result may depend on it.
+// Calls work(task, scratch) for every task; the scratch is the thread's.
 template <typename T, typename Work>
-void for_tasks(int64_t tasks, int64_t scratch_size, Work work) {
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks);
-  const at::Tensor scratch = at::empty({threads, scratch_size}, c10::CppTypeToScalarType<T>::value);
+void for_tasks_with(int64_t scratch_size, int64_t tasks, Work work) {
+  const at::Tensor scratch = at::empty({threads_for(tasks), scratch_size}, c10::CppTypeToScalarType<T>::value);
   T* const memory = scratch.mutable_data_ptr<T>();
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t task; (task = next++) < tasks;) work(task, memory + thread * scratch_size);
-    }
-  });
+  for_tasks(tasks, [&](int64_t task, int64_t thread) { work(task, memory + thread * scratch_size); });
 }
 
 // A task owns one region over one of `slabs` equal ranges of the examples (several where regions alone are few).
@@ -251,7 +244,7 @@ void add_squares(const at::Tensor& inputs, const at::Tensor& output_grads, const
   const at::Tensor sums = at::zeros({slabs, all}, inputs.options());  // tile after tile
   T* const sum = sums.mutable_data_ptr<T>();
   const int64_t packed = tiles.packed_size(), own = tiles.region_rows * tiles.region_columns * size;
-  for_tasks<T>(slabs * tiles.regions(), packed + own, [&](int64_t task, T* scratch) {
+  for_tasks_with<T>(packed + own, slabs * tiles.regions(), [&](int64_t task, T* scratch) {
     const int64_t slab = task / tiles.regions();
     const auto region = tiles.region(task % tiles.regions());
     const int64_t end = tiles.n * (slab + 1) / slabs;
@@ -314,7 +307,7 @@ void sq_norms(const at::Tensor& inputs, const at::Tensor& output_grads, const st
   const at::Tensor parts = at::empty({tiles.n, tiles.regions()}, inputs.options().dtype(at::kDouble));
   double* const part = parts.mutable_data_ptr<double>();
   const int64_t packed = tiles.packed_size();
-  for_tasks<T>(groups * tiles.regions(), packed + tiles.width(), [&](int64_t task, T* scratch) {
+  for_tasks_with<T>(packed + tiles.width(), groups * tiles.regions(), [&](int64_t task, T* scratch) {
     const int64_t begin = task / tiles.regions() * group, index = task % tiles.regions();
     const auto region = tiles.region(index);
     T* const lanes = scratch + packed;

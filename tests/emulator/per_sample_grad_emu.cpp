@@ -102,9 +102,46 @@ void sq_norms(int64_t n, int64_t t, int64_t d, int64_t o) {
   check("gram<4>", ceil_div(t, 64), n * ceil_div(t, 64),
         [=](double* out) { sq_norms_gram_kernel<T, 4>(a, u, n, t, d, o, out); });
   check("outer<1,8>", tiles(1, 8), n * tiles(1, 8),
-        [=](double* out) { sq_norms_outer_kernel<T, 1, 8>(a, u, n, t, d, o, out); });
+        [=](double* out) { sq_norms_outer_kernel<T, 1, 8>(a, u, nullptr, n, t, d, o, out); });
   check("outer<4,4>", tiles(4, 4), n * tiles(4, 4),
-        [=](double* out) { sq_norms_outer_kernel<T, 4, 4>(a, u, n, t, d, o, out); });
+        [=](double* out) { sq_norms_outer_kernel<T, 4, 4>(a, u, nullptr, n, t, d, o, out); });
+  auto scale = uniform<T>(o * d, 5);
+  for (T& r : scale) r = std::abs(r);
+  for (int64_t i = 0; i < n; ++i) {
+    const auto g = problem.gradient(i);
+    want[i] = 0;
+    for (int64_t e = 0; e < o * d; ++e) want[i] += double(scale[e]) * g[e] * g[e];
+  }
+  const T* const r = scale.data();
+  check("scaled outer<1,8>", tiles(1, 8), n * tiles(1, 8),
+        [=](double* out) { sq_norms_outer_kernel<T, 1, 8>(a, u, r, n, t, d, o, out); });
+  check("scaled outer<4,4>", tiles(4, 4), n * tiles(4, 4),
+        [=](double* out) { sq_norms_outer_kernel<T, 4, 4>(a, u, r, n, t, d, o, out); });
+}
+
+template <typename T, int RO, int RD>
+void accumulate_squares(int64_t n, int64_t t, int64_t d, int64_t o, int64_t splits) {
+  const Problem<T> problem{n, t, d, o};
+  std::vector<double> want(o * d);
+  for (int64_t i = 0; i < n; ++i) {
+    const auto g = problem.gradient(i);
+    for (int64_t e = 0; e < o * d; ++e) want[e] += double(problem.w[i]) * g[e] * g[e];
+  }
+  char name[120];
+  std::snprintf(name, sizeof name, "accumulate_squares<%d,%d> n=%d t=%d d=%d o=%d splits=%d", RO, RD, int(n), int(t),
+                int(d), int(o), int(splits));
+  const int64_t items = splits * ceil_div(o, kTileSide * RO) * ceil_div(d, kTileSide * RD);
+  compare<T>(name, want, items, 2 * kTolerance<T>, [&](T* out, unsigned blocks) {
+    std::vector<T> parts(splits * want.size(), T(NAN));
+    emu::launch(blocks, kTileThreads, 0, [&] {
+      fastif::accumulate_squares_kernel<T, RO, RD>(problem.a.data(), problem.u.data(), problem.w.data(), n, t, d, o,
+                                                   splits, parts.data());
+    });
+    for (size_t e = 0; e < want.size(); ++e) {
+      out[e] = 0;
+      for (int64_t s = 0; s < splits; ++s) out[e] += parts[s * want.size() + e];
+    }
+  });
 }
 
 template <typename T, int RR, int RO>
@@ -135,6 +172,12 @@ void all() {
   accumulate<T, 4, 4>(9, 1, 3, 70, 5, 3);
   accumulate<T, 1, 8>(21, 2, 130, 17, 3, 1);
   accumulate<T, 1, 8>(700, 1, 3, 2, 2, 1, /*only=*/1);  // two chunks of one group
+  accumulate_squares<T, 4, 4>(1, 1, 1, 1, 1);
+  accumulate_squares<T, 4, 4>(5, 3, 66, 5, 2);
+  accumulate_squares<T, 4, 4>(3, 18, 3, 70, 3);
+  accumulate_squares<T, 1, 8>(4, 2, 130, 17, 1);
+  accumulate_squares<T, 1, 8>(515, 2, 3, 2, 1);  // more examples than one set of accumulators takes
+  accumulate_squares<T, 1, 8>(2, 515, 3, 2, 1);  // more positions than one chunk
   sq_norms<T>(1, 1, 1, 1);
   sq_norms<T>(11, 1, 35, 3);
   sq_norms<T>(3, 5, 17, 9);
@@ -153,6 +196,7 @@ int main() {
   if constexpr (!EMU_ASAN) all<float>();
   if constexpr (!EMU_TSAN) all<double>();  // a sanitizer sees one type: they are slow
   accumulate<float, 8, 8>(10, 2, 129, 68, 2, 1);
+  accumulate_squares<float, 4, 8>(3, 5, 129, 68, 2);
   dots<float, 8, 8>(45, 3, 20, 130, 1);
   return report("per_sample_grad");
 }

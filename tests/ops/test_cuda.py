@@ -178,13 +178,38 @@ def same_per_sample_grad(n: int, t: int, d: int, o: int, dtype: torch.dtype) -> 
         close(got, ops.per_sample_grad_accumulate(inputs, output_grads, *arguments), dtype)
         assert torch.equal(got, ops.per_sample_grad_accumulate(a, u, weights.cuda(), groups.cuda(), num_groups))
         assert not got[1::2].any()
-    norms = ops.per_sample_grad_sq_norms(a, u)
-    close(norms, ops.per_sample_grad_sq_norms(inputs, output_grads), dtype)
-    assert torch.equal(norms, ops.per_sample_grad_sq_norms(a, u))
-    directions = torch.randn(3, o, d, generator=g, dtype=torch.float64).to(dtype)
-    products = ops.per_sample_grad_dots(a, u, directions.cuda())
-    close(products, ops.per_sample_grad_dots(inputs, output_grads, directions), dtype)
-    assert torch.equal(products, ops.per_sample_grad_dots(a, u, directions.cuda()))
+    weights = weights.abs()  # so that nothing cancels
+    squares = ops.per_sample_grad_accumulate_squares(a, u, weights.cuda())
+    close(squares, ops.per_sample_grad_accumulate_squares(inputs, output_grads, weights), dtype)
+    assert torch.equal(squares, ops.per_sample_grad_accumulate_squares(a, u, weights.cuda()))
+    for scale in (None, torch.rand(o, d, generator=g, dtype=torch.float64).to(dtype)):
+        on_gpu = None if scale is None else scale.cuda()
+        norms = ops.per_sample_grad_sq_norms(a, u, on_gpu)
+        close(norms, ops.per_sample_grad_sq_norms(inputs, output_grads, scale), dtype)
+        assert torch.equal(norms, ops.per_sample_grad_sq_norms(a, u, on_gpu))
+    for q in (3, 40):  # by position; where positions are several, by gradient
+        directions = torch.randn(q, o, d, generator=g, dtype=torch.float64).to(dtype)
+        products = ops.per_sample_grad_dots(a, u, directions.cuda())
+        close(products, ops.per_sample_grad_dots(inputs, output_grads, directions), dtype)
+        assert torch.equal(products, ops.per_sample_grad_dots(a, u, directions.cuda()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*SMALL_MAPS, *LARGE_MAPS[:2]])
+def test_16_bit_inputs_give_what_their_values_in_32_bits_give(shape, dtype):
+    n, t, d, o = shape
+    a, u = (x.to(dtype).cuda() for x in linear_map(n, t, d, o, torch.float32))
+    g = generator(n)
+    weights, scale = torch.rand(n, generator=g).cuda(), torch.rand(o, d, generator=g).cuda()
+    groups, directions = torch.arange(n).cuda() % 3, torch.randn(40, o, d, generator=g).cuda()
+    for call in (
+        lambda a, u: ops.per_sample_grad_accumulate(a, u, weights, groups, 3),
+        lambda a, u: ops.per_sample_grad_accumulate_squares(a, u, weights),
+        ops.per_sample_grad_sq_norms,
+        lambda a, u: ops.per_sample_grad_sq_norms(a, u, scale),
+        lambda a, u: ops.per_sample_grad_dots(a, u, directions),
+    ):
+        close(call(a, u), call(a.float(), u.float()), torch.float32)
 
 
 def test_strides_do_not_matter():

@@ -84,6 +84,9 @@ def test_plain_formulations_agree_with_the_kernels(dtype):
     v, groups = torch.randn(2, 4, 6, generator=g, dtype=dtype), torch.arange(9) % 2
     close = {"rtol": 1e-4, "atol": 1e-5}
     assert torch.allclose(psg._sq_norms_plain(a, u), psg.sq_norms(a, u), **close)
+    assert torch.allclose(psg._sq_norms_plain(a, u, v[0].abs()), psg.sq_norms(a, u, v[0].abs()), **close)
+    squares = psg._accumulate_squares_plain(a, u, weights[:9])
+    assert torch.allclose(squares, psg.accumulate_squares(a, u, weights[:9]), **close)
     assert torch.allclose(psg._dots_plain(a, u, v), psg.dots(a, u, v), **close)
     assert torch.allclose(
         psg._accumulate_plain(a, u, weights[:9], groups, 2), psg.accumulate(a, u, weights[:9], groups, 2), **close
@@ -100,10 +103,20 @@ def test_plain_checks_say_what_the_compiled_ones_say():
             (torch.ones(2, 1, 3) / 0, torch.ones(2, 1, 3)),
         ),
     ]
+    ones, squares = torch.ones(2, 1, 3), torch.ops.fastif.per_sample_grad_accumulate_squares
+    norms = torch.ops.fastif.per_sample_grad_sq_norms
+    calls += [
+        (psg._sq_norms_plain, norms, (ones, ones, torch.full((3, 3), -0.3))),
+        (psg._sq_norms_plain, norms, (ones, ones, torch.ones(3, 2))),
+        (psg._sq_norms_plain, norms, (ones * 1e30, ones)),
+        (psg._sq_norms_plain, norms, (ones.int(), ones)),
+        (psg._accumulate_squares_plain, squares, (ones.half(), ones.half(), torch.ones(2, dtype=torch.float16))),
+        (psg._accumulate_squares_plain, squares, (ones, ones, torch.ones(2, device="meta"))),
+    ]
     for plain, op, args in calls:
         messages = []
         for call in (plain, op):
-            with pytest.raises(ValueError, match=":") as caught:
+            with pytest.raises((ValueError, TypeError), match=":") as caught:
                 call(*args)
             messages.append(str(caught.value).splitlines()[0])
         assert messages[0] == messages[1]
