@@ -3,13 +3,16 @@
 #include <pybind11/stl.h>
 #include <torch/library.h>
 
+#include <utility>
+
 #include "common/memory.h"
+#include "common/poll.h"
 #include "common/simd.h"
 
 TORCH_LIBRARY(fastif, m) {
   m.def(
-      "farthest_first(Tensor points, int k, int start=0) -> (Tensor indices, Tensor sq_radii, Tensor sq_dists, Tensor "
-      "nearest)");
+      "farthest_first(Tensor points, int k, Tensor start, Tensor? picks=None, Tensor? mask=None, "
+      "float? until_radius=None) -> (Tensor indices, Tensor sq_radii, Tensor sq_dists, Tensor nearest)");
   m.def("ggn_block_(Tensor(a!) out, Tensor features, Tensor probs, Tensor weights) -> ()");
   m.def(
       "per_sample_grad_accumulate(Tensor inputs, Tensor output_grads, Tensor weights, Tensor groups, int num_groups) "
@@ -18,7 +21,28 @@ TORCH_LIBRARY(fastif, m) {
   m.def("per_sample_grad_dots(Tensor inputs, Tensor output_grads, Tensor directions) -> Tensor");
 }
 
+namespace {
+
+// The progress callback of the ops that this thread runs: callable(done, total), or null.
+thread_local PyObject* progress = nullptr;
+
+void poll_python(int64_t done, int64_t total) {
+  const pybind11::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+  if (progress) pybind11::reinterpret_borrow<pybind11::object>(progress)(done, total);
+}
+
+}  // namespace
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  fastif::poll_python = poll_python;
+  m.def(
+      "set_progress",
+      [](const pybind11::object& callback) {
+        PyObject* former = std::exchange(progress, callback.is_none() ? nullptr : callback.inc_ref().ptr());
+        Py_XDECREF(former);
+      },
+      "The long ops of this thread call callback(done, total) now and then; None ends that.");
   m.def("built_with_cuda", [] {
 #ifdef FASTIF_CUDA
     return true;

@@ -93,10 +93,16 @@ std::optional<FilterKind> lazy_filter(int64_t n, int64_t d, int64_t k) {
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> farthest_first_cpu(const at::Tensor& points, int64_t k,
-                                                                              int64_t start) {
-  check_farthest_first(points, k, start);
-  const auto rows = points.contiguous();
-  const int64_t n = rows.size(0);
+                                                                              const at::Tensor& given,
+                                                                              const std::optional<at::Tensor>& picks,
+                                                                              const std::optional<at::Tensor>& mask,
+                                                                              std::optional<double> until_radius) {
+  const auto arguments = check_farthest_first(points, k, given, picks, mask, until_radius);
+  check_farthest_first_points(arguments);
+  TORCH_CHECK_NOT_IMPLEMENTED(arguments.starts() == 1 && !arguments.batched && !mask && !until_radius,
+                              "farthest_first: one cloud with one start only, yet");
+  const auto rows = arguments.points[0];
+  const int64_t n = rows.size(0), start = arguments.start.const_data_ptr<int64_t>()[0];
   const auto f64 = rows.options().dtype(at::kDouble), i64 = rows.options().dtype(at::kLong);
   auto indices = at::empty({k}, i64), nearest = at::zeros({n}, i64);
   auto sq_radii = at::empty({k}, f64), sq_dists = at::full({n}, std::numeric_limits<double>::infinity(), f64);

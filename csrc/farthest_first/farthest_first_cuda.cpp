@@ -28,19 +28,31 @@ void run(const at::Tensor& points, int64_t k, int64_t start, at::Tensor& indices
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> farthest_first_cuda(const at::Tensor& points,  // [n, d]
-                                                                               int64_t k, int64_t start) {
-  check_farthest_first(points, k, start);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> farthest_first_cuda(const at::Tensor& points, int64_t k,
+                                                                               const at::Tensor& start,
+                                                                               const std::optional<at::Tensor>& picks,
+                                                                               const std::optional<at::Tensor>& mask,
+                                                                               std::optional<double> until_radius) {
+  const auto arguments = check_farthest_first(points, k, start, picks, mask, until_radius);
+  TORCH_CHECK_NOT_IMPLEMENTED(arguments.starts() == 1 && !picks && !mask && !until_radius,
+                              "farthest_first: several starts, picks, mask and until_radius are not on CUDA yet");
   const c10::cuda::CUDAGuard guard(points.device());
-  const auto x = points.contiguous();
-  auto indices = at::empty({k}, x.options().dtype(at::kLong));
-  auto sq_radii = at::empty({k}, x.options().dtype(at::kDouble));
-  auto sq_dists = at::empty({x.size(0)}, x.options().dtype(at::kDouble));
-  auto nearest = at::empty({x.size(0)}, x.options().dtype(at::kLong));
-  if (x.scalar_type() == at::kFloat) {
-    run<float>(x, k, start, indices, sq_radii, sq_dists, nearest);
-  } else {
-    run<double>(x, k, start, indices, sq_radii, sq_dists, nearest);
+  check_farthest_first_points(arguments);
+  const auto& x = arguments.points;
+  auto indices = at::empty(arguments.shape(k), x.options().dtype(at::kLong));
+  auto sq_radii = at::empty(arguments.shape(k), x.options().dtype(at::kDouble));
+  auto sq_dists = at::empty(arguments.shape(arguments.n()), x.options().dtype(at::kDouble));
+  auto nearest = at::empty(arguments.shape(arguments.n()), x.options().dtype(at::kLong));
+  for (int64_t j = 0; j < arguments.clouds(); ++j) {
+    const int64_t first = arguments.start.const_data_ptr<int64_t>()[j];
+    const auto of_cloud = [&](const at::Tensor& result) { return arguments.batched ? result[j] : result; };
+    auto cloud_indices = of_cloud(indices), cloud_radii = of_cloud(sq_radii);
+    auto cloud_dists = of_cloud(sq_dists), cloud_nearest = of_cloud(nearest);
+    if (x.scalar_type() == at::kFloat) {
+      run<float>(x[j], k, first, cloud_indices, cloud_radii, cloud_dists, cloud_nearest);
+    } else {
+      run<double>(x[j], k, first, cloud_indices, cloud_radii, cloud_dists, cloud_nearest);
+    }
   }
   return {indices, sq_radii, sq_dists, nearest};
 }

@@ -13,8 +13,8 @@ from fastif._version import __version__
 
 # As in csrc/ops.cpp; needed here only where the extension is absent (a test holds the two against each other).
 SCHEMAS = {
-    "farthest_first": "(Tensor points, int k, int start=0) -> "
-    "(Tensor indices, Tensor sq_radii, Tensor sq_dists, Tensor nearest)",
+    "farthest_first": "(Tensor points, int k, Tensor start, Tensor? picks=None, Tensor? mask=None, "
+    "float? until_radius=None) -> (Tensor indices, Tensor sq_radii, Tensor sq_dists, Tensor nearest)",
     "ggn_block_": "(Tensor(a!) out, Tensor features, Tensor probs, Tensor weights) -> ()",
     "per_sample_grad_accumulate": "(Tensor inputs, Tensor output_grads, Tensor weights, Tensor groups, int num_groups) "
     "-> Tensor",

@@ -46,11 +46,11 @@ def farthest_first(points: Tensor, k: int, start: int = 0) -> FarthestFirst:
     >>> farthest_first(points, k=3).indices.tolist()
     [0, 3, 2]
     """
-    return FarthestFirst(*torch.ops.fastif.farthest_first(points.detach(), k, start))
+    return FarthestFirst(*torch.ops.fastif.farthest_first(points.detach(), k, torch.full((1,), start)))
 
 
 @torch.library.register_fake("fastif::farthest_first")
-def _fake(points, k, start=0):
+def _fake(points, k, start, picks=None, mask=None, until_radius=None):
     n = points.shape[0]
     torch._check_value(1 <= k <= n, lambda: f"farthest_first: k must be in [1, n={n}], got k={k}")
     return (
