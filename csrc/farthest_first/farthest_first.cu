@@ -65,15 +65,17 @@ template <typename T>
 void farthest_first_launch_blocks(const T* points, const Clouds& clouds, int64_t b, int64_t last, cudaStream_t stream) {
   constexpr int64_t most = (int64_t{1} << 31) - 1;  // blocks of a launch
   for (int64_t first = 0; first < b; first += most) {
-    kernel_of<T, false>(clouds.d)<<<static_cast<unsigned>(std::min(most, b - first)), kFarthestThreads,
-                                    shared_bytes(clouds.d), stream>>>(points, clouds, first, last, nullptr);
+    kernel_of<T, false>(
+        clouds
+            .d)<<<static_cast<unsigned>(std::min(most, b - first)), kFarthestThreads, shared_bytes(clouds.d), stream>>>(
+        points, clouds, first, last, nullptr);
   }
 }
 
-#define FASTIF_INSTANTIATE(T)                                                                                   \
-  template cudaError_t farthest_first_plan<T>(int64_t, int64_t, int, FarthestPlan*);                            \
-  template cudaError_t farthest_first_launch<T>(const FarthestPlan&, const T*, const Clouds&, int64_t, void*,   \
-                                                cudaStream_t);                                                  \
+#define FASTIF_INSTANTIATE(T)                                                                                 \
+  template cudaError_t farthest_first_plan<T>(int64_t, int64_t, int, FarthestPlan*);                          \
+  template cudaError_t farthest_first_launch<T>(const FarthestPlan&, const T*, const Clouds&, int64_t, void*, \
+                                                cudaStream_t);                                                \
   template void farthest_first_launch_blocks<T>(const T*, const Clouds&, int64_t, int64_t, cudaStream_t);
 FASTIF_INSTANTIATE(float)
 FASTIF_INSTANTIATE(double)

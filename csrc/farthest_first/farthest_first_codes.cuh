@@ -19,10 +19,10 @@ inline constexpr int kMiddleSample = 129;        // rows that mu is taken from
 inline constexpr double kSlack = 0x1p-30;        // lambda
 
 struct Codes {
-  int64_t stride;                        // bytes from row to row, whole chunks; zeros past column d
-  int8_t* code;                          // [n, stride]
-  double *scale, *sq_norm, *residual;    // [n]: s, Q, e
-  double* mu;                            // [d]
+  int64_t stride;                      // bytes from row to row, whole chunks; zeros past column d
+  int8_t* code;                        // [n, stride]
+  double *scale, *sq_norm, *residual;  // [n]: s, Q, e
+  double* mu;                          // [d]
 };
 
 // A row's and a centre's side of the test: s_x s_c q_x.q_c <= alpha_x + beta_c - rho_x e_c.
@@ -114,8 +114,7 @@ __global__ void farthest_first_encode_kernel(const T* __restrict__ points, int64
     if (lane > 0) continue;
     codes.scale[i] = scale;
     codes.sq_norm[i] = scale * scale * square;
-    codes.residual[i] =
-        largest <= 1e140 ? sqrt(residual) * (1 + 0x1p-20) + sqrt(whole) * 0x1p-45 + 1e-150 : INFINITY;
+    codes.residual[i] = largest <= 1e140 ? sqrt(residual) * (1 + 0x1p-20) + sqrt(whole) * 0x1p-45 + 1e-150 : INFINITY;
   }
 }
 

@@ -112,8 +112,8 @@ class Run {
     return one;
   }
 
-  // Counts work that was queued. When it is time, waits for all of it, polls, and tells whether clouds first, .. last - 1
-  // are done.
+  // Counts work that was queued. When it is time, waits for all of it, polls, and tells whether clouds first, .. last -
+  // 1 are done.
   bool queued(double seconds, int64_t first, int64_t last) {
     seconds_ += seconds;
     if (seconds_ < kPollSeconds) return false;
@@ -141,7 +141,8 @@ class Run {
   void run_grid(int64_t j) {
     if (!slots_.defined()) slots_ = bytes(plan_.slot_bytes);
     in_parts(grid_pick_seconds(), a_.picks[j], j, j + 1, [&](int64_t last) {
-      C10_CUDA_CHECK(farthest_first_launch<T>(plan_, points(j), one_cloud(j), last, slots_.mutable_data_ptr(), stream_));
+      C10_CUDA_CHECK(
+          farthest_first_launch<T>(plan_, points(j), one_cloud(j), last, slots_.mutable_data_ptr(), stream_));
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
   }
@@ -186,9 +187,11 @@ class Run {
   double seconds_ = 0;  // of work queued since the last poll
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> farthest_first_cuda(
-    const at::Tensor& points, int64_t k, const at::Tensor& start, const std::optional<at::Tensor>& picks,
-    const std::optional<at::Tensor>& mask, std::optional<double> until_radius) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> farthest_first_cuda(const at::Tensor& points, int64_t k,
+                                                                               const at::Tensor& start,
+                                                                               const std::optional<at::Tensor>& picks,
+                                                                               const std::optional<at::Tensor>& mask,
+                                                                               std::optional<double> until_radius) {
   const auto arguments = check_farthest_first(points, k, start, picks, mask, until_radius);
   const c10::cuda::CUDAGuard guard(points.device());
   check_farthest_first_points(arguments);

@@ -82,8 +82,8 @@ cudaError_t farthest_first_lazy_plan(int64_t n, int64_t d, int device, LazyPlan*
     return error;
   if (per_processor == 0) return cudaSuccess;
   plan->usable = true;
-  plan->blocks = static_cast<int>(
-      std::min<int64_t>(static_cast<int64_t>(processors) * per_processor, ceil_div(n, kLazyThreads)));
+  plan->blocks =
+      static_cast<int>(std::min<int64_t>(static_cast<int64_t>(processors) * per_processor, ceil_div(n, kLazyThreads)));
   lazy_cloud<T>(*plan, nullptr, {.n = n, .d = d}, nullptr, &plan->scratch_bytes);
   return cudaSuccess;
 }
@@ -93,8 +93,8 @@ void farthest_first_lazy_begin(const LazyPlan& plan, const T* points, const Clou
                                cudaStream_t stream) {
   const auto a = lazy_cloud(plan, points, cloud, scratch, nullptr);
   farthest_first_lazy_begin_kernel<T><<<blocks_for(cloud.n), kThreads, 0, stream>>>(a);
-  farthest_first_middle_kernel<T><<<blocks_for(cloud.d * kWarp), kThreads, 0, stream>>>(points, cloud.n, cloud.d,
-                                                                                       cloud.mask, cloud.starts, a.codes);
+  farthest_first_middle_kernel<T><<<blocks_for(cloud.d * kWarp), kThreads, 0, stream>>>(
+      points, cloud.n, cloud.d, cloud.mask, cloud.starts, a.codes);
   farthest_first_encode_kernel<T>
       <<<blocks_for(cloud.n * kWarp), kThreads, 0, stream>>>(points, cloud.n, cloud.d, cloud.mask, a.codes);
 }
@@ -108,10 +108,10 @@ cudaError_t farthest_first_lazy_launch(const LazyPlan& plan, const T* points, co
                                      dim3(kLazyThreads), arguments, static_cast<size_t>(plan.shared_bytes), stream);
 }
 
-#define FASTIF_INSTANTIATE(T)                                                                                       \
-  template cudaError_t farthest_first_lazy_plan<T>(int64_t, int64_t, int, LazyPlan*);                               \
-  template void farthest_first_lazy_begin<T>(const LazyPlan&, const T*, const Clouds&, void*, cudaStream_t);        \
-  template cudaError_t farthest_first_lazy_launch<T>(const LazyPlan&, const T*, const Clouds&, void*, uint64_t,     \
+#define FASTIF_INSTANTIATE(T)                                                                                   \
+  template cudaError_t farthest_first_lazy_plan<T>(int64_t, int64_t, int, LazyPlan*);                           \
+  template void farthest_first_lazy_begin<T>(const LazyPlan&, const T*, const Clouds&, void*, cudaStream_t);    \
+  template cudaError_t farthest_first_lazy_launch<T>(const LazyPlan&, const T*, const Clouds&, void*, uint64_t, \
                                                      cudaStream_t);
 FASTIF_INSTANTIATE(float)
 FASTIF_INSTANTIATE(double)

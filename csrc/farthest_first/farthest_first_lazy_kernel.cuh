@@ -4,16 +4,17 @@
 // bound. Points live on three levels: a pool whose sq_dists count every pick, a middle set that has seen the picks
 // before middle_seen, and all n points, which have seen those before all_seen. Each level is chosen from its parent by
 // the order of Best (value, then lowest index); what is left out is remembered by its best, which stays an upper bound
-// in this order since sq_dists only fall. While the pool's best is not beaten by what was left out, it is the next pick,
-// ties included, and gives the covering radius. If it is, the parent is flushed (the picks that it has not seen are
-// compared with all its points) and the level is chosen anew; after a flush of all points the best is exact by
+// in this order since sq_dists only fall. While the pool's best is not beaten by what was left out, it is the next
+// pick, ties included, and gives the covering radius. If it is, the parent is flushed (the picks that it has not seen
+// are compared with all its points) and the level is chosen anew; after a flush of all points the best is exact by
 // definition, so every pick is found. Which points a level holds, and in what order, changes no bit of the result: it
 // need not be the best ones exactly, nor chosen the same way twice.
 //
 // One cooperative launch does all of this and decides by itself what comes next; the host is asked for nothing. All
 // blocks go through the same turns, with one grid.sync after each:
 //   pick    block 0 alone: chooses the pool from the middle set, and picks from it with block barriers only.
-//   flush   a tile of 32 rows belongs to one warp, in the tile row l to lane l, which alone reads and writes its sq_dist
+//   flush   a tile of 32 rows belongs to one warp, in the tile row l to lane l, which alone reads and writes its
+//   sq_dist
 //           and nearest. The filter (farthest_first_codes.cuh) settles nearly all pairs in registers; the warp computes
 //           the others as defined, four rows at a time. Nothing goes through memory, so there is no list to overflow,
 //           and a row meets the picks in their order: the earliest of equals stays, with no atomics.
@@ -22,12 +23,12 @@
 // the next launch, and in between the host can look for an interrupt.
 //
 // What it should cost (computed, not measured; H100, n = 1M, d = 512 float32, k = 10k). Flushes: n k d = 5e12 products
-// at some 400 Tmac/s by mma.sync, less what shared memory takes: 15 to 25 ms, beside 40 reads of the codes (0.5 GB each)
-// from memory; 6 operations in float64 per pair at 14 T/s: 4 ms. Pairs left undecided, as measured on the CPU 0.2 to
-// 0.9 % of n k: each a row of 2 KB (centres stay in the second-level cache), 40 to 180 GB: 13 to 60 ms. Picks: about
-// 1.2 us each, the latency of some 16 dependent mma, one exact distance and one argmax: 12 ms. Turns: about 100, some 50 us
-// each for grid.syncs, middle flush and selects: 5 ms. Together 45 to 110 ms, against k n d 4 bytes = 20 TB, 6.5 s, for
-// the plain kernel at full bandwidth.
+// at some 400 Tmac/s by mma.sync, less what shared memory takes: 15 to 25 ms, beside 40 reads of the codes (0.5 GB
+// each) from memory; 6 operations in float64 per pair at 14 T/s: 4 ms. Pairs left undecided, as measured on the CPU 0.2
+// to 0.9 % of n k: each a row of 2 KB (centres stay in the second-level cache), 40 to 180 GB: 13 to 60 ms. Picks: about
+// 1.2 us each, the latency of some 16 dependent mma, one exact distance and one argmax: 12 ms. Turns: about 100, some
+// 50 us each for grid.syncs, middle flush and selects: 5 ms. Together 45 to 110 ms, against k n d 4 bytes = 20 TB, 6.5
+// s, for the plain kernel at full bandwidth.
 #pragma once
 
 #include "farthest_first_clouds.h"
@@ -62,13 +63,13 @@ struct LazyCloud {
   const T* points;  // [n, d]
   Clouds cloud;     // one cloud: k are its picks, and the pointers its own
   Codes codes;
-  bool* picked;     // [n]
-  int64_t* middle;  // [middle_room]
-  Best* slots;      // [gridDim.x]
+  bool* picked;      // [n]
+  int64_t* middle;   // [middle_room]
+  Best* slots;       // [gridDim.x]
   unsigned* counts;  // [3, kDigits]
   LazyState* state;
   int middle_room, pool_room;  // at most kMiddle, and kPoolRows per warp
-  int staged_rows, pitch;      // codes that shared memory takes, and bytes from one to the next: an odd number of chunks
+  int staged_rows, pitch;  // codes that shared memory takes, and bytes from one to the next: an odd number of chunks
 };
 
 struct LazyShared {
@@ -469,8 +470,7 @@ __global__ void __launch_bounds__(kLazyThreads, 1) farthest_first_lazy_kernel(La
       } else if (to == made) {
         const auto candidate = [&](int64_t i) { return Best{a.picked[i] ? -1.0 : a.cloud.sq_dists[i], i}; };
         if (first_thread) state.middle_count = 0;
-        const Key threshold =
-            select<true>(candidate, a.cloud.n, a.cloud.n, a.middle_room, shared, a.counts, turn);
+        const Key threshold = select<true>(candidate, a.cloud.n, a.cloud.n, a.middle_room, shared, a.counts, turn);
         Best outside = no_best();
         const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
         for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < a.cloud.n; i += threads) {
