@@ -30,15 +30,19 @@ unsigned blocks_for(int64_t items) {
 
 template <typename T>
 cudaError_t farthest_first_plan(int64_t n, int64_t d, int device, FarthestPlan* plan) {
-  int processors = 0, per_processor = 0;
+  int processors = 0, of_grid = 0, of_blocks = 0;
   if (auto error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
-  if (auto error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel_of<T, true>(d),
-                                                                 kFarthestThreads, shared_bytes(d)))
+  if (auto error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_grid, kernel_of<T, true>(d), kFarthestThreads,
+                                                                 shared_bytes(d)))
+    return error;
+  if (auto error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_blocks, kernel_of<T, false>(d),
+                                                                 kFarthestBlockThreads, shared_bytes(d)))
     return error;
   const int64_t rows_per_block = kFarthestThreads / kWarp * kFarthestRows;
-  plan->resident = processors * per_processor;
-  plan->blocks = static_cast<int>(std::min<int64_t>(plan->resident, ceil_div(n, rows_per_block)));
+  plan->blocks = static_cast<int>(
+      std::min<int64_t>(static_cast<int64_t>(processors) * of_grid, ceil_div(n, rows_per_block)));
   plan->slot_bytes = 2 * static_cast<int64_t>(sizeof(Best)) * plan->blocks;
+  plan->clouds_at_once = static_cast<int64_t>(processors) * of_blocks;
   return cudaSuccess;
 }
 
@@ -54,9 +58,9 @@ template <typename T>
 cudaError_t farthest_first_launch(const FarthestPlan& plan, const T* points, const Clouds& cloud, int64_t last,
                                   void* slots, cudaStream_t stream) {
   Clouds clouds = cloud;
-  int64_t number = 0;
+  int64_t first_cloud = 0;
   Best* best = static_cast<Best*>(slots);
-  void* arguments[] = {&points, &clouds, &number, &last, &best};
+  void* arguments[] = {&points, &clouds, &first_cloud, &last, &best};
   return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel_of<T, true>(cloud.d)), dim3(plan.blocks),
                                      dim3(kFarthestThreads), arguments, shared_bytes(cloud.d), stream);
 }
@@ -64,11 +68,10 @@ cudaError_t farthest_first_launch(const FarthestPlan& plan, const T* points, con
 template <typename T>
 void farthest_first_launch_blocks(const T* points, const Clouds& clouds, int64_t b, int64_t last, cudaStream_t stream) {
   constexpr int64_t most = (int64_t{1} << 31) - 1;  // blocks of a launch
+  const auto kernel = kernel_of<T, false>(clouds.d);
   for (int64_t first = 0; first < b; first += most) {
-    kernel_of<T, false>(
-        clouds
-            .d)<<<static_cast<unsigned>(std::min(most, b - first)), kFarthestThreads, shared_bytes(clouds.d), stream>>>(
-        points, clouds, first, last, nullptr);
+    const auto blocks = static_cast<unsigned>(std::min(most, b - first));
+    kernel<<<blocks, kFarthestBlockThreads, shared_bytes(clouds.d), stream>>>(points, clouds, first, last, nullptr);
   }
 }
 

@@ -22,6 +22,21 @@ struct Clouds {
   double* sq_dists;        // [b, n]
   int64_t* nearest;        // [b, n]
   Progress* progress;      // [b]
+
+  // Cloud j by itself, with so many picks.
+  Clouds one(int64_t j, int64_t its_picks) const {
+    Clouds made = *this;
+    made.k = its_picks;
+    made.picks = nullptr;
+    made.starts += j * given;
+    if (mask != nullptr) made.mask += j * n;
+    made.indices += j * k;
+    made.sq_radii += j * k;
+    made.sq_dists += j * n;
+    made.nearest += j * n;
+    made.progress += j;
+    return made;
+  }
 };
 
 }  // namespace fastif

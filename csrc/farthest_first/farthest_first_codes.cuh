@@ -187,35 +187,37 @@ __device__ inline void code_dots(const int8_t* const (&row)[2 * M], const int8_t
 template <int M, int N, typename Terms>
 __device__ inline uint64_t undecided(const int (&dots)[M][N][4], const RowTerms& own, Terms terms) {
   const int lane = threadIdx.x % kWarp, column = 2 * (lane % 4);
-  RowTerms row[2 * M];
-  uint64_t bits[2 * M];
-#pragma unroll
-  for (int i = 0; i < 2 * M; ++i) {
-    const int owner = 8 * i + lane / 4;
-    row[i] = {__shfl_sync(kAllLanes, own.scale, owner), __shfl_sync(kAllLanes, own.alpha, owner),
-              __shfl_sync(kAllLanes, own.rho, owner)};
-    bits[i] = 0;
-  }
-#pragma unroll
-  for (int c = 0; c < N; ++c)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const CentreTerms centre = terms(8 * c + column + e);
-#pragma unroll
-      for (int i = 0; i < 2 * M; ++i) {
-        const double left = static_cast<double>(dots[i / 2][c][2 * (i % 2) + e]) * (row[i].scale * centre.scale);
-        const bool settled = left <= row[i].alpha + centre.beta - row[i].rho * centre.residual;
-        bits[i] |= static_cast<uint64_t>(!settled) << (8 * c + e);
-      }
-    }
   uint64_t mine = 0;
 #pragma unroll
-  for (int i = 0; i < 2 * M; ++i) {
-    bits[i] <<= column;
-    bits[i] |= __shfl_xor_sync(kAllLanes, bits[i], 1);
-    bits[i] |= __shfl_xor_sync(kAllLanes, bits[i], 2);
-    const uint64_t of_row = __shfl_sync(kAllLanes, bits[i], 4 * (lane % 8));  // row 8 i + lane % 8
-    if (lane / 8 == i) mine = of_row;
+  for (int m = 0; m < M; ++m) {  // two rows at a time: all at once, their terms do not fit the registers
+    RowTerms row[2];
+    uint64_t bits[2] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int owner = 16 * m + 8 * i + lane / 4;
+      row[i] = {__shfl_sync(kAllLanes, own.scale, owner), __shfl_sync(kAllLanes, own.alpha, owner),
+                __shfl_sync(kAllLanes, own.rho, owner)};
+    }
+#pragma unroll
+    for (int c = 0; c < N; ++c)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const CentreTerms centre = terms(8 * c + column + e);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const double left = static_cast<double>(dots[m][c][2 * i + e]) * (row[i].scale * centre.scale);
+          const bool settled = left <= row[i].alpha + centre.beta - row[i].rho * centre.residual;
+          bits[i] |= static_cast<uint64_t>(!settled) << (8 * c + e);
+        }
+      }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      bits[i] <<= column;
+      bits[i] |= __shfl_xor_sync(kAllLanes, bits[i], 1);
+      bits[i] |= __shfl_xor_sync(kAllLanes, bits[i], 2);
+      const uint64_t of_row = __shfl_sync(kAllLanes, bits[i], 4 * (lane % 8));  // of row 16 m + 8 i + lane % 8
+      if (lane / 8 == 2 * m + i) mine = of_row;
+    }
   }
   return mine;
 }

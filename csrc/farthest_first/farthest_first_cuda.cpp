@@ -93,24 +93,12 @@ class Run {
   double cloud_bytes() const { return static_cast<double>(a_.n()) * static_cast<double>(a_.d()) * sizeof(T); }
   double grid_pick_seconds() const { return kGridPick + cloud_bytes() / kBandwidth; }
   double block_pick_seconds() const {  // of a pick in every cloud
-    const double at_once = plan_.resident, turns = std::ceil(static_cast<double>(a_.clouds()) / at_once);
+    const double at_once = static_cast<double>(plan_.clouds_at_once);
+    const double turns = std::ceil(static_cast<double>(a_.clouds()) / at_once);
     return turns * (kBlockPick + cloud_bytes() * at_once / kBandwidth);
   }
 
   const T* points(int64_t j) const { return points_ + j * a_.n() * a_.d(); }
-
-  Clouds one_cloud(int64_t j) const {
-    Clouds one = clouds_;
-    one.k = a_.picks[j];
-    one.starts += j * clouds_.given;
-    if (one.mask) one.mask += j * clouds_.n;
-    one.indices += j * clouds_.k;
-    one.sq_radii += j * clouds_.k;
-    one.sq_dists += j * clouds_.n;
-    one.nearest += j * clouds_.n;
-    one.progress += j;
-    return one;
-  }
 
   // Counts work that was queued. When it is time, waits for all of it, polls, and tells whether clouds first, .. last -
   // 1 are done.
@@ -142,7 +130,7 @@ class Run {
     if (!slots_.defined()) slots_ = bytes(plan_.slot_bytes);
     in_parts(grid_pick_seconds(), a_.picks[j], j, j + 1, [&](int64_t last) {
       C10_CUDA_CHECK(
-          farthest_first_launch<T>(plan_, points(j), one_cloud(j), last, slots_.mutable_data_ptr(), stream_));
+          farthest_first_launch<T>(plan_, points(j), clouds_.one(j, a_.picks[j]), last, slots_.mutable_data_ptr(), stream_));
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
   }
@@ -162,7 +150,7 @@ class Run {
   void run_lazy(int64_t j, const LazyPlan& plan) {
     if (!scratch_.defined()) scratch_ = bytes(plan.scratch_bytes);
     void* const scratch = scratch_.mutable_data_ptr();
-    const Clouds cloud = one_cloud(j);
+    const Clouds cloud = clouds_.one(j, a_.picks[j]);
     farthest_first_lazy_begin<T>(plan, points(j), cloud, scratch, stream_);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     // Where the filter settles nothing, the lazy kernel costs somewhat more than the plain one. If even so it is done

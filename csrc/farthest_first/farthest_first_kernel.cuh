@@ -18,7 +18,7 @@
 
 namespace fastif {
 
-inline constexpr int kFarthestThreads = 512;
+inline constexpr int kFarthestThreads = 512, kFarthestBlockThreads = 256;  // of a block of the grid, of one by itself
 inline constexpr int kFarthestColumns = 4;  // times 32: columns in flight, 16 loads per lane
 
 // Squared distance to the centre of row i0 + lane / 8 (or of the last row, where there is no such row).
@@ -80,35 +80,33 @@ __global__ void farthest_first_end_kernel(Clouds clouds, int64_t b) {
   }
 }
 
-// kWholeGrid: the team is the grid, and its cloud is `cloud`; else block b's cloud is cloud + b. kCached: the centre's
-// row fits shared memory (d doubles, dynamic) and is read from there. Picks are made up to number `last` (more than are
-// made already, unless the cloud is done). `slots` is [2, gridDim.x], of the whole grid alone: the blocks write one
-// half while a slow block may still read the other; a grid.sync lies between two uses of a half.
+// kWholeGrid: the team is the grid, on one cloud; else block b has cloud first_cloud + b. kCached: the centre's row fits
+// shared memory (d doubles, dynamic) and is read from there. Picks are made up to number `last` (more than are made
+// already, unless the cloud is done). `slots` is [2, gridDim.x], of the whole grid alone: the blocks write one half
+// while a slow block may still read the other; a grid.sync lies between two uses of a half.
 template <typename T, bool kCached, bool kWholeGrid>
-__global__ void __launch_bounds__(kFarthestThreads, 2)
+__global__ void __launch_bounds__(kWholeGrid ? kFarthestThreads : kFarthestBlockThreads, kWholeGrid ? 2 : 3)
     farthest_first_kernel(const T* __restrict__ points,  // [b, n, d]
-                          Clouds clouds, int64_t cloud, int64_t last, Best* slots) {
+                          Clouds clouds, int64_t first_cloud, int64_t last, Best* slots) {
   struct Shared {
     Best in_block[2][kWarp], in_grid[kWarp];
   };
   FASTIF_SHARED(Shared, shared);
   FASTIF_DYNAMIC_SHARED(double, centre);
-  const int64_t n = clouds.n, d = clouds.d;
+  const int64_t n = clouds.n, d = clouds.d, cloud = kWholeGrid ? 0 : first_cloud + blockIdx.x;
   const unsigned block = kWholeGrid ? blockIdx.x : 0, blocks = kWholeGrid ? gridDim.x : 1;
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   const int64_t warp = static_cast<int64_t>(block) * warps + threadIdx.x / kWarp;
   const int64_t first = warp * kFarthestRows, stride = static_cast<int64_t>(blocks) * warps * kFarthestRows;
-
-  if (!kWholeGrid) cloud += blockIdx.x;
   points += cloud * n * d;
   double* const sq_dists = clouds.sq_dists + cloud * n;
   int64_t* const nearest = clouds.nearest + cloud * n;
-  const int64_t k = clouds.picks == nullptr ? clouds.k : clouds.picks[cloud];
-  Progress progress = clouds.progress[cloud];
-  if (progress.done) return;
-  while (!progress.done && progress.made < last) {
-    const int64_t t = progress.made;
-    const int64_t pick = t < clouds.given ? clouds.starts[cloud * clouds.given + t] : progress.next;
+
+  bool done = clouds.progress[cloud].done;
+  if (done) return;
+  int64_t t = clouds.progress[cloud].made, next = clouds.progress[cloud].next;
+  for (; t < last && !done; ++t) {
+    const int64_t pick = t < clouds.given ? clouds.starts[cloud * clouds.given + t] : next;
     const T* const centre_row = points + pick * d;
     if constexpr (kCached) {
       for (int64_t j = threadIdx.x; j < d; j += blockDim.x) centre[j] = static_cast<double>(centre_row[j]);
@@ -118,7 +116,8 @@ __global__ void __launch_bounds__(kFarthestThreads, 2)
     for (int64_t i0 = first; i0 < n; i0 += stride) {
       const int64_t i = i0 + lane / 8;
       const bool owner = lane % 8 == 0 && i < n;
-      const double before = owner ? sq_dists[i] : 0.0;  // asked for ahead of the row, needed after it
+      double before = 0;
+      if (owner) before = sq_dists[i];  // asked for ahead of the row, needed after it
       const double distance = group_distance(
           points, n, d, i0, lane, [&](int64_t j) { return kCached ? centre[j] : static_cast<double>(centre_row[j]); });
       if (owner) {
@@ -141,15 +140,17 @@ __global__ void __launch_bounds__(kFarthestThreads, 2)
       for (unsigned b = threadIdx.x; b < blocks; b += blockDim.x) best = better(best, half[b]);
       best = block_best(best, shared.in_grid);
     }
-    // Picked points are at distance 0, so the rest decide. All threads of the team know the same.
+    // All threads of the team know the same. Picked points are at distance 0, so the rest decide the radius.
+    next = best.index;
     const double radius = best.value > 0 ? best.value : 0.0;
+    const int64_t k = clouds.picks == nullptr ? clouds.k : clouds.picks[cloud];
+    done = t + 1 == k || (t + 1 >= clouds.given && radius <= clouds.stop);
     if (block == 0 && threadIdx.x == 0) {
       clouds.indices[cloud * clouds.k + t] = pick;
       clouds.sq_radii[cloud * clouds.k + t] = radius;
     }
-    progress = {t + 1, best.index, t + 1 == k || (t + 1 >= clouds.given && radius <= clouds.stop)};
   }
-  if (block == 0 && threadIdx.x == 0) clouds.progress[cloud] = progress;  // read by all before the first barrier
+  if (block == 0 && threadIdx.x == 0) clouds.progress[cloud] = {t, next, done};  // all read it before the first barrier
 }
 
 }  // namespace fastif

@@ -12,9 +12,9 @@
 namespace fastif {
 
 struct FarthestPlan {
-  int blocks = 0;          // of a launch on one cloud: all that the device holds at once, fewer where n is small
-  int resident = 0;        // blocks that the device holds at once
-  int64_t slot_bytes = 0;  // scratch of a launch on one cloud
+  int blocks = 0;              // of a launch on one cloud: all that the device holds at once, fewer where n is small
+  int64_t slot_bytes = 0;      // scratch of a launch on one cloud
+  int64_t clouds_at_once = 0;  // that the device holds in a launch with a block for each
 };
 
 template <typename T>

@@ -314,16 +314,16 @@ __device__ inline void flush(const LazyCloud<T>& a, const int64_t* members, int6
     Row own;
     if (place < count) own = load_row(a, members == nullptr ? place : members[place]);
     if (__ballot_sync(kAllLanes, own.sq_dist > 0) == 0) continue;
-    const int8_t* code[2 * M];
-#pragma unroll
-    for (int i = 0; i < 2 * M; ++i) {
-      const int64_t row = __shfl_sync(kAllLanes, own.index, 8 * i + lane / 4);
-      code[i] = a.codes.code + (row < 0 ? 0 : row) * a.codes.stride + 16 * (lane % 4);
-    }
     for (int group = 0; group < centres; group += 8 * N) {
       const int real = centres - group < 8 * N ? centres - group : 8 * N;
       uint64_t open = ~uint64_t{0} >> (64 - real);
       if (centres > kDirect) {
+        const int8_t* code[2 * M];
+#pragma unroll
+        for (int i = 0; i < 2 * M; ++i) {
+          const int64_t row = __shfl_sync(kAllLanes, own.index, 8 * i + lane / 4);
+          code[i] = a.codes.code + (row < 0 ? 0 : row) * a.codes.stride + 16 * (lane % 4);
+        }
         int dots[M][N][4];
         code_dots<M, N>(code, staged + (group + lane / 4) * a.pitch + 16 * (lane % 4), a.pitch,
                         static_cast<int>(a.codes.stride / kCodeChunk), dots);

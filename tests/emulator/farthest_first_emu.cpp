@@ -16,11 +16,13 @@ Result emulate(const Problem<T>& problem, unsigned blocks, unsigned threads, int
   if (kWholeGrid) {
     std::vector<fastif::Best> slots(2 * blocks, {NAN, -7});
     for (int64_t j = 0; j < b; ++j) {
+      const fastif::Clouds one = clouds.one(j, problem.picks[j]);
+      const T* const own = x + j * problem.n * problem.d;
       for (int64_t last = 0; last < problem.picks[j];) {
         last = std::min(last + picks_at_once, problem.picks[j]);
         emu::launch(
             blocks, threads, shared,
-            [&, x] { fastif::farthest_first_kernel<T, kCached, true>(x, clouds, j, last, slots.data()); },
+            [&, own] { fastif::farthest_first_kernel<T, kCached, true>(own, one, 0, last, slots.data()); },
             /*cooperative=*/true);
       }
     }

@@ -45,15 +45,7 @@ Result emulate(const Problem<T>& problem, const Sizes& sizes, uint64_t& compared
   a.pitch = pitch;
   for (int64_t j = 0; j < b; ++j) {
     a.points = problem.points.data() + j * n * d;
-    a.cloud = clouds;
-    a.cloud.k = problem.picks[j];
-    a.cloud.starts += j * problem.given;
-    if (clouds.mask) a.cloud.mask += j * n;
-    a.cloud.indices += j * problem.k;
-    a.cloud.sq_radii += j * problem.k;
-    a.cloud.sq_dists += j * n;
-    a.cloud.nearest += j * n;
-    a.cloud.progress += j;
+    a.cloud = clouds.one(j, problem.picks[j]);
     emu::launch(2, 64, 0, [=] { fastif::farthest_first_lazy_begin_kernel<T>(a); });
     emu::launch(static_cast<unsigned>((d + 1) / 2), 64, 0, [=] {
       fastif::farthest_first_middle_kernel<T>(a.points, n, d, a.cloud.mask, a.cloud.starts, a.codes);
