@@ -39,8 +39,8 @@ cudaError_t farthest_first_plan(int64_t n, int64_t d, int device, FarthestPlan* 
                                                                  kFarthestBlockThreads, shared_bytes(d)))
     return error;
   const int64_t rows_per_block = kFarthestThreads / kWarp * kFarthestRows;
-  plan->blocks = static_cast<int>(
-      std::min<int64_t>(static_cast<int64_t>(processors) * of_grid, ceil_div(n, rows_per_block)));
+  plan->blocks =
+      static_cast<int>(std::min<int64_t>(static_cast<int64_t>(processors) * of_grid, ceil_div(n, rows_per_block)));
   plan->slot_bytes = 2 * static_cast<int64_t>(sizeof(Best)) * plan->blocks;
   plan->clouds_at_once = static_cast<int64_t>(processors) * of_blocks;
   return cudaSuccess;

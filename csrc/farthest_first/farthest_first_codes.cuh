@@ -13,14 +13,21 @@
 
 namespace fastif {
 
-inline constexpr int kCodeChunk = 64;
+inline constexpr int kCodeChunk = 64;            // bytes
 inline constexpr int64_t kMaxCodeDim = 1 << 16;  // 127^2 d stays below 2^31
 inline constexpr int kMiddleSample = 129;        // rows that mu is taken from
 inline constexpr double kSlack = 0x1p-30;        // lambda
 
+// 16 bytes of a code. Places of codes are counted in these, in 32 bits: half the registers of pointers.
+struct alignas(16) CodeQuad {
+  int x, y, z, w;
+};
+
+inline constexpr int kQuad = sizeof(CodeQuad), kChunkQuads = kCodeChunk / kQuad;
+
 struct Codes {
-  int64_t stride;                      // bytes from row to row, whole chunks; zeros past column d
-  int8_t* code;                        // [n, stride]
+  int stride;                          // quads from row to row, whole chunks; [n, stride] has below 2^32
+  CodeQuad* code;                      // [n, stride]: int8, zeros past column d
   double *scale, *sq_norm, *residual;  // [n]: s, Q, e
   double* mu;                          // [d]
 };
@@ -86,7 +93,7 @@ __global__ void farthest_first_encode_kernel(const T* __restrict__ points, int64
   for (int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp; i < n; i += warps) {
     const bool is_point = mask == nullptr || mask[i];
     const T* const row = points + i * d;
-    int8_t* const code = codes.code + i * codes.stride;
+    int8_t* const code = reinterpret_cast<int8_t*>(codes.code + i * codes.stride);
     double largest = 0;
     for (int64_t j = lane; is_point && j < d; j += kWarp)
       largest = fmax(largest, fabs(static_cast<double>(row[j]) - codes.mu[j]));
@@ -96,7 +103,7 @@ __global__ void farthest_first_encode_kernel(const T* __restrict__ points, int64
     const bool coded = 1e-140 <= largest && largest <= 1e140;  // below: q = 0, all is residual
     const double scale = coded ? largest / 127 : 0.0, inverse = coded ? 127 / largest : 0.0;
     double square = 0, residual = 0, whole = 0;
-    for (int64_t j = lane; j < codes.stride; j += kWarp) {
+    for (int64_t j = lane; j < kQuad * codes.stride; j += kWarp) {
       double q = 0;
       if (is_point && j < d) {
         const double t = static_cast<double>(row[j]) - codes.mu[j];
@@ -150,17 +157,11 @@ __device__ inline void mma_int8(int (&sum)[4], int a0, int a1, int a2, int a3, i
 #endif
 }
 
-struct alignas(16) CodeQuad {
-  int x, y, z, w;
-};
-
-__device__ inline CodeQuad code_quad(const int8_t* code) { return *reinterpret_cast<const CodeQuad*>(code); }
-
-// dots[m][n] in the layout of mma_int8: rows 16 m .. of the tile, columns 8 n ... row[i] is the code of row
-// 8 i + lane / 4, centre that of column lane / 4, the columns `pitch` apart; both already 16 (lane % 4) bytes further.
+// dots[m][n] in the layout of mma_int8: rows 16 m .. of the tile, columns 8 n ... The code of row 8 i + lane / 4 is at
+// rows[row[i]], that of column lane / 4 at centre, the columns `pitch` quads apart; both lane % 4 quads further.
 template <int M, int N>
-__device__ inline void code_dots(const int8_t* const (&row)[2 * M], const int8_t* centre, int pitch, int chunks,
-                                 int (&dots)[M][N][4]) {
+__device__ inline void code_dots(const CodeQuad* rows, const unsigned (&row)[2 * M], const CodeQuad* centre, int pitch,
+                                 int chunks, int (&dots)[M][N][4]) {
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
@@ -170,10 +171,10 @@ __device__ inline void code_dots(const int8_t* const (&row)[2 * M], const int8_t
   for (int chunk = 0; chunk < chunks; ++chunk) {
     CodeQuad a[2 * M];
 #pragma unroll
-    for (int i = 0; i < 2 * M; ++i) a[i] = code_quad(row[i] + chunk * kCodeChunk);
+    for (int i = 0; i < 2 * M; ++i) a[i] = rows[row[i] + chunk * kChunkQuads];
 #pragma unroll
     for (int c = 0; c < N; ++c) {
-      const CodeQuad b = code_quad(centre + 8 * c * pitch + chunk * kCodeChunk);
+      const CodeQuad b = centre[8 * c * pitch + chunk * kChunkQuads];
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         mma_int8(dots[m][c], a[2 * m].x, a[2 * m + 1].x, a[2 * m].y, a[2 * m + 1].y, b.x, b.y);

@@ -129,18 +129,18 @@ class Run {
   void run_grid(int64_t j) {
     if (!slots_.defined()) slots_ = bytes(plan_.slot_bytes);
     in_parts(grid_pick_seconds(), a_.picks[j], j, j + 1, [&](int64_t last) {
-      C10_CUDA_CHECK(
-          farthest_first_launch<T>(plan_, points(j), clouds_.one(j, a_.picks[j]), last, slots_.mutable_data_ptr(), stream_));
+      C10_CUDA_CHECK(farthest_first_launch<T>(plan_, points(j), clouds_.one(j, a_.picks[j]), last,
+                                              slots_.mutable_data_ptr(), stream_));
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
   }
 
   void run_blocks(int64_t most) {
     const auto on_host = at::empty({a_.clouds()}, at::TensorOptions().dtype(at::kLong));
-    std::copy(a_.picks.begin(), a_.picks.end(), on_host.template mutable_data_ptr<int64_t>());
+    std::copy(a_.picks.begin(), a_.picks.end(), on_host.mutable_data_ptr<int64_t>());
     const auto picks = on_host.to(a_.points.device());
     Clouds clouds = clouds_;
-    clouds.picks = picks.template const_data_ptr<int64_t>();
+    clouds.picks = picks.const_data_ptr<int64_t>();
     in_parts(block_pick_seconds(), most, 0, a_.clouds(), [&](int64_t last) {
       farthest_first_launch_blocks<T>(points_, clouds, a_.clouds(), last, stream_);
       C10_CUDA_KERNEL_LAUNCH_CHECK();

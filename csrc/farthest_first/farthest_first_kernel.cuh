@@ -80,10 +80,10 @@ __global__ void farthest_first_end_kernel(Clouds clouds, int64_t b) {
   }
 }
 
-// kWholeGrid: the team is the grid, on one cloud; else block b has cloud first_cloud + b. kCached: the centre's row fits
-// shared memory (d doubles, dynamic) and is read from there. Picks are made up to number `last` (more than are made
-// already, unless the cloud is done). `slots` is [2, gridDim.x], of the whole grid alone: the blocks write one half
-// while a slow block may still read the other; a grid.sync lies between two uses of a half.
+// kWholeGrid: the team is the grid, on one cloud; else block b has cloud first_cloud + b. kCached: the centre's row
+// fits shared memory (d doubles, dynamic) and is read from there. Picks are made up to number `last` (more than are
+// made already, unless the cloud is done). `slots` is [2, gridDim.x], of the whole grid alone: the blocks write one
+// half while a slow block may still read the other; a grid.sync lies between two uses of a half.
 template <typename T, bool kCached, bool kWholeGrid>
 __global__ void __launch_bounds__(kWholeGrid ? kFarthestThreads : kFarthestBlockThreads, kWholeGrid ? 2 : 3)
     farthest_first_kernel(const T* __restrict__ points,  // [b, n, d]

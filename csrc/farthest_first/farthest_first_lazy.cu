@@ -37,7 +37,7 @@ LazyCloud<T> lazy_cloud(const LazyPlan& plan, const T* points, const Clouds& clo
   made.points = points;
   made.cloud = cloud;
   made.codes.stride = plan.stride;
-  made.codes.code = carver.take<int8_t>(cloud.n * plan.stride);
+  made.codes.code = carver.take<CodeQuad>(cloud.n * plan.stride);
   made.codes.scale = carver.take<double>(cloud.n);
   made.codes.sq_norm = carver.take<double>(cloud.n);
   made.codes.residual = carver.take<double>(cloud.n);
@@ -67,13 +67,13 @@ cudaError_t farthest_first_lazy_plan(int64_t n, int64_t d, int device, LazyPlan*
   if (auto error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
   if (auto error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
   if (auto error = cudaFuncGetAttributes(&attributes, kernel)) return error;
-  plan->stride = ceil_div(d, kCodeChunk) * kCodeChunk;
+  plan->stride = static_cast<int>(ceil_div(d, kCodeChunk)) * kChunkQuads;
   // An odd number of chunks apart, the codes of neighbouring rows lie in different banks.
-  plan->pitch = static_cast<int>(plan->stride / kCodeChunk % 2 == 1 ? plan->stride : plan->stride + kCodeChunk);
-  const int64_t room = (most - static_cast<int64_t>(attributes.sharedSizeBytes)) / plan->pitch;
+  plan->pitch = plan->stride / kChunkQuads % 2 == 1 ? plan->stride : plan->stride + kChunkQuads;
+  const int64_t room = (most - static_cast<int64_t>(attributes.sharedSizeBytes)) / (plan->pitch * kQuad);
   plan->staged_rows = static_cast<int>(room >= 64 ? std::min<int64_t>(room / 64 * 64, kCentres) : room / 8 * 8);
-  if (plan->staged_rows == 0) return cudaSuccess;
-  plan->shared_bytes = static_cast<int64_t>(plan->staged_rows) * plan->pitch;
+  if (plan->staged_rows == 0 || n * plan->stride >= int64_t{1} << 32) return cudaSuccess;
+  plan->shared_bytes = static_cast<int64_t>(plan->staged_rows) * plan->pitch * kQuad;
   if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(plan->shared_bytes)))
     return error;

@@ -181,19 +181,18 @@ __device__ inline Key select(Candidate candidate, int64_t count, int64_t n, int 
 
 // ---- Comparing rows with centres.
 
+// What a lane owns of its warp's tile.
 struct Row {
   int64_t index = -1;    // nobody
   double sq_dist = 0;    // nothing is below it
   int64_t nearest = -1;  // not changed
-  RowTerms terms{};
   int compared = 0;
 };
 
 template <typename T>
 __device__ inline Row load_row(const LazyCloud<T>& a, int64_t index) {
   const double sq_dist = a.cloud.sq_dists[index];
-  if (!(sq_dist > 0)) return {index, 0, -1, {}, 0};
-  return {index, sq_dist, -1, row_terms(a.codes, index, sq_dist), 0};
+  return {index, sq_dist > 0 ? sq_dist : 0.0, -1, 0};
 }
 
 template <typename T>
@@ -271,24 +270,18 @@ __device__ inline void compare_exactly(const LazyCloud<T>& a, Row& own, uint64_t
     if (own_distance < own.sq_dist) {
       own.sq_dist = own_distance;
       own.nearest = first + c;
-      if (own_distance > 0) {
-        own.terms = row_terms(a.codes, own.index, own_distance);
-      } else {
-        open = 0;
-      }
+      if (!(own_distance > 0)) open = 0;
     }
   }
 }
 
 // Stages codes of `count` rows, of_slot(s) each, for the whole block; the barriers around it are the caller's.
 template <typename T, typename OfSlot>
-__device__ inline void stage_codes(const LazyCloud<T>& a, int8_t* staged, int count, OfSlot of_slot) {
-  const int quads = static_cast<int>(a.codes.stride) / static_cast<int>(sizeof(CodeQuad));
+__device__ inline void stage_codes(const LazyCloud<T>& a, CodeQuad* staged, int count, OfSlot of_slot) {
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   for (int s = threadIdx.x / kWarp; s < count; s += warps) {
-    const CodeQuad* const from = reinterpret_cast<const CodeQuad*>(a.codes.code + of_slot(s) * a.codes.stride);
-    CodeQuad* const to = reinterpret_cast<CodeQuad*>(staged + s * a.pitch);
-    for (int q = lane; q < quads; q += kWarp) to[q] = from[q];
+    const CodeQuad* const code = a.codes.code + of_slot(s) * a.codes.stride;
+    for (int q = lane; q < a.codes.stride; q += kWarp) staged[s * a.pitch + q] = code[q];
   }
 }
 
@@ -296,7 +289,7 @@ __device__ inline void stage_codes(const LazyCloud<T>& a, int8_t* staged, int co
 // warp takes 8 N centres at a time. The same rows are the same warp's whatever the picks.
 template <int N, typename T>
 __device__ inline void flush(const LazyCloud<T>& a, const int64_t* members, int64_t count, int64_t first, int64_t last,
-                             LazyShared& shared, int8_t* staged) {
+                             LazyShared& shared, CodeQuad* staged) {
   constexpr int M = 2;
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   const int centres = static_cast<int>(last - first);
@@ -318,16 +311,18 @@ __device__ inline void flush(const LazyCloud<T>& a, const int64_t* members, int6
       const int real = centres - group < 8 * N ? centres - group : 8 * N;
       uint64_t open = ~uint64_t{0} >> (64 - real);
       if (centres > kDirect) {
-        const int8_t* code[2 * M];
+        unsigned code[2 * M];
 #pragma unroll
         for (int i = 0; i < 2 * M; ++i) {
           const int64_t row = __shfl_sync(kAllLanes, own.index, 8 * i + lane / 4);
-          code[i] = a.codes.code + (row < 0 ? 0 : row) * a.codes.stride + 16 * (lane % 4);
+          code[i] = static_cast<unsigned>((row < 0 ? 0 : row) * a.codes.stride) + lane % 4;
         }
         int dots[M][N][4];
-        code_dots<M, N>(code, staged + (group + lane / 4) * a.pitch + 16 * (lane % 4), a.pitch,
-                        static_cast<int>(a.codes.stride / kCodeChunk), dots);
-        open &= undecided<M, N>(dots, own.terms, [&](int c) { return shared.terms[group + c]; });
+        code_dots<M, N>(a.codes.code, code, staged + (group + lane / 4) * a.pitch + lane % 4, a.pitch,
+                        a.codes.stride / kChunkQuads, dots);
+        // Bounds tighten as distances fall; kept from group to group, the terms would not fit the registers.
+        const RowTerms terms = own.sq_dist > 0 ? row_terms(a.codes, own.index, own.sq_dist) : RowTerms{};
+        open &= undecided<M, N>(dots, terms, [&](int c) { return shared.terms[group + c]; });
       }
       compare_exactly(a, own, open, first + group, [&](int c) { return shared.centre[group + c]; });
     }
@@ -337,7 +332,7 @@ __device__ inline void flush(const LazyCloud<T>& a, const int64_t* members, int6
 
 template <typename T>
 __device__ inline void flush(const LazyCloud<T>& a, const int64_t* members, int64_t count, int64_t first, int64_t last,
-                             LazyShared& shared, int8_t* staged) {
+                             LazyShared& shared, CodeQuad* staged) {
   if (a.staged_rows >= 64) {
     flush<8>(a, members, count, first, last, shared, staged);
   } else {
@@ -349,7 +344,7 @@ __device__ inline void flush(const LazyCloud<T>& a, const int64_t* members, int6
 
 template <typename T>
 __device__ inline void pick_from_pool(const LazyCloud<T>& a, int64_t t, int middle_count, LazyShared& shared,
-                                      int8_t* staged) {
+                                      CodeQuad* staged) {
   const Clouds& cloud = a.cloud;
   const int lane = threadIdx.x % kWarp, first_slot = static_cast<int>(threadIdx.x) / kWarp * kPoolRows;
   const auto candidate = [&](int64_t i) {
@@ -377,15 +372,18 @@ __device__ inline void pick_from_pool(const LazyCloud<T>& a, int64_t t, int midd
   const bool works = first_slot < pool_count;
   Row own;
   if (lane < kPoolRows && first_slot + lane < pool_count) own = load_row(a, shared.pool[first_slot + lane]);
+  RowTerms terms{};
+  if (own.sq_dist > 0) terms = row_terms(a.codes, own.index, own.sq_dist);
   bool free = own.index >= 0;
   const bool fits = pool_count <= a.staged_rows;
   __syncthreads();
   if (fits) stage_codes(a, staged, pool_count, [&](int s) { return shared.pool[s]; });
   __syncthreads();
-  const int8_t* code[2] = {};
+  const CodeQuad* const codes = fits ? staged : a.codes.code;
+  unsigned code[2] = {};
   for (int i = 0; works && i < 2; ++i) {
     const int slot = first_slot + 8 * i + lane / 4, real = slot < pool_count ? slot : first_slot;
-    code[i] = (fits ? staged + real * a.pitch : a.codes.code + shared.pool[real] * a.codes.stride) + 16 * (lane % 4);
+    code[i] = static_cast<unsigned>(fits ? real * a.pitch : shared.pool[real] * a.codes.stride) + lane % 4;
   }
 
   Step step;
@@ -413,11 +411,13 @@ __device__ inline void pick_from_pool(const LazyCloud<T>& a, int64_t t, int midd
     if (own.index == pick) free = false;
     if (!works) continue;
     int dots[1][1][4];
-    code_dots<1, 1>(code, a.codes.code + pick * a.codes.stride + 16 * (lane % 4), 0,
-                    static_cast<int>(a.codes.stride / kCodeChunk), dots);
-    const CentreTerms terms = centre_terms(a.codes, pick);
-    const uint64_t open = undecided<1, 1>(dots, own.terms, [&](int) { return terms; }) & 1;
+    code_dots<1, 1>(codes, code, a.codes.code + pick * a.codes.stride + lane % 4, 0, a.codes.stride / kChunkQuads,
+                    dots);
+    const CentreTerms centre = centre_terms(a.codes, pick);
+    const uint64_t open = undecided<1, 1>(dots, terms, [&](int) { return centre; }) & 1;
+    const double before = own.sq_dist;
     compare_exactly(a, own, open, t, [&](int) { return pick; });
+    if (own.sq_dist < before) terms = row_terms(a.codes, own.index, own.sq_dist);
   }
   store_row(a, own);
   if (threadIdx.x == 0) {
@@ -430,7 +430,7 @@ __device__ inline void pick_from_pool(const LazyCloud<T>& a, int64_t t, int midd
 template <typename T>
 __global__ void __launch_bounds__(kLazyThreads, 1) farthest_first_lazy_kernel(LazyCloud<T> a, uint64_t budget) {
   FASTIF_SHARED(LazyShared, shared);
-  FASTIF_DYNAMIC_SHARED(int8_t, staged);  // [staged_rows, pitch]
+  FASTIF_DYNAMIC_SHARED(CodeQuad, staged);  // [staged_rows, pitch]
   const auto grid = cooperative_groups::this_grid();
   const bool first_block = blockIdx.x == 0, first_thread = first_block && threadIdx.x == 0;
   LazyState& state = *a.state;

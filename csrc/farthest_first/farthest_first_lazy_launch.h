@@ -11,8 +11,8 @@ namespace fastif {
 
 struct LazyPlan {
   bool usable = false;  // false: rows are too long, or the device has too little shared memory for them
-  int blocks = 0, staged_rows = 0, pitch = 0;
-  int64_t stride = 0, shared_bytes = 0, scratch_bytes = 0;
+  int blocks = 0, staged_rows = 0, stride = 0, pitch = 0;
+  int64_t shared_bytes = 0, scratch_bytes = 0;
 };
 
 template <typename T>

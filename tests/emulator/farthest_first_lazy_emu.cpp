@@ -20,12 +20,9 @@ Result emulate(const Problem<T>& problem, const Sizes& sizes, uint64_t& compared
   const fastif::Clouds clouds = result.clouds(problem);
   emu::launch(2, 64, 0, [=] { fastif::farthest_first_begin_kernel(clouds, b); });
 
-  const int64_t stride = fastif::ceil_div(d, fastif::kCodeChunk) * fastif::kCodeChunk;
-  const int pitch = static_cast<int>(stride / fastif::kCodeChunk % 2 == 1 ? stride : stride + fastif::kCodeChunk);
-  struct alignas(16) Chunk {
-    char bytes[16];
-  };
-  std::vector<Chunk> code(n * stride / 16, Chunk{{'u'}});
+  const int stride = static_cast<int>(fastif::ceil_div(d, fastif::kCodeChunk)) * fastif::kChunkQuads;
+  const int pitch = stride / fastif::kChunkQuads % 2 == 1 ? stride : stride + fastif::kChunkQuads;
+  std::vector<fastif::CodeQuad> code(n * stride, {-7, -7, -7, -7});
   std::vector<double> scale(n, NAN), sq_norm(n, NAN), residual(n, NAN), mu(d, NAN);
   std::vector<unsigned char> picked(n, 7);
   std::vector<int64_t> middle(sizes.middle_room, -7);
@@ -33,7 +30,7 @@ Result emulate(const Problem<T>& problem, const Sizes& sizes, uint64_t& compared
   std::vector<unsigned> counts(3 * fastif::kDigits, 77);
   fastif::LazyState state;
   fastif::LazyCloud<T> a;
-  a.codes = {stride, reinterpret_cast<int8_t*>(code.data()), scale.data(), sq_norm.data(), residual.data(), mu.data()};
+  a.codes = {stride, code.data(), scale.data(), sq_norm.data(), residual.data(), mu.data()};
   a.picked = reinterpret_cast<bool*>(picked.data());
   a.middle = middle.data();
   a.slots = slots.data();
@@ -53,7 +50,7 @@ Result emulate(const Problem<T>& problem, const Sizes& sizes, uint64_t& compared
     emu::launch(2, 64, 0, [=] { fastif::farthest_first_encode_kernel<T>(a.points, n, d, a.cloud.mask, a.codes); });
     for (int launches = 0; !a.cloud.progress->done && launches < 10000; ++launches) {
       emu::launch(
-          sizes.blocks, sizes.threads, static_cast<size_t>(sizes.staged_rows) * pitch,
+          sizes.blocks, sizes.threads, sizes.staged_rows * pitch * sizeof(fastif::CodeQuad),
           [=] { fastif::farthest_first_lazy_kernel<T>(a, sizes.budget); }, /*cooperative=*/true);
     }
     compared += state.compared;
@@ -86,23 +83,24 @@ void compare(const Problem<T>& problem) {
 // Dots of a warp's tile against plain sums, with lanes' owners as the layout says.
 template <int M, int N>
 void compare_dots() {
-  constexpr int stride = 128, pitch = 192;
+  constexpr int chunks = 2, pitch = (chunks + 1) * fastif::kChunkQuads, length = chunks * fastif::kCodeChunk;
   for_schedules([&] {
     std::mt19937 random(5);
-    struct alignas(16) Row {
-      int8_t code[pitch];
+    std::vector<fastif::CodeQuad> rows(16 * M * pitch), centres(8 * N * pitch);
+    const auto entry = [&](auto& side, int row, int j) -> int8_t& {
+      return reinterpret_cast<int8_t*>(&side[row * pitch])[j];
     };
-    std::vector<Row> rows(16 * M), centres(8 * N);
     for (auto* side : {&rows, &centres})
-      for (Row& row : *side)
-        for (int8_t& q : row.code) q = static_cast<int8_t>(static_cast<int>(random() % 255) - 127);
+      for (size_t row = 0; row < side->size() / pitch; ++row)
+        for (int j = 0; j < length; ++j)
+          entry(*side, static_cast<int>(row), j) = static_cast<int8_t>(static_cast<int>(random() % 255) - 127);
     std::vector<int> got(16 * M * 8 * N, -1);
     emu::launch(1, 32, 0, [&] {
       const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
-      const int8_t* code[2 * M];
-      for (int i = 0; i < 2 * M; ++i) code[i] = rows[8 * i + g].code + 16 * t;
+      unsigned row[2 * M];
+      for (int i = 0; i < 2 * M; ++i) row[i] = (8 * i + g) * pitch + t;
       int dots[M][N][4];
-      fastif::code_dots<M, N>(code, centres[g].code + 16 * t, pitch, stride / fastif::kCodeChunk, dots);
+      fastif::code_dots<M, N>(rows.data(), row, &centres[g * pitch + t], pitch, chunks, dots);
       for (int m = 0; m < M; ++m)
         for (int c = 0; c < N; ++c)
           for (int e = 0; e < 4; ++e) got[(16 * m + 8 * (e / 2) + g) * 8 * N + 8 * c + 2 * t + e % 2] = dots[m][c][e];
@@ -110,7 +108,7 @@ void compare_dots() {
     for (int r = 0; r < 16 * M; ++r)
       for (int c = 0; c < 8 * N; ++c) {
         int want = 0;
-        for (int j = 0; j < stride; ++j) want += rows[r].code[j] * centres[c].code[j];
+        for (int j = 0; j < length; ++j) want += entry(rows, r, j) * entry(centres, c, j);
         expect(got[r * 8 * N + c] == want, "dots: row %d, centre %d: %d, not %d", r, c, got[r * 8 * N + c], want);
       }
   });
