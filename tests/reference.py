@@ -16,19 +16,35 @@ def sq_distances(points: Tensor, centre: Tensor) -> Tensor:
     return lanes[:, 0]
 
 
-def farthest_first(points: Tensor, k: int, start: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    picks, radii = [start], []
-    dists = sq_distances(points, points[start])[:, None]  # [n, picks so far]
-    while True:
-        nearest = dists.min(1).values
-        radii.append(nearest.max().item())
-        if len(picks) == k:
+def farthest_first(
+    points: Tensor, k: int, start: int | list[int], mask: Tensor | None = None, until_radius: float | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One cloud [n, d]; k its number of picks. What comes after the last pick is filled up."""
+    start = [start] if isinstance(start, int) else start
+    cloud = [i for i in range(len(points)) if mask is None or mask[i]]
+    picks, radii = [], []
+    dists = points.new_empty((len(points), 0), dtype=torch.float64)  # to the picks so far
+    while len(picks) < k:
+        if len(picks) < len(start):
+            picks.append(start[len(picks)])
+        elif until_radius is not None and radii[-1] <= until_radius * until_radius:
             break
-        free = [i for i in range(len(points)) if i not in picks]
-        picks.append(max(free, key=lambda i: (nearest[i].item(), -i)))
+        else:
+            free = [i for i in cloud if i not in picks]
+            picks.append(max(free, key=lambda i: (least[i], -i)))
         dists = torch.cat([dists, sq_distances(points, points[picks[-1]])[:, None]], 1)
-    first_minimum = torch.tensor([row.index(min(row)) for row in dists.tolist()])
-    return torch.tensor(picks), torch.tensor(radii, dtype=torch.float64), dists.min(1).values, first_minimum
+        least = dists.min(1).values.tolist()
+        radii.append(max(least[i] for i in cloud))
+    missing = k - len(picks)
+    sq_dists, nearest = [0.0] * len(points), [-1] * len(points)
+    for i in cloud:
+        sq_dists[i], nearest[i] = least[i], dists[i].tolist().index(least[i])
+    return (
+        torch.tensor(picks + [-1] * missing),
+        torch.tensor(radii + radii[-1:] * missing, dtype=torch.float64),
+        torch.tensor(sq_dists, dtype=torch.float64),
+        torch.tensor(nearest),
+    )
 
 
 def ggn_block(features: Tensor, probs: Tensor, weights: Tensor) -> Tensor:

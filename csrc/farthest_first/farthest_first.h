@@ -20,7 +20,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -67,8 +66,8 @@ inline FarthestFirstArguments check_farthest_first(const at::Tensor& points,  //
   const auto dtype = points.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16, op,
                    ": points must be float16, bfloat16, float32 or float64, got ", dtype);
-  TORCH_CHECK_VALUE(points.numel() > 0, op, ": points must have at least one ", batched ? "cloud, " : "",
-                    "row and one column, got shape ", points.sizes());
+  TORCH_CHECK_VALUE(points.numel() > 0, op, ": points must have at least one ", batched ? "cloud, one row" : "row",
+                    " and one column, got shape ", points.sizes());
   const int64_t clouds = batched ? points.size(0) : 1, n = points.size(-2);
   TORCH_CHECK_VALUE(1 <= k && k <= n, op, ": k must be in [1, n=", n, "], got k=", k);
   const auto in_cloud = [batched](int64_t j) { return batched ? " in cloud " + std::to_string(j) : std::string(); };
@@ -159,8 +158,8 @@ inline void name_bad_point(const FarthestFirstArguments& arguments) {
       const double size = largest.const_data_ptr<double>()[i];
       const auto cloud = arguments.batched ? " of cloud " + std::to_string(j) : std::string();
       TORCH_CHECK_VALUE(std::isfinite(size), op, ": points must be finite, row ", i, cloud, " holds NaN or Inf");
-      TORCH_CHECK_VALUE(size <= 1e150 || arguments.points.scalar_type() == at::kFloat, op,
-                        ": |points| must be at most 1e150 (squares overflow), got ", size, " in row ", i, cloud);
+      TORCH_CHECK_VALUE(size <= 1e150, op, ": |points| must be at most 1e150 (squares overflow), got ", size,
+                        " in row ", i, cloud);
     }
   }
 }
@@ -171,8 +170,7 @@ inline void name_bad_point(const FarthestFirstArguments& arguments) {
 inline void check_farthest_first_points(const FarthestFirstArguments& arguments) {
   const auto [low, high] = at::aminmax(arguments.points);
   const double least = low.item<double>(), most = high.item<double>();
-  const double limit = arguments.points.scalar_type() == at::kDouble ? 1e150 : std::numeric_limits<float>::max();
-  if (!(-limit <= least && most <= limit)) name_bad_point(arguments);  // unless what is there is masked out
+  if (!(-1e150 <= least && most <= 1e150)) name_bad_point(arguments);  // unless what is there is masked out
 }
 
 }  // namespace fastif

@@ -1,17 +1,20 @@
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
+#include "../common/progress.h"
 #include "../common/simd.h"
 #include "farthest_first.h"
 #include "farthest_first_lazy.h"
@@ -24,7 +27,7 @@ namespace {
 // picked.
 template <typename T>
 __attribute__((always_inline)) inline Farthest visit(const T* points, int64_t d, const double* centre, int64_t pick,
-                                                     int64_t begin, int64_t end, const bool* picked, double* sq_dists,
+                                                     int64_t begin, int64_t end, const char* picked, double* sq_dists,
                                                      int64_t* nearest) {
   Farthest best;
   for (int64_t i = begin; i < end; ++i) {
@@ -39,38 +42,50 @@ __attribute__((always_inline)) inline Farthest visit(const T* points, int64_t d,
 }
 
 FASTIF_CLONES Farthest visit_f32(const float* points, int64_t d, const double* centre, int64_t pick, int64_t begin,
-                                 int64_t end, const bool* picked, double* sq_dists, int64_t* nearest) {
+                                 int64_t end, const char* picked, double* sq_dists, int64_t* nearest) {
   return visit(points, d, centre, pick, begin, end, picked, sq_dists, nearest);
 }
 
 FASTIF_CLONES Farthest visit_f64(const double* points, int64_t d, const double* centre, int64_t pick, int64_t begin,
-                                 int64_t end, const bool* picked, double* sq_dists, int64_t* nearest) {
+                                 int64_t end, const char* picked, double* sq_dists, int64_t* nearest) {
   return visit(points, d, centre, pick, begin, end, picked, sq_dists, nearest);
 }
 
-template <typename T, typename Visit>
-void traverse(const at::Tensor& points, int64_t start, const at::Tensor& indices, const at::Tensor& sq_radii,
-              const at::Tensor& sq_dists, const at::Tensor& nearest, Visit visit_rows) {
-  const int64_t n = points.size(0), d = points.size(1), k = indices.size(0);
-  const T* x = points.const_data_ptr<T>();
-  const auto picked = at::zeros({n}, points.options().dtype(at::kBool));
-  const auto centre = at::empty({d}, points.options().dtype(at::kDouble));
-  const int64_t grain = std::max<int64_t>(1, 65536 / d);
-  int64_t current = start;
-  for (int64_t t = 0; t < k; ++t) {
-    indices.mutable_data_ptr<int64_t>()[t] = current;
-    picked.mutable_data_ptr<bool>()[current] = true;
-    std::copy_n(x + current * d, d, centre.mutable_data_ptr<double>());
-    Farthest farthest;
-    std::mutex guard;
-    at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-      const auto part = visit_rows(x, d, centre.const_data_ptr<double>(), t, begin, end, picked.const_data_ptr<bool>(),
-                                   sq_dists.mutable_data_ptr<double>(), nearest.mutable_data_ptr<int64_t>());
-      const std::lock_guard<std::mutex> lock(guard);
-      if (part.index >= 0) farthest.offer(part.sq_dist, part.index);
-    });
-    sq_radii.mutable_data_ptr<double>()[t] = std::max(0.0, farthest.sq_dist);  // every point picked: radius 0
-    current = farthest.index;
+Farthest visit_rows(const float* points, int64_t d, const double* centre, int64_t pick, int64_t begin, int64_t end,
+                    const char* picked, double* sq_dists, int64_t* nearest) {
+  return visit_f32(points, d, centre, pick, begin, end, picked, sq_dists, nearest);
+}
+Farthest visit_rows(const double* points, int64_t d, const double* centre, int64_t pick, int64_t begin, int64_t end,
+                    const char* picked, double* sq_dists, int64_t* nearest) {
+  return visit_f64(points, d, centre, pick, begin, end, picked, sq_dists, nearest);
+}
+
+// Compares pick t with every row and returns the farthest row that is not picked.
+template <typename T>
+Farthest compare_with_all(const Cloud<T>& cloud, int64_t t, Progress& progress) {
+  const T* row = cloud.points + cloud.indices[t] * cloud.d;
+  const std::vector<double> centre(row, row + cloud.d);
+  Farthest farthest;
+  std::mutex guard;
+  progress.parallel_for(0, cloud.n, std::max<int64_t>(1, 65536 / cloud.d), [&](int64_t begin, int64_t end) {
+    const auto part = visit_rows(cloud.points, cloud.d, centre.data(), t, begin, end, cloud.picked.data(),
+                                 cloud.sq_dists, cloud.nearest);
+    const std::lock_guard<std::mutex> lock(guard);
+    if (part.index >= 0) farthest.offer(part.sq_dist, part.index);
+  });
+  return farthest;
+}
+
+// The plain kernel: reads every row for each pick. `farthest` is what the first pick left farthest.
+template <typename T>
+int64_t traverse(Cloud<T>& cloud, Farthest farthest, Progress& progress) {
+  for (int64_t made = 1;; ++made) {
+    const double sq_radius = std::max(0.0, farthest.sq_dist);  // every point picked: radius 0
+    cloud.sq_radii[made - 1] = sq_radius;
+    if (cloud.complete(made, sq_radius)) return made;
+    cloud.pick(made, farthest.index);
+    farthest = compare_with_all(cloud, made, progress);
+    progress.advance();
   }
 }
 
@@ -92,29 +107,90 @@ std::optional<FilterKind> lazy_filter(int64_t n, int64_t d, int64_t k) {
   return named;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> farthest_first_cpu(const at::Tensor& points, int64_t k,
-                                                                              const at::Tensor& given,
-                                                                              const std::optional<at::Tensor>& picks,
-                                                                              const std::optional<at::Tensor>& mask,
-                                                                              std::optional<double> until_radius) {
-  const auto arguments = check_farthest_first(points, k, given, picks, mask, until_radius);
-  check_farthest_first_points(arguments);
-  TORCH_CHECK_NOT_IMPLEMENTED(arguments.starts() == 1 && !arguments.batched && !mask && !until_radius,
-                              "farthest_first: one cloud with one start only, yet");
-  const auto rows = arguments.points[0];
-  const int64_t n = rows.size(0), start = arguments.start.const_data_ptr<int64_t>()[0];
-  const auto f64 = rows.options().dtype(at::kDouble), i64 = rows.options().dtype(at::kLong);
-  auto indices = at::empty({k}, i64), nearest = at::zeros({n}, i64);
-  auto sq_radii = at::empty({k}, f64), sq_dists = at::full({n}, std::numeric_limits<double>::infinity(), f64);
-  const auto filter = lazy_filter(n, rows.size(1), k);
-  if (filter && farthest_first_lazy(rows, start, *filter, indices, sq_radii, sq_dists, nearest)) {
-    // done
-  } else if (rows.scalar_type() == at::kFloat) {
-    traverse<float>(rows, start, indices, sq_radii, sq_dists, nearest, visit_f32);
-  } else {
-    traverse<double>(rows, start, indices, sq_radii, sq_dists, nearest, visit_f64);
+using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// Cloud j. What its mask leaves out is no part of it: the rows that are points stand first (padding comes after them),
+// or are copied together; their order, and so every tie, stays.
+template <typename T>
+void run_cloud(const FarthestFirstArguments& arguments, int64_t j, const Results& results, Progress& progress) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  const int64_t n = arguments.n(), d = arguments.d(), k = arguments.k, count = arguments.counts[j];
+  const int64_t* start = arguments.start.const_data_ptr<int64_t>() + j * arguments.starts();
+  const bool* mask = arguments.mask.defined() ? arguments.mask.const_data_ptr<bool>() + j * n : nullptr;
+  const auto& [indices_tensor, sq_radii_tensor, sq_dists_tensor, nearest_tensor] = results;
+  int64_t* indices = indices_tensor.mutable_data_ptr<int64_t>() + j * k;
+  double* sq_radii = sq_radii_tensor.mutable_data_ptr<double>() + j * k;
+  double* sq_dists = sq_dists_tensor.mutable_data_ptr<double>() + j * n;
+  int64_t* nearest = nearest_tensor.mutable_data_ptr<int64_t>() + j * n;
+  const T* points = arguments.points.const_data_ptr<T>() + j * n * d;
+
+  std::vector<int64_t> rows, start_there;  // the points' rows, where they do not stand first
+  at::Tensor copy;
+  if (mask && !std::all_of(mask, mask + count, [](bool is_point) { return is_point; })) {
+    for (int64_t i = 0; i < n; ++i) {
+      if (mask[i]) rows.push_back(i);
+    }
+    copy = at::empty({count, d}, arguments.points.options());
+    T* to = copy.mutable_data_ptr<T>();
+    for (const int64_t i : rows) to = std::copy_n(points + i * d, d, to);
+    points = copy.const_data_ptr<T>();
+    for (int64_t t = 0; t < arguments.starts(); ++t) {
+      start_there.push_back(std::lower_bound(rows.begin(), rows.end(), start[t]) - rows.begin());
+    }
+    start = start_there.data();
   }
-  return {indices, sq_radii, sq_dists, nearest};
+
+  std::fill_n(sq_dists, count, kInfinity);
+  Cloud<T> cloud{
+      points,  count,    d,        start,   arguments.starts(),      arguments.picks[j], arguments.until_sq_radius,
+      indices, sq_radii, sq_dists, nearest, std::vector<char>(count)};
+  cloud.pick(0, -1);
+  const Farthest farthest = compare_with_all(cloud, 0, progress);
+  progress.advance();
+  if (farthest.sq_dist == kInfinity || sq_dists[start[0]] == kInfinity) name_bad_point(arguments);
+  std::optional<int64_t> made;
+  if (const auto filter = lazy_filter(count, d, cloud.picks)) made = farthest_first_lazy(cloud, *filter, progress);
+  if (!made) made = traverse(cloud, farthest, progress);
+
+  progress.advance(cloud.picks - *made);
+  std::fill(indices + *made, indices + k, -1);
+  std::fill(sq_radii + *made, sq_radii + k, sq_radii[*made - 1]);
+  std::fill(sq_dists + count, sq_dists + n, 0);
+  std::fill(nearest + count, nearest + n, -1);
+  if (rows.empty()) return;
+  for (int64_t t = 0; t < *made; ++t) indices[t] = rows[indices[t]];
+  for (int64_t i = count - 1; i >= 0; --i) {  // i <= rows[i]: from the last, each goes where nothing is waiting
+    std::swap(sq_dists[i], sq_dists[rows[i]]);
+    std::swap(nearest[i], nearest[rows[i]]);
+  }
+}
+
+Results farthest_first_cpu(const at::Tensor& points, int64_t k, const at::Tensor& start,
+                           const std::optional<at::Tensor>& picks, const std::optional<at::Tensor>& mask,
+                           std::optional<double> until_radius) {
+  const auto arguments = check_farthest_first(points, k, start, picks, mask, until_radius);
+  const bool is_float = arguments.points.scalar_type() == at::kFloat;
+  if (!is_float) check_farthest_first_points(arguments);  // float32: seen at the first pick
+  const auto i64 = arguments.points.options().dtype(at::kLong), f64 = arguments.points.options().dtype(at::kDouble);
+  const auto per_pick = arguments.shape(k), per_point = arguments.shape(arguments.n());
+  Results results{at::empty(per_pick, i64), at::empty(per_pick, f64), at::empty(per_point, f64),
+                  at::zeros(per_point, i64)};
+
+  Progress progress(std::accumulate(arguments.picks.begin(), arguments.picks.end(), int64_t{0}));
+  std::atomic<int64_t> next = 0;
+  const auto run = [&](int64_t, int64_t) {
+    for (int64_t j; (j = next++) < arguments.clouds();) {
+      is_float ? run_cloud<float>(arguments, j, results, progress) : run_cloud<double>(arguments, j, results, progress);
+    }
+  };
+  // Many clouds: every thread takes one after another. Few: the threads share the rows of each.
+  const int64_t threads = at::get_num_threads();
+  if (arguments.clouds() >= threads) {
+    progress.parallel_for(0, threads, 1, run);
+  } else {
+    run(0, 1);
+  }
+  return results;
 }
 
 }  // namespace

@@ -2,16 +2,17 @@
 // distances.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <optional>
 
+#include "../common/progress.h"
 #include "farthest_first_filter.h"
+#include "farthest_first_rows.h"
 
 namespace fastif {
 
-// Fills what farthest_first.h defines; points are contiguous, sq_dists holds infinity and nearest zero. False, with
-// nothing written, if the filter does not take the points (d > 2^20 or entries too large): the plain kernel does.
-bool farthest_first_lazy(const at::Tensor& points,  // [n, d] float32 or float64
-                         int64_t start, FilterKind filter, const at::Tensor& indices, const at::Tensor& sq_radii,
-                         const at::Tensor& sq_dists, const at::Tensor& nearest);
+// Makes the picks after the first and returns how many there are then; nothing, with nothing done, if the filter does
+// not take the points (d > 2^20 or entries too large): the plain kernel does.
+std::optional<int64_t> farthest_first_lazy(Cloud<float>& cloud, FilterKind filter, Progress& progress);
+std::optional<int64_t> farthest_first_lazy(Cloud<double>& cloud, FilterKind filter, Progress& progress);
 
 }  // namespace fastif

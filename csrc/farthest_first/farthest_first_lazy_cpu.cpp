@@ -12,8 +12,7 @@
 // every pick is found. A pick compared twice with a point changes nothing the second time ("if D < sq_dist").
 //
 // Threads share out the rows of a pass, and a row's result depends on nothing else: no bit depends on their number.
-#include <ATen/Parallel.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/from_blob.h>
 
 #include <algorithm>
 #include <bit>
@@ -71,41 +70,41 @@ bool settled(const double*, const double*, int64_t, double) { return false; }
 template <typename T>
 class Traversal {
  public:
-  Traversal(const at::Tensor& points, Filter& filter, const at::Tensor& indices, const at::Tensor& sq_dists,
-            const at::Tensor& nearest)
-      : x_(points.const_data_ptr<T>()),
-        n_(points.size(0)),
-        d_(points.size(1)),
-        k_(indices.size(0)),
+  Traversal(Cloud<T>& cloud, Filter& filter, Progress& progress)
+      : cloud_(cloud),
+        progress_(progress),
+        x_(cloud.points),
+        n_(cloud.n),
+        d_(cloud.d),
         filter_(filter),
-        indices_(indices.mutable_data_ptr<int64_t>()),
-        sq_dists_(sq_dists.mutable_data_ptr<double>()),
-        nearest_(nearest.mutable_data_ptr<int64_t>()),
-        picked_buffer_(at::zeros({n_}, points.options().dtype(at::kBool))),
-        picked_(picked_buffer_.mutable_data_ptr<bool>()) {
+        indices_(cloud.indices),
+        sq_dists_(cloud.sq_dists),
+        nearest_(cloud.nearest),
+        picked_(cloud.picked.data()) {
     middle_.reserve(std::min(n_, 4 * kMiddle));
     pool_.reserve(std::min(n_, kMiddle));
   }
 
-  void run(int64_t start, double* sq_radii) {
-    Farthest next{0, start};
-    for (int64_t t = 0; t < k_; ++t) {
-      indices_[t] = next.index;
-      picked_[next.index] = true;
-      if (t + 1 == k_) break;
-      next = next_after(t);
-      sq_radii[t] = next.sq_dist;
+  int64_t run() {
+    int64_t made = 1;
+    while (made < cloud_.picks) {
+      const Farthest next = next_after(made - 1);
+      cloud_.sq_radii[made - 1] = next.sq_dist;
+      if (cloud_.complete(made, next.sq_dist)) break;
+      cloud_.pick(made++, next.index);
+      progress_.advance();
     }
-    flush(nullptr, n_, all_seen_, k_);
+    flush(nullptr, n_, all_seen_, made);
     Farthest last{0, n_};  // every point picked: radius 0
     for (int64_t i = 0; i < n_; ++i) {
       if (!picked_[i]) last.offer(sq_dists_[i], i);
     }
-    sq_radii[k_ - 1] = last.sq_dist;
+    cloud_.sq_radii[made - 1] = last.sq_dist;
+    return made;
   }
 
  private:
-  // The pick after pick t: a point is left, as t + 1 < k <= n.
+  // The point farthest from picks 0..t: one is left, as t + 1 < picks <= n.
   Farthest next_after(int64_t t) {
     const T* centre = x_ + indices_[t] * d_;
     at::parallel_for(0, std::ssize(pool_), std::max<int64_t>(8, 262144 / d_), [&](int64_t begin, int64_t end) {
@@ -180,7 +179,7 @@ class Traversal {
   void flush(const Farthest* members, int64_t count, int64_t first, int64_t last) {
     const auto row = [members](int64_t m) { return members ? members[m].index : m; };
     if (last - first <= kDirect) {
-      at::parallel_for(0, count, std::max<int64_t>(1, 65536 / d_), [&](int64_t begin, int64_t end) {
+      progress_.parallel_for(0, count, std::max<int64_t>(1, 65536 / d_), [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; ++m) {
           for (int64_t t = first; t < last; ++t) compare(row(m), x_ + indices_[t] * d_, t);
         }
@@ -191,7 +190,7 @@ class Traversal {
       const int64_t centres = std::min<int64_t>(Filter::kBlock, last - block);
       filter_.pack(indices_ + block, centres);
       const int64_t grain = std::max<int64_t>(8 * Filter::kRows, (int64_t{1} << 24) / (centres * d_));
-      at::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+      progress_.parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; m += Filter::kRows) {
           const int rows = static_cast<int>(std::min<int64_t>(Filter::kRows, end - m));
           int64_t tile[Filter::kRows];
@@ -237,33 +236,37 @@ class Traversal {
     }
   }
 
+  Cloud<T>& cloud_;
+  Progress& progress_;
   const T* x_;
-  int64_t n_, d_, k_;
+  int64_t n_, d_;
   Filter& filter_;
   int64_t* indices_;
   double* sq_dists_;
   int64_t* nearest_;
-  at::Tensor picked_buffer_;
-  bool* picked_;
-  int64_t all_seen_ = 0, middle_seen_ = 0;
+  const char* picked_;
+  int64_t all_seen_ = 1, middle_seen_ = 1;
   std::vector<Farthest> middle_, pool_;
-  Farthest outside_middle_, outside_pool_;  // nobody yet: the first pick flushes all
+  Farthest outside_middle_, outside_pool_;  // nobody yet: the first pick chooses them
 };
+
+template <typename T>
+std::optional<int64_t> lazy(Cloud<T>& cloud, FilterKind kind, Progress& progress) {
+  if (cloud.d > Filter::kMaxDim) return std::nullopt;
+  const auto points =
+      at::from_blob(const_cast<T*>(cloud.points), {cloud.n, cloud.d}, c10::CppTypeToScalarType<T>::value);
+  Filter filter(points, kind);
+  if (!filter.usable()) return std::nullopt;
+  return Traversal<T>(cloud, filter, progress).run();
+}
 
 }  // namespace
 
-bool farthest_first_lazy(const at::Tensor& points, int64_t start, FilterKind kind, const at::Tensor& indices,
-                         const at::Tensor& sq_radii, const at::Tensor& sq_dists, const at::Tensor& nearest) {
-  if (points.size(1) > Filter::kMaxDim) return false;
-  Filter filter(points, kind);
-  if (!filter.usable()) return false;
-  double* radii = sq_radii.mutable_data_ptr<double>();
-  if (points.scalar_type() == at::kFloat) {
-    Traversal<float>(points, filter, indices, sq_dists, nearest).run(start, radii);
-  } else {
-    Traversal<double>(points, filter, indices, sq_dists, nearest).run(start, radii);
-  }
-  return true;
+std::optional<int64_t> farthest_first_lazy(Cloud<float>& cloud, FilterKind filter, Progress& progress) {
+  return lazy(cloud, filter, progress);
+}
+std::optional<int64_t> farthest_first_lazy(Cloud<double>& cloud, FilterKind filter, Progress& progress) {
+  return lazy(cloud, filter, progress);
 }
 
 }  // namespace fastif

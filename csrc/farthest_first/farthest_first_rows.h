@@ -1,12 +1,38 @@
-// What the plain and the lazy kernel of farthest_first share on the CPU: the distance and the order of candidates.
+// What the plain and the lazy kernel of farthest_first share on the CPU: a cloud, the distance, the order of
+// candidates.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "farthest_first.h"
 
 namespace fastif {
+
+// One cloud, every row of which is a point, and where its results go. Kernels get it with the first pick made and
+// compared with every row.
+template <typename T>
+struct Cloud {
+  const T* points;  // [n, d]
+  int64_t n, d;
+  const int64_t* start;  // [starts]
+  int64_t starts, picks;
+  double until_sq_radius;
+  int64_t* indices;          // [picks]
+  double* sq_radii;          // [picks]
+  double* sq_dists;          // [n]
+  int64_t* nearest;          // [n]
+  std::vector<char> picked;  // [n]: whether a row is
+
+  void pick(int64_t t, int64_t farthest) {
+    indices[t] = t < starts ? start[t] : farthest;
+    picked[indices[t]] = true;
+  }
+  // Whether the picks made, with this squared radius, are all.
+  bool complete(int64_t made, double sq_radius) const {
+    return made == picks || (made >= starts && sq_radius <= until_sq_radius);
+  }
+};
 
 // A candidate for the next pick. The default is nobody: every point beats it.
 struct Farthest {

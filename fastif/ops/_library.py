@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+from tqdm import tqdm
 
 from fastif._version import __version__
 
@@ -62,6 +65,37 @@ def plain(name: str) -> Callable[[Callable], Callable]:
         return formulation
 
     return register
+
+
+class _Thread(threading.local):
+    report: Callable[[int, int], object] | None = None
+
+
+_thread = _Thread()
+
+
+def poll(done: int, total: int) -> None:
+    """To plain torch formulations what csrc/common/poll.h is to kernels."""
+    if _thread.report is not None:
+        _thread.report(done, total)
+
+
+def _report_to(report: Callable[[int, int], object] | None) -> None:
+    _thread.report = report
+    if extension is not None:
+        extension.set_progress(report)
+
+
+@contextmanager
+def progress_bar(description: str, total: int, unit: str) -> Iterator[None]:
+    """Shows a bar of what the op that runs inside reports; full when it ends well."""
+    with tqdm(desc=description, total=total, unit=unit) as bar:
+        _report_to(lambda done, _: bar.update(done - bar.n))
+        try:
+            yield
+        finally:
+            _report_to(None)
+        bar.update(total - bar.n)
 
 
 def build_info() -> dict[str, object]:

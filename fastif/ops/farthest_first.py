@@ -2,91 +2,152 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastif.ops import _checks as check
-from fastif.ops._library import plain
+from fastif.ops._library import plain, poll, progress_bar
 
 
 class FarthestFirst(NamedTuple):
-    indices: Tensor  # int64 [k]: the picks, in order, all distinct
-    sq_radii: Tensor  # float64 [k]: squared covering radius after each pick
-    sq_dists: Tensor  # float64 [n]: squared distance of each point to its nearest pick
-    nearest: Tensor  # int64 [n]: position in 0..k-1 of that pick, the earliest on ties
+    """The picks of a cloud of n points; of b clouds, each with an axis [b] before these."""
+
+    indices: Tensor  # int64 [k]: the picks, in order, all distinct; -1 after the last pick
+    sq_radii: Tensor  # float64 [k]: squared covering radius after each pick; after the last pick, the last radius
+    sq_dists: Tensor  # float64 [n]: squared distance of each point to its nearest pick; 0 where masked out
+    nearest: Tensor  # int64 [n]: position in 0..k-1 of that pick, the earliest on ties; -1 where masked out
+
+    @property
+    def counts(self) -> Tensor:
+        """int64 [k]: how many points each pick is the nearest to, itself included: weights at no further pass.
+
+        A duplicate of an earlier pick has 0.
+        """
+        cells = torch.zeros_like(self.indices)
+        return cells.scatter_add_(-1, self.nearest.clamp(min=0), (self.nearest >= 0).long())
 
 
-def farthest_first(points: Tensor, k: int, start: int = 0) -> FarthestFirst:
+def farthest_first(
+    points: Tensor,
+    k: int,
+    start: int | Tensor = 0,
+    *,
+    picks: Tensor | None = None,
+    mask: Tensor | None = None,
+    until_radius: float | None = None,
+    progress: bool = False,
+) -> FarthestFirst:
     """Picks k points, each the one farthest (Euclidean) from all picks before it, lowest index on ties.
 
     Distances are formed in float64 by direct differences, in one fixed order of summation: the result has the same bits
-    on every device and with any number of threads. The picks cover the points within twice the smallest radius that any
-    k centres could reach (Gonzalez 1985). docs/math.md (7).
+    on every device and with any number of threads. From one start, the picks cover the points within twice the smallest
+    radius that any k centres could reach (Gonzalez 1985). docs/math.md (7).
 
     On the CPU, all but small problems run lazily: points that cannot be next are not compared with a pick, and a
     certified filter settles nearly all comparisons that remain. It holds a code of each row: a quarter of float32
     points, or as much as they where the processor has no AVX512-VNNI. The environment variable FASTIF_KCENTER, plain
-    or lazy, forces one kernel; the result is the same.
+    or lazy, forces one kernel; the result is the same. Ctrl-C ends a long run.
 
     Not differentiable.
 
     Args:
-        points: [n, d] float32 or float64, finite; float64 entries at most 1e150 in size.
-        k: number of picks, 1 to n. Where distinct points run out, the remaining picks have distance 0 and the lowest
-            free indices.
-        start: index of the first pick.
+        points: [n, d], or [b, n, d] for b clouds, each on its own; float32, float64, or float16 and bfloat16, whose
+            values are taken exactly (by way of a float32 copy). Finite; float64 entries at most 1e150 in size.
+        k: number of picks (of each cloud), 1 to n, the given ones among them. Where distinct points run out, the
+            remaining picks have distance 0 and the lowest free indices.
+        start: index of the first pick (of every cloud), or the first picks, in order: int64 [s], [b, s] for b clouds,
+            1 <= s <= k, distinct.
+        picks: int64 [b], s to k: picks of each cloud, where not all get k.
+        mask: bool [n] or [b, n], on the device of points: which rows are points, for clouds of different sizes. The
+            other rows are not looked at and may hold anything; if they are not all at a cloud's end, the CPU kernels
+            copy the cloud.
+        until_radius: no picks after the starts once the covering radius is at most this; of one cloud, indices and
+            sq_radii then have the length of the picks made, of many they are filled up to k.
+        progress: shows a bar.
 
     Raises:
-        ValueError: wrong shape, k or start out of range, NaN or Inf (with the row's index).
-        TypeError: points of another dtype.
+        ValueError: a shape, an index, a number or a radius that breaks these rules; NaN or Inf (with the row's index).
+        TypeError: points, start, picks or mask of another dtype.
 
     >>> points = torch.tensor([[0.0], [1.0], [5.0], [9.0]])
     >>> farthest_first(points, k=3).indices.tolist()
     [0, 3, 2]
+    >>> farthest_first(points, k=4, start=torch.tensor([1, 2]), until_radius=1.0).indices.tolist()
+    [1, 2, 3]
+    >>> farthest_first(points, k=2).counts.tolist()
+    [2, 2]
     """
-    return FarthestFirst(*torch.ops.fastif.farthest_first(points.detach(), k, torch.full((1,), start)))
+    lead = points.shape[:-2]
+    if not isinstance(start, Tensor):
+        start = torch.full((*lead, 1), start, device="cpu")
+    total = (k * math.prod(lead) if picks is None else int(picks.sum())) if progress else 0
+    with progress_bar("farthest_first", total, "pick") if progress else nullcontext():
+        found = torch.ops.fastif.farthest_first(points.detach(), k, start, picks, mask, until_radius)
+    indices, sq_radii, sq_dists, nearest = found
+    if until_radius is not None and not lead:
+        made = int((indices >= 0).sum())
+        indices, sq_radii = indices[:made], sq_radii[:made]
+    return FarthestFirst(indices, sq_radii, sq_dists, nearest)
 
 
 @torch.library.register_fake("fastif::farthest_first")
 def _fake(points, k, start, picks=None, mask=None, until_radius=None):
-    n = points.shape[0]
+    *lead, n, _ = points.shape
     torch._check_value(1 <= k <= n, lambda: f"farthest_first: k must be in [1, n={n}], got k={k}")
     return (
-        points.new_empty((k,), dtype=torch.int64),
-        points.new_empty((k,), dtype=torch.float64),
-        points.new_empty((n,), dtype=torch.float64),
-        points.new_empty((n,), dtype=torch.int64),
+        points.new_empty((*lead, k), dtype=torch.int64),
+        points.new_empty((*lead, k), dtype=torch.float64),
+        points.new_empty((*lead, n), dtype=torch.float64),
+        points.new_empty((*lead, n), dtype=torch.int64),
     )
 
 
 @plain("farthest_first")
-def _plain(points, k, start=0):
-    op = "farthest_first"
-    check.rank(op, "points", "[n, d]", points, 2)
-    check.floating(op, "points", points)
-    n = points.shape[0]
-    check.require(
-        points.numel() > 0, f"{op}: points must have at least one row and one column, got shape {list(points.shape)}"
+def _plain(points, k, start, picks=None, mask=None, until_radius=None):
+    _check(points, k, start, picks, mask, until_radius)
+    until_sq_radius = -1.0 if until_radius is None else until_radius * until_radius
+    lead, n = points.shape[:-2], points.shape[-2]
+    clouds, start = points.reshape(-1, *points.shape[-2:]), start.to(points.device).reshape(math.prod(lead), -1)
+    limits = [k] * len(clouds) if picks is None else picks.tolist()
+    results = (
+        points.new_full((len(clouds), k), -1, dtype=torch.int64),
+        points.new_empty((len(clouds), k), dtype=torch.float64),
+        points.new_zeros((len(clouds), n), dtype=torch.float64),
+        points.new_full((len(clouds), n), -1, dtype=torch.int64),
     )
-    check.require(1 <= k <= n, f"{op}: k must be in [1, n={n}], got k={k}")
-    check.require(0 <= start < n, f"{op}: start must be in [0, n={n}), got start={start}")
-    check.finite_rows(op, "points", points)
-    if points.dtype == torch.float64:
-        largest = points.abs().max().item()
-        check.require(largest <= 1e150, f"{op}: |points| must be at most 1e150 (squares overflow), got {largest:g}")
+    done = 0
+    for j, limit in enumerate(limits):
+        rows = torch.arange(n, device=points.device) if mask is None else mask.reshape(-1, n)[j].nonzero().flatten()
+        given = torch.searchsorted(rows, start[j]).tolist()
+        indices, sq_radii, sq_dists, nearest = _traverse(
+            clouds[j][rows], limit, given, until_sq_radius, done, sum(limits)
+        )
+        results[0][j, : len(indices)] = rows[indices]
+        results[1][j] = sq_radii[-1]
+        results[1][j, : len(indices)] = sq_radii
+        results[2][j, rows] = sq_dists
+        results[3][j, rows] = nearest
+        done += limit
+    return tuple(result.reshape(*lead, -1) for result in results)
 
+
+def _traverse(points, limit, start, until_sq_radius, done, total):
+    """One cloud, every row of which is a point."""
     pad = -points.shape[1] % 32
     x = torch.nn.functional.pad(points.double(), (0, pad)).unflatten(1, (-1, 32))  # [n, chunks, lanes]
-    sq_dists = points.new_full((n,), float("inf"), dtype=torch.float64)
-    nearest = points.new_zeros((n,), dtype=torch.int64)
-    picked = points.new_zeros((n,), dtype=torch.bool)
-    indices = points.new_empty((k,), dtype=torch.int64)
-    sq_radii = points.new_zeros((k,), dtype=torch.float64)
-    current = start
-    for t in range(k):
-        indices[t] = current
+    sq_dists = points.new_full((len(points),), float("inf"), dtype=torch.float64)
+    nearest = points.new_zeros((len(points),), dtype=torch.int64)
+    picked = points.new_zeros((len(points),), dtype=torch.bool)
+    indices, sq_radii = [], []
+    farthest = -1
+    while len(indices) < limit and not (len(indices) >= len(start) and sq_radii[-1] <= until_sq_radius):
+        t = len(indices)
+        current = start[t] if t < len(start) else farthest
+        indices.append(current)
         picked[current] = True
         lanes = torch.zeros_like(x[:, 0])
         for chunk in range(x.shape[1]):  # the order of summation of csrc/farthest_first/farthest_first.h
@@ -98,6 +159,76 @@ def _plain(points, k, start=0):
         nearest[closer] = t
         sq_dists = torch.where(closer, lanes[:, 0], sq_dists)
         free = sq_dists.masked_fill(picked, -1.0)
-        current = int((free == free.max()).nonzero()[0])
-        sq_radii[t] = free.max().clamp(min=0)
-    return indices, sq_radii, sq_dists, nearest
+        farthest = int((free == free.max()).nonzero()[0])
+        sq_radii.append(max(0.0, free.max().item()))
+        poll(done + t + 1, total)
+    at = {"device": points.device}
+    return torch.tensor(indices, **at), torch.tensor(sq_radii, dtype=torch.float64, **at), sq_dists, nearest
+
+
+def _check(points, k, start, picks, mask, until_radius):
+    """check_farthest_first and name_bad_point of csrc/farthest_first/farthest_first.h, rule by rule."""
+    op, batched = "farthest_first", points.dim() == 3
+    shape = list(points.shape)
+    check.require(batched or points.dim() == 2, f"{op}: points must be [n, d] or [b, n, d], got shape {shape}")
+    check.dtype(op, "points", points, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    axes = "one cloud, one row" if batched else "one row"
+    check.require(points.numel() > 0, f"{op}: points must have at least {axes} and one column, got shape {shape}")
+    n = points.shape[-2]
+    check.require(1 <= k <= n, f"{op}: k must be in [1, n={n}], got k={k}")
+
+    check.dtype(op, "start", start, torch.int64)
+    check.require(
+        start.dim() == points.dim() - 1 and start.numel() > 0 and start.shape[:-1] == points.shape[:-2],
+        f"{op}: start must be {'[b, s]' if batched else '[s]'}, s >= 1, with points {shape}, "
+        f"got shape {list(start.shape)}",
+    )
+    check.device(op, "start", start, "points", points, or_cpu=True)
+    s = start.shape[-1]
+    check.require(s <= k, f"{op}: k must be at least the number of starts, {s}, got k={k}")
+    if mask is not None:
+        check.dtype(op, "mask", mask, torch.bool)
+        check.require(
+            mask.shape == points.shape[:-1],
+            f"{op}: mask must be {'[b, n]' if batched else '[n]'} with points {shape}, got shape {list(mask.shape)}",
+        )
+        check.device(op, "mask", mask, "points", points)
+    if picks is not None:
+        check.dtype(op, "picks", picks, torch.int64)
+        check.require(
+            batched and picks.shape == points.shape[:1],
+            f"{op}: picks must be [b], with points [b, n, d], got shape {list(picks.shape)} with points {shape}",
+        )
+        check.device(op, "picks", picks, "points", points, or_cpu=True)
+
+    clouds = points.reshape(-1, n, shape[-1])
+    is_point = torch.ones(clouds.shape[:2], dtype=torch.bool) if mask is None else mask.reshape(-1, n).cpu()
+    starts = start.reshape(-1, s).tolist()
+    for j, given in enumerate(starts):
+        where = f" in cloud {j}" if batched else ""
+        limit, count = k if picks is None else int(picks[j]), int(is_point[j].sum())
+        check.require(s <= limit <= k, f"{op}: picks must be in [s={s}, k={k}], got {limit}{where}")
+        check.require(
+            limit <= count,
+            f"{op}: {'k' if picks is None else 'picks'} must be at most the number of points that mask lets in, "
+            f"{count}{where}, got {limit}",
+        )
+        for i in given:
+            check.require(0 <= i < n, f"{op}: start must be in [0, n={n}), got start={i}{where}")
+        twice = min((i for i in given if given.count(i) > 1), default=None)
+        check.require(twice is None, f"{op}: start must not repeat a point, got start={twice} twice{where}")
+    for j, given in enumerate(starts):
+        where = f" in cloud {j}" if batched else ""
+        for i in given:
+            check.require(
+                bool(is_point[j, i]), f"{op}: start must be a point, got start={i}, which mask leaves out{where}"
+            )
+    if until_radius is not None:
+        check.require(until_radius >= 0, f"{op}: until_radius must be at least 0, got {until_radius:g}")
+    for j, cloud in enumerate(clouds):
+        largest = cloud.double().abs().amax(1).cpu()  # NaN stays NaN
+        for i in (is_point[j] & ~(largest <= 1e150)).nonzero().flatten().tolist():
+            where = f"row {i} of cloud {j}" if batched else f"row {i}"
+            size = largest[i].item()
+            check.require(math.isfinite(size), f"{op}: points must be finite, {where} holds NaN or Inf")
+            raise ValueError(f"{op}: |points| must be at most 1e150 (squares overflow), got {size:g} in {where}")
