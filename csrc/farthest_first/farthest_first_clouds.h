@@ -6,7 +6,7 @@
 namespace fastif {
 
 // How far a cloud is. It stays on the device, so that a traversal can be cut into several launches.
-struct Progress {
+struct CloudProgress {
   int64_t made, next;  // picks made, and the pick that follows (of no meaning while given picks are left)
   bool done;
 };
@@ -21,7 +21,7 @@ struct Clouds {
   double* sq_radii;        // [b, k]
   double* sq_dists;        // [b, n]
   int64_t* nearest;        // [b, n]
-  Progress* progress;      // [b]
+  CloudProgress* progress;      // [b]
 
   // Cloud j by itself, with so many picks.
   Clouds one(int64_t j, int64_t its_picks) const {

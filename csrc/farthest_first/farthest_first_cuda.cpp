@@ -50,7 +50,7 @@ class Run {
       : a_(arguments),
         points_(a_.points.const_data_ptr<T>()),
         starts_(a_.start.to(a_.points.device())),
-        progress_(bytes(a_.clouds() * static_cast<int64_t>(sizeof(Progress)))),
+        progress_(bytes(a_.clouds() * static_cast<int64_t>(sizeof(CloudProgress)))),
         total_(std::accumulate(a_.picks.begin(), a_.picks.end(), int64_t{0})),
         stream_(c10::cuda::getCurrentCUDAStream(a_.points.get_device())) {
     clouds_ = {.n = a_.n(),
@@ -65,7 +65,7 @@ class Run {
                .sq_radii = sq_radii.mutable_data_ptr<double>(),
                .sq_dists = sq_dists.mutable_data_ptr<double>(),
                .nearest = nearest.mutable_data_ptr<int64_t>(),
-               .progress = reinterpret_cast<Progress*>(progress_.mutable_data_ptr<uint8_t>())};
+               .progress = reinterpret_cast<CloudProgress*>(progress_.mutable_data_ptr<uint8_t>())};
   }
 
   void operator()() {
@@ -107,11 +107,11 @@ class Run {
     if (seconds_ < kPollSeconds) return false;
     seconds_ = 0;
     const auto copy = progress_.to(at::kCPU);  // waits for the stream
-    const auto* progress = reinterpret_cast<const Progress*>(copy.const_data_ptr<uint8_t>());
+    const auto* progress = reinterpret_cast<const CloudProgress*>(copy.const_data_ptr<uint8_t>());
     int64_t made = 0;
     for (int64_t j = 0; j < a_.clouds(); ++j) made += progress[j].made;
     poll(made, total_);
-    return std::all_of(progress + first, progress + last, [](const Progress& of) { return of.done; });
+    return std::all_of(progress + first, progress + last, [](const CloudProgress& of) { return of.done; });
   }
 
   // Picks up to number `most`, in launches that each take about the time between two polls.

@@ -21,7 +21,7 @@ struct Problem {
 struct Result {
   std::vector<int64_t> indices, nearest;
   std::vector<double> sq_radii, sq_dists;
-  std::vector<fastif::Progress> progress;
+  std::vector<fastif::CloudProgress> progress;
 
   template <typename T>
   explicit Result(const Problem<T>& p)
