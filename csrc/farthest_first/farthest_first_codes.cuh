@@ -168,6 +168,7 @@ __device__ inline void code_dots(const CodeQuad* rows, const unsigned (&row)[2 *
     for (int c = 0; c < N; ++c)
 #pragma unroll
       for (int e = 0; e < 4; ++e) dots[m][c][e] = 0;
+  __syncwarp();  // mma takes the whole warp at once
   for (int chunk = 0; chunk < chunks; ++chunk) {
     CodeQuad a[2 * M];
 #pragma unroll

@@ -11,24 +11,25 @@
 // need not be the best ones exactly, nor chosen the same way twice.
 //
 // One cooperative launch does all of this and decides by itself what comes next; the host is asked for nothing. All
-// blocks go through the same turns, with one grid.sync after each:
-//   pick    block 0 alone: chooses the pool from the middle set, and picks from it with block barriers only.
-//   flush   a tile of 32 rows belongs to one warp, in the tile row l to lane l, which alone reads and writes its
-//   sq_dist
-//           and nearest. The filter (farthest_first_codes.cuh) settles nearly all pairs in registers; the warp computes
-//           the others as defined, four rows at a time. Nothing goes through memory, so there is no list to overflow,
-//           and a row meets the picks in their order: the earliest of equals stays, with no atomics.
-//   choose  the middle set, by a radix select of the keys (sq_dist, lowest index).
-// A turn ends early, at a deadline, after a block of centres at the latest: the state then waits in global memory for
-// the next launch, and in between the host can look for an interrupt.
+// blocks go through the same turns, with a grid.sync after each:
+//   pick    Block 0 alone chooses the pool from the middle set, and picks from it with block barriers only.
+//   flush   A tile of 32 rows belongs to one warp, and its row l to lane l, which alone reads and writes sq_dist and
+//           nearest of this row. The filter (farthest_first_codes.cuh) settles nearly all pairs in registers; the warp
+//           computes the others as defined, four rows at a time. No pair goes through memory, so there is no list to
+//           overflow; a row meets the picks in their order, so the earliest of equals stays, without atomics.
+//   choose  The middle set, by a radix select of the keys (sq_dist, lowest index).
+// At a deadline the launch ends, after the turn, and a turn has one block of centres at most. The state then waits in
+// global memory for the next launch, and in between the host can look for an interrupt.
 //
-// What it should cost (computed, not measured; H100, n = 1M, d = 512 float32, k = 10k). Flushes: n k d = 5e12 products
-// at some 400 Tmac/s by mma.sync, less what shared memory takes: 15 to 25 ms, beside 40 reads of the codes (0.5 GB
-// each) from memory; 6 operations in float64 per pair at 14 T/s: 4 ms. Pairs left undecided, as measured on the CPU 0.2
-// to 0.9 % of n k: each a row of 2 KB (centres stay in the second-level cache), 40 to 180 GB: 13 to 60 ms. Picks: about
-// 1.2 us each, the latency of some 16 dependent mma, one exact distance and one argmax: 12 ms. Turns: about 100, some
-// 50 us each for grid.syncs, middle flush and selects: 5 ms. Together 45 to 110 ms, against k n d 4 bytes = 20 TB, 6.5
-// s, for the plain kernel at full bandwidth.
+// What it should cost (computed, not measured; H100, n = 1M, d = 512 float32, k = 10k):
+//   products   n k d = 5e12, at some 200 to 400 T/s by mma.sync fed from shared memory: 13 to 25 ms, beside 40 reads of
+//              the codes, 0.5 GB each: 6 ms
+//   test       6 float64 operations and a conversion per pair, at some 14 T/s: 5 ms
+//   undecided  0.2 to 0.9 % of n k, as the CPU has measured, each 2 KB of a row (the centre's is in the second-level
+//              cache): 40 to 180 GB, 13 to 60 ms
+//   picks      about 1.2 us each, the latencies of 16 dependent mma, one exact distance and one argmax: 12 ms
+//   turns      about 100, some 50 us each for grid.syncs, middle flush and selects: 5 ms
+// Together 50 to 110 ms, against k n d 4 bytes = 20 TB, 6.5 s, for the plain kernel at full bandwidth.
 #pragma once
 
 #include "farthest_first_clouds.h"
@@ -69,7 +70,7 @@ struct LazyCloud {
   unsigned* counts;  // [3, kDigits]
   LazyState* state;
   int middle_room, pool_room;  // at most kMiddle, and kPoolRows per warp
-  int staged_rows, pitch;  // codes that shared memory takes, and bytes from one to the next: an odd number of chunks
+  int staged_rows, pitch;  // codes that shared memory takes, and quads from one to the next: an odd number of chunks
 };
 
 struct LazyShared {
@@ -260,17 +261,19 @@ __device__ inline void compare_exactly(const LazyCloud<T>& a, Row& own, uint64_t
 #pragma unroll
     for (int r = 0; r < kFarthestRows; ++r) {
       const double of_pair = __shfl_sync(kAllLanes, distance, 8 * r);
-      if (lane != owner[r]) continue;
-      met = true;
-      own_distance = of_pair;
+      if (lane == owner[r]) {
+        met = true;
+        own_distance = of_pair;
+      }
     }
-    if (!met) continue;
-    open &= open - 1;
-    ++own.compared;
-    if (own_distance < own.sq_dist) {
-      own.sq_dist = own_distance;
-      own.nearest = first + c;
-      if (!(own_distance > 0)) open = 0;
+    if (met) {
+      open &= open - 1;
+      ++own.compared;
+      if (own_distance < own.sq_dist) {
+        own.sq_dist = own_distance;
+        own.nearest = first + c;
+        if (!(own_distance > 0)) open = 0;
+      }
     }
   }
 }
