@@ -278,7 +278,8 @@ __device__ inline void compare_exactly(const LazyCloud<T>& a, Row& own, uint64_t
   }
 }
 
-// Stages codes of `count` rows, of_slot(s) each, for the whole block; the barriers around it are the caller's.
+// Stages codes of `count` rows, of_slot(s) each, for the whole block, which needs a barrier after it; before it there
+// was the grid.sync at the end of the last turn.
 template <typename T, typename OfSlot>
 __device__ inline void stage_codes(const LazyCloud<T>& a, CodeQuad* staged, int count, OfSlot of_slot) {
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
@@ -296,7 +297,6 @@ __device__ inline void flush(const LazyCloud<T>& a, const int64_t* members, int6
   constexpr int M = 2;
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   const int centres = static_cast<int>(last - first);
-  __syncthreads();  // what was staged before is read no more
   for (int c = threadIdx.x; c < centres; c += blockDim.x) {
     shared.centre[c] = a.cloud.indices[first + c];
     shared.terms[c] = centre_terms(a.codes, shared.centre[c]);
@@ -379,7 +379,6 @@ __device__ inline void pick_from_pool(const LazyCloud<T>& a, int64_t t, int midd
   if (own.sq_dist > 0) terms = row_terms(a.codes, own.index, own.sq_dist);
   bool free = own.index >= 0;
   const bool fits = pool_count <= a.staged_rows;
-  __syncthreads();
   if (fits) stage_codes(a, staged, pool_count, [&](int s) { return shared.pool[s]; });
   __syncthreads();
   const CodeQuad* const codes = fits ? staged : a.codes.code;
