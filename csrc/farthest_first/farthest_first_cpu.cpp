@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <limits>
 #include <mutex>
@@ -11,6 +12,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -62,12 +64,12 @@ Farthest visit_rows(const double* points, int64_t d, const double* centre, int64
 
 // Compares pick t with every row and returns the farthest row that is not picked.
 template <typename T>
-Farthest compare_with_all(const Cloud<T>& cloud, int64_t t, Progress& progress) {
+Farthest compare_with_all(const Cloud<T>& cloud, int64_t t) {
   const T* row = cloud.points + cloud.indices[t] * cloud.d;
   const std::vector<double> centre(row, row + cloud.d);
   Farthest farthest;
   std::mutex guard;
-  progress.parallel_for(0, cloud.n, std::max<int64_t>(1, 65536 / cloud.d), [&](int64_t begin, int64_t end) {
+  Progress::parallel_for(0, cloud.n, std::max<int64_t>(1, 65536 / cloud.d), [&](int64_t begin, int64_t end) {
     const auto part = visit_rows(cloud.points, cloud.d, centre.data(), t, begin, end, cloud.picked.data(),
                                  cloud.sq_dists, cloud.nearest);
     const std::lock_guard<std::mutex> lock(guard);
@@ -76,16 +78,37 @@ Farthest compare_with_all(const Cloud<T>& cloud, int64_t t, Progress& progress) 
   return farthest;
 }
 
+FASTIF_CLONES bool any_beyond(const double* x, int64_t count) {
+  bool beyond = false;
+  for (int64_t i = 0; i < count; ++i) beyond |= !(std::abs(x[i]) <= 1e150);
+  return beyond;
+}
+
+// Whether a point breaks the rule of check_farthest_first_points, once pick 0 is compared with all. A float32 row that
+// is not finite shows in its distance; a float64 row can be too large at a distance that is not.
+template <typename T>
+bool any_bad(const Cloud<T>& cloud, const Farthest& farthest) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  if (farthest.sq_dist == kInfinity || cloud.sq_dists[cloud.indices[0]] == kInfinity) return true;
+  std::atomic<bool> any = false;
+  if constexpr (std::is_same_v<T, double>) {
+    Progress::parallel_for(0, cloud.n, std::max<int64_t>(1, 65536 / cloud.d), [&](int64_t begin, int64_t end) {
+      if (any_beyond(cloud.points + begin * cloud.d, (end - begin) * cloud.d)) any = true;
+    });
+  }
+  return any;
+}
+
 // The plain kernel: reads every row for each pick. `farthest` is what the first pick left farthest.
 template <typename T>
-int64_t traverse(Cloud<T>& cloud, Farthest farthest, Progress& progress) {
+int64_t traverse(Cloud<T>& cloud, Farthest farthest) {
   for (int64_t made = 1;; ++made) {
     const double sq_radius = std::max(0.0, farthest.sq_dist);  // every point picked: radius 0
     cloud.sq_radii[made - 1] = sq_radius;
     if (cloud.complete(made, sq_radius)) return made;
     cloud.pick(made, farthest.index);
-    farthest = compare_with_all(cloud, made, progress);
-    progress.advance();
+    farthest = compare_with_all(cloud, made);
+    Progress::advance();
   }
 }
 
@@ -112,8 +135,7 @@ using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 // Cloud j. What its mask leaves out is no part of it: the rows that are points stand first (padding comes after them),
 // or are copied together; their order, and so every tie, stays.
 template <typename T>
-void run_cloud(const FarthestFirstArguments& arguments, int64_t j, const Results& results, Progress& progress) {
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+void run_cloud(const FarthestFirstArguments& arguments, int64_t j, const Results& results) {
   const int64_t n = arguments.n(), d = arguments.d(), k = arguments.k, count = arguments.counts[j];
   const int64_t* start = arguments.start.const_data_ptr<int64_t>() + j * arguments.starts();
   const bool* mask = arguments.mask.defined() ? arguments.mask.const_data_ptr<bool>() + j * n : nullptr;
@@ -132,7 +154,9 @@ void run_cloud(const FarthestFirstArguments& arguments, int64_t j, const Results
     }
     copy = at::empty({count, d}, arguments.points.options());
     T* to = copy.mutable_data_ptr<T>();
-    for (const int64_t i : rows) to = std::copy_n(points + i * d, d, to);
+    Progress::parallel_for(0, count, std::max<int64_t>(1, 65536 / d), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) std::copy_n(points + rows[i] * d, d, to + i * d);
+    });
     points = copy.const_data_ptr<T>();
     for (int64_t t = 0; t < arguments.starts(); ++t) {
       start_there.push_back(std::lower_bound(rows.begin(), rows.end(), start[t]) - rows.begin());
@@ -140,19 +164,19 @@ void run_cloud(const FarthestFirstArguments& arguments, int64_t j, const Results
     start = start_there.data();
   }
 
-  std::fill_n(sq_dists, count, kInfinity);
+  std::fill_n(sq_dists, count, std::numeric_limits<double>::infinity());
   Cloud<T> cloud{
       points,  count,    d,        start,   arguments.starts(),      arguments.picks[j], arguments.until_sq_radius,
       indices, sq_radii, sq_dists, nearest, std::vector<char>(count)};
   cloud.pick(0, -1);
-  const Farthest farthest = compare_with_all(cloud, 0, progress);
-  progress.advance();
-  if (farthest.sq_dist == kInfinity || sq_dists[start[0]] == kInfinity) name_bad_point(arguments);
+  const Farthest farthest = compare_with_all(cloud, 0);
+  Progress::advance();
+  if (any_bad(cloud, farthest)) name_bad_point(arguments);
   std::optional<int64_t> made;
-  if (const auto filter = lazy_filter(count, d, cloud.picks)) made = farthest_first_lazy(cloud, *filter, progress);
-  if (!made) made = traverse(cloud, farthest, progress);
+  if (const auto filter = lazy_filter(count, d, cloud.picks)) made = farthest_first_lazy(cloud, *filter);
+  if (!made) made = traverse(cloud, farthest);
 
-  progress.advance(cloud.picks - *made);
+  Progress::advance(cloud.picks - *made);
   std::fill(indices + *made, indices + k, -1);
   std::fill(sq_radii + *made, sq_radii + k, sq_radii[*made - 1]);
   std::fill(sq_dists + count, sq_dists + n, 0);
@@ -170,25 +194,19 @@ Results farthest_first_cpu(const at::Tensor& points, int64_t k, const at::Tensor
                            std::optional<double> until_radius) {
   const auto arguments = check_farthest_first(points, k, start, picks, mask, until_radius);
   const bool is_float = arguments.points.scalar_type() == at::kFloat;
-  if (!is_float) check_farthest_first_points(arguments);  // float32: seen at the first pick
   const auto i64 = arguments.points.options().dtype(at::kLong), f64 = arguments.points.options().dtype(at::kDouble);
   const auto per_pick = arguments.shape(k), per_point = arguments.shape(arguments.n());
   Results results{at::empty(per_pick, i64), at::empty(per_pick, f64), at::empty(per_point, f64),
                   at::zeros(per_point, i64)};
 
-  Progress progress(std::accumulate(arguments.picks.begin(), arguments.picks.end(), int64_t{0}));
-  std::atomic<int64_t> next = 0;
-  const auto run = [&](int64_t, int64_t) {
-    for (int64_t j; (j = next++) < arguments.clouds();) {
-      is_float ? run_cloud<float>(arguments, j, results, progress) : run_cloud<double>(arguments, j, results, progress);
-    }
+  const Progress progress(std::accumulate(arguments.picks.begin(), arguments.picks.end(), int64_t{0}));
+  const auto run = [&](int64_t j) {
+    is_float ? run_cloud<float>(arguments, j, results) : run_cloud<double>(arguments, j, results);
   };
-  // Many clouds: every thread takes one after another. Few: the threads share the rows of each.
-  const int64_t threads = at::get_num_threads();
-  if (arguments.clouds() >= threads) {
-    progress.parallel_for(0, threads, 1, run);
-  } else {
-    run(0, 1);
+  if (arguments.clouds() >= at::get_num_threads()) {
+    Progress::for_each(arguments.clouds(), run);
+  } else {  // the threads share the rows of each
+    for (int64_t j = 0; j < arguments.clouds(); ++j) run(j);
   }
   return results;
 }

@@ -1,4 +1,3 @@
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -10,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../common/progress.h"
 #include "../common/simd.h"
 #include "farthest_first_filter.h"
 
@@ -314,7 +314,7 @@ void Filter::encode(const at::Tensor& points) {
   double* mu = mu_buffer.mutable_data_ptr<double>();
   middle_of_sample(x, n, d_, mu);
   std::atomic<bool> in_range{true};
-  at::parallel_for(0, n, std::max<int64_t>(1, 65536 / d_), [&](int64_t begin, int64_t end) {
+  Progress::parallel_for(0, n, std::max<int64_t>(1, 65536 / d_), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       char* code = codes_ + i * stride;
       std::fill(code + stride - kUnit, code + stride, 0);  // zeros past column d

@@ -4,7 +4,6 @@
 
 #include <optional>
 
-#include "../common/progress.h"
 #include "farthest_first_filter.h"
 #include "farthest_first_rows.h"
 
@@ -12,7 +11,7 @@ namespace fastif {
 
 // Makes the picks after the first and returns how many there are then; nothing, with nothing done, if the filter does
 // not take the points (d > 2^20 or entries too large): the plain kernel does.
-std::optional<int64_t> farthest_first_lazy(Cloud<float>& cloud, FilterKind filter, Progress& progress);
-std::optional<int64_t> farthest_first_lazy(Cloud<double>& cloud, FilterKind filter, Progress& progress);
+std::optional<int64_t> farthest_first_lazy(Cloud<float>& cloud, FilterKind filter);
+std::optional<int64_t> farthest_first_lazy(Cloud<double>& cloud, FilterKind filter);
 
 }  // namespace fastif

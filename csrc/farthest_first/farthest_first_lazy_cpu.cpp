@@ -20,6 +20,7 @@
 #include <limits>
 #include <vector>
 
+#include "../common/progress.h"
 #include "../common/simd.h"
 #include "farthest_first_lazy.h"
 #include "farthest_first_rows.h"
@@ -70,9 +71,8 @@ bool settled(const double*, const double*, int64_t, double) { return false; }
 template <typename T>
 class Traversal {
  public:
-  Traversal(Cloud<T>& cloud, Filter& filter, Progress& progress)
+  Traversal(Cloud<T>& cloud, Filter& filter)
       : cloud_(cloud),
-        progress_(progress),
         x_(cloud.points),
         n_(cloud.n),
         d_(cloud.d),
@@ -92,7 +92,7 @@ class Traversal {
       cloud_.sq_radii[made - 1] = next.sq_dist;
       if (cloud_.complete(made, next.sq_dist)) break;
       cloud_.pick(made++, next.index);
-      progress_.advance();
+      Progress::advance();
     }
     flush(nullptr, n_, all_seen_, made);
     Farthest last{0, n_};  // every point picked: radius 0
@@ -179,7 +179,7 @@ class Traversal {
   void flush(const Farthest* members, int64_t count, int64_t first, int64_t last) {
     const auto row = [members](int64_t m) { return members ? members[m].index : m; };
     if (last - first <= kDirect) {
-      progress_.parallel_for(0, count, std::max<int64_t>(1, 65536 / d_), [&](int64_t begin, int64_t end) {
+      Progress::parallel_for(0, count, std::max<int64_t>(1, 65536 / d_), [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; ++m) {
           for (int64_t t = first; t < last; ++t) compare(row(m), x_ + indices_[t] * d_, t);
         }
@@ -190,7 +190,7 @@ class Traversal {
       const int64_t centres = std::min<int64_t>(Filter::kBlock, last - block);
       filter_.pack(indices_ + block, centres);
       const int64_t grain = std::max<int64_t>(8 * Filter::kRows, (int64_t{1} << 24) / (centres * d_));
-      progress_.parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+      Progress::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; m += Filter::kRows) {
           const int rows = static_cast<int>(std::min<int64_t>(Filter::kRows, end - m));
           int64_t tile[Filter::kRows];
@@ -237,7 +237,6 @@ class Traversal {
   }
 
   Cloud<T>& cloud_;
-  Progress& progress_;
   const T* x_;
   int64_t n_, d_;
   Filter& filter_;
@@ -251,22 +250,18 @@ class Traversal {
 };
 
 template <typename T>
-std::optional<int64_t> lazy(Cloud<T>& cloud, FilterKind kind, Progress& progress) {
+std::optional<int64_t> lazy(Cloud<T>& cloud, FilterKind kind) {
   if (cloud.d > Filter::kMaxDim) return std::nullopt;
   const auto points =
       at::from_blob(const_cast<T*>(cloud.points), {cloud.n, cloud.d}, c10::CppTypeToScalarType<T>::value);
   Filter filter(points, kind);
   if (!filter.usable()) return std::nullopt;
-  return Traversal<T>(cloud, filter, progress).run();
+  return Traversal<T>(cloud, filter).run();
 }
 
 }  // namespace
 
-std::optional<int64_t> farthest_first_lazy(Cloud<float>& cloud, FilterKind filter, Progress& progress) {
-  return lazy(cloud, filter, progress);
-}
-std::optional<int64_t> farthest_first_lazy(Cloud<double>& cloud, FilterKind filter, Progress& progress) {
-  return lazy(cloud, filter, progress);
-}
+std::optional<int64_t> farthest_first_lazy(Cloud<float>& cloud, FilterKind filter) { return lazy(cloud, filter); }
+std::optional<int64_t> farthest_first_lazy(Cloud<double>& cloud, FilterKind filter) { return lazy(cloud, filter); }
 
 }  // namespace fastif

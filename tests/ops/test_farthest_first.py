@@ -373,15 +373,19 @@ def test_what_a_report_raises_ends_the_run():
     assert len(farthest_first(points, 3).indices) == 3
 
 
-@pytest.mark.parametrize("shape", [(200_000, 64), (6, 30_000, 64)], ids=["one cloud", "many clouds"])
-def test_interrupt_is_answered_within_a_second(shape):
+@pytest.mark.parametrize(
+    ("shape", "picks"),
+    [((200_000, 64), None), ((6, 30_000, 64), [30_000] * 6), ((2, 40_000, 64), [1, 40_000])],
+    ids=["one cloud", "many clouds", "one cloud of two"],
+)
+def test_interrupt_is_answered_within_a_second(shape, picks):
     code = (
         "import time, torch\n"
         "from fastif.ops import farthest_first\n"
-        f"points = torch.randn({shape})\n"
+        f"points, picks = torch.randn({shape}), {picks}\n"
         "print('running', flush=True)\n"
         "try:\n"
-        "    farthest_first(points, 30_000)\n"
+        "    farthest_first(points, 30_000 if picks is None else picks[-1], picks=picks and torch.tensor(picks))\n"
         "except KeyboardInterrupt:\n"
         "    print(time.monotonic(), flush=True)\n"
         "print(farthest_first(torch.eye(3), 2).indices.tolist())\n"
@@ -441,7 +445,8 @@ START, STARTS = torch.tensor([0]), torch.tensor([[0], [2]])
 MANY = dict(points=XS, start=STARTS)
 FIRST_LAST = torch.tensor([True, False, True])
 
-BAD = [  # what is given beside X, k = 2 and START, the error, the end of its message
+GOOD = dict(points=X, k=2, start=START)
+BAD = [  # what is given in place of these, the error, the end of its message
     (dict(points=X[0]), ValueError, "points must be [n, d] or [b, n, d], got shape [2]"),
     (dict(points=X.long()), TypeError, "points must be float16, bfloat16, float32 or float64, got Long"),
     (dict(points=X[:0]), ValueError, "points must have at least one row and one column, got shape [0, 2]"),
@@ -490,7 +495,7 @@ BAD = [  # what is given beside X, k = 2 and START, the error, the end of its me
 @pytest.mark.parametrize(("given", "error", "message"), BAD, ids=[message for *_, message in BAD])
 def test_bad_input(given, error, message):
     with pytest.raises(error) as caught:
-        op(**(dict(points=X, k=2, start=START) | given))
+        op(**(GOOD | given))
     assert str(caught.value).splitlines()[0].startswith("farthest_first: ")
     assert str(caught.value).splitlines()[0].endswith(message)
 

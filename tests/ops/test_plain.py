@@ -11,6 +11,8 @@ import torch
 
 from fastif.ops import _library, build_info
 from fastif.ops import per_sample_grad as psg
+from tests.ops.test_farthest_first import BAD as BAD_FARTHEST_FIRST
+from tests.ops.test_farthest_first import GOOD as GOOD_FARTHEST_FIRST
 
 ff = importlib.import_module("fastif.ops.farthest_first")  # the package's names of these are the functions
 gb = importlib.import_module("fastif.ops.ggn_block")
@@ -66,8 +68,14 @@ def test_schemas_are_those_of_the_extension():
 def test_plain_formulations_agree_with_the_kernels(dtype):
     g = torch.Generator().manual_seed(0)
     points = torch.randn(50, 40, generator=g, dtype=dtype)
-    for mine, kernels in zip(ff._plain(points, 9, 2), ff.farthest_first(points, 9, 2), strict=True):
-        assert torch.equal(mine, kernels)
+    mask, start, both = torch.arange(50) % 7 > 0, torch.tensor([2, 5]), torch.stack([points, 2 * points])
+    for given in (
+        (points, 9, start),
+        (points, 9, start, None, mask, 7.0),
+        (both, 9, start.expand(2, 2), torch.tensor([9, 3]), mask.expand(2, 50)),
+    ):
+        for mine, kernels in zip(ff._plain(*given), torch.ops.fastif.farthest_first(*given), strict=True):
+            assert torch.equal(mine, kernels)
     probs, weights = torch.randn(50, 4, generator=g, dtype=dtype).softmax(1), torch.rand(50, generator=g, dtype=dtype)
     out = points.new_zeros(4, 40, 4, 40)
     gb._plain(out, points, probs, weights)
@@ -85,9 +93,6 @@ def test_plain_formulations_agree_with_the_kernels(dtype):
 def test_plain_checks_say_what_the_compiled_ones_say():
     """The same words on both routes, for one wrong input of each kind."""
     calls = [
-        (ff._plain, torch.ops.fastif.farthest_first, (torch.randn(3, 2), 4)),
-        (ff._plain, torch.ops.fastif.farthest_first, (torch.randn(3), 1)),
-        (ff._plain, torch.ops.fastif.farthest_first, (torch.full((3, 2), torch.nan), 1)),
         (psg._sq_norms_plain, torch.ops.fastif.per_sample_grad_sq_norms, (torch.ones(2, 1, 3), torch.ones(2, 2, 3))),
         (
             psg._sq_norms_plain,
@@ -102,6 +107,16 @@ def test_plain_checks_say_what_the_compiled_ones_say():
                 call(*args)
             messages.append(str(caught.value).splitlines()[0])
         assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("given", [given for given, *_ in BAD_FARTHEST_FIRST], ids=[m for *_, m in BAD_FARTHEST_FIRST])
+def test_farthest_first_says_the_same_words(given):
+    messages = []
+    for call in (ff._plain, torch.ops.fastif.farthest_first):
+        with pytest.raises((ValueError, TypeError)) as caught:
+            call(**(GOOD_FARTHEST_FIRST | given))
+        messages.append(str(caught.value).splitlines()[0])
+    assert messages[0] == messages[1]
 
 
 def test_build_info_says_what_was_built():
