@@ -12,16 +12,16 @@ struct CloudProgress {
 };
 
 struct Clouds {
-  int64_t n, d, k, given;  // every cloud: [n, d] points, at most k picks, of which the first ones are given
-  const int64_t* starts;   // [b, given]
-  const int64_t* picks;    // [b] picks of each cloud, or null: k
-  const bool* mask;        // [b, n], true = a point, or null: all are
-  double stop;             // a squared covering radius at most this ends a cloud; negative: none does
-  int64_t* indices;        // [b, k]
-  double* sq_radii;        // [b, k]
-  double* sq_dists;        // [b, n]
-  int64_t* nearest;        // [b, n]
-  CloudProgress* progress;      // [b]
+  int64_t n, d, k, given;   // every cloud: [n, d] points, at most k picks, of which the first ones are given
+  const int64_t* starts;    // [b, given]
+  const int64_t* picks;     // [b] picks of each cloud, or null: k
+  const bool* mask;         // [b, n], true = a point, or null: all are
+  double stop;              // a squared covering radius at most this ends a cloud; negative: none does
+  int64_t* indices;         // [b, k]
+  double* sq_radii;         // [b, k]
+  double* sq_dists;         // [b, n]
+  int64_t* nearest;         // [b, n]
+  CloudProgress* progress;  // [b]
 
   // Cloud j by itself, with so many picks.
   Clouds one(int64_t j, int64_t its_picks) const {
