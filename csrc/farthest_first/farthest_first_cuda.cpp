@@ -100,8 +100,8 @@ class Run {
 
   const T* points(int64_t j) const { return points_ + j * a_.n() * a_.d(); }
 
-  // Counts work that was queued. When it is time, waits for all of it, polls, and tells whether clouds first, .. last -
-  // 1 are done.
+  // Counts work that was queued. When it is time, waits for all of it, polls, and tells whether all of the clouds
+  // [first, last) are done.
   bool queued(double seconds, int64_t first, int64_t last) {
     seconds_ += seconds;
     if (seconds_ < kPollSeconds) return false;
