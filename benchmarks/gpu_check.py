@@ -103,6 +103,55 @@ def measure_limits() -> dict[str, float]:
     }
 
 
+def large_farthest_first(copy_bytes_per_second: float) -> list[dict[str, Any]]:
+    """A million points, 10,000 picks: the plain kernel and the lazy one, to the same bits, beside the time that reading
+    the points once per pick takes at the bandwidth of a copy (the floor of the plain kernel, not of the lazy one)."""
+    from fastif.ops import farthest_first
+
+    n, d, k = 1_000_000, 512, 10_000
+    g = torch.Generator("cuda").manual_seed(0)
+
+    def gaussian() -> torch.Tensor:
+        return torch.randn(n, d, device="cuda", generator=g)
+
+    def features() -> torch.Tensor:  # of low rank, not negative, with some noise: as the layers of a network have them
+        mixing = torch.randn(32, d, device="cuda", generator=g) / 32**0.5
+        signal = torch.randn(n, 32, device="cuda", generator=g) @ mixing
+        return signal.relu_() + 0.05 * torch.randn(n, d, device="cuda", generator=g)
+
+    rows = []
+    for make in (gaussian, features):
+        points, found, seconds = make(), {}, {}
+        for kernel, repeats in (("plain", 1), ("lazy", 3)):
+            os.environ["FASTIF_KCENTER"] = kernel
+            farthest_first(points, 100)
+            torch.cuda.synchronize()
+            times = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                found[kernel] = farthest_first(points, k)
+                torch.cuda.synchronize()
+                times.append(time.perf_counter() - start)
+            seconds[kernel] = min(times)
+        for field, plain, lazy in zip(found["plain"]._fields, found["plain"], found["lazy"], strict=True):
+            assert torch.equal(plain, lazy), f"{make.__name__}: {field} of the lazy kernel is not that of the plain one"
+        floor = k * points.nbytes / copy_bytes_per_second
+        for kernel, time_taken in seconds.items():
+            rows.append(
+                {
+                    "name": f"farthest_first 1M x 512 {make.__name__} {kernel}",
+                    "n": n,
+                    "d": d,
+                    "k": k,
+                    "seconds": {"fastif": time_taken},
+                    "floor_seconds": floor,
+                    "share_of_limit": floor / time_taken,
+                }
+            )
+        del points, found
+    return rows
+
+
 def driver_version() -> str | None:
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -171,6 +220,16 @@ def main() -> int:
             command = [*PYTEST, "-s", "benchmarks", "--benchmark-enable", f"--benchmark-json={out}"]
             stages.run("benchmarks", command, limit=120, reserve=100)
             rows = figures(out)
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "rows.json"
+            code = (
+                "import json, pathlib, sys; from benchmarks.gpu_check import large_farthest_first; "
+                "pathlib.Path(sys.argv[2]).write_text(json.dumps(large_farthest_first(float(sys.argv[1]))))"
+            )
+            bandwidth = limits.get("copy_bytes_per_second")
+            command = [sys.executable, "-c", code, str(bandwidth), str(out)]
+            if bandwidth and stages.run("farthest_first at scale", command, limit=90, reserve=100):
+                rows += json.loads(out.read_text())
         sanitize(stages, "memcheck", reserve=60)
         sanitize(stages, "racecheck", reserve=20)
         rest = [*PYTEST, "tests", "--ignore=tests/emulator", "--deselect", "tests/ops/test_cuda.py"]
@@ -193,12 +252,12 @@ def main() -> int:
 
     print(f"\n{device}, torch {torch.__version__}, CUDA {torch.version.cuda} -> {path.relative_to(ROOT)}")
     for name, value in limits.items():
-        print(f"  {name:34s} {value / 1e12:8.2f} T")
+        print(f"  {name:40s} {value / 1e12:8.2f} T")
     for row in rows:
         ours = row.get("seconds", {}).get("fastif")
         share = row.get("share_of_limit")
         if ours is not None:
-            print(f"  {row['name']:34s} {ours:8.4f} s" + (f"  {share:.0%} of the limit" if share else ""))
+            print(f"  {row['name']:40s} {ours:8.4f} s" + (f"  {share:.0%} of the limit" if share else ""))
     for row in stages.rows:
         verdict = {True: "passed", False: "FAILED", None: "left out"}[row["passed"]]
         print(f"  {row['name']:20s} {verdict:8s} {row['seconds']:7.1f} s  {row['note']}")

@@ -59,9 +59,10 @@ for source in csrc/*/*.cu; do
         length_ = substr(name, 1, RLENGTH) + 0
         rest = substr(name, RLENGTH + 1 + length_)
         name = substr(name, RLENGTH + 1, length_)
+        if (rest !~ /^I/) rest = "Iv"  # no template
         sub(/EEv.*/, "", rest)
         sub(/^I/, "", rest)
-        type = substr(rest, 1, 1) == "f" ? "float" : "double"
+        type = substr(rest, 1, 1) == "f" ? "float" : substr(rest, 1, 1) == "d" ? "double" : ""
         arguments = type
         rest = substr(rest, 2)
         gsub(/L[ib]/, ", ", rest)

@@ -8,8 +8,8 @@
 //   * Under -fsanitize=thread each CUDA thread is a thread of its own to the sanitizer. Only barriers, __syncwarp and
 //     grid.sync order their accesses (shuffles do not): a missing barrier is a data race even where it did no harm.
 //   * Under -fsanitize=address an access past the end of shared memory lands in a red zone.
-// It knows nothing of speed, of weak memory order, of alignment, or of what was not needed here (atomics, textures,
-// ...).
+//   * Atomics are atomic, and order nothing else.
+// It knows nothing of speed, of weak memory order, of alignment, or of what was not needed here (textures, ...).
 #pragma once
 
 #include <algorithm>
@@ -379,6 +379,10 @@ EMU_INTERNAL inline void* shared_memory(const void* key, size_t bytes, size_t al
   fault("too many shared objects", block->number);
 }
 
+// A clock that ticks when it is read, a microsecond at a time; each block of a launch has its own.
+inline thread_local uint64_t ticks = 0;
+EMU_INTERNAL inline uint64_t nanoseconds() { return 1000 * ++ticks; }
+
 EMU_INTERNAL inline size_t dynamic_bytes() { return block->dynamic_bytes; }
 
 // --- Running --------------------------------------------------------------------------------------------------------
@@ -508,6 +512,24 @@ template <typename T>
 T __shfl_sync(unsigned mask, T value, unsigned lane) {
   return emu::from_lane<T>(emu::exchange(mask, emu::to_bits(value), false), lane);
 }
+
+inline unsigned __ballot_sync(unsigned mask, bool holds) {
+  const uint64_t* const values = emu::exchange(mask, holds, false);
+  unsigned ballot = 0;
+  for (unsigned lane = 0; lane < emu::kLanes; ++lane)
+    if (mask >> lane & 1) ballot |= emu::from_lane<unsigned>(values, lane) << lane;
+  return ballot;
+}
+
+template <typename T>
+T atomicAdd(T* address, T value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
+
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __ffsll(long long bits) { return __builtin_ffsll(bits); }
+
+inline long long __double_as_longlong(double value) { return static_cast<long long>(emu::to_bits(value)); }
 
 // Compiled with -ffp-contract=off: each operation is rounded on its own.
 inline double __dadd_rn(double a, double b) { return a + b; }

@@ -50,7 +50,7 @@ SANITIZERS = {"plain": [], "thread": ["-fsanitize=thread"], "address": ["-fsanit
 
 
 @pytest.mark.parametrize("how", SANITIZERS)
-@pytest.mark.parametrize("op", ["farthest_first", "ggn_block", "per_sample_grad"])
+@pytest.mark.parametrize("op", ["farthest_first", "farthest_first_lazy", "ggn_block", "per_sample_grad"])
 def test_kernels(op, how, tmp_path):
     status, output = run(build(f"{op}_emu.cpp", tmp_path / op, *SANITIZERS[how]))
     assert status == 0, output[-4000:]

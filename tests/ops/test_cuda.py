@@ -6,7 +6,7 @@ The tests whose names hold `small` are those that benchmarks/gpu_check.py runs u
 import pytest
 import torch
 
-import fastif  # noqa: F401  (registers the ops)
+from fastif.ops import _library, farthest_first
 from tests import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -44,33 +44,125 @@ def points(kind: str, n: int, d: int, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
-def same_farthest_first(x: torch.Tensor, k: int, start: int) -> None:
-    names = ("indices", "sq_radii", "sq_dists", "nearest")
-    for name, got, want in zip(
-        names, ops.farthest_first(x.cuda(), k, start), ops.farthest_first(x, k, start), strict=True
-    ):
-        assert got.dtype == want.dtype, name
-        assert torch.equal(got.cpu(), want), name
+KERNELS = ("plain", "lazy")
 
 
+@pytest.fixture
+def kernel(request, monkeypatch):
+    monkeypatch.setenv("FASTIF_KCENTER", request.param)
+
+
+both_kernels = pytest.mark.parametrize("kernel", KERNELS, indirect=True)
+
+
+def same_farthest_first(x: torch.Tensor, k: int, start: int | torch.Tensor, **options: torch.Tensor | float) -> None:
+    on_gpu = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    got, want = farthest_first(x.cuda(), k, start, **on_gpu), farthest_first(x, k, start, **options)
+    for name, mine, theirs in zip(got._fields, got, want, strict=True):
+        assert (mine.is_cuda, mine.dtype) == (True, theirs.dtype), name
+        assert torch.equal(mine.cpu(), theirs), name
+
+
+@both_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "duplicates", "offset", "huge", "tiny"])
 @pytest.mark.parametrize(("n", "d", "k", "start"), [(1, 1, 1, 0), (7, 3, 7, 6), (100, 33, 100, 5), (333, 130, 40, 332)])
-def test_small_farthest_first(n, d, k, start, kind, dtype):
+def test_small_farthest_first(n, d, k, start, kind, dtype, kernel):
     same_farthest_first(points(kind, n, d, dtype), k, start)
 
 
+def ragged(b: int, n: int, d: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """b clouds of different sizes, with NaN where the mask lets nothing in; rows 0 and 2 are always points."""
+    x = torch.stack([points("ties" if j % 3 == 1 else "normal", n, d, dtype) * (j + 1) for j in range(b)])
+    mask = torch.rand(b, n, generator=generator(b)) < torch.linspace(0.2, 1, b)[:, None]
+    mask[:, [0, 2]] = True
+    x[~mask] = torch.nan
+    return x, mask
+
+
+@both_kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, *DTYPES])
+def test_small_farthest_first_of_given_picks_masks_and_radii(dtype, kernel):
+    x = points("duplicates", 300, 70, dtype)
+    given = torch.tensor([4, 5, 250, 0, 17])
+    same_farthest_first(x, 40, given)
+    same_farthest_first(x, 5, given)
+    radius = farthest_first(x, 30).sq_radii[20].sqrt().item()
+    same_farthest_first(x, 300, 7, until_radius=radius)
+    same_farthest_first(x, 300, given, until_radius=0.0)
+    clouds, mask = ragged(5, 60, 9, dtype)
+    picks = torch.tensor([2, 3, 1, 30, 60]).minimum(mask.sum(1))
+    same_farthest_first(clouds, 60, 0, picks=picks, mask=mask)
+    starts = torch.tensor([[2, 0]] * 5)
+    same_farthest_first(clouds, 60, starts, picks=picks.clamp(min=2), mask=mask, until_radius=2.0)
+
+
+@both_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("n", "d", "k"), [(70_001, 10, 300), (20_011, 129, 200), (5_003, 512, 500), (301, 5_888, 30), (301, 5_889, 30)]
+    ("n", "d", "k"),
+    [
+        (70_001, 10, 300),
+        (20_011, 129, 200),
+        (5_003, 512, 500),
+        (100_003, 64, 1500),
+        (3_001, 4_096, 300),
+        (301, 5_888, 30),
+        (301, 5_889, 30),
+        (301, 20_000, 60),
+    ],
 )
-def test_large_farthest_first(n, d, k, dtype):
+def test_large_farthest_first(n, d, k, dtype, kernel):
     same_farthest_first(points("normal", n, d, dtype), k, n // 2)
 
 
+@both_kernels
 @pytest.mark.parametrize("kind", ["ties", "zeros", "duplicates"])
-def test_large_farthest_first_with_ties_across_blocks(kind):
-    same_farthest_first(points(kind, 60_000, 2, torch.float32), 400, 59_999)
+@pytest.mark.parametrize("d", [2, 32])
+def test_large_farthest_first_with_ties_across_blocks(kind, d, kernel):
+    same_farthest_first(points(kind, 60_000, d, torch.float32), 400, 59_999)
+
+
+def test_large_farthest_first_of_features():
+    """As the penultimate layer of a network has them: of low rank, not negative. By the kernel that is chosen."""
+    g = generator(3)
+    x = (torch.randn(60_000, 24, generator=g) @ torch.randn(24, 256, generator=g)).relu()
+    same_farthest_first(x + 0.05 * torch.randn(x.shape, generator=g), 2000, 0)
+
+
+def test_large_farthest_first_of_many_clouds():
+    x, mask = ragged(300, 200, 16, torch.float32)
+    same_farthest_first(x, 20, 0, picks=mask.sum(1).clamp(max=20), mask=mask)
+
+
+@both_kernels
+def test_farthest_first_polls_on_the_way_and_can_be_stopped(kernel):
+    """In several launches: the same result; what the callback raises ends the run."""
+    x = points("normal", 60_000, 512, torch.float32).cuda()
+    k = 5000
+    seen: list[int] = []
+
+    def remember(done: int, total: int) -> None:
+        assert total == k
+        seen.append(done)
+
+    extension = _library.extension
+    try:
+        extension.set_progress(remember)
+        picks = farthest_first(x, k).indices
+        extension.set_progress(lambda done, total: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            farthest_first(x, k)
+    finally:
+        extension.set_progress(None)
+    assert seen == sorted(seen)
+    assert torch.equal(picks[:300].cpu(), farthest_first(x.cpu(), 300).indices)
+
+
+def test_farthest_first_knows_its_kernels(monkeypatch):
+    monkeypatch.setenv("FASTIF_KCENTER", "fast")
+    with pytest.raises(ValueError, match="FASTIF_KCENTER must be plain or lazy on CUDA, got fast"):
+        farthest_first(torch.ones(3, 2, device="cuda"), 1)
 
 
 def test_farthest_first_reads_past_two_to_the_31_entries():
@@ -79,10 +171,10 @@ def test_farthest_first_reads_past_two_to_the_31_entries():
         pytest.skip("needs 31 GB of free GPU memory")
     x = torch.zeros(n, d, device="cuda")
     x[-1, -1] = 3
-    indices, sq_radii, _, nearest = ops.farthest_first(x, 2, 0)
-    assert indices.tolist() == [0, n - 1]
-    assert sq_radii.tolist() == [9, 0]
-    assert nearest[-1] == 1
+    result = farthest_first(x, 2)
+    assert result.indices.tolist() == [0, n - 1]
+    assert result.sq_radii.tolist() == [9, 0]
+    assert result.nearest[-1] == 1
 
 
 def classification(n: int, d: int, c: int, dtype: torch.dtype, sharpness: float = 1):
@@ -222,13 +314,13 @@ def test_strides_do_not_matter():
 
 def test_runs_on_the_current_stream():
     x = points("normal", 2_000, 40, torch.float32)
-    want = ops.farthest_first(x, 50, 0)[0]
+    want = farthest_first(x, 50).indices
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         later = x.cuda(non_blocking=True)
         torch.cuda._sleep(20_000_000)
         later = later * 2
-        got = ops.farthest_first(later, 50, 0)[0]
+        got = farthest_first(later, 50).indices
     stream.synchronize()
     assert torch.equal(got.cpu(), want)
 
@@ -236,9 +328,9 @@ def test_runs_on_the_current_stream():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: ops.farthest_first(torch.ones(3, 2, device="cuda"), 4, 0), ValueError, r"k must be in \[1, n=3\]"),
+        (lambda: farthest_first(torch.ones(3, 2, device="cuda"), 4), ValueError, r"k must be in \[1, n=3\]"),
         (
-            lambda: ops.farthest_first(torch.full((3, 2), torch.nan, device="cuda"), 1, 0),
+            lambda: farthest_first(torch.full((3, 2), torch.nan, device="cuda"), 1),
             ValueError,
             "row 0 holds NaN or Inf",
         ),
