@@ -190,7 +190,7 @@ def test_autocast_around_it_costs_no_digits(problem):
         (lambda i, d: i.top(d, d, 0), r"k must be an integer in \[1, n=90\], got k=0"),
         (lambda i, d: i.top(d, d, 91), r"k must be an integer in \[1, n=90\], got k=91"),
         (lambda i, d: i.fit(d, samplers.Subset(torch.tensor([90]), torch.ones(1))), r"in \[0, n=90\), got 90"),
-        (lambda i, d: i.fit((d[0] * torch.nan, d[1])), "finite"),
+        (lambda i, d: i.fit((d[0] * torch.nan, d[1])), "input of layer '2' holds NaN or Inf, example 0"),
         (lambda i, d: Influence(i.model, curvature=ExactBlock(0), progress=False).fit(d), "not positive definite"),
     ],
 )
