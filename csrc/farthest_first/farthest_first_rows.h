@@ -52,6 +52,14 @@ struct Farthest {
 // fused multiply-add contraction off.) float32 to float64 is exact: C may be either.
 template <typename T, typename C>
 __attribute__((always_inline)) inline double sq_dist(const T* row, const C* centre, int64_t d) {
+  if (d <= 4) {  // the other lanes would hold 0: what only adds them is left out
+    double lane[4] = {};
+    for (int64_t l = 0; l < d; ++l) {
+      const double t = static_cast<double>(row[l]) - static_cast<double>(centre[l]);
+      lane[l] = t * t;
+    }
+    return (lane[0] + lane[2]) + (lane[1] + lane[3]);
+  }
   double lane[kLanes] = {};
   int64_t j = 0;
   for (; j + kLanes <= d; j += kLanes) {
