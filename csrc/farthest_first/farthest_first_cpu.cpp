@@ -114,7 +114,8 @@ int64_t traverse(Cloud<T>& cloud, Farthest farthest) {
 
 // Which kernel: none, the plain one; else the lazy one with this filter. The lazy one pays for its codes about as much
 // as for a few picks, and needs many picks to be lazy about. FASTIF_KCENTER, read at every call, forces plain or lazy,
-// or lazy with a filter that is not this processor's best: lazy:vnni, lazy:avx512, lazy:avx2, lazy:generic.
+// or lazy with a filter that is not this processor's best: lazy:vnni, avxvnni, int8, avx512, avx2 or generic, without
+// the axes or, as lazy:vnni+axes, always with them.
 std::optional<FilterKind> lazy_filter(int64_t n, int64_t d, int64_t k) {
   const char* set = std::getenv("FASTIF_KCENTER");
   const std::string forced = set ? set : "";
@@ -126,7 +127,7 @@ std::optional<FilterKind> lazy_filter(int64_t n, int64_t d, int64_t k) {
   }
   const auto named = forced.starts_with("lazy:") ? filter_named(forced.substr(5), d) : std::nullopt;
   TORCH_CHECK_VALUE(named, "farthest_first: FASTIF_KCENTER must be plain, lazy or lazy:FILTER with a filter of this ",
-                    "processor (vnni, avx512, avx2, generic), got ", forced);
+                    "processor (vnni, avxvnni, int8, avx512, avx2, generic, each also with +axes), got ", forced);
   return named;
 }
 

@@ -2,7 +2,8 @@
 // distance of farthest_first.h, D(x, c), is at least the row's present sq_dist m, so that the update "if D < m" need
 // not be tried. It never claims that wrongly; what it cannot decide is computed exactly.
 //
-// Every row has a code q_x (int8, or float32 where the processor has no VNNI) and a scale s_x with
+// Every row has a code q_x (int8, or float32 where the processor has no VNNI: farthest_first_dots.h) and a scale s_x
+// with
 //     x = mu + s_x q_x + r_x,   |r_x| <= e_x,
 // where mu is one vector, the interquartile mean of a sample of rows (it removes offsets and ignores outliers; any mu
 // is correct). With the triangle inequality, in exact arithmetic,
@@ -20,16 +21,22 @@
 //   q.q  int8: integers below 2^31 (d <= 2^16), exact. float32: d products and sums in one chain, so the error is at
 //        most gamma |q_x| |q_c| with gamma = (d + 1) 2^-24 / (1 - (d + 1) 2^-24) <= 1.07 (d + 1) 2^-24; underflow adds
 //        d 2^-123, and |q| >= 1 (or q = 0): below 2^-75 of |q_x| |q_c|. Times 2 s_x s_c: gamma (Q_x + Q_c) at most.
-// The test, in float64, is therefore made with a slack lambda = 2^-30, plus 1.25 (d + 1) 2^-24 for float32:
-//     s_x s_c q_x.q_c <= alpha_x + beta_c - rho_x e_c,
-//     alpha_x = ((1 - lambda) Q_x - (1 + lambda) r^2) / 2,  rho_x = (1 + lambda) r,  r = R + e_x,
-//     beta_c = ((1 - lambda) Q_c - (1 + lambda) e_c^2) / 2;
-// its own dozen roundings are below 2^-47 (Q_x + Q_c + (r + e_c)^2), far inside lambda. Nothing overflows: entries of
-// x - mu above 1e140 make the filter refuse the points. NaN cannot arise; if it did, the test would not hold.
-// Rows with m = 0 (picks, duplicates of picks) are skipped: D < 0 is impossible.
+// The test is made in float32, with lengths in units of a power of two that brings the largest |x - mu| into [1, 2),
+// and with a slack lambda = 2^-20, plus 1.25 (d + 1) 2^-24 for float32 codes:
+//     (s_x s_c) q_x.q_c <= alpha_x + beta_c - rho_x e_c,
+//     alpha_x = ((1 - lambda) Q_x - (1 + lambda) r^2) / 2 - 2^-90,  rho_x = (1 + lambda) r,  r = R + e_x,
+//     beta_c = ((1 - lambda) Q_c - (1 + lambda) e_c^2) / 2.
+// No term passes more than 5 roundings, so that they cost at most 10 2^-24 (Q_x + Q_c + (r + e_c)^2) / 2, inside
+// lambda; underflow, even of s_x or s_c to 0, costs at most 2^-95, as |q.q| < 2^31 and |s q| < 4. Nothing overflows:
+// entries of x - mu above 1e140 make the filter refuse the points. NaN (m = infinity) fails the test: undecided. Rows
+// with m = 0 (picks, duplicates of picks) are skipped: D < 0 is impossible.
+//
+// The same codes of a row's few coordinates y along principal axes (farthest_first_axes.h) make a first stage: e_x then
+// holds the error of y too, and R is multiplied by the stretch, as |y - y_c| <= stretch |x - c|.
 //
 // Memory: int8 d bytes a row, 1/4 of float32 points, 1/8 of float64; float32 4 d bytes, once the size of float32
-// points; besides 28 bytes a row, the larger part only below d = 28; and kBlock packed centres.
+// points; besides 28 bytes a row, the larger part only below d = 28; and a block of packed centres. With
+// the axes 64 + 28 bytes a row more.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -40,61 +47,90 @@
 #include <string>
 #include <vector>
 
+#include "farthest_first_axes.h"
+#include "farthest_first_dots.h"
+
 namespace fastif {
 
-enum class FilterKind { vnni, avx512, avx2, generic };  // the first holds int8 codes, the others float32
+// What a Filter holds, and whether coordinates along the axes come first: once a sample says that they pay, always, or
+// never.
+struct FilterKind {
+  enum class Stage { sampled, always, never };
+  Codes codes;
+  Stage axes;
+};
 
-// The best kind that this processor and d allow, or the named one where they do.
+// The best kind that this processor and d allow, or the named one where they do: vnni, vnni+axes, ...
 FilterKind best_filter(int64_t d);
 std::optional<FilterKind> filter_named(const std::string& name, int64_t d);
 
 class Filter {
  public:
   static constexpr int64_t kMaxDim = 1 << 20, kMaxDimInt8 = 1 << 16;
-  // Rows of a register tile; centres in a vector, in a tile, and in a packed block (which should stay in the
-  // second-level cache).
-  static constexpr int kRows = 6, kVector = 16, kGroup = 64, kBlock = 256;
+  static constexpr int kRows = kTileRows, kGroup = fastif::kGroup;
+  static constexpr int64_t kMinBlock = 256, kMaxBlock = 1024;
 
-  // Encodes points [n, d], contiguous float32 or float64.
-  Filter(const at::Tensor& points, FilterKind kind);
+  // Encodes points [n, d], contiguous float32 or float64, or their coordinates along the axes.
+  Filter(const at::Tensor& points, Codes codes);
+  Filter(const at::Tensor& points, Codes codes, const Axes& axes);
   bool usable() const { return usable_; }
+  const at::Tensor& mu() const { return mu_; }
+  double length_unit() const { return unit_; }
 
-  // Makes rows `picks` of the points the centres 0..count-1 of what follows; count <= kBlock.
+  // Centres packed at a time: more where codes are short, as they should stay in the second-level cache.
+  int64_t block() const {
+    constexpr int64_t kPacked = 1 << 17;
+    return std::clamp(kPacked / (kUnit * steps_) / kGroup * kGroup, kMinBlock, kMaxBlock);
+  }
+  int64_t coordinates() const { return d_; }
+
+  // Makes rows `picks` of the points the centres 0..count-1 of what follows; count <= block().
   void pack(const int64_t* picks, int64_t count);
   int64_t groups() const { return (count_ + kGroup - 1) / kGroup; }
 
   // The row's side of the test, given its present sq_dist.
   struct Bound {
-    double scale, alpha, rho;
+    float scale, alpha, rho;
   };
   Bound bound(int64_t row, double sq_dist) const;
 
-  struct alignas(64) Dots {
-    char bytes[4 * kRows * kGroup];  // [kRows, kGroup] int32 or float
-  };
   // q_x.q_c of rows[0..kRows-1] and the centres of a group.
   void dots(const int64_t* rows, int64_t group, Dots& out) const;
   // Bit c tells that centre c of the group is undecided for row `slot` of the tile.
   uint64_t undecided(const Dots& dots, int slot, const Bound& bound, int64_t group) const;
+  // The same of one row and any other, packed or not.
+  bool undecided(int64_t row, int64_t pick, const Bound& bound) const;
+  // Whether that is worth its while: cheaper than the distance in float32.
+  bool pairwise() const { return holds_int8(kind_); }
+  void prefetch(int64_t row) const;
 
  private:
-  bool integer() const { return kind_ == FilterKind::vnni; }
   int vectors(int64_t group) const {
     return static_cast<int>((std::min<int64_t>(kGroup, count_ - group * kGroup) + kVector - 1) / kVector);
   }
+  void allocate(int64_t n);
   template <typename T>
   void encode(const at::Tensor& points);
+  template <typename T>
+  void encode(const at::Tensor& points, const Axes& axes);
+  // Encodes one row; false if its entries are too large.
+  template <typename T>
+  bool encode_row(int64_t i, const T* row, double error);
+  void choose_unit(int64_t n);
+  double beta(int64_t pick) const;
 
-  FilterKind kind_;
+  Codes kind_;
   int64_t d_, steps_;  // a code is steps_ units of 4 bytes
   double slack_;       // lambda
   bool usable_ = true;
-  std::vector<at::Tensor> storage_;                         // of what follows
-  char* codes_;                                             // [n, 4 steps]
-  int32_t* offset_;                                         // [n]: -128 sum q, as VNNI takes centres as q + 128
-  double *scale_, *sq_norm_, *residual_;                    // [n]: s, Q, e
-  char* packed_;                                            // per group [steps, vectors, kVector] units
-  double *centre_scale_, *centre_beta_, *centre_residual_;  // [kBlock]
+  double unit_ = 1, stretch_ = 1;
+  at::Tensor mu_;                                          // [d] float64
+  std::vector<at::Tensor> storage_;                        // of what follows
+  char* codes_;                                            // [n, 4 steps]
+  int32_t* offset_;                                        // [n]: -128 sum q
+  double *scale_, *sq_norm_, *residual_;                   // [n]: s, Q, e
+  char* packed_;                                           // per group [steps, vectors, kVector] units
+  float *centre_scale_, *centre_beta_, *centre_residual_;  // [block()]
   int64_t count_ = 0;
 };
 

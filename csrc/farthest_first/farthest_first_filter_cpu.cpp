@@ -20,17 +20,6 @@
 namespace fastif {
 namespace {
 
-constexpr int kRows = Filter::kRows, kVector = Filter::kVector, kGroup = Filter::kGroup;
-constexpr int kUnit = 4;  // bytes that a kernel takes from a row at a time: four int8 or one float32
-
-inline int32_t unit(const char* code) {
-  int32_t bits;
-  std::memcpy(&bits, code, kUnit);
-  return bits;
-}
-
-inline float real(const char* code) { return std::bit_cast<float>(unit(code)); }
-
 // ---- Encoding.
 
 struct Code {
@@ -40,7 +29,7 @@ struct Code {
 
 // Sums run in kWide lanes, which the compiler turns into vectors; their order does not matter for the certificate.
 template <typename T, typename Q>
-__attribute__((always_inline)) inline Code encode_row(const T* row, const double* centre, int64_t d, Q* code) {
+__attribute__((always_inline)) inline Code coded(const T* row, const double* centre, int64_t d, Q* code) {
   constexpr int kWide = 16;
   constexpr bool kInteger = std::is_same_v<Q, int8_t>;
   double top[kWide] = {}, squares[kWide] = {}, residuals[kWide] = {}, total[kWide] = {};
@@ -99,16 +88,16 @@ __attribute__((always_inline)) inline Code encode_row(const T* row, const double
 }
 
 FASTIF_CLONES Code encode_f32_int8(const float* row, const double* centre, int64_t d, char* code) {
-  return encode_row(row, centre, d, reinterpret_cast<int8_t*>(code));
+  return coded(row, centre, d, reinterpret_cast<int8_t*>(code));
 }
 FASTIF_CLONES Code encode_f64_int8(const double* row, const double* centre, int64_t d, char* code) {
-  return encode_row(row, centre, d, reinterpret_cast<int8_t*>(code));
+  return coded(row, centre, d, reinterpret_cast<int8_t*>(code));
 }
 FASTIF_CLONES Code encode_f32_float(const float* row, const double* centre, int64_t d, char* code) {
-  return encode_row(row, centre, d, reinterpret_cast<float*>(code));
+  return coded(row, centre, d, reinterpret_cast<float*>(code));
 }
 FASTIF_CLONES Code encode_f64_float(const double* row, const double* centre, int64_t d, char* code) {
-  return encode_row(row, centre, d, reinterpret_cast<float*>(code));
+  return coded(row, centre, d, reinterpret_cast<float*>(code));
 }
 
 Code encode_one(const float* row, const double* centre, int64_t d, char* code, bool integer) {
@@ -118,10 +107,12 @@ Code encode_one(const double* row, const double* centre, int64_t d, char* code, 
   return integer ? encode_f64_int8(row, centre, d, code) : encode_f64_float(row, centre, d, code);
 }
 
-// mu: of every column, the mean of the middle half of at most 129 rows spread evenly.
+constexpr int64_t kMiddleRows = 129;
+
+// mu: of every column, the mean of the middle half of at most kMiddleRows rows spread evenly.
 template <typename T>
 void middle_of_sample(const T* x, int64_t n, int64_t d, double* mu) {
-  const int64_t rows = std::min<int64_t>(n, 129);
+  const int64_t rows = std::min<int64_t>(n, kMiddleRows);
   std::vector<double> column(rows);
   for (int64_t j = 0; j < d; ++j) {
     for (int64_t i = 0; i < rows; ++i) column[i] = static_cast<double>(x[i * n / rows * d + j]);
@@ -133,127 +124,55 @@ void middle_of_sample(const T* x, int64_t n, int64_t d, double* mu) {
   }
 }
 
-// ---- Dot products of a tile: kRows rows, V vectors of centres. packed is [steps, V, kVector] units: one step of the
-// loop takes one unit of every row and of every centre. offset[r] is where the sums of row r start.
+// ---- The test of a row's dot products, 64 centres at a time. The kernels read whole vectors.
 
 #ifdef FASTIF_X86
-template <int V>
-__attribute__((target("avx512f,avx512vnni"))) void dots_vnni(const char* const* rows, const int32_t* offset,
-                                                             const char* packed, int64_t steps, char* out) {
-  __m512i sum[kRows][V];
-#pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[r][v] = _mm512_set1_epi32(offset[r]);
+template <bool kInteger>
+__attribute__((target("avx512f"))) uint64_t undecided_avx512(const char* dots, const Filter::Bound& bound,
+                                                             const float* scale, const float* beta, const float* error,
+                                                             int vectors) {
+  const __m512 row_scale = _mm512_set1_ps(bound.scale), alpha = _mm512_set1_ps(bound.alpha);
+  const __m512 rho = _mm512_set1_ps(bound.rho);
+  uint64_t mask = 0;
+  for (int c = 0; c < vectors * kVector; c += kVector) {
+    const __m512i raw = _mm512_loadu_si512(dots + kUnit * c);
+    // maskz only because GCC 12 takes the plain form for uninitialised.
+    const __m512 dot = kInteger ? _mm512_maskz_cvtepi32_ps(0xffff, raw) : _mm512_castsi512_ps(raw);
+    const __m512 left = _mm512_mul_ps(dot, _mm512_mul_ps(row_scale, _mm512_loadu_ps(scale + c)));
+    const __m512 right =
+        _mm512_fnmadd_ps(rho, _mm512_loadu_ps(error + c), _mm512_add_ps(alpha, _mm512_loadu_ps(beta + c)));
+    mask |= static_cast<uint64_t>(_mm512_cmp_ps_mask(left, right, _CMP_NLE_UQ)) << c;
   }
-  for (int64_t s = 0; s < steps; ++s, packed += kUnit * kVector * V) {
-    __m512i centre[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) centre[v] = _mm512_loadu_si512(packed + kUnit * kVector * v);
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i x = _mm512_set1_epi32(unit(rows[r] + kUnit * s));
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] = _mm512_dpbusd_epi32(sum[r][v], centre[v], x);
-    }
-  }
-#pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) _mm512_storeu_si512(out + kUnit * (kGroup * r + kVector * v), sum[r][v]);
-  }
-}
-
-template <int V>
-__attribute__((target("avx512f"))) void dots_avx512(const char* const* rows, const char* packed, int64_t steps,
-                                                    char* out) {
-  __m512 sum[kRows][V] = {};
-  for (int64_t s = 0; s < steps; ++s, packed += kUnit * kVector * V) {
-    __m512 centre[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) centre[v] = _mm512_loadu_ps(packed + kUnit * kVector * v);
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-      const __m512 x = _mm512_set1_ps(real(rows[r] + kUnit * s));
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[r][v] = _mm512_fmadd_ps(x, centre[v], sum[r][v]);
-    }
-  }
-#pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) _mm512_storeu_ps(out + kUnit * (kGroup * r + kVector * v), sum[r][v]);
-  }
-}
-
-// 16 registers hold 6 x 16 sums at a time: one vector of centres after another.
-__attribute__((target("avx2,fma"))) void dots_avx2(const char* const* rows, const char* packed, int64_t steps,
-                                                   int vectors, char* out) {
-  for (int v = 0; v < vectors; ++v) {
-    const char* centres = packed + kUnit * kVector * v;
-    __m256 sum[kRows][2] = {};
-    for (int64_t s = 0; s < steps; ++s, centres += kUnit * kVector * vectors) {
-      const __m256 left = _mm256_loadu_ps(reinterpret_cast<const float*>(centres));
-      const __m256 right = _mm256_loadu_ps(reinterpret_cast<const float*>(centres) + 8);
-#pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r) {
-        const __m256 x = _mm256_set1_ps(real(rows[r] + kUnit * s));
-        sum[r][0] = _mm256_fmadd_ps(x, left, sum[r][0]);
-        sum[r][1] = _mm256_fmadd_ps(x, right, sum[r][1]);
-      }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-      float* to = reinterpret_cast<float*>(out) + kGroup * r + kVector * v;
-      _mm256_storeu_ps(to, sum[r][0]);
-      _mm256_storeu_ps(to + 8, sum[r][1]);
-    }
-  }
+  return mask;
 }
 
 template <bool kInteger>
-__attribute__((target("avx512f"))) uint64_t undecided_avx512(const char* dots, const Filter::Bound& bound,
-                                                             const double* scale, const double* beta,
-                                                             const double* error, int vectors) {
-  const __m512d row_scale = _mm512_set1_pd(bound.scale), alpha = _mm512_set1_pd(bound.alpha);
-  const __m512d rho = _mm512_set1_pd(bound.rho);
+__attribute__((target("avx2,fma"))) uint64_t undecided_avx2(const char* dots, const Filter::Bound& bound,
+                                                            const float* scale, const float* beta, const float* error,
+                                                            int vectors) {
+  const __m256 row_scale = _mm256_set1_ps(bound.scale), alpha = _mm256_set1_ps(bound.alpha);
+  const __m256 rho = _mm256_set1_ps(bound.rho);
   uint64_t mask = 0;
   for (int c = 0; c < vectors * kVector; c += 8) {
     const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(dots + kUnit * c));
-    // maskz only because GCC 12 takes the plain forms for uninitialised.
-    const __m512d dot =
-        kInteger ? _mm512_maskz_cvtepi32_pd(0xff, raw) : _mm512_maskz_cvtps_pd(0xff, _mm256_castsi256_ps(raw));
-    const __m512d left = _mm512_mul_pd(dot, _mm512_mul_pd(row_scale, _mm512_loadu_pd(scale + c)));
-    const __m512d right =
-        _mm512_fnmadd_pd(rho, _mm512_loadu_pd(error + c), _mm512_add_pd(alpha, _mm512_loadu_pd(beta + c)));
-    mask |= static_cast<uint64_t>(_mm512_cmp_pd_mask(left, right, _CMP_NLE_UQ)) << c;
+    const __m256 dot = kInteger ? _mm256_cvtepi32_ps(raw) : _mm256_castsi256_ps(raw);
+    const __m256 left = _mm256_mul_ps(dot, _mm256_mul_ps(row_scale, _mm256_loadu_ps(scale + c)));
+    const __m256 right =
+        _mm256_fnmadd_ps(rho, _mm256_loadu_ps(error + c), _mm256_add_ps(alpha, _mm256_loadu_ps(beta + c)));
+    const auto eight = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(left, right, _CMP_NLE_UQ)));
+    mask |= static_cast<uint64_t>(eight) << c;
   }
   return mask;
 }
 #endif
 
-// Any processor. Not a call of at::mm: its precision is a setting that the user may lower.
-FASTIF_CLONES void dots_generic(const char* const* rows, const char* packed, int64_t steps, int vectors, char* out) {
-  for (int v = 0; v < vectors; ++v) {
-    float sum[kRows][kVector] = {};
-    for (int64_t s = 0; s < steps; ++s) {
-      float centre[kVector];
-      std::memcpy(centre, packed + kUnit * kVector * (s * vectors + v), sizeof centre);
-      for (int r = 0; r < kRows; ++r) {
-        const float x = real(rows[r] + kUnit * s);
-        for (int c = 0; c < kVector; ++c) sum[r][c] += x * centre[c];
-      }
-    }
-    for (int r = 0; r < kRows; ++r) std::memcpy(out + kUnit * (kGroup * r + kVector * v), sum[r], sizeof sum[r]);
-  }
-}
-
-uint64_t undecided_generic(const char* dots, const Filter::Bound& bound, const double* scale, const double* beta,
-                           const double* error, int vectors) {
+uint64_t undecided_generic(const char* dots, bool integer, const Filter::Bound& bound, const float* scale,
+                           const float* beta, const float* error, int vectors) {
   uint64_t mask = 0;
   for (int c = 0; c < vectors * kVector; ++c) {
-    const double left = static_cast<double>(real(dots + kUnit * c)) * (bound.scale * scale[c]);
-    const double right = (bound.alpha + beta[c]) - bound.rho * error[c];
+    const float dot = integer ? static_cast<float>(unit(dots + kUnit * c)) : real(dots + kUnit * c);
+    const float left = dot * (bound.scale * scale[c]);
+    const float right = (bound.alpha + beta[c]) - bound.rho * error[c];
     mask |= static_cast<uint64_t>(!(left <= right)) << c;
   }
   return mask;
@@ -262,81 +181,127 @@ uint64_t undecided_generic(const char* dots, const Filter::Bound& bound, const d
 }  // namespace
 
 std::optional<FilterKind> filter_named(const std::string& name, int64_t d) {
-  if (name == "generic") return FilterKind::generic;
-#ifdef FASTIF_X86
-  if (name == "avx2" && isa() != Isa::generic && __builtin_cpu_supports("avx2")) return FilterKind::avx2;
-  if (name == "avx512" && isa() == Isa::avx512) return FilterKind::avx512;
-  if (name == "vnni" && isa() == Isa::avx512 && __builtin_cpu_supports("avx512vnni") && d <= Filter::kMaxDimInt8) {
-    return FilterKind::vnni;
-  }
-#endif
-  return std::nullopt;
+  const auto plus = name.find('+');
+  const auto codes = codes_named(name.substr(0, plus));
+  if (!codes || (holds_int8(*codes) && d > Filter::kMaxDimInt8)) return std::nullopt;
+  if (plus == std::string::npos) return FilterKind{*codes, FilterKind::Stage::never};
+  if (name.substr(plus) != "+axes") return std::nullopt;
+  return FilterKind{*codes, FilterKind::Stage::always};
 }
 
-FilterKind best_filter(int64_t d) {
-  for (const char* name : {"vnni", "avx512", "avx2"}) {
-    if (const auto kind = filter_named(name, d)) return *kind;
-  }
-  return FilterKind::generic;
-}
+FilterKind best_filter(int64_t d) { return {best_codes(d <= Filter::kMaxDimInt8), FilterKind::Stage::sampled}; }
 
-Filter::Filter(const at::Tensor& points, FilterKind kind) : kind_(kind), d_(points.size(1)) {
-  const int64_t n = points.size(0);
-  steps_ = integer() ? (d_ + 3) / 4 : d_;
-  slack_ = 0x1p-30 + (integer() ? 0 : 1.25 * static_cast<double>(d_ + 1) * 0x1p-24);
-  const auto take = [&](int64_t count, auto example) {
-    using E = decltype(example);
-    const auto bytes = count * static_cast<int64_t>(sizeof(E));
-    storage_.push_back(at::empty({bytes}, points.options().dtype(at::kByte)));
-    return reinterpret_cast<E*>(storage_.back().mutable_data_ptr<uint8_t>());
-  };
-  codes_ = take(n * kUnit * steps_, char{});
-  offset_ = take(integer() ? n : 0, int32_t{});
-  scale_ = take(n, double{});
-  sq_norm_ = take(n, double{});
-  residual_ = take(n, double{});
-  packed_ = take(kBlock * kUnit * steps_, char{});
-  centre_scale_ = take(kBlock, double{});
-  centre_beta_ = take(kBlock, double{});
-  centre_residual_ = take(kBlock, double{});
+Filter::Filter(const at::Tensor& points, Codes codes) : kind_(codes), d_(points.size(1)) {
+  allocate(points.size(0));
   if (points.scalar_type() == at::kFloat) {
     encode<float>(points);
   } else {
     encode<double>(points);
   }
+  choose_unit(points.size(0));
+}
+
+Filter::Filter(const at::Tensor& points, Codes codes, const Axes& axes)
+    : kind_(codes), d_(axes.coordinates()), stretch_(axes.stretch()) {
+  allocate(points.size(0));
+  if (points.scalar_type() == at::kFloat) {
+    encode<float>(points, axes);
+  } else {
+    encode<double>(points, axes);
+  }
+  choose_unit(points.size(0));
+}
+
+void Filter::allocate(int64_t n) {
+  const bool integer = holds_int8(kind_);
+  steps_ = integer ? (d_ + 3) / 4 : d_;
+  slack_ = 0x1p-20 + (integer ? 0 : 1.25 * static_cast<double>(d_ + 1) * 0x1p-24);
+  mu_ = at::empty({d_}, at::kDouble);
+  const auto take = [&](int64_t count, auto example) {
+    using E = decltype(example);
+    const auto bytes = count * static_cast<int64_t>(sizeof(E));
+    storage_.push_back(at::empty({bytes}, at::kByte));
+    return reinterpret_cast<E*>(storage_.back().mutable_data_ptr<uint8_t>());
+  };
+  codes_ = take(n * kUnit * steps_, char{});
+  offset_ = take(integer ? n : 0, int32_t{});
+  scale_ = take(n, double{});
+  sq_norm_ = take(n, double{});
+  residual_ = take(n, double{});
+  packed_ = take(block() * kUnit * steps_, char{});
+  centre_scale_ = take(block(), float{});
+  centre_beta_ = take(block(), float{});
+  centre_residual_ = take(block(), float{});
+}
+
+template <typename T>
+bool Filter::encode_row(int64_t i, const T* row, double error) {
+  const int64_t stride = kUnit * steps_;
+  char* code = codes_ + i * stride;
+  std::fill(code + stride - kUnit, code + stride, 0);  // zeros past column d
+  const Code made = encode_one(row, mu_.const_data_ptr<double>(), d_, code, holds_int8(kind_));
+  scale_[i] = made.scale;
+  sq_norm_[i] = made.sq_norm;
+  residual_[i] = made.residual + error;
+  if (holds_int8(kind_)) offset_[i] = -128 * made.sum;
+  return made.largest <= 1e140;
 }
 
 template <typename T>
 void Filter::encode(const at::Tensor& points) {
   const T* x = points.const_data_ptr<T>();
-  const int64_t n = points.size(0), stride = kUnit * steps_;
-  const auto mu_buffer = at::empty({d_}, points.options().dtype(at::kDouble));
-  double* mu = mu_buffer.mutable_data_ptr<double>();
-  middle_of_sample(x, n, d_, mu);
+  const int64_t n = points.size(0);
+  middle_of_sample(x, n, d_, mu_.mutable_data_ptr<double>());
   std::atomic<bool> in_range{true};
   Progress::parallel_for(0, n, std::max<int64_t>(1, 65536 / d_), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      char* code = codes_ + i * stride;
-      std::fill(code + stride - kUnit, code + stride, 0);  // zeros past column d
-      const Code made = encode_one(x + i * d_, mu, d_, code, integer());
-      scale_[i] = made.scale;
-      sq_norm_[i] = made.sq_norm;
-      residual_[i] = made.residual;
-      if (integer()) offset_[i] = -128 * made.sum;
-      if (!(made.largest <= 1e140)) in_range = false;
+      if (!encode_row(i, x + i * d_, 0)) in_range = false;
     }
   });
   usable_ = in_range;
 }
 
+template <typename T>
+void Filter::encode(const at::Tensor& points, const Axes& axes) {
+  const T* x = points.const_data_ptr<T>();
+  const int64_t n = points.size(0), d = points.size(1), sample = std::min(n, kMiddleRows);
+  std::vector<float> room(kRows * d);
+  std::vector<double> y(sample * d_), error(kRows);
+  for (int64_t i = 0; i < sample; ++i) axes.project(x + i * n / sample * d, 1, room.data(), &y[i * d_], error.data());
+  middle_of_sample(y.data(), sample, d_, mu_.mutable_data_ptr<double>());
+  const int64_t tiles = (n + kRows - 1) / kRows;
+  Progress::parallel_for(0, tiles, std::max<int64_t>(1, 16384 / d), [&](int64_t begin, int64_t end) {
+    std::vector<float> z(kRows * d);
+    std::vector<double> row(kRows * d_);
+    double errors[kRows];
+    for (int64_t first = begin * kRows; first < std::min(end * kRows, n); first += kRows) {
+      const int64_t rows = std::min<int64_t>(kRows, n - first);
+      axes.project(x + first * d, rows, z.data(), row.data(), errors);
+      for (int64_t r = 0; r < rows; ++r) encode_row(first + r, &row[r * d_], errors[r]);
+    }
+  });
+}
+
+// The largest |x - mu| is at most |s q| + e, and within a factor of 2 of it.
+void Filter::choose_unit(int64_t n) {
+  double largest = 1e-140;
+  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::sqrt(sq_norm_[i]) + residual_[i]);
+  unit_ = usable_ ? std::ldexp(1.0, -std::ilogb(largest)) : 1;
+}
+
+double Filter::beta(int64_t pick) const {
+  const double e = residual_[pick];
+  return ((1 - slack_) * sq_norm_[pick] - (1 + slack_) * e * e) / 2 * unit_ * unit_;
+}
+
 void Filter::pack(const int64_t* picks, int64_t count) {
   count_ = count;
-  const int32_t flip = integer() ? static_cast<int32_t>(0x80808080u) : 0;  // int8 q to uint8 q + 128
+  const int32_t flip = holds_int8(kind_) ? kFlip : 0;
   for (int64_t c = 0; c < (count + kVector - 1) / kVector * kVector; ++c) {
     const int64_t pick = picks[std::min(c, count - 1)];  // the last vector is filled with repeats, masked out later
-    centre_scale_[c] = scale_[pick];
-    centre_residual_[c] = residual_[pick];
-    centre_beta_[c] = ((1 - slack_) * sq_norm_[pick] - (1 + slack_) * residual_[pick] * residual_[pick]) / 2;
+    centre_scale_[c] = static_cast<float>(scale_[pick] * unit_);
+    centre_residual_[c] = static_cast<float>(residual_[pick] * unit_);
+    centre_beta_[c] = static_cast<float>(beta(pick));
     const int64_t group = c / kGroup, width = kUnit * kVector * vectors(group);
     const char* code = codes_ + pick * kUnit * steps_;
     char* to = packed_ + group * kGroup * kUnit * steps_ + c % kGroup * kUnit;
@@ -348,46 +313,59 @@ void Filter::pack(const int64_t* picks, int64_t count) {
 }
 
 Filter::Bound Filter::bound(int64_t row, double sq_dist) const {
-  const double scale = scale_[row];
-  if (sq_dist == 0) return {scale, std::numeric_limits<double>::infinity(), 0};
-  const double r = std::sqrt(sq_dist) * (1 + 0x1p-30) + 1e-140 + residual_[row];
-  return {scale, ((1 - slack_) * sq_norm_[row] - (1 + slack_) * r * r) / 2, (1 + slack_) * r};
+  const auto scale = static_cast<float>(scale_[row] * unit_);
+  if (sq_dist == 0) return {scale, std::numeric_limits<float>::infinity(), 0};
+  const double r = ((std::sqrt(sq_dist) * (1 + 0x1p-30) + 1e-140) * stretch_ + residual_[row]) * unit_;
+  const double alpha = ((1 - slack_) * sq_norm_[row] * unit_ * unit_ - (1 + slack_) * r * r) / 2 - 0x1p-90;
+  return {scale, static_cast<float>(alpha), static_cast<float>((1 + slack_) * r)};
 }
 
 void Filter::dots(const int64_t* rows, int64_t group, Dots& out) const {
-  const char* packed = packed_ + group * kGroup * kUnit * steps_;
   const char* code[kRows];
+  int32_t offset[kRows] = {};
   for (int r = 0; r < kRows; ++r) code[r] = codes_ + rows[r] * kUnit * steps_;
-  const int v = vectors(group);
-#ifdef FASTIF_X86
-  if (kind_ == FilterKind::vnni) {
-    int32_t offset[kRows];
+  if (holds_int8(kind_)) {
     for (int r = 0; r < kRows; ++r) offset[r] = offset_[rows[r]];
-    constexpr decltype(&dots_vnni<1>) kernel[] = {dots_vnni<1>, dots_vnni<2>, dots_vnni<3>, dots_vnni<4>};
-    return kernel[v - 1](code, offset, packed, steps_, out.bytes);
   }
-  if (kind_ == FilterKind::avx512) {
-    constexpr decltype(&dots_avx512<1>) kernel[] = {dots_avx512<1>, dots_avx512<2>, dots_avx512<3>, dots_avx512<4>};
-    return kernel[v - 1](code, packed, steps_, out.bytes);
-  }
-  if (kind_ == FilterKind::avx2) return dots_avx2(code, packed, steps_, v, out.bytes);
-#endif
-  dots_generic(code, packed, steps_, v, out.bytes);
+  tile_dots(kind_, code, offset, packed_ + group * kGroup * kUnit * steps_, steps_, vectors(group), out);
 }
 
 uint64_t Filter::undecided(const Dots& dots, int slot, const Bound& bound, int64_t group) const {
   const char* row = dots.bytes + kUnit * kGroup * slot;
-  const double* scale = centre_scale_ + group * kGroup;
-  const double* beta = centre_beta_ + group * kGroup;
-  const double* error = centre_residual_ + group * kGroup;
+  const float* scale = centre_scale_ + group * kGroup;
+  const float* beta = centre_beta_ + group * kGroup;
+  const float* error = centre_residual_ + group * kGroup;
   const int v = vectors(group);
   const int64_t centres = std::min<int64_t>(kGroup, count_ - group * kGroup);
   const uint64_t real_centres = ~uint64_t{0} >> (kGroup - centres);
 #ifdef FASTIF_X86
-  if (kind_ == FilterKind::vnni) return undecided_avx512<true>(row, bound, scale, beta, error, v) & real_centres;
-  if (kind_ == FilterKind::avx512) return undecided_avx512<false>(row, bound, scale, beta, error, v) & real_centres;
+  switch (kind_) {
+    case Codes::vnni:
+      return undecided_avx512<true>(row, bound, scale, beta, error, v) & real_centres;
+    case Codes::avx512:
+      return undecided_avx512<false>(row, bound, scale, beta, error, v) & real_centres;
+    case Codes::avxvnni:
+      return undecided_avx2<true>(row, bound, scale, beta, error, v) & real_centres;
+    case Codes::avx2:
+      return undecided_avx2<false>(row, bound, scale, beta, error, v) & real_centres;
+    default:
+      break;
+  }
 #endif
-  return undecided_generic(row, bound, scale, beta, error, v) & real_centres;
+  return undecided_generic(row, holds_int8(kind_), bound, scale, beta, error, v) & real_centres;
+}
+
+bool Filter::undecided(int64_t row, int64_t pick, const Bound& bound) const {
+  const bool integer = holds_int8(kind_);
+  const double dot = pair_dot(kind_, codes_ + row * kUnit * steps_, integer ? offset_[row] : 0,
+                              codes_ + pick * kUnit * steps_, steps_);
+  const double left = dot * (bound.scale * (scale_[pick] * unit_));
+  return !(left <= bound.alpha + beta(pick) - bound.rho * (residual_[pick] * unit_));
+}
+
+void Filter::prefetch(int64_t row) const {
+  const char* code = codes_ + row * kUnit * steps_;
+  for (int64_t b = 0; b < kUnit * steps_; b += 64) __builtin_prefetch(code + b);
 }
 
 }  // namespace fastif

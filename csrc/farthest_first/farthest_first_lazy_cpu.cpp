@@ -13,11 +13,14 @@
 //
 // Threads share out the rows of a pass, and a row's result depends on nothing else: no bit depends on their number.
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/tensor.h>
 
 #include <algorithm>
 #include <bit>
 #include <iterator>
 #include <limits>
+#include <numeric>
+#include <optional>
 #include <vector>
 
 #include "../common/progress.h"
@@ -30,6 +33,8 @@ namespace {
 
 // The cost is flat around these sizes. kDirect: up to so many picks, a flush computes every distance.
 constexpr int64_t kPool = 96, kMiddle = 2048, kDirect = 2;
+// Pairs by which the axes are judged, where there are enough points to pay for finding them.
+constexpr int64_t kTrialRows = 85 * Filter::kRows, kTrialPicks = Filter::kGroup, kTrialPoints = 16384;
 constexpr size_t kAhead = 8192;  // bytes of a row to fetch before its undecided picks are computed
 
 FASTIF_CLONES double sq_dist_f32(const float* row, const float* centre, int64_t d) { return sq_dist(row, centre, d); }
@@ -71,12 +76,14 @@ bool settled(const double*, const double*, int64_t, double) { return false; }
 template <typename T>
 class Traversal {
  public:
-  Traversal(Cloud<T>& cloud, Filter& filter)
+  Traversal(Cloud<T>& cloud, const at::Tensor& points, Filter& filter, FilterKind kind)
       : cloud_(cloud),
+        points_(points),
         x_(cloud.points),
         n_(cloud.n),
         d_(cloud.d),
         filter_(filter),
+        kind_(kind),
         indices_(cloud.indices),
         sq_dists_(cloud.sq_dists),
         nearest_(cloud.nearest),
@@ -128,6 +135,11 @@ class Traversal {
   }
 
   bool compare(int64_t i, const T* centre, int64_t pick) {
+    if (filter_.pairwise() && !filter_.undecided(i, indices_[pick], filter_.bound(i, sq_dists_[i]))) return false;
+    return update(i, centre, pick);
+  }
+
+  bool update(int64_t i, const T* centre, int64_t pick) {
     if (settled(x_ + i * d_, centre, d_, sq_dists_[i])) return false;
     const double s = exact(x_ + i * d_, centre, d_);
     if (!(s < sq_dists_[i])) return false;
@@ -186,16 +198,18 @@ class Traversal {
       });
       return;
     }
-    for (int64_t block = first; block < last; block += Filter::kBlock) {
-      const int64_t centres = std::min<int64_t>(Filter::kBlock, last - block);
-      filter_.pack(indices_ + block, centres);
-      const int64_t grain = std::max<int64_t>(8 * Filter::kRows, (int64_t{1} << 24) / (centres * d_));
+    if (!members) consider_axes(first, last);
+    Filter& stage = coordinates_ ? *coordinates_ : filter_;
+    for (int64_t block = first; block < last; block += stage.block()) {
+      const int64_t centres = std::min(stage.block(), last - block);
+      stage.pack(indices_ + block, centres);
+      const int64_t grain = std::max<int64_t>(8 * Filter::kRows, (int64_t{1} << 24) / (centres * stage.coordinates()));
       Progress::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; m += Filter::kRows) {
           const int rows = static_cast<int>(std::min<int64_t>(Filter::kRows, end - m));
           int64_t tile[Filter::kRows];
           for (int r = 0; r < Filter::kRows; ++r) tile[r] = row(m + std::min(r, rows - 1));
-          flush_tile(tile, rows, block);
+          flush_tile(stage, tile, rows, block);
         }
       });
     }
@@ -203,24 +217,28 @@ class Traversal {
 
   // The packed centres are picks block, block + 1, ...; a row meets them in this order. Bounds tighten as distances
   // fall.
-  void flush_tile(const int64_t* tile, int rows, int64_t block) {
-    Filter::Bound bound[Filter::kRows];
-    Filter::Dots dots;
+  void flush_tile(const Filter& stage, const int64_t* tile, int rows, int64_t block) {
+    Filter::Bound bound[Filter::kRows], second[Filter::kRows];
+    Dots dots;
     bool any = false, fetched[Filter::kRows] = {};
     for (int r = 0; r < rows; ++r) {
-      bound[r] = filter_.bound(tile[r], sq_dists_[tile[r]]);
+      bound[r] = stage.bound(tile[r], sq_dists_[tile[r]]);
       any |= sq_dists_[tile[r]] > 0;
     }
     if (!any) return;
-    for (int64_t group = 0; group < filter_.groups(); ++group) {
-      filter_.dots(tile, group, dots);
+    for (int64_t group = 0; group < stage.groups(); ++group) {
+      stage.dots(tile, group, dots);
       uint64_t undecided[Filter::kRows];
       for (int r = 0; r < rows; ++r) {
-        undecided[r] = filter_.undecided(dots, r, bound[r], group);
+        undecided[r] = stage.undecided(dots, r, bound[r], group);
         if (undecided[r] && !fetched[r]) {  // the filter has only read the codes
           fetched[r] = true;
-          const char* bytes = reinterpret_cast<const char*>(x_ + tile[r] * d_);
-          for (size_t b = 0; b < kAhead && b < d_ * sizeof(T); b += 64) __builtin_prefetch(bytes + b);
+          if (coordinates_ && filter_.pairwise()) {
+            second[r] = filter_.bound(tile[r], sq_dists_[tile[r]]);
+            filter_.prefetch(tile[r]);
+          } else {
+            fetch(tile[r]);
+          }
         }
       }
       for (int r = 0; r < rows; ++r) {
@@ -228,18 +246,71 @@ class Traversal {
           const int c = std::countr_zero(left);
           left &= left - 1;
           const int64_t pick = block + group * Filter::kGroup + c;
-          if (!compare(tile[r], x_ + indices_[pick] * d_, pick)) continue;
-          bound[r] = filter_.bound(tile[r], sq_dists_[tile[r]]);
-          if (left) left &= filter_.undecided(dots, r, bound[r], group);
+          if (coordinates_ && filter_.pairwise() && !filter_.undecided(tile[r], indices_[pick], second[r])) continue;
+          if (!update(tile[r], x_ + indices_[pick] * d_, pick)) continue;
+          bound[r] = stage.bound(tile[r], sq_dists_[tile[r]]);
+          if (coordinates_) second[r] = filter_.bound(tile[r], sq_dists_[tile[r]]);
+          if (left) left &= stage.undecided(dots, r, bound[r], group);
         }
       }
     }
   }
 
+  void fetch(int64_t row) const {
+    const char* bytes = reinterpret_cast<const char*>(x_ + row * d_);
+    for (size_t b = 0; b < kAhead && b < d_ * sizeof(T); b += 64) __builtin_prefetch(bytes + b);
+  }
+
+  // Puts the axes first once they pay, in cycles per row: what they save on the pairs to come, judged by the last picks
+  // and rows spread evenly, against what coordinates cost. The constants are measured, and the balance is flat.
+  void consider_axes(int64_t first, int64_t last) {
+    if (coordinates_ || kind_.axes == FilterKind::Stage::never) return;
+    if (kind_.axes == FilterKind::Stage::sampled) {
+      const auto d = static_cast<double>(d_), to_come = static_cast<double>(cloud_.picks - first);
+      const double saved = d / Filter::kGroup - 1, cost = 1.2 * (4 * d + 2500);
+      if (n_ < kTrialPoints || last < kTrialPicks || to_come * saved < cost) return;
+      const double undecided = undecided_share(last);
+      if (undecided > 0.5) kind_.axes = FilterKind::Stage::never;
+      if (!(to_come * (saved - undecided * (40 + d / 25)) >= cost)) return;
+    }
+    if (axes().usable()) coordinates_.emplace(points_, kind_.codes, axes());
+  }
+
+  // Of trial rows and the last picks, the share of pairs that the axes leave; all, if there are no axes.
+  double undecided_share(int64_t last) {
+    if (!axes().usable()) return 1;
+    std::vector<int64_t> rows(kTrialRows + kTrialPicks), centres(kTrialPicks);
+    for (int64_t i = 0; i < kTrialRows; ++i) rows[i] = i * n_ / kTrialRows;
+    std::copy_n(indices_ + last - kTrialPicks, kTrialPicks, rows.begin() + kTrialRows);
+    std::iota(centres.begin(), centres.end(), kTrialRows);
+    Filter trial(points_.index_select(0, at::tensor(rows)), kind_.codes, axes());
+    trial.pack(centres.data(), kTrialPicks);
+    int64_t undecided = 0;
+    Dots dots;
+    for (int64_t i = 0; i < kTrialRows; i += Filter::kRows) {
+      int64_t tile[Filter::kRows];
+      std::iota(tile, tile + Filter::kRows, i);
+      trial.dots(tile, 0, dots);
+      for (int r = 0; r < Filter::kRows; ++r) {
+        undecided += std::popcount(trial.undecided(dots, r, trial.bound(i + r, sq_dists_[rows[i + r]]), 0));
+      }
+    }
+    return static_cast<double>(undecided) / (kTrialRows * kTrialPicks);
+  }
+
+  const Axes& axes() {
+    if (!axes_) axes_.emplace(points_, filter_.mu(), filter_.length_unit());
+    return *axes_;
+  }
+
   Cloud<T>& cloud_;
+  const at::Tensor& points_;
   const T* x_;
   int64_t n_, d_;
   Filter& filter_;
+  FilterKind kind_;
+  std::optional<Axes> axes_;
+  std::optional<Filter> coordinates_;  // the filter's first stage, once it pays
   int64_t* indices_;
   double* sq_dists_;
   int64_t* nearest_;
@@ -254,9 +325,9 @@ std::optional<int64_t> lazy(Cloud<T>& cloud, FilterKind kind) {
   if (cloud.d > Filter::kMaxDim) return std::nullopt;
   const auto points =
       at::from_blob(const_cast<T*>(cloud.points), {cloud.n, cloud.d}, c10::CppTypeToScalarType<T>::value);
-  Filter filter(points, kind);
+  Filter filter(points, kind.codes);
   if (!filter.usable()) return std::nullopt;
-  return Traversal<T>(cloud, filter).run();
+  return Traversal<T>(cloud, points, filter, kind).run();
 }
 
 }  // namespace
