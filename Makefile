@@ -36,8 +36,8 @@ lint: .venv/lint
 bench: build/ready  ## verify, then time every op against its peers
 	$(PY) -m pytest benchmarks --benchmark-enable -s
 
-bench-kcenter: build/ready  ## every k-center peer, growth with n, d and k, on one thread: 10 minutes; FASTIF_DATA=folder
-	OMP_NUM_THREADS=1 FASTIF_BENCH=all $(PY) -m pytest benchmarks/bench_farthest_first.py -k kcenter --benchmark-enable -s \
+bench-kcenter: build/ready  ## every k-center peer, growth with n, d and k, 10 minutes; FASTIF_DATA=folder
+	FASTIF_BENCH=all $(PY) -m pytest benchmarks/bench_farthest_first.py -k kcenter --benchmark-enable -s \
 	  --benchmark-json runs/kcenter.json
 	$(PY) benchmarks/results.py keep runs/kcenter.json kcenter-cpu
 	$(PY) benchmarks/results.py tables

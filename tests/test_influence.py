@@ -134,7 +134,7 @@ def test_plan_lists_every_parameter_once_and_counts_bytes(problem):
     assert plan.covered == {"2.weight": (3, 6), "2.bias": (3,)}
     assert plan.skipped == {"0.weight": "layers= leaves '0' out", "0.bias": "layers= leaves '0' out"}
     assert plan.n == 90
-    assert plan.curvature_bytes == 21 * 21 * (8 + 24)
+    assert plan.curvature_bytes == 21 * 21 * (8 + 8)
     assert "0.weight: layers= leaves '0' out" in str(plan)
     assert "2.weight [3, 6]" in str(plan)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(problem.x, problem.y), batch_size=8)
