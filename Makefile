@@ -19,7 +19,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 OUT     ?= runs/demo
 
-.PHONY: demo test lint bench bench-kcenter results cuda-check gpu-check clean
+.PHONY: demo test lint bench bench-kcenter bench-influence results cuda-check gpu-check clean
 
 demo: build/ready  ## remove each class of the digits from a small CNN, compare samplers with retraining
 	$(PY) -m fastif class-removal --out $(OUT)
@@ -40,6 +40,11 @@ bench-kcenter: build/ready  ## every k-center peer, growth with n, d and k, 10 m
 	FASTIF_BENCH=all $(PY) -m pytest benchmarks/bench_farthest_first.py -k kcenter --benchmark-enable -s \
 	  --benchmark-json runs/kcenter.json
 	$(PY) benchmarks/results.py keep runs/kcenter.json kcenter-cpu
+	$(PY) benchmarks/results.py tables
+
+bench-influence: build/ready  ## EK-FAC against kronfluence and dattri, growth with n, q and width: 20 minutes; FASTIF_DATA=folder
+	$(PY) -m pytest benchmarks/bench_influence.py --benchmark-enable -s --benchmark-json runs/influence.json
+	$(PY) benchmarks/results.py keep runs/influence.json influence-cpu
 	$(PY) benchmarks/results.py tables
 
 results: build/ready  ## README's tables from scratch, about an hour: make results DATA=folder-with-fashion-mnist

@@ -5,7 +5,7 @@ asserted first, on a part of the data. Then fastif does all of it, and the peers
 a constant (eigenvectors) plus a multiple of the number of training examples, and is drawn on to the full number.
 FASTIF_BENCH_SCALE multiplies every number of examples (default 1). Needs FASTIF_DATA, a folder with the data sets.
 
-`make bench-influence DATA=DIR` keeps the figures.
+`make bench-influence` keeps the figures.
 """
 
 from __future__ import annotations
@@ -335,3 +335,32 @@ def test_influence(benchmark, capsys, make):
             stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in row["cpu_seconds"].items())
             print(f"  {name:12} CPU s: {stages}; peak {row['peak_mib']:.0f} MiB")
         print("  " + ", ".join(f"{name}: {value:.1f}x" for name, value in ratio.items()))
+
+
+SIZES = {"n": (500, 1000, 2000, 4000, 8000), "q": (8, 32, 128, 512), "width": (64, 128, 256, 512, 1024)}
+PEER_SIZES = {"n": (250, 500, 1000), "q": (8, 32, 128), "width": (64, 128, 256)}
+USUAL = {"n": 1000, "q": 64, "width": 256}
+
+
+@pytest.mark.parametrize("axis", list(SIZES))
+def test_growth(benchmark, capsys, axis):
+    """All three stages together on a 784-width-width-10 net, one size at a time."""
+    pytest.importorskip("kronfluence")
+    data = fastif.data.load("fashion-mnist", DATA)
+    rows = []
+    for contender, run, sizes in (("fastif", run_fastif, SIZES), ("kronfluence", run_kronfluence, PEER_SIZES)):
+        for value in sizes[axis]:
+            at = {**USUAL, axis: value if axis == "width" else size(value)}
+            w, q, n = at["width"], at["q"], at["n"]
+            torch.manual_seed(0)
+            layers = (nn.Linear(784, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(), nn.Linear(w, 10))
+            model = nn.Sequential(nn.Flatten(), *layers).eval()
+            train, query = (data.x_train[:n], data.y_train[:n]), (data.x_test[:q], data.y_test[:q])
+            made = run(Work(model, "cross_entropy", ["1", "3", "5"], train, query, (n, n), 250), n)
+            rows.append({"contender": contender, **at, "cpu": sum(made.seconds.values()), "peak_mib": made.peak})
+    benchmark.pedantic(lambda: None, rounds=1)
+    benchmark.extra_info.update(axis=axis, rows=rows)
+    with capsys.disabled():
+        print(f"\ngrowth with {axis}")
+        for row in rows:
+            print(f"  {row['contender']:12} {axis} = {row[axis]:6,}: {row['cpu']:8.2f} s, {row['peak_mib']:.0f} MiB")

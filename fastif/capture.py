@@ -51,6 +51,7 @@ class Capture:
         self._attached = False
         self._n = 0
         self._shared: set[str] = set()  # layers that see one row for the whole batch
+        self.ambiguous = False  # whether a vector of positions was as long as the batch, in the last forward pass
         self.checked = False  # by `Forward.check`, on the first batch
 
     @property
@@ -165,7 +166,7 @@ class Capture:
         """Runs the model on a batch: a tensor or tuple of positional arguments, or a mapping of keyword arguments."""
         if not self._attached:
             raise RuntimeError("capture: forward needs the hooks; call it within `with capture.attached():`")
-        self._n, self._recording = batch_length(x), {}
+        self._n, self._recording, self.ambiguous = batch_length(x), {}, False
         try:
             with torch.enable_grad():
                 outputs = call(self.model, x)
@@ -197,9 +198,11 @@ class Capture:
             if self._recording is None or not args or not isinstance(args[0], Tensor):
                 return None
             x, n = args[0], self._n
-            if isinstance(module, nn.Embedding) and x.dim() == 1 and (len(x) != n or name in self._shared):
-                self._shared.add(name)
-                x = x[None]
+            if isinstance(module, nn.Embedding) and x.dim() == 1:
+                if len(x) != n or name in self._shared:
+                    self._shared.add(name)
+                    return (x.expand(n, len(x)), *args[1:]), kwargs
+                self.ambiguous = True
             if x.dim() > 1 and len(x) == 1 and n > 1:
                 return (x.expand(n, *x.shape[1:]), *args[1:]), kwargs
             return None
@@ -272,13 +275,14 @@ class Forward:
                 _check_finite(what, name, gradients)
         return made
 
-    def check(self, losses: Tensor) -> None:
+    def check(self, losses: Tensor, mixing: bool = True) -> None:
         """Refuses a model whose examples mix, or that uses a covered parameter where no hook sees it.
 
-        The gradients captured must be those of autograd, and example 0's loss must not reach the rows of the others.
+        The gradients captured must be those of autograd, and (with `mixing`) example 0's loss must not reach the rows
+        of the others.
         """
         total = self.gradients(losses, keep=True)
-        if self.n > 1:
+        if mixing and self.n > 1:
             alone = self.gradients(losses[:1], keep=True)
             for name, gradients in alone.items():
                 norms = gradients.sq_norms()
@@ -286,7 +290,7 @@ class Forward:
                     raise ValueError(
                         f"capture: in layer {name!r} the loss of one example depends on the rows of others: either the "
                         "model mixes examples (BatchNorm in train mode?), or the batch is not its first axis, or a "
-                        "vector of positions happens to be as long as the batch (choose another batch_size)"
+                        "vector of positions happens to be as long as the batch"
                     )
         self._compare_with_autograd(losses, total)
         self._capture.checked = True

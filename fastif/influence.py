@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from fastif.capture import Capture, Forward, dtype_of
 from fastif.curvature import Curvature, Directions, ExactBlock, Explicit, LowRank
-from fastif.data import as_loader, count, picked
+from fastif.data import as_loader, batch_length, count, picked, rows_of
 from fastif.features import find_head, moved_to, placed
 from fastif.gradients import Gradients
 from fastif.losses import (
@@ -326,21 +326,33 @@ class Influence:
                 estimator.end(turn)
         return blocks
 
+    def _check(self, x: Any, y: Any) -> None:
+        """Refuses what `Forward.check` refuses, and random forward passes, on a few examples; once."""
+        for size in (5, 4):  # the second where a layer sees as many positions as there are examples: which is which?
+            rows = torch.arange(min(size, batch_length(x)))
+            few = rows_of(x, rows)
+            batch = few if y is None and isinstance(x, Mapping) else rows_of(y, rows)
+            forward = self.capture.forward(few)
+            if not self.capture.ambiguous:
+                break
+        losses = per_sample(self.loss, forward.outputs, batch, forward.n)
+        if not self.allow_train_mode and any(module.training for module in self.model.modules()):
+            again = per_sample(self.loss, self.capture.forward(few).outputs, batch, forward.n)
+            if not torch.allclose(again, losses, rtol=1e-3, atol=1e-6):
+                raise ValueError(
+                    "Influence: the model is in train mode and two forward passes of one batch differ (dropout?); "
+                    "call model.eval(), or pass allow_train_mode=True"
+                )
+        forward.check(losses, mixing=not self.allow_train_mode)
+
     def _observe(
         self, blocks: dict[str, Curvature], x: Any, y: Any, weights: Tensor, turn: int, generator: Generator
     ) -> None:
+        if not self.capture.checked:
+            self._check(x, y)
         forward = self.capture.forward(x)
         batch = x if y is None and isinstance(x, Mapping) else y
         losses = per_sample(self.loss, forward.outputs, batch, forward.n)
-        if not self.capture.checked:
-            if not self.allow_train_mode and any(module.training for module in self.model.modules()):
-                again = per_sample(self.loss, self.capture.forward(x).outputs, batch, forward.n)
-                if not torch.allclose(again, losses, rtol=1e-3, atol=1e-6):
-                    raise ValueError(
-                        "Influence: the model is in train mode and two forward passes of one batch differ (dropout?); "
-                        "call model.eval(), or pass allow_train_mode=True"
-                    )
-            forward.check(losses)
         weights = weights.to(self.device)
         rest = dict(blocks)
         for name, estimator in blocks.items():
@@ -359,6 +371,7 @@ class Influence:
             for column, gradients in enumerate(found):
                 for name, estimator in mine.items():
                     estimator.observe(gradients[name], weights, column, turn)
+                del gradients  # before those of the next column come
 
     # --------------------------------------------------------------------------------------------------------- scoring
 
@@ -489,9 +502,10 @@ class Influence:
                         "random or depends on others; call model.eval(), or pass allow_train_mode=True"
                     )
         with ExitStack() as undo:
-            if checkpoint is not None:
+            if checkpoint is not None or self.allow_train_mode:  # BatchNorm in train mode writes its buffers
                 before = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
                 undo.callback(self.model.load_state_dict, before)
+            if checkpoint is not None:
                 self.model.load_state_dict(checkpoint)
             undo.enter_context(placed(self.model, self.device, "Influence"))
             undo.enter_context(self.capture.attached())

@@ -1,7 +1,7 @@
 """Plans: what `Influence` will cover, store and compute, known before the work.
 
-Two small batches go through the model to learn the positions of each layer and what an example costs; all else is
-arithmetic.
+A quarter and a half of a batch go through the model to learn the positions of each layer and what an example costs; all
+else is arithmetic.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastif.capture import dtype_of
@@ -24,7 +24,7 @@ from fastif.measure import Measure
 if TYPE_CHECKING:
     from fastif.influence import Influence
 
-_PROBES = (4, 8)  # examples
+_PROBES = (4, 2)  # a quarter of a batch, and half of one
 
 
 class LayerPlan(NamedTuple):
@@ -63,28 +63,29 @@ class Plan(NamedTuple):
 def plan(influence: Influence, train: Any) -> Plan:
     """See `Influence.plan`; the model stands ready with its hooks."""
     capture, n = influence.capture, count(train, influence.batch_size)
-    item, batch = dtype_of(influence.model).itemsize, min(n, influence.batch_size)
-    probes = [_probe(influence, train, min(size, n)) for size in _PROBES]
-    first, second = probes
-    positions, columns = second.positions, second.columns
-    held = making = widest = 0
+    item, batch = dtype_of(influence.model).itemsize, min(n, getattr(train, "batch_size", None) or influence.batch_size)
+    first, second = (_probe(influence, train, max(1, batch // part)) for part in _PROBES)
+    held = making = turned = 0
     layers: dict[str, LayerPlan] = {}
     flops = second.flops * n
     for name, block in capture.blocks.items():
-        estimator, (g, o, d), t = influence._estimators[name], block.shape, positions[name]
+        estimator, (g, o, d), t = influence._estimators[name], block.shape, second.positions[name]
         stays, extra = estimator.footprint(block.shape, second.tables[name], item)
         layers[name] = LayerPlan(block.shape, t, type(estimator).__name__, stays)
         held, making = held + stays, max(making, extra)
-        widest = max(widest, batch * g * t * (d + o) * item)  # what an estimator makes of a batch, a block at a time
-        turns = min(2, estimator.passes)
-        flops += n * g * t * turns * 2 * (d * d + o * o + (o * d if turns == 2 else 0)) * columns[estimator.fisher]
+        if estimator.passes > 1:  # one block at a time is turned into its eigenbasis
+            turned = max(turned, item * g * (batch * t * (d + o) + o * d))
+        products = d * d + o * o + (o * d if estimator.passes > 1 else 0)
+        flops += n * g * t * min(2, estimator.passes) * 2 * products * second.columns[estimator.fisher]
         flops += 10 * g * (d**3 + o**3) if extra else 0
     fit_bytes = None
-    if first.peak is not None and second.peak is not None:
-        size = second.n - first.n
-        each = (second.peak - first.peak) / size if size else second.peak / second.n
-        streamed = second.peak + each * (batch - second.n) + widest
-        fit_bytes = int(held + max(making, streamed))
+    if first.peaks is not None and second.peaks is not None:
+        gradients, observed = (
+            high + (high - low) / max(1, second.n - first.n) * (batch - second.n)
+            for low, high in zip(first.peaks, second.peaks, strict=True)
+        )
+        streamed = max(observed, held + gradients + turned if turned else 0) + batch * second.input_bytes
+        fit_bytes = int(max(streamed, held + making))
     query_bytes = sum(block.size for block in capture.blocks.values()) * item
     return Plan(capture.covered, dict(capture.skipped), layers, n, held, fit_bytes, query_bytes, flops)
 
@@ -96,15 +97,17 @@ class _Probe(NamedTuple):
     positions: dict[str, int]
     tables: dict[str, bool]  # blocks whose rows are looked up
     columns: dict[str, int]  # backward passes by fisher
-    peak: int | None  # bytes
+    peaks: tuple[int, int] | None  # bytes: forward and backward; and with what the estimators make of it
     flops: float  # per example, of all passes
+    input_bytes: float  # per example
 
 
 def _probe(influence: Influence, train: Any, size: int) -> _Probe:
     ((x, y), _) = next(iter(picked(train, size, torch.arange(size))))
     x, y = moved_to(x, influence.device), moved_to(y, influence.device)
     n, labels = batch_length(x), x if y is None and isinstance(x, Mapping) else y
-    with Measure(influence.device) as work, FlopCounterMode(display=False) as counter:
+    influence._check(x, y)
+    with Measure(influence.device) as gradients_work, FlopCounterMode(display=False) as counter:
         forward = influence.capture.forward(x)
         gradients = forward.gradients(per_sample(influence.loss, forward.outputs, labels, n), keep=True)
     fishers = {estimator.fisher for estimator in influence._estimators.values()}
@@ -115,11 +118,22 @@ def _probe(influence: Influence, train: Any, size: int) -> _Probe:
         for fisher in fishers
     }
     passes = max(estimator.passes for estimator in influence._estimators.values())
-    return _Probe(
-        n,
-        {name: g.positions for name, g in gradients.items()},
-        {name: isinstance(g, OneHot) for name, g in gradients.items()},
-        columns,
-        work.peak_bytes,
-        passes * counter.get_total_flops() * (1 + 2 * max(columns.values())) / 3 / n,
-    )
+    positions = {name: g.positions for name, g in gradients.items()}
+    tables = {name: isinstance(g, OneHot) for name, g in gradients.items()}
+    del forward, gradients
+    blocks = influence._begun()
+    with Measure(influence.device) as observed:
+        for _ in range(2):  # from the second batch on, what was learned is there beside what is being learned
+            influence._observe(blocks, x, y, torch.full((n,), 1 / n, dtype=torch.float64), 0, Generator())
+    peaks = None
+    if gradients_work.peak_bytes is not None and observed.peak_bytes is not None:
+        peaks = gradients_work.peak_bytes, observed.peak_bytes
+    flops = passes * counter.get_total_flops() * (1 + 2 * max(columns.values())) / 3 / n
+    return _Probe(n, positions, tables, columns, peaks, flops, _bytes_of(x) / n)
+
+
+def _bytes_of(x: Any) -> int:
+    if isinstance(x, Tensor):
+        return x.nbytes
+    parts = x.values() if isinstance(x, Mapping) else x if isinstance(x, list | tuple) else ()
+    return sum(_bytes_of(part) for part in parts)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastif import KFAC, Influence
+from fastif import KFAC, Identity, Influence
 from fastif.capture import Capture
 from fastif.data import rows_of
 from fastif.features import call
@@ -510,11 +510,13 @@ def test_functional_dropout_in_train_mode_is_found_out():
     assert fitted(FunctionalDropout().eval()).curvature
 
 
-def test_allow_train_mode_runs_dropout_but_not_what_mixes_examples():
+def test_allow_train_mode_runs_dropout_and_batchnorm_and_leaves_its_statistics():
     torch.manual_seed(0)
     assert fitted(nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.1), nn.Linear(4, 3)), allow_train_mode=True).curvature
-    with pytest.raises(ValueError, match="depends on the rows of others"):
-        fitted(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)), allow_train_mode=True)
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert fitted(model, allow_train_mode=True).curvature
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_a_model_on_two_devices_is_refused():
@@ -532,10 +534,28 @@ def test_positions_as_many_as_examples_are_not_taken_for_them():
     )
     model.double()
     ids = tokens(N)
-    with pytest.raises(ValueError, match="vector of positions happens to be as long as the batch .choose another"):
+    with pytest.raises(ValueError, match="vector of positions happens to be as long as the batch"):
         captured(Capture(model), networks.Network(model, ids, None, wavy))
     capture = Capture(model)
     captured(capture, networks.Network(model, ids[:4], None, wavy))
     gradients = captured(capture, networks.Network(model, ids, None, wavy))  # the layer is known by now
     want = by_autograd(networks.Network(model, ids, None, wavy), capture.names)
     assert torch.allclose(gradients["places"].formed()[:, 0], want[model.places.weight], rtol=1e-10)
+
+
+@pytest.mark.parametrize("t", [4, 5, 6])
+def test_influence_tells_positions_from_examples_whatever_their_number(t):
+    model = Apply(
+        lambda m, x: (m.tokens(x) + m.places(torch.arange(x.shape[1]))).sum(1),
+        tokens=nn.Embedding(11, 3),
+        places=nn.Embedding(9, 3),
+    ).double()
+    x, y = torch.randint(0, 11, (N, t)), torch.arange(N) % 3
+    scores = [
+        Influence(model, curvature=Identity(), layers="*", batch_size=size, progress=False)
+        .fit((x, y))
+        .scores((x, y), (x, y))
+        for size in (1, t, N)
+    ]
+    assert torch.allclose(scores[0], scores[1])
+    assert torch.allclose(scores[0], scores[2])

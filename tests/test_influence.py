@@ -138,7 +138,7 @@ def test_plan_lists_every_parameter_once_and_counts_bytes(problem):
     assert "0.weight: layers= leaves '0' out" in str(plan)
     assert "2.weight [3, 6]" in str(plan)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(problem.x, problem.y), batch_size=8)
-    assert influence.plan(loader) == plan
+    assert influence.plan(loader)._replace(fit_bytes=None) == plan._replace(fit_bytes=None)  # of smaller batches
     assert influence.plan([(problem.x[:50], problem.y[:50]), (problem.x[50:], problem.y[50:])]).n == 90
 
 
