@@ -328,8 +328,9 @@ class Influence:
 
     def _check(self, x: Any, y: Any) -> None:
         """Refuses what `Forward.check` refuses, and random forward passes, on a few examples; once."""
-        for size in (5, 4):  # the second where a layer sees as many positions as there are examples: which is which?
-            rows = torch.arange(min(size, batch_length(x)))
+        most = min(5, batch_length(x))
+        for size in (most, max(1, most - 1)):  # the second where a layer sees as many positions as examples: which?
+            rows = torch.arange(size)
             few = rows_of(x, rows)
             batch = few if y is None and isinstance(x, Mapping) else rows_of(y, rows)
             forward = self.capture.forward(few)
