@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from fastif.capture import Capture, Forward, dtype_of
+from fastif.capture import Capture, dtype_of
 from fastif.curvature import Curvature, Directions, ExactBlock, Explicit, LowRank
 from fastif.data import as_loader, batch_length, count, picked, rows_of
 from fastif.features import find_head, moved_to, placed
@@ -27,6 +27,7 @@ from fastif.losses import (
     Measurement,
     check_loss,
     check_measurement,
+    labels_in,
     measured,
     output_columns,
     per_sample,
@@ -150,7 +151,7 @@ class Influence:
         change: dict[Tensor, Tensor] = {}
         for _, blocks in self._at_checkpoints():
             totals: dict[str, Tensor] = {}
-            for _, _, gradients in self._train_batches(batch, "on_parameters"):
+            for _, _, gradients in self._gradients(batch, "on_parameters"):
                 for name, g in gradients.items():
                     total = g.sum(torch.ones(len(g), device=self.device))
                     totals[name] = totals[name].add_(total) if name in totals else total
@@ -247,7 +248,7 @@ class Influence:
         for _, blocks in self._at_checkpoints():
             parts = [
                 torch.stack([blocks[name].sq_norms(g) for name, g in gradients.items()]).sum(0).cpu()
-                for _, _, gradients in self._train_batches(train, "self-influence")
+                for _, _, gradients in self._gradients(train, "self-influence")
             ]
             total = torch.cat(parts) if total is None else total + torch.cat(parts)
         assert total is not None
@@ -326,25 +327,25 @@ class Influence:
                 estimator.end(turn)
         return blocks
 
-    def _check(self, x: Any, y: Any) -> None:
+    def _check(self, x: Any, y: Any, value: Measurement = "loss") -> None:
         """Refuses what `Forward.check` refuses, and random forward passes, on a few examples; once."""
         most = min(5, batch_length(x))
         for size in (most, max(1, most - 1)):  # the second where a layer sees as many positions as examples: which?
             rows = torch.arange(size)
             few = rows_of(x, rows)
-            batch = few if y is None and isinstance(x, Mapping) else rows_of(y, rows)
+            labels = labels_in(few, None if y is None else rows_of(y, rows))
             forward = self.capture.forward(few)
             if not self.capture.ambiguous:
                 break
-        losses = per_sample(self.loss, forward.outputs, batch, forward.n)
+        values = measured(value, self.loss, forward.outputs, labels, forward.n)
         if not self.allow_train_mode and any(module.training for module in self.model.modules()):
-            again = per_sample(self.loss, self.capture.forward(few).outputs, batch, forward.n)
-            if not torch.allclose(again, losses, rtol=1e-3, atol=1e-6):
+            again = measured(value, self.loss, self.capture.forward(few).outputs, labels, forward.n)
+            if not torch.allclose(again, values, rtol=1e-3, atol=1e-6):
                 raise ValueError(
                     "Influence: the model is in train mode and two forward passes of one batch differ (dropout?); "
                     "call model.eval(), or pass allow_train_mode=True"
                 )
-        forward.check(losses, mixing=not self.allow_train_mode)
+        forward.check(values, mixing=not self.allow_train_mode)
 
     def _observe(
         self, blocks: dict[str, Curvature], x: Any, y: Any, weights: Tensor, turn: int, generator: Generator
@@ -352,7 +353,7 @@ class Influence:
         if not self.capture.checked:
             self._check(x, y)
         forward = self.capture.forward(x)
-        batch = x if y is None and isinstance(x, Mapping) else y
+        batch = labels_in(x, y)
         losses = per_sample(self.loss, forward.outputs, batch, forward.n)
         weights = weights.to(self.device)
         rest = dict(blocks)
@@ -383,22 +384,20 @@ class Influence:
             with self._running(checkpoint):
                 yield number, blocks
 
-    def _batches(self, data: Any, name: str) -> Iterator[tuple[int, Any, Any, Forward]]:
-        """First index, x, y and the forward pass of every batch."""
+    def _gradients(self, data: Any, name: str, value: Any = "loss") -> Iterator[tuple[int, int, dict[str, Gradients]]]:
+        """First index, number of examples, and the gradients of every batch: of the loss or of a measurement."""
         start = 0
         with tqdm(as_loader(data, self.batch_size), name, disable=not self.progress) as batches:
             for x, y in batches:
                 x, y = moved_to(x, self.device), moved_to(y, self.device)
+                if not self.capture.checked:
+                    self._check(x, y, value)
                 forward = self.capture.forward(x)
-                yield start, x, x if y is None and isinstance(x, Mapping) else y, forward
+                values = measured(value, self.loss, forward.outputs, labels_in(x, y), forward.n)
+                yield start, forward.n, forward.gradients(values)
                 start += forward.n
         if start == 0:
             raise ValueError("data holds no examples")
-
-    def _train_batches(self, data: Any, name: str) -> Iterator[tuple[int, int, dict[str, Gradients]]]:
-        for start, _, batch, forward in self._batches(data, name):
-            losses = per_sample(self.loss, forward.outputs, batch, forward.n)
-            yield start, forward.n, forward.gradients(losses)
 
     def _query_blocks(
         self, query: Any, blocks: dict[str, Curvature], groups: Tensor | None, rank: int | None, explicit: bool
@@ -410,9 +409,8 @@ class Influence:
         whole = sum(block.size for block in self.capture.blocks.values()) * dtype_of(self.model).itemsize
         each = max(1, self.memory // whole)
         first, held, used = 0, {name: [] for name in blocks}, 0
-        for start, _, batch, forward in self._batches(query, "queries"):
-            gradients = forward.gradients(measured(self.measurement, self.loss, forward.outputs, batch, forward.n))
-            for begin in range(0, forward.n, each):
+        for start, n, gradients in self._gradients(query, "queries", self.measurement):
+            for begin in range(0, n, each):
                 part = {name: g.rows(begin, begin + each) for name, g in gradients.items()}
                 made = {name: self._directions(blocks[name], g, rank, explicit) for name, g in part.items()}
                 size = sum(directions.nbytes for directions in made.values())
@@ -437,9 +435,8 @@ class Influence:
             name: torch.zeros((number, *block.shape), device=self.device, dtype=dtype_of(self.model))
             for name, block in self.capture.blocks.items()
         }
-        for start, _, batch, forward in self._batches(query, "queries"):
-            gradients = forward.gradients(measured(self.measurement, self.loss, forward.outputs, batch, forward.n))
-            here = groups[start : start + forward.n].to(self.device)
+        for start, n, gradients in self._gradients(query, "queries", self.measurement):
+            here = groups[start : start + n].to(self.device)
             for group in here.unique().tolist():
                 for name, g in gradients.items():
                     totals[name][group] += g.sum((here == group).to(self.device))
@@ -462,7 +459,7 @@ class Influence:
         for _, blocks in self._at_checkpoints():
             share = self._n * len(self._fitted)
             for first, held in self._query_blocks(query, blocks, query_groups, rank, by == "token"):
-                for start, _, gradients in self._train_batches(train, "scores"):
+                for start, _, gradients in self._gradients(train, "scores"):
                     parts = {}
                     for name, g in gradients.items():
                         dots = _by_position if by == "token" else _dots

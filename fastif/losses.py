@@ -149,6 +149,11 @@ def logits_of(outputs: Any) -> Tensor:
     return logits
 
 
+def labels_in(x: Any, y: Any) -> Any:
+    """What a loss is given beside the outputs: y, or the whole mapping where the batch is one."""
+    return x if y is None and isinstance(x, Mapping) else y
+
+
 def labels_of(batch: Any) -> Tensor:
     labels = batch.get("labels") if isinstance(batch, Mapping) else batch
     if not isinstance(labels, Tensor):

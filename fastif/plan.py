@@ -18,7 +18,7 @@ from fastif.capture import dtype_of
 from fastif.data import batch_length, count, picked
 from fastif.features import moved_to
 from fastif.gradients import OneHot
-from fastif.losses import output_columns, per_sample
+from fastif.losses import labels_in, output_columns, per_sample
 from fastif.measure import Measure
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class _Probe(NamedTuple):
 def _probe(influence: Influence, train: Any, size: int) -> _Probe:
     ((x, y), _) = next(iter(picked(train, size, torch.arange(size))))
     x, y = moved_to(x, influence.device), moved_to(y, influence.device)
-    n, labels = batch_length(x), x if y is None and isinstance(x, Mapping) else y
+    n, labels = batch_length(x), labels_in(x, y)
     influence._check(x, y)
     with Measure(influence.device) as gradients_work, FlopCounterMode(display=False) as counter:
         forward = influence.capture.forward(x)
