@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from fastif.data import batch_length
 from fastif.features import call
-from fastif.gradients import Dense, Gradients, OneHot, joined
+from fastif.gradients import Dense, Gradients, OneHot, Sliced, joined
 from fastif.layers import Block, attention_forward, blocks_of
 
+SLICE = 1 << 21  # of a layer's factors that stand at a time: 8 MiB in float32
 _AGREE = 1e-2  # of captured gradients with autograd's, relative: an unseen use of a parameter is no rounding error
 
 
@@ -266,14 +267,27 @@ class Forward:
         for (source, s), u in zip(flat, found, strict=True):
             u = torch.zeros_like(s.y) if u is None else u
             pairs.setdefault(source, []).append((_computable(s.x.detach()), _computable(u.detach())))
-        made: dict[str, Gradients] = {
-            name: joined([use.gradients(x, u) for use in block.uses for x, u in pairs[use.source]])
-            for name, block in self._capture.blocks.items()
-        }
-        for what in ("input", "output gradient"):  # a NaN of the forward pass is in many output gradients
-            for name, gradients in made.items():
-                _check_finite(what, name, gradients)
-        return made
+        blocks = self._capture.blocks.items()
+        for what, side in (("input", 0), ("output gradient", 1)):  # a NaN of the forward pass is in many gradients
+            for name, block in blocks:
+                for factor in (pair[side] for use in block.uses for pair in pairs[use.source]):
+                    _check_finite(what, name, factor)
+        return {name: self._of_block(block, pairs) for name, block in blocks}
+
+    def _of_block(self, block: Block, pairs: dict[str, list[tuple[Tensor, Tensor]]]) -> Gradients:
+        uses = [(use, x, u) for use in block.uses for x, u in pairs[use.source]]
+        whole = {id(x): use.gradients(x, u) for use, x, u in uses if not use.sliceable}
+
+        def make(begin: int, end: int) -> Dense | OneHot:
+            return joined(
+                [
+                    use.gradients(x[begin:end], u[begin:end]) if use.sliceable else whole[id(x)].rows(begin, end)
+                    for use, x, u in uses
+                ]
+            )
+
+        each = max(1, SLICE // make(0, 1).entries)
+        return make(0, self.n) if self.n <= each else Sliced(make, 0, self.n, each)
 
     def check(self, losses: Tensor, mixing: bool = True) -> None:
         """Refuses a model whose examples mix, or that uses a covered parameter where no hook sees it.
@@ -343,17 +357,8 @@ def _computable(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _check_finite(what: str, name: str, gradients: Gradients) -> None:
-    if isinstance(gradients, OneHot):
-        if what == "input":  # tokens
-            return
-        factor = gradients.inputs[None]
-    else:
-        assert isinstance(gradients, Dense)
-        forward, backward = gradients.inputs, gradients.output_grads
-        if gradients.activations == "outputs":
-            forward, backward = backward, forward
-        factor = forward if what == "input" else backward
-    if not bool(factor.sum().isfinite()) and not bool(factor.isfinite().all()):
-        row = int((~factor.isfinite()).nonzero()[0, 1])
-        raise ValueError(f"capture: the {what} of layer {name!r} holds NaN or Inf, example {row} of the batch")
+def _check_finite(what: str, name: str, factor: Tensor) -> None:
+    if not factor.is_floating_point() or bool(factor.sum().isfinite()) or bool(factor.isfinite().all()):
+        return
+    row = int((~factor.isfinite()).nonzero()[0, 0])
+    raise ValueError(f"capture: the {what} of layer {name!r} holds NaN or Inf, example {row} of the batch")

@@ -10,6 +10,7 @@ of it is a method here, so that no estimator knows how a layer's gradient is sto
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -86,6 +87,10 @@ class Dense:
     def __len__(self) -> int:
         return self.inputs.shape[1]
 
+    @property
+    def entries(self) -> int:
+        return self.inputs.numel() + self.output_grads.numel()
+
     def rows(self, begin: int, end: int) -> Dense:
         return replace(self, inputs=self.inputs[:, begin:end], output_grads=self.output_grads[:, begin:end])
 
@@ -145,6 +150,10 @@ class OneHot:
 
     def __len__(self) -> int:
         return self.inputs.shape[0]
+
+    @property
+    def entries(self) -> int:
+        return self.inputs.numel()
 
     def rows(self, begin: int, end: int) -> OneHot:
         return replace(self, places=self.places[begin:end], inputs=self.inputs[begin:end])
@@ -207,6 +216,77 @@ class OneHot:
         gradients = self.inputs.new_zeros((len(unique), self.inputs.shape[2]))
         gradients.index_add_(0, inverse, self.inputs.flatten(0, 1))
         return unique % self.table_rows, gradients, unique // self.table_rows
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """Gradients whose factors are too large to stand at once: made a few examples at a time, whenever they are asked.
+
+    The patches of a convolution are its kernel's size times its input; of these, only those of a slice exist.
+    """
+
+    make: Callable[[int, int], Dense | OneHot]  # examples begin, ..., end - 1
+    begin: int
+    end: int
+    each: int  # examples of a slice
+
+    def __len__(self) -> int:
+        return self.end - self.begin
+
+    def parts(self) -> Iterator[tuple[Dense | OneHot, slice]]:
+        """Every slice, and where its examples stand."""
+        for begin in range(self.begin, self.end, self.each):
+            end = min(begin + self.each, self.end)
+            yield self.make(begin, end), slice(begin - self.begin, end - self.begin)
+
+    def _added(self, weights: Tensor, ask: Callable[[Dense | OneHot, Tensor], Tensor]) -> Tensor:
+        total = None
+        for part, rows in self.parts():
+            value = ask(part, weights[rows])
+            total = value if total is None else total.add_(value)
+        assert total is not None
+        return total
+
+    def rows(self, begin: int, end: int) -> Gradients:
+        begin, end = self.begin + begin, min(self.begin + end, self.end)
+        return self.make(begin, end) if end - begin <= self.each else replace(self, begin=begin, end=end)
+
+    def sum(self, weights: Tensor) -> Tensor:
+        return self._added(weights, lambda part, w: part.sum(w))
+
+    def squares(self, weights: Tensor) -> Tensor:
+        return self._added(weights, lambda part, w: part.squares(w))
+
+    def moment(self, side: Side, weights: Tensor) -> Tensor:
+        return self._added(weights, lambda part, w: part.moment(side, w))
+
+    def sq_norms(self, scale: Tensor | None = None) -> Tensor:
+        return torch.cat([part.sq_norms(scale) for part, _ in self.parts()])
+
+    def dots(self, directions: Tensor) -> Tensor:
+        return torch.cat([part.dots(directions) for part, _ in self.parts()], 1)
+
+    def by_position(self, directions: Tensor) -> Tensor:
+        return torch.cat([part.by_position(directions) for part, _ in self.parts()], 1)
+
+    def formed(self) -> Tensor:
+        return torch.cat([part.formed() for part, _ in self.parts()])
+
+    def rotated(self, output_basis: Tensor | None, input_basis: Tensor) -> Sliced:
+        return replace(self, make=lambda begin, end: self.make(begin, end).rotated(output_basis, input_basis))
+
+    @property
+    def activations(self) -> Side:
+        return self.make(self.begin, self.begin + 1).activations
+
+    @property
+    def positions(self) -> int:
+        return self.make(self.begin, self.begin + 1).positions
+
+
+def of_table(gradients: Gradients) -> bool:
+    """Whether the block's rows are looked up."""
+    return isinstance(gradients.rows(0, 1), OneHot)
 
 
 def joined(parts: list[Dense | OneHot]) -> Dense | OneHot:

@@ -80,7 +80,7 @@ class Influence:
         measurement: Measurement = "loss",
         checkpoints: Sequence[Mapping[str, Tensor]] | None = None,
         batch_size: int = 256,
-        memory: int = 1 << 30,
+        memory: int = 1 << 27,
         device: torch.device | str | None = None,
         autocast: torch.dtype | None = None,
         allow_train_mode: bool = False,
@@ -407,7 +407,7 @@ class Influence:
             yield 0, self._grouped_queries(query, blocks, groups)
             return
         whole = sum(block.size for block in self.capture.blocks.values()) * dtype_of(self.model).itemsize
-        each = max(1, self.memory // whole)
+        each = max(1, self.memory // (4 * whole))  # making them takes some copies
         first, held, used = 0, {name: [] for name in blocks}, 0
         for start, n, gradients in self._gradients(query, "queries", self.measurement):
             for begin in range(0, n, each):

@@ -32,6 +32,7 @@ class Use(NamedTuple):
 
     source: str  # the recorded pair (x, u) that it reads
     gradients: Callable[[Tensor, Tensor], Dense | OneHot]
+    sliceable: bool = True  # whether an example's gradient follows from its own rows of x and u
 
 
 class Block(NamedTuple):
@@ -268,7 +269,7 @@ def _elementwise(name: str, module: nn.Module, normalized: Callable[[Tensor], Te
     def split(m: Tensor) -> list[Piece]:
         return [Piece(p, slice(None), v.view(p.shape)) for p, v in zip(both, m[0, :, 0].split(d), strict=True)]
 
-    return [Block(name, (1, d * len(both), 1), tuple(both), (Use(name, gradients),), split)]
+    return [Block(name, (1, d * len(both), 1), tuple(both), (Use(name, gradients, sliceable=False),), split)]
 
 
 # ------------------------------------------------------------------------------------------------------------ attention

@@ -1,7 +1,6 @@
 """Plans: what `Influence` will cover, store and compute, known before the work.
 
-A quarter and a half of a batch go through the model to learn the positions of each layer and what an example costs; all
-else is arithmetic.
+One batch goes through the model to learn the positions of each layer and what a batch takes; all else is arithmetic.
 """
 
 from __future__ import annotations
@@ -14,17 +13,15 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastif.capture import dtype_of
+from fastif.capture import SLICE, dtype_of
 from fastif.data import batch_length, count, picked
 from fastif.features import moved_to
-from fastif.gradients import OneHot
+from fastif.gradients import of_table
 from fastif.losses import labels_in, output_columns, per_sample
 from fastif.measure import Measure
 
 if TYPE_CHECKING:
     from fastif.influence import Influence
-
-_PROBES = (4, 2)  # a quarter of a batch, and half of one
 
 
 class LayerPlan(NamedTuple):
@@ -64,34 +61,31 @@ def plan(influence: Influence, train: Any) -> Plan:
     """See `Influence.plan`; the model stands ready with its hooks."""
     capture, n = influence.capture, count(train, influence.batch_size)
     item, batch = dtype_of(influence.model).itemsize, min(n, getattr(train, "batch_size", None) or influence.batch_size)
-    first, second = (_probe(influence, train, max(1, batch // part)) for part in _PROBES)
+    probe = _probe(influence, train, batch)
     held = making = turned = 0
     layers: dict[str, LayerPlan] = {}
-    flops = second.flops * n
+    flops = probe.flops * n
     for name, block in capture.blocks.items():
-        estimator, (g, o, d), t = influence._estimators[name], block.shape, second.positions[name]
-        stays, extra = estimator.footprint(block.shape, second.tables[name], item)
+        estimator, (g, o, d), t = influence._estimators[name], block.shape, probe.positions[name]
+        stays, extra = estimator.footprint(block.shape, probe.tables[name], item)
         layers[name] = LayerPlan(block.shape, t, type(estimator).__name__, stays)
         held, making = held + stays, max(making, extra)
         if estimator.passes > 1:  # one block at a time is turned into its eigenbasis
-            turned = max(turned, item * g * (batch * t * (d + o) + o * d))
+            turned = max(turned, item * (min(g * batch * t * (d + o), SLICE) + g * o * d))
         products = d * d + o * o + (o * d if estimator.passes > 1 else 0)
-        flops += n * g * t * min(2, estimator.passes) * 2 * products * second.columns[estimator.fisher]
+        flops += n * g * t * min(2, estimator.passes) * 2 * products * probe.columns[estimator.fisher]
         flops += 10 * g * (d**3 + o**3) if extra else 0
     fit_bytes = None
-    if first.peaks is not None and second.peaks is not None:
-        gradients, observed = (
-            high + (high - low) / max(1, second.n - first.n) * (batch - second.n)
-            for low, high in zip(first.peaks, second.peaks, strict=True)
-        )
-        streamed = max(observed, held + gradients + turned if turned else 0) + batch * second.input_bytes
+    if probe.peaks is not None:
+        gradients, observed = probe.peaks
+        streamed = max(observed, held + gradients + turned if turned else 0) + batch * probe.input_bytes
         fit_bytes = int(max(streamed, held + making))
     query_bytes = sum(block.size for block in capture.blocks.values()) * item
     return Plan(capture.covered, dict(capture.skipped), layers, n, held, fit_bytes, query_bytes, flops)
 
 
 class _Probe(NamedTuple):
-    """A small batch that went through the model forwards and backwards."""
+    """A batch that went through the model forwards and backwards."""
 
     n: int
     positions: dict[str, int]
@@ -119,7 +113,7 @@ def _probe(influence: Influence, train: Any, size: int) -> _Probe:
     }
     passes = max(estimator.passes for estimator in influence._estimators.values())
     positions = {name: g.positions for name, g in gradients.items()}
-    tables = {name: isinstance(g, OneHot) for name, g in gradients.items()}
+    tables = {name: of_table(g) for name, g in gradients.items()}
     del forward, gradients
     blocks = influence._begun()
     with Measure(influence.device) as observed:

