@@ -33,7 +33,8 @@ class Capture:
             stride, dilation, padding, groups), Embedding, LayerNorm, GroupNorm, BatchNorm, InstanceNorm, RMSNorm,
             MultiheadAttention, the Conv1D of transformers; layers that are used several times and weights that several
             layers share too.
-        layers: names of modules or patterns of them (as in `fnmatch`: "encoder.*"); default all.
+        layers: names of modules or blocks ("attn.q_proj") or patterns of them (as in `fnmatch`: "encoder.*"); default
+            all.
 
     Raises ValueError for a pattern that names no layer and for a model without any that is known.
 
@@ -80,8 +81,11 @@ class Capture:
             if module in inside_attention:
                 continue
             blocks = blocks_of(name, module, apart)
-            matching = [p for p in patterns or () if fnmatchcase(name, p)]
+            names = [name] if isinstance(blocks, str) else [name, *(block.name for block in blocks)]
+            matching = [p for p in patterns or () if any(fnmatchcase(one, p) for one in names)]
             unused.difference_update(matching)
+            if patterns is not None and not isinstance(blocks, str) and not any(fnmatchcase(name, p) for p in patterns):
+                blocks = [block for block in blocks if any(fnmatchcase(block.name, p) for p in patterns)]
             if isinstance(blocks, str):
                 reason = f"its layer {name!r} {blocks}"
                 if name in (patterns or ()):
@@ -96,12 +100,15 @@ class Capture:
             for parameter in (p for m in (module, *children) for p in _own_parameters(m)):
                 self.skipped[self.names[parameter]] = reason
         if unused:
-            known = ", ".join(name for name, _ in modules if name) or "none"
+            known = ", ".join(name for name, module in modules if name and module not in inside_attention) or "none"
             raise ValueError(f"capture: layers={min(unused)!r} names no layer with parameters; there are: {known}")
         self._join(found, apart)
         for block in self.blocks.values():
             for parameter in block.parameters:
                 self.skipped.pop(self.names[parameter], None)
+        for name in self.names.values():  # parameters of a module of which some blocks are covered
+            if name not in self.covered:
+                self.skipped.setdefault(name, "layers= leaves it out")
         if not self.blocks:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items()) or "it has no parameters"
             raise ValueError(f"capture: the model has no layer that can be covered ({reasons})")
@@ -164,7 +171,7 @@ class Capture:
             yield self
 
     def forward(self, x: Any) -> Forward:
-        """Runs the model on a batch: a tensor or tuple of positional arguments, or a mapping of keyword arguments."""
+        """Runs the model on a batch: its one argument, or a mapping of keyword arguments."""
         if not self._attached:
             raise RuntimeError("capture: forward needs the hooks; call it within `with capture.attached():`")
         self._n, self._recording, self.ambiguous = batch_length(x), {}, False
@@ -252,6 +259,8 @@ class Forward:
 
         keep: whether the graph will be walked again.
         """
+        if not target.requires_grad:
+            raise ValueError("capture: the loss does not depend on the model's outputs (detached?)")
         flat = [(source, s) for source, uses in self._seen.items() for s in uses]
         for source, s in flat:
             if s.x._version != s.version:
@@ -259,7 +268,7 @@ class Forward:
         found = torch.autograd.grad(
             target.sum() if column is None else target,
             [s.edge for _, s in flat],
-            grad_outputs=None if column is None else column,
+            grad_outputs=None if column is None else column.to(target.dtype),
             retain_graph=keep,
             allow_unused=True,
         )

@@ -328,13 +328,18 @@ def batch_length(x: Any) -> int:
     raise TypeError(f"data: a batch must be a tensor, or a mapping or tuple of tensors, got {type(x).__name__}")
 
 
+def rebuilt(x: Any, values: list[Any]) -> Any:
+    """A list, tuple or named tuple like x."""
+    return x._make(values) if hasattr(x, "_make") else type(x)(values)
+
+
 def rows_of(x: Any, rows: Tensor) -> Any:
     """The examples `rows` of a batch."""
     if isinstance(x, Tensor):
         return x[rows.to(x.device)]
     if isinstance(x, Mapping):
         return {key: rows_of(value, rows) for key, value in x.items()}
-    return type(x)(rows_of(value, rows) for value in x) if isinstance(x, list | tuple) else x
+    return rebuilt(x, [rows_of(value, rows) for value in x]) if isinstance(x, list | tuple) else x
 
 
 def count(data: Any, batch_size: int = 256) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastif.data import as_loader
+from fastif.data import as_loader, rebuilt
 from fastif.ops._checks import first_nonfinite_row
 
 
@@ -199,5 +199,5 @@ def moved_to(x: Any, device: torch.device) -> Any:
     if isinstance(x, Mapping):
         return {key: moved_to(value, device) for key, value in x.items()}
     if isinstance(x, list | tuple):
-        return type(x)(moved_to(value, device) for value in x)
+        return rebuilt(x, [moved_to(value, device) for value in x])
     return x

@@ -62,8 +62,8 @@ class Gradients(Protocol):
         ...
 
     @property
-    def activations(self) -> Side:
-        """The factor that comes from the forward pass; the other one comes from the backward pass."""
+    def activations(self) -> Side | None:
+        """The factor that comes from the forward pass, None if it is not the same one at all positions."""
         ...
 
     @property
@@ -82,7 +82,7 @@ class Dense:
 
     inputs: Tensor  # [g, n, t, d]
     output_grads: Tensor  # [g, n, t, o]
-    activations: Side = "inputs"
+    activations: Side | None = "inputs"
 
     def __len__(self) -> int:
         return self.inputs.shape[1]
@@ -276,7 +276,7 @@ class Sliced:
         return replace(self, make=lambda begin, end: self.make(begin, end).rotated(output_basis, input_basis))
 
     @property
-    def activations(self) -> Side:
+    def activations(self) -> Side | None:
         return self.make(self.begin, self.begin + 1).activations
 
     @property
@@ -298,7 +298,10 @@ def joined(parts: list[Dense | OneHot]) -> Dense | OneHot:
         places, inputs = torch.cat([p.places for p in tables], 1), torch.cat([p.inputs for p in tables], 1)
         return replace(tables[0], places=places, inputs=inputs)
     dense = [part.dense() if isinstance(part, OneHot) else part for part in parts]
-    return Dense(torch.cat([p.inputs for p in dense], 2), torch.cat([p.output_grads for p in dense], 2))
+    first = parts[0].activations
+    same = all(part.activations == first for part in parts)
+    inputs, grads = torch.cat([p.inputs for p in dense], 2), torch.cat([p.output_grads for p in dense], 2)
+    return Dense(inputs, grads, first if same else None)
 
 
 def _times(x: Tensor, basis: Tensor) -> Tensor:

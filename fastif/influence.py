@@ -7,27 +7,29 @@ removed; positive means that the example helps the query. docs/math.md (1), (2).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastif.capture import Capture, dtype_of
+from fastif.capture import Capture, Forward, dtype_of
 from fastif.curvature import Curvature, Directions, ExactBlock, Explicit, LowRank
 from fastif.data import as_loader, batch_length, count, picked, rows_of
 from fastif.features import find_head, moved_to, placed
 from fastif.gradients import Gradients
 from fastif.losses import (
+    IGNORED,
     Loss,
     Measurement,
     check_loss,
     check_measurement,
     labels_in,
+    labels_of,
     measured,
     output_columns,
     per_sample,
@@ -36,7 +38,7 @@ from fastif.plan import Plan, plan
 from fastif.samplers import check_subset
 from fastif.store import ScoreFolder, best_of, write_scores
 
-_RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm, nn.AlphaDropout)
+_RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
 class Influence:
@@ -149,12 +151,13 @@ class Influence:
         docs/math.md (1).
         """
         change: dict[Tensor, Tensor] = {}
-        for _, blocks in self._at_checkpoints():
+        for checkpoint, blocks in self._at_checkpoints():
             totals: dict[str, Tensor] = {}
-            for _, _, gradients in self._gradients(batch, "on_parameters"):
-                for name, g in gradients.items():
-                    total = g.sum(torch.ones(len(g), device=self.device))
-                    totals[name] = totals[name].add_(total) if name in totals else total
+            with self._running(checkpoint):
+                for _, _, gradients in self._gradients(batch, "on_parameters"):
+                    for name, g in gradients.items():
+                        total = g.sum(torch.ones(len(g), device=self.device))
+                        totals[name] = totals[name].add_(total) if name in totals else total
             for name, total in totals.items():
                 moved = -blocks[name].solve(total) / len(self._fitted)
                 for parameter, rows, value in self.capture.blocks[name].split(moved):
@@ -237,19 +240,21 @@ class Influence:
             values, indices = self.scores(query, train).sort(dim=1, descending=largest, stable=True)
             return values[:, :k], indices[:, :k]
         best: dict[int, tuple[Tensor, Tensor]] = {}  # by first query of a block
-        for tile in self._tiles(query, train):
-            best[tile.query] = best_of(best.get(tile.query), tile.values[""], tile.train, k, largest)
+        with closing(self._tiles(query, train)) as tiles:
+            for tile in tiles:
+                best[tile.query] = best_of(best.get(tile.query), tile.values[""], tile.train, k, largest)
         values, indices = zip(*(best[start] for start in sorted(best)), strict=True)
         return torch.cat(values), torch.cat(indices)
 
     def self_influence(self, train: Any) -> Tensor:
         """scores[t, t] of every training example, [n], never negative: how much its loss rests on it."""
         total = None
-        for _, blocks in self._at_checkpoints():
-            parts = [
-                torch.stack([blocks[name].sq_norms(g) for name, g in gradients.items()]).sum(0).cpu()
-                for _, _, gradients in self._gradients(train, "self-influence")
-            ]
+        for checkpoint, blocks in self._at_checkpoints():
+            with self._running(checkpoint):
+                parts = [
+                    torch.stack([blocks[name].sq_norms(g) for name, g in gradients.items()]).sum(0).cpu()
+                    for _, _, gradients in self._gradients(train, "self-influence")
+                ]
             total = torch.cat(parts) if total is None else total + torch.cat(parts)
         assert total is not None
         return total / (self._n * len(self._fitted))
@@ -314,7 +319,7 @@ class Influence:
         blocks = self._begun()
         for turn in range(max(1, *(estimator.passes for estimator in blocks.values()))):
             open_blocks = {name: estimator for name, estimator in blocks.items() if turn < estimator.passes}
-            generator = Generator().manual_seed(self.seed)
+            generator = torch.Generator().manual_seed(self.seed)
             batches = -(-len(indices) // self.batch_size)
             with tqdm(total=batches, desc=f"fit, pass {turn + 1}", disable=not self.progress) as bar:
                 for (x, y), places in picked(train, self.batch_size, indices):
@@ -334,12 +339,12 @@ class Influence:
             rows = torch.arange(size)
             few = rows_of(x, rows)
             labels = labels_in(few, None if y is None else rows_of(y, rows))
-            forward = self.capture.forward(few)
+            forward = self._forward(few)
             if not self.capture.ambiguous:
                 break
         values = measured(value, self.loss, forward.outputs, labels, forward.n)
         if not self.allow_train_mode and any(module.training for module in self.model.modules()):
-            again = measured(value, self.loss, self.capture.forward(few).outputs, labels, forward.n)
+            again = measured(value, self.loss, self._forward(few).outputs, labels, forward.n)
             if not torch.allclose(again, values, rtol=1e-3, atol=1e-6):
                 raise ValueError(
                     "Influence: the model is in train mode and two forward passes of one batch differ (dropout?); "
@@ -348,11 +353,11 @@ class Influence:
         forward.check(values, mixing=not self.allow_train_mode)
 
     def _observe(
-        self, blocks: dict[str, Curvature], x: Any, y: Any, weights: Tensor, turn: int, generator: Generator
+        self, blocks: dict[str, Curvature], x: Any, y: Any, weights: Tensor, turn: int, generator: torch.Generator
     ) -> None:
         if not self.capture.checked:
             self._check(x, y)
-        forward = self.capture.forward(x)
+        forward = self._forward(x)
         batch = labels_in(x, y)
         losses = per_sample(self.loss, forward.outputs, batch, forward.n)
         weights = weights.to(self.device)
@@ -361,7 +366,8 @@ class Influence:
             if isinstance(estimator, ExactBlock) and estimator.fisher == "exact" and self.loss == "cross_entropy":
                 head = forward.head(name)
                 if head is not None:
-                    estimator.update(*head, weights=weights)
+                    counted = labels_of(batch) != IGNORED
+                    estimator.update(*head, weights=weights * counted)
                     del rest[name]
         for fisher in dict.fromkeys(estimator.fisher for estimator in rest.values()):
             mine = {name: estimator for name, estimator in rest.items() if estimator.fisher == fisher}
@@ -377,12 +383,10 @@ class Influence:
 
     # --------------------------------------------------------------------------------------------------------- scoring
 
-    def _at_checkpoints(self) -> Iterator[tuple[int, dict[str, Curvature]]]:
+    def _at_checkpoints(self) -> list[tuple[Mapping[str, Tensor] | None, dict[str, Curvature]]]:
         if not self._fitted:
             raise ValueError("Influence: not fitted; call fit(train) first")
-        for number, (checkpoint, blocks) in enumerate(zip(self.checkpoints or [None], self._fitted, strict=True)):
-            with self._running(checkpoint):
-                yield number, blocks
+        return list(zip(self.checkpoints or [None], self._fitted, strict=True))
 
     def _gradients(self, data: Any, name: str, value: Any = "loss") -> Iterator[tuple[int, int, dict[str, Gradients]]]:
         """First index, number of examples, and the gradients of every batch: of the loss or of a measurement."""
@@ -392,10 +396,13 @@ class Influence:
                 x, y = moved_to(x, self.device), moved_to(y, self.device)
                 if not self.capture.checked:
                     self._check(x, y, value)
-                forward = self.capture.forward(x)
-                values = measured(value, self.loss, forward.outputs, labels_in(x, y), forward.n)
-                yield start, forward.n, forward.gradients(values)
-                start += forward.n
+                forward = self._forward(x)
+                n, values = forward.n, measured(value, self.loss, forward.outputs, labels_in(x, y), forward.n)
+                gradients = forward.gradients(values)
+                del forward, values  # and the graph with them
+                yield start, n, gradients
+                del gradients
+                start += n
         if start == 0:
             raise ValueError("data holds no examples")
 
@@ -414,6 +421,7 @@ class Influence:
                 part = {name: g.rows(begin, begin + each) for name, g in gradients.items()}
                 made = {name: self._directions(blocks[name], g, rank, explicit) for name, g in part.items()}
                 size = sum(directions.nbytes for directions in made.values())
+                del part
                 if used and used + size > self.memory:
                     yield first, held
                     first, held, used = start + begin, {name: [] for name in blocks}, 0
@@ -449,27 +457,30 @@ class Influence:
         query_groups: Tensor | None = None,
         rank: int | None = None,
         by: str = "all",
-    ) -> Iterator[Tile]:
+    ) -> Generator[Tile]:
         """Rectangles of the scores: queries of a block × training examples of a batch."""
         if query_groups is not None:
             _check_groups("query_groups", query_groups, count(query, self.batch_size))
         if rank is not None and rank < 1:
             raise ValueError(f"scores: rank must be at least 1, got {rank}")
         self.rank_error = 0.0
-        for _, blocks in self._at_checkpoints():
-            share = self._n * len(self._fitted)
-            for first, held in self._query_blocks(query, blocks, query_groups, rank, by == "token"):
-                for start, _, gradients in self._gradients(train, "scores"):
-                    parts = {}
-                    for name, g in gradients.items():
-                        dots = _by_position if by == "token" else _dots
-                        parts[name] = torch.cat([dots(directions, g) for directions in held[name]]).div_(share).cpu()
-                    if by == "token":
-                        _check_positions({name: g.positions for name, g in gradients.items()})
-                    yield Tile(first, start, parts if by == "layer" else {"": _added(parts.values())})
+        share = self._n * len(self._at_checkpoints())
+        for checkpoint, blocks in self._at_checkpoints():
+            with self._running(checkpoint):
+                for first, held in self._query_blocks(query, blocks, query_groups, rank, by == "token"):
+                    for start, _, gradients in self._gradients(train, "scores"):
+                        parts = {}
+                        for name, g in gradients.items():
+                            dots = _by_position if by == "token" else _dots
+                            parts[name] = torch.cat([dots(each, g) for each in held[name]]).div_(share).cpu()
+                        if by == "token":
+                            _check_positions({name: g.positions for name, g in gradients.items()})
+                        del gradients  # before those of the next batch come
+                        yield Tile(first, start, parts if by == "layer" else {"": _added(parts.values())})
+                    held.clear()  # before the next queries are held
 
     def _assembled(
-        self, tiles: Iterator[Tile], query: Any, query_groups: Tensor | None, groups: Tensor | None, train: Any
+        self, tiles: Generator[Tile], query: Any, query_groups: Tensor | None, groups: Tensor | None, train: Any
     ) -> dict[str, Tensor]:
         rows = count(query, self.batch_size) if query_groups is None else int(query_groups.max()) + 1
         columns = n = count(train, self.batch_size)
@@ -477,15 +488,21 @@ class Influence:
             _check_groups("groups", groups, n)
             columns = int(groups.max()) + 1
         out: dict[str, Tensor] = {}
-        for tile in tiles:
-            for key, values in tile.values.items():
-                if key not in out:
-                    out[key] = values.new_zeros((rows, columns, *values.shape[2:]))
-                place = out[key][tile.query : tile.query + len(values)]
-                if groups is None:
-                    place[:, tile.train : tile.train + values.shape[1]] += values
-                else:
-                    place.index_add_(1, groups[tile.train : tile.train + values.shape[1]].cpu(), values)
+        with closing(tiles):  # whatever happens, the model is released at once
+            for tile in tiles:
+                for key, values in tile.values.items():
+                    if key not in out:
+                        out[key] = values.new_zeros((rows, columns, *values.shape[2:]))
+                    if out[key].shape[2:] != values.shape[2:]:
+                        raise ValueError(
+                            f"scores_by_token: batches must have one number of positions, got {out[key].shape[2]} and "
+                            f"{values.shape[2]}; pad the examples to one length"
+                        )
+                    place = out[key][tile.query : tile.query + len(values)]
+                    if groups is None:
+                        place[:, tile.train : tile.train + values.shape[1]] += values
+                    else:
+                        place.index_add_(1, groups[tile.train : tile.train + values.shape[1]].cpu(), values)
         return out
 
     @contextmanager
@@ -507,11 +524,13 @@ class Influence:
                 self.model.load_state_dict(checkpoint)
             undo.enter_context(placed(self.model, self.device, "Influence"))
             undo.enter_context(self.capture.attached())
-            if self.autocast is None:
-                undo.enter_context(torch.autocast(self.device.type, enabled=False))
-            else:
-                undo.enter_context(torch.autocast(self.device.type, self.autocast))
+            undo.enter_context(torch.autocast(self.device.type, enabled=False))
             yield
+
+    def _forward(self, x: Any) -> Forward:
+        """The one place where `autocast` acts: all else is computed in full."""
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            return self.capture.forward(x)
 
 
 class Tile(NamedTuple):

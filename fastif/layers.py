@@ -55,10 +55,11 @@ def blocks_of(name: str, module: nn.Module, apart: set[Tensor]) -> list[Block] |
     Weights in `apart` (those that several modules share) get a block without their bias, so that it can be joined with
     the blocks of the other modules.
     """
-    if hasattr(module, "parametrizations"):
-        return "is parametrized (weight norm or the like)"
+    computed = isinstance(getattr(module, "weight", None), Tensor) and "weight" not in module._parameters
+    if hasattr(module, "parametrizations") or computed:
+        return "is parametrized: its weight is computed from other parameters (weight norm or the like)"
     if isinstance(module, nn.MultiheadAttention):
-        return _attention(name, module)
+        return _attention(name, module) if not _shares(module, apart) else "shares parameters with another layer"
     if isinstance(module, nn.Linear):
         return _linear_map(name, module.weight, module.bias, name, apart)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # the transposed linear layer of transformers
@@ -71,8 +72,12 @@ def blocks_of(name: str, module: nn.Module, apart: set[Tensor]) -> list[Block] |
         return _embedding(name, module)
     normalized = _normalization(module)
     if normalized is not None:
-        return _elementwise(name, module, *normalized)
+        return _elementwise(name, module, *normalized) if not _shares(module, apart) else "shares parameters"
     return f"{type(module).__name__} is not a kind of layer that is known"
+
+
+def _shares(module: nn.Module, apart: set[Tensor]) -> bool:
+    return any(parameter in apart for parameter in module.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------- linear maps
@@ -91,7 +96,7 @@ def _linear_map(
     """Rows of a weight [o, d] (stored [d, o] if transposed), and of its bias, that act on the last axis."""
     matrix = weight.T if transposed else weight[rows]
     o, d = matrix.shape
-    separate = bias is not None and weight in apart
+    separate = bias is not None and (weight in apart or bias in apart)
 
     def gradients(with_bias: bool, x: Tensor, u: Tensor) -> Dense:
         n = len(x)
@@ -144,7 +149,7 @@ def _with_ones(x: Tensor, append: bool) -> Tensor:
 def _convolution(name: str, module: nn.modules.conv._ConvNd, apart: set[Tensor]) -> list[Block]:
     weight, bias, g = module.weight, module.bias, module.groups
     o, d = weight.shape[0] // g, weight[0].numel()
-    separate = bias is not None and weight in apart
+    separate = bias is not None and (weight in apart or bias in apart)
     joint = bias is not None and not separate
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
 

@@ -51,12 +51,7 @@ def per_sample(loss: Any, outputs: Any, batch: Any, n: int) -> Tensor:
     - a function: must return [n].
     """
     if callable(loss):
-        values = loss(outputs, batch)
-        if not isinstance(values, Tensor) or values.shape != (n,):
-            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            advice = '; a mean or a sum will not do: use reduction="none"' if got == [] else ""
-            raise ValueError(f"loss: must return one value per example, shape [n={n}], got {got}{advice}")
-        return values
+        return _values_of(loss, "loss", outputs, batch, n)
     scores, labels = logits_of(outputs), labels_of(batch)
     if loss in ("cross_entropy", "causal_lm"):
         scores, labels = _class_axis_last(loss, scores, labels, n)
@@ -70,6 +65,15 @@ def per_sample(loss: Any, outputs: Any, batch: Any, n: int) -> Tensor:
     return losses.reshape(n, -1).sum(1)
 
 
+def _values_of(function: Any, name: str, outputs: Any, batch: Any, n: int) -> Tensor:
+    values = function(outputs, batch)
+    if not isinstance(values, Tensor) or values.shape != (n,):
+        got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        advice = '; a mean or a sum will not do: use reduction="none"' if got == [] else ""
+        raise ValueError(f"{name}: must return one value per example, shape [n={n}], got {got}{advice}")
+    return values
+
+
 def measured(measurement: Any, loss: Any, outputs: Any, batch: Any, n: int) -> Tensor:
     """What is asked of the queries, [n].
 
@@ -78,9 +82,14 @@ def measured(measurement: Any, loss: Any, outputs: Any, batch: Any, n: int) -> T
     if measurement == "loss":
         return per_sample(loss, outputs, batch, n)
     if callable(measurement):
-        return per_sample(measurement, outputs, batch, n)
+        return _values_of(measurement, "measurement", outputs, batch, n)
     logits, labels = _class_axis_last("cross_entropy", logits_of(outputs), labels_of(batch), n)
-    logits, labels = logits.view(n, -1), labels.view(n)
+    if logits.shape[1] != 1 or bool((labels == IGNORED).any()):
+        raise ValueError(
+            f"measurement: {measurement!r} needs one label per example and none that is {IGNORED}, got labels of shape "
+            f"{list(labels_of(batch).shape)}, {int((labels == IGNORED).sum())} of them {IGNORED}"
+        )
+    logits, labels = logits.reshape(n, -1), labels.reshape(n)
     own = logits.gather(1, labels[:, None])[:, 0]
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return own - (others.amax(1) if measurement == "margin" else others.logsumexp(1))
@@ -139,14 +148,14 @@ def output_columns(
 
 def logits_of(outputs: Any) -> Tensor:
     if isinstance(outputs, Tensor):
-        return outputs
+        return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"loss: the model must return a tensor or something with `.logits`, got {type(outputs).__name__}; "
             "or pass a function as loss"
         )
-    return logits
+    return logits_of(logits)
 
 
 def labels_in(x: Any, y: Any) -> Any:

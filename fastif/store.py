@@ -14,6 +14,7 @@ import inspect
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from hashlib import sha256
 from itertools import accumulate, chain, pairwise, product
 from pathlib import Path
@@ -236,16 +237,17 @@ def _compute(
     starts = list(accumulate((len(run) for run in missing), initial=0))  # where the runs begin in the part
     under_way: dict[int, Tensor] = {}
     left = [len(rows) * len(run) * len(influence._fitted) for run in missing]
-    for tile in influence._tiles(query, part, rank=rank):
-        number = bisect_right(starts, tile.train) - 1  # a batch lies in one run
-        values, run = tile.values[""], missing[number]
-        if number not in under_way:
-            under_way[number] = torch.zeros((len(rows), len(run)), dtype=scores.dtype)
-        column = tile.train - starts[number]
-        under_way[number][tile.query : tile.query + len(values), column : column + values.shape[1]] += values
-        left[number] -= values.numel()
-        if left[number] == 0:
-            scores._write(rows, run, under_way.pop(number), influence.rank_error)
+    with closing(influence._tiles(query, part, rank=rank)) as tiles:
+        for tile in tiles:
+            number = bisect_right(starts, tile.train) - 1  # a batch lies in one run
+            values, run = tile.values[""], missing[number]
+            if number not in under_way:
+                under_way[number] = torch.zeros((len(rows), len(run)), dtype=scores.dtype)
+            column = tile.train - starts[number]
+            under_way[number][tile.query : tile.query + len(values), column : column + values.shape[1]] += values
+            left[number] -= values.numel()
+            if left[number] == 0:
+                scores._write(rows, run, under_way.pop(number), influence.rank_error)
     if any(left):
         raise ValueError("scores: the data gave fewer examples than at its first pass")
 

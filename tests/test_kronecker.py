@@ -1,6 +1,7 @@
 """K-FAC, EK-FAC, the diagonal and what Influence makes of them, held against matrices built by hand."""
 
 import io
+import warnings
 from functools import cache
 from typing import NamedTuple
 
@@ -10,6 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastif import EKFAC, KFAC, Diagonal, ExactBlock, Identity, Influence, NotPositiveDefinite
+from fastif.capture import Capture
+from fastif.curvature import LowRank
+from fastif.losses import output_columns
 from fastif.samplers import Subset
 from tests import reference
 from tests.networks import Apply
@@ -348,12 +352,11 @@ def wide():
 def test_separable_scores_keep_their_tolerance(estimator):
     model, data = wide()
     exact = Influence(model, curvature=estimator(1e-2), layers="0", progress=False).fit(data)
-    between = ~torch.eye(len(data[0]), dtype=torch.bool)
-    scores, own = exact.scores(data, data)[between], exact.self_influence(data)
+    scores, own = exact.scores(data, data), exact.self_influence(data)
     ranks = []
     for tolerance in (0.5, 1e-2):
         quick = Influence(model, curvature=estimator(1e-2, separable=tolerance), layers="0", progress=False).fit(data)
-        error = (quick.scores(data, data)[between] - scores).norm() / scores.norm()
+        error = (quick.scores(data, data) - scores).norm() / scores.norm()
         assert error <= tolerance
         ranks.append(quick.curvature["0"].separable_rank)
         assert torch.allclose(quick.self_influence(data), own, rtol=1e-12)  # always exact
@@ -468,3 +471,114 @@ def test_seed_chooses_the_draws():
     one, again, two = (influence_of("mlp", KFAC(1e-3, "monte_carlo"), seed=s).fit(data) for s in (0, 0, 1))
     assert torch.equal(one.curvature["0"].eigenvalues, again.curvature["0"].eigenvalues)
     assert not torch.allclose(one.curvature["0"].eigenvalues, two.curvature["0"].eigenvalues, rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------- autocast, failures, ties
+
+
+@pytest.mark.parametrize(
+    "estimator", [KFAC(DAMPING), EKFAC(DAMPING), Diagonal(DAMPING), Identity(), ExactBlock(DAMPING)]
+)
+def test_autocast_rounds_the_passes_and_nothing_else(estimator):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 3))
+    data = torch.randn(40, 20), torch.arange(40) % 3
+    scores = [
+        Influence(model, curvature=estimator, layers="*", autocast=dtype, progress=False).fit(data).scores(data, data)
+        for dtype in (None, torch.bfloat16)
+    ]
+    assert scores[1].dtype == torch.float32
+    assert 0 < (scores[1] - scores[0]).norm() <= 0.1 * scores[0].norm()
+
+
+@pytest.mark.parametrize("queries", [1, 3, 60])
+def test_separable_scores_keep_their_tolerance_for_few_queries(queries):
+    model, data = wide()
+    query = tuple(x[:queries] for x in data)
+    exact = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False).fit(data).scores(query, data)
+    quick = Influence(model, curvature=EKFAC(1e-2, separable=1e-2), layers="*", progress=False).fit(data)
+    assert (quick.scores(query, data) - exact).norm() <= 1e-2 * exact.norm()
+
+
+def test_a_failure_in_the_middle_of_scores_releases_the_model():
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3))
+    influence = Influence(Mean(model), curvature=Identity(), progress=False)
+    data = [(torch.zeros(2, 5).long(), torch.tensor([0, 1])), (torch.zeros(2, 4).long(), torch.tensor([0, 1]))]
+    influence.fit(data)
+    with pytest.raises(ValueError, match="one number of positions, got 5 and 4; pad") as held:
+        influence.scores_by_token(data, data)
+    assert held.value is not None  # the traceback keeps the frames alive
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Mean(nn.Module):
+    def __init__(self, words):
+        super().__init__()
+        self.words = words
+
+    def forward(self, x):
+        return self.words(x).mean(1)
+
+
+def test_ignored_labels_carry_no_curvature_in_the_head():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, -100, 1, -100])
+    blocks = []
+    for rows in (torch.arange(6), y != -100):
+        n = len(x[rows])
+        influence = Influence(model, curvature=ExactBlock(DAMPING), progress=False).fit((x[rows], y[rows]))
+        blocks.append(next(iter(influence.curvature.values())).block * n)
+    assert torch.allclose(blocks[0], blocks[1], atol=1e-14)
+
+
+def test_a_transposed_convolution_used_twice_has_the_moments_of_its_positions():
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose1d(2, 2, 3, padding=1, bias=False)
+    once = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(10, 3)).double()
+    twice = nn.Sequential(layer, nn.Tanh(), layer, nn.Flatten(), nn.Linear(10, 3)).double()
+    for model in (once, twice):
+        x, y = torch.randn(12, 2, 5, dtype=torch.float64), torch.arange(12) % 3
+        influence = Influence(model, curvature=KFAC(DAMPING), layers="0", progress=False).fit((x, y))
+        total = float(influence.curvature["0"].eigenvalues.sum())
+        capture, moments = Capture(model, "0"), [0.0, 0.0, 0.0]
+        with capture.attached():
+            forward = capture.forward(x)
+            for column, (scores, s) in enumerate(
+                output_columns("cross_entropy", forward.outputs, y, 12, "exact", None)
+            ):
+                g = forward.gradients(scores, s, keep=True)["0"]
+                weights = torch.full((12,), 1 / 12, dtype=torch.float64)
+                if column == 0:
+                    moments[0] = float(g.moment("outputs", weights)[0].trace())
+                    moments[2] = float(weights.sum()) * g.positions
+                moments[1] += float(g.moment("inputs", weights)[0].trace())
+        assert total == pytest.approx(moments[0] * moments[1] / moments[2], rel=1e-10)
+
+
+def test_rank_error_is_true_down_to_rounding_and_for_zero_gradients():
+    matrices = torch.zeros(2, 1, 4, 4, dtype=torch.float32)
+    matrices[0, 0] = torch.diag(torch.tensor([1.0, 1e-2, 1e-5, 0.0]))
+    assert LowRank.of(matrices, 2).error == pytest.approx(1e-5, rel=1e-3)
+    assert LowRank.of(matrices, 3).error == 0
+
+
+def test_margin_of_an_ignored_label_is_refused():
+    model, data = wide()
+    influence = Influence(model, measurement="margin", curvature=Identity(), layers="*", progress=False).fit(data)
+    with pytest.raises(ValueError, match="'margin' needs one label per example and none that is -100"):
+        influence.scores((data[0][:2], torch.tensor([0, -100])), data)
+
+
+def test_layers_that_cannot_be_covered_are_listed_and_blocks_can_be_named():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        old = nn.utils.weight_norm(nn.Linear(3, 3))
+    norms = [nn.LayerNorm(3), nn.LayerNorm(3)]
+    norms[1].weight = norms[0].weight
+    model = nn.Sequential(old, *norms, nn.MultiheadAttention(3, 1), nn.Linear(3, 2))
+    capture = Capture(model)
+    assert set(capture.covered) | set(capture.skipped) == {name for name, _ in model.named_parameters()}
+    assert "weight norm" in capture.skipped["0.weight_v"]
+    assert {"1.weight", "2.bias"} <= set(capture.skipped)
+    assert list(Capture(model, ["3.out_proj", "3.q_proj"]).blocks) == ["3.q_proj", "3.out_proj"]

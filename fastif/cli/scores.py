@@ -121,14 +121,14 @@ def scores_command(
         print(f"{q:,} queries; scores take {q * n * dtype_of(model).itemsize / 2**20:.1f} MiB in {out}", flush=True)
     with writable(out):
         try:
-            _fit(influence, train, out / "curvature.safetensors", resume, picker, size, seed)
+            known = _fit(influence, train, out / "curvature.safetensors", resume, picker, size, seed)
             scores = influence.scores(query, train, out=out, resume=resume)
             paths = [path for path in (out / "top.csv",) if top]
             if top:
                 _write_top(out / "top.csv", scores, top)
             if self_influence:
                 paths.append(out / "self_influence.npy")
-                if not paths[-1].exists():
+                if not (known and paths[-1].exists()):
                     values = influence.self_influence(train)
                     with whole(paths[-1]) as partial:
                         np.save(partial, values.numpy())
@@ -235,15 +235,15 @@ def _fit(
     picker: tuple[str, Callable[..., Any]] | None,
     k: int | None,
     seed: int,
-) -> None:
-    """Fits the curvature and keeps it in a file, or takes it from there."""
+) -> bool:
+    """Fits the curvature and keeps it in a file, or takes it from there: whether it did."""
     name = None if picker is None else picker[0]
     settings = {**fit_settings(influence, train), "sampler": name, "k": k}
     if resume and stored.exists():
         found, state = _read_curvature(stored)
         refuse_differences(stored, found, settings)
         influence.load_state_dict(state)
-        return
+        return True
     subset = None
     if picker is not None and k is not None:
         subset = _subset(influence, train, picker, k, seed)
@@ -253,6 +253,7 @@ def _fit(
     state = {key: value.detach().cpu().contiguous() for key, value in influence.state_dict().items()}
     with whole(stored) as partial:
         partial.write_bytes(save(state, {"fastif": json.dumps(settings)}))
+    return False
 
 
 def _read_curvature(path: Path) -> tuple[Mapping[str, Any], dict[str, torch.Tensor]]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from fastif.gradients import Dense, Gradients, Sliced
 
 _ENTRIES = 1 << 24  # of the largest intermediate of LowRank
-_MARGIN = 0.5  # of the tolerance that the sample's error may take
 _SAMPLE = 64  # queries and training examples on which an approximation measures its error
 
 
@@ -58,8 +57,8 @@ class LowRank:
     @staticmethod
     def of(matrices: Tensor, rank: int) -> LowRank:
         u, s, v = torch.linalg.svd(matrices, full_matrices=False)
-        kept, whole = s[..., :rank].square().sum((1, 2)), s.square().sum((1, 2))
-        lost = (1 - kept / whole.clamp(min=torch.finfo(s.dtype).tiny)).clamp(min=0).sqrt()
+        left_out, whole = s[..., rank:].square().sum((1, 2)), s.square().sum((1, 2))
+        lost = (left_out / whole.clamp(min=torch.finfo(s.dtype).tiny)).sqrt()  # 0 for a gradient that is zero
         return LowRank(u[..., :rank] * s[..., None, :rank], v[..., :rank, :], float(lost.max()))
 
     def __len__(self) -> int:
@@ -85,88 +84,99 @@ class LowRank:
         return torch.cat(out)
 
 
-@dataclass(frozen=True)
+class Basis(Protocol):
+    """An estimator that is diagonal in a basis: what `Separable` needs of it."""
+
+    separable_rank: int | None
+
+    @property
+    def inverse_eigenvalues(self) -> Tensor:
+        """[1, o, d]."""
+        ...
+
+    def rotated(self, gradients: Gradients) -> Gradients: ...
+
+
 class Separable:
     """For rank-one gradients u aᵀ in the eigenbasis: the inverse eigenvalues as a sum of r products x yᵀ.
 
     Then a score is Σ_r (Σ_o u_q u_t x_r)(Σ_d a_q a_t y_r): r (o + d) operations per pair in the place of o·d, and
-    nothing of size o·d is kept of a query. docs/math.md (16).
+    nothing of size o·d is kept of a query. The rank is the smallest that keeps the tolerance on a sample of the pairs
+    that are asked for first; where the exact form is as cheap, it is used. docs/math.md (16).
     """
 
-    inputs: Tensor  # [q, d], of the queries, rotated
-    output_grads: Tensor  # [q, o]
-    x: Tensor  # [r, o]
-    y: Tensor  # [r, d]
-    rotate: Callable[[Gradients], Gradients]
-
-    @property
-    def rank(self) -> int:
-        return len(self.x)
+    def __init__(self, query: Gradients, basis: Basis, products: tuple[Tensor, Tensor], tolerance: float):
+        self._query, self._basis, self._products, self._tolerance = query, basis, products, tolerance
+        self._rank: int | None = None  # 0: exact
 
     @staticmethod
     def suits(gradients: Gradients) -> bool:
         return isinstance(gradients, Dense) and gradients.positions == 1 and len(gradients.inputs) == 1
 
-    @staticmethod
-    def of(
-        query: Gradients,
-        inverse: Tensor,
-        eigenvalues: Tensor,
-        tolerance: float,
-        rotate: Callable[[Gradients], Gradients],
-    ) -> Separable | None:
-        """The cheapest form within the tolerance, or None where the exact one is as cheap.
+    def __len__(self) -> int:
+        return len(self._query)
 
-        The singular vectors are those of `inverse` [1, o, d] weighted by the root mean curvature of its rows and
-        columns, which is how much gradient they carry. The error is that of the scores between different queries,
-        relative in the Frobenius norm, and must keep a margin from the tolerance, since training examples are others.
-        """
-        assert isinstance(query, Dense)
-        a, u = query.inputs[0, :, 0], query.output_grads[0, :, 0]
-        o, d = inverse.shape[1:]
-        weights = eigenvalues[0].double()
-        rows, columns = weights.sum(1).sqrt(), weights.sum(0).sqrt()
-        rows = rows.clamp(min=1e-6 * float(rows.max()) + 1e-300)
-        columns = columns.clamp(min=1e-6 * float(columns.max()) + 1e-300)
-        left, s, right = torch.linalg.svd(rows[:, None] * inverse[0].double() * columns, full_matrices=False)
-        x = (left * s.sqrt()).T / rows  # [min(o, d), o]
-        y = s.sqrt()[:, None] * right / columns
-        x, y = x.to(inverse), y.to(inverse)
-        sample = slice(0, _SAMPLE)
-        exact = (u[sample, None] * u[None, sample]) @ inverse[0] * (a[sample, None] * a[None, sample])
-        exact = exact.sum(-1).fill_diagonal_(0)
-        whole = float(exact.norm())
+    @property
+    def nbytes(self) -> int:
+        a, u = _factors(self._query)
+        return a.nbytes + u.nbytes
+
+    def dots(self, train: Gradients) -> Tensor:
+        rotated = self._basis.rotated(train)
+        if self._rank is None:
+            self._rank = self._sufficient(rotated.rows(0, _SAMPLE))
+            self._basis.separable_rank = self._rank or None
+        if self._rank:
+            return self._pairs(self._query, rotated, self._rank)
+        inverse = self._basis.inverse_eigenvalues
+        parts = (self._query.rows(begin, begin + _SAMPLE) for begin in range(0, len(self), _SAMPLE))
+        return torch.cat([rotated.dots(part.formed() * inverse) for part in parts])
+
+    def _sufficient(self, train: Gradients) -> int:
+        """The smallest rank within the tolerance, or 0 where the exact form is as cheap."""
+        query, inverse = self._query.rows(0, _SAMPLE), self._basis.inverse_eigenvalues
+        exact = train.dots(query.formed() * inverse)
+        allowed = self._tolerance * float(exact.norm())
 
         def suffices(rank: int) -> bool:
-            made = Separable(a, u, x[:rank], y[:rank], rotate)
-            got = made._pairs(a[sample], u[sample], a[sample], u[sample]).fill_diagonal_(0)
-            return float((got - exact).norm()) <= _MARGIN * tolerance * whole
+            return float((self._pairs(query, train, rank) - exact).norm()) <= allowed
 
-        enough, most = 2, o * d // (o + d)  # from this rank on it costs as much as the exact form
+        o, d = inverse.shape[1:]
+        enough, most = 2, o * d // (o + d)  # from this rank on it costs as much
         while enough < most and not suffices(enough):
             enough *= 2
         if enough >= most:
-            return None
+            return 0
         low = enough // 2
         while enough - low > 1:  # errors fall with the rank
             middle = (low + enough) // 2
             low, enough = (low, middle) if suffices(middle) else (middle, enough)
-        return Separable(a, u, x[:enough].contiguous(), y[:enough].contiguous(), rotate)
+        return enough
 
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    @property
-    def nbytes(self) -> int:
-        return self.inputs.nbytes + self.output_grads.nbytes
-
-    def dots(self, train: Gradients) -> Tensor:
-        rotated = self.rotate(train)
-        assert isinstance(rotated, Dense)
-        return self._pairs(self.inputs, self.output_grads, rotated.inputs[0, :, 0], rotated.output_grads[0, :, 0])
-
-    def _pairs(self, a_query: Tensor, u_query: Tensor, a: Tensor, u: Tensor) -> Tensor:
+    def _pairs(self, query: Gradients, train: Gradients, rank: int) -> Tensor:
+        (a_query, u_query), (a, u) = _factors(query), _factors(train)
         total = a.new_zeros((len(a_query), len(a)))
-        for x, y in zip(self.x, self.y, strict=True):
+        for x, y in zip(self._products[0][:rank], self._products[1][:rank], strict=True):
             total.addcmul_((u_query * x) @ u.T, (a_query * y) @ a.T)
         return total
+
+
+def products_of(inverse: Tensor, eigenvalues: Tensor) -> tuple[Tensor, Tensor]:
+    """x [r, o] and y [r, d] with inverse ≈ Σ_r x_r y_rᵀ, best first, for inverse and eigenvalues [o, d].
+
+    They are singular vectors after weighting rows and columns by the root of the curvature that runs along them: so
+    much gradient they carry.
+    """
+    weights = eigenvalues.double()
+    rows, columns = weights.sum(1).sqrt(), weights.sum(0).sqrt()
+    rows = rows.clamp(min=1e-6 * float(rows.max()) + 1e-300)
+    columns = columns.clamp(min=1e-6 * float(columns.max()) + 1e-300)
+    left, s, right = torch.linalg.svd(rows[:, None] * inverse.double() * columns, full_matrices=False)
+    x, y = (left * s.sqrt()).T / rows, s.sqrt()[:, None] * right / columns
+    return x.to(inverse), y.to(inverse)
+
+
+def _factors(gradients: Gradients) -> tuple[Tensor, Tensor]:
+    """Inputs [n, d] and output gradients [n, o] of gradients with one position."""
+    assert isinstance(gradients, Dense)
+    return gradients.inputs[0, :, 0], gradients.output_grads[0, :, 0]

@@ -21,7 +21,7 @@ class EKFAC(KFAC):
         if turn == 0:
             super().observe(gradients, weights, column, turn)
         else:
-            squares = self._rotated(gradients).squares(weights)
+            squares = self.rotated(gradients).squares(weights)
             self._eigenvalues = squares if self._eigenvalues is None else self._eigenvalues.add_(squares)
 
     def end(self, turn: int) -> None:

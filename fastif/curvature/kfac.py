@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
-from fastif.curvature.directions import Directions, Explicit, Separable
+from fastif.curvature.directions import Directions, Explicit, Separable, products_of
 from fastif.gradients import Gradients
 from fastif.losses import Fisher
 
@@ -28,8 +28,9 @@ class KFAC:
         fisher: "exact": the GGN, by one backward pass per output; "monte_carlo": by one pass with labels drawn from the
             model's prediction; "empirical": the gradients of the data's own labels, another matrix.
         separable: in pairwise scores of layers with one position per example, replace 1/(λ_od + damping) by a sum of
-            products, as few as keep the relative error of the scores below this tolerance, measured on a sample;
-            where that would cost more than the exact form, the exact form is used. None: always exact.
+            products, as few as keep the relative error (in the Frobenius norm) of the scores of up to 64 queries with
+            up to 64 training examples within this tolerance; where that would cost more than the exact form, the exact
+            form is used. None: always exact.
     """
 
     passes = 1
@@ -56,21 +57,25 @@ class KFAC:
         self.input_basis: Tensor | None = None  # [g, d, d], columns are eigenvectors
         self.output_basis: Tensor | None = None  # [g, o, o], None where the outputs are rows of a table
         self._eigenvalues: Tensor | None = None  # [g, o, d]
+        self._inverse: Tensor | None = None
+        self._products: tuple[Tensor, Tensor] | None = None  # of the inverse, for separable scores
         self.separable_rank: int | None = None  # of the last scores, None: exact
 
     def begin(self, name: str, shape: tuple[int, int, int]) -> None:
         """Forgets what was learned; the block has g matrices [o, d]."""
         self.name, self.shape = name, shape
-        self._moments, self._positions, self._eigenvalues = {}, 0.0, None
+        self._moments, self._positions, self._eigenvalues, self._inverse = {}, 0.0, None, None
+        self._products = None
 
     def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
         """Takes in a batch: column `column` of its curvature (the activations only once), in pass `turn`."""
         del turn
+        activations = gradients.activations
         for side in ("inputs", "outputs"):
-            if column == 0 or side != gradients.activations:
+            if column == 0 or side != activations:
                 moment = gradients.moment(side, weights)
                 self._moments[side] = self._moments[side].add_(moment) if side in self._moments else moment
-        if column == 0:
+        if column == 0 or activations is None:
             self._positions += float(weights.double().sum()) * gradients.positions
 
     def end(self, turn: int) -> None:
@@ -108,6 +113,8 @@ class KFAC:
     def damping_used(self) -> float:
         """λ: the number given, or what "auto" found. Raises NotPositiveDefinite where it leaves the layer singular."""
         values = self.eigenvalues
+        if not bool(values.isfinite().all()):
+            raise NotPositiveDefinite(f"{type(self).__name__}: the eigenvalues of layer {self.name!r} overflow")
         largest, lowest = float(values.max()), float(values.min())
         if self.damping == "auto":
             return _RELATIVE_DAMPING * float(values.double().mean()) or 1e-12
@@ -123,7 +130,9 @@ class KFAC:
     @property
     def inverse_eigenvalues(self) -> Tensor:
         """1 / (λ_od + damping), [g, o, d]."""
-        return 1 / (self.eigenvalues + self.damping_used)
+        if self._inverse is None:
+            self._inverse = 1 / (self.eigenvalues + self.damping_used)
+        return self._inverse
 
     def solve(self, rhs: Tensor) -> Tensor:
         """(G + λI)⁻¹ rhs for rhs [..., g, o, d]."""
@@ -131,23 +140,20 @@ class KFAC:
 
     def sq_norms(self, gradients: Gradients) -> Tensor:
         """g_iᵀ (G + λI)⁻¹ g_i, [n]."""
-        return self._rotated(gradients).sq_norms(self.inverse_eigenvalues)
+        return self.rotated(gradients).sq_norms(self.inverse_eigenvalues)
 
     def directions(self, gradients: Gradients) -> Directions:
         """The query side of pairwise scores."""
         if self.separable is not None and Separable.suits(gradients):
-            made = Separable.of(
-                self._rotated(gradients), self.inverse_eigenvalues, self.eigenvalues, self.separable, self._rotated
-            )
-            self.separable_rank = None if made is None else made.rank
-            if made is not None:
-                return made
-        rotated = self._rotated(gradients)
+            if self._products is None:
+                self._products = products_of(self.inverse_eigenvalues[0], self.eigenvalues[0])
+            return Separable(self.rotated(gradients), self, self._products, self.separable)
+        rotated = self.rotated(gradients)
         matrices = rotated.formed() * self.inverse_eigenvalues
         q, t = len(gradients), gradients.positions
         _, o, d = self.shape
         if 4 * t * (d * d + o * o) <= q * o * d:  # little beside the products: training gradients are turned instead
-            return Explicit(matrices, self._rotated)
+            return Explicit(matrices, self.rotated)
         return Explicit(self._from_basis(matrices))
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -155,7 +161,8 @@ class KFAC:
         return {key: value for key, value in state.items() if value is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._eigenvalues, self.input_basis = state["eigenvalues"], state["input_basis"]
+        self._eigenvalues, self.input_basis, self._inverse = state["eigenvalues"], state["input_basis"], None
+        self._products = None
         self.output_basis = state.get("output_basis")
 
     @staticmethod
@@ -165,7 +172,8 @@ class KFAC:
         squares = d * d + (o if table else o * o)
         return g * item * (squares + o * d), 8 * (g * squares + g * o * d + (g + 2) * max(d, 0 if table else o) ** 2)
 
-    def _rotated(self, gradients: Gradients) -> Gradients:
+    def rotated(self, gradients: Gradients) -> Gradients:
+        """The gradients in the eigenbases."""
         assert self.input_basis is not None
         return gradients.rotated(self.output_basis, self.input_basis)
 
