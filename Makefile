@@ -42,8 +42,8 @@ bench-kcenter: build/ready  ## every k-center peer, growth with n, d and k, 10 m
 	$(PY) benchmarks/results.py keep runs/kcenter.json kcenter-cpu
 	$(PY) benchmarks/results.py tables
 
-bench-influence: build/ready  ## EK-FAC against kronfluence and dattri, growth with n, q and width: 20 minutes; FASTIF_DATA=folder
-	$(PY) -m pytest benchmarks/bench_influence.py --benchmark-enable -s --benchmark-json runs/influence.json
+bench-influence: build/ready  ## EK-FAC against kronfluence and dattri, growth with n, q and width; FASTIF_DATA=folder
+	OMP_NUM_THREADS=1 FASTIF_BENCH_SCALE=$${FASTIF_BENCH_SCALE:-0.4} $(PY) -m pytest benchmarks/bench_influence.py --benchmark-enable -s --benchmark-json runs/influence.json
 	$(PY) benchmarks/results.py keep runs/influence.json influence-cpu
 	$(PY) benchmarks/results.py tables
 
