@@ -241,6 +241,8 @@ def _chunks(points: Any, chunk_rows: int | None, k: int | None, metric: Metric) 
         if held_rows >= (chunk_rows or _default_rows(piece, k)):
             yield first, torch.cat(held) if len(held) > 1 else held[0]
             first, held, held_rows = first + held_rows, [], 0
+        elif not array:
+            held[-1] = held[-1].clone()  # what yields the pieces may fill one buffer again and again
     if held:
         yield first, torch.cat(held) if len(held) > 1 else held[0]
 
