@@ -60,9 +60,9 @@ struct FilterKind {
   Stage axes;
 };
 
-// The best kind that this processor and d allow, or the named one where they do: vnni, vnni+axes, ...
+// The best kind that this processor and d allow; the named one where the processor has it: vnni, vnni+axes, ...
 FilterKind best_filter(int64_t d);
-std::optional<FilterKind> filter_named(const std::string& name, int64_t d);
+std::optional<FilterKind> filter_named(const std::string& name);
 
 class Filter {
  public:
