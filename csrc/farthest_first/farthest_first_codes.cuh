@@ -25,7 +25,7 @@ struct alignas(16) CodeQuad {
 
 inline constexpr int kQuad = sizeof(CodeQuad), kChunkQuads = kCodeChunk / kQuad;
 
-struct Codes {
+struct RowCodes {
   int stride;                          // quads from row to row, whole chunks; [n, stride] has below 2^32
   CodeQuad* code;                      // [n, stride]: int8, zeros past column d
   double *scale, *sq_norm, *residual;  // [n]: s, Q, e
@@ -41,12 +41,12 @@ struct CentreTerms {
 };
 
 // Of a row with this sq_dist; if it is not positive, there is nothing to test for (no distance is below it).
-__device__ inline RowTerms row_terms(const Codes& codes, int64_t row, double sq_dist) {
+__device__ inline RowTerms row_terms(const RowCodes& codes, int64_t row, double sq_dist) {
   const double r = sqrt(sq_dist) * (1 + 0x1p-30) + 1e-140 + codes.residual[row];
   return {codes.scale[row], ((1 - kSlack) * codes.sq_norm[row] - (1 + kSlack) * r * r) / 2, (1 + kSlack) * r};
 }
 
-__device__ inline CentreTerms centre_terms(const Codes& codes, int64_t row) {
+__device__ inline CentreTerms centre_terms(const RowCodes& codes, int64_t row) {
   const double e = codes.residual[row];
   return {codes.scale[row], ((1 - kSlack) * codes.sq_norm[row] - (1 + kSlack) * e * e) / 2, e};
 }
@@ -58,7 +58,7 @@ __device__ inline CentreTerms centre_terms(const Codes& codes, int64_t row) {
 template <typename T>
 __global__ void farthest_first_middle_kernel(const T* __restrict__ points, int64_t n, int64_t d,
                                              const bool* __restrict__ mask, const int64_t* __restrict__ start,
-                                             Codes codes) {
+                                             RowCodes codes) {
   const int lane = threadIdx.x % kWarp, sample = static_cast<int>(n < kMiddleSample ? n : kMiddleSample);
   const int64_t j = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
   if (j >= d) return;  // a whole warp
@@ -87,7 +87,7 @@ __global__ void farthest_first_middle_kernel(const T* __restrict__ points, int64
 // A warp per row. What is masked out is not looked at: its code is all zeros.
 template <typename T>
 __global__ void farthest_first_encode_kernel(const T* __restrict__ points, int64_t n, int64_t d,
-                                             const bool* __restrict__ mask, Codes codes) {
+                                             const bool* __restrict__ mask, RowCodes codes) {
   const int lane = threadIdx.x % kWarp;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * blockDim.x / kWarp;
   for (int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp; i < n; i += warps) {
