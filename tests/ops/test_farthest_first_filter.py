@@ -93,11 +93,17 @@ def test_distances_that_only_the_rest_tells_apart():
 
 
 def test_autocast_does_not_matter():
-    points = subspace(600, 130, 10, 0.01, torch.float32)
+    """Nor do the axes: rounded to bfloat16 they would be of no use, and the memory of the coordinates not taken."""
+    points = subspace(5000, 130, 10, 0.01, torch.float32)
     want = run_on("plain", points, 120)
     for lazy in available():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            check_equal(run_on(lazy + "+axes", points, 120), want)
+        peaks = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled), Measure() as work:
+                check_equal(run_on(lazy + "+axes", points, 120), want)
+            peaks.append(work.peak_bytes)
+        assert peaks[0] is not None
+        assert peaks[0] == peaks[1]
 
 
 def test_axes_are_chosen_by_a_sample():
