@@ -50,7 +50,8 @@ def k_center(
     `metric="cosine"` is the same on rows scaled to length 1, where the squared distance is 2 (1 - cos).
 
     `start` gives centres to extend, an index or int64 [s]: they come first, in this order, and count among the k;
-    nothing is drawn then. With `until_radius` the picks end as soon as every point is within that distance of a centre;
+    nothing is drawn then, and the factors here, two and four, are against the best k centres that include the given
+    ones. With `until_radius` the picks end as soon as every point is within that distance of a centre;
     k, then an upper bound, can be left out. `progress` shows a bar.
 
     points [n, d], features or logits of any float dtype, on any device; indices are in the order of the picks. A
@@ -241,6 +242,8 @@ def _chunks(points: Any, chunk_rows: int | None, k: int | None, metric: Metric) 
         if held_rows >= (chunk_rows or _default_rows(piece, k)):
             yield first, torch.cat(held) if len(held) > 1 else held[0]
             first, held, held_rows = first + held_rows, [], 0
+        elif not array:
+            held[-1] = held[-1].clone()  # what yields the pieces may fill one buffer again and again
     if held:
         yield first, torch.cat(held) if len(held) > 1 else held[0]
 

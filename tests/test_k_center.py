@@ -231,6 +231,22 @@ def test_two_rounds_by_hand(n, d, seed, data):
     assert source.walks == 3
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("rows", [1, 3, 4, 12, 100])
+def test_a_reader_may_fill_one_buffer_again_and_again(rows, metric):
+    points = 1 + torch.rand(30, 2, generator=seeded(0))
+    want = k_center(points, 7, start=1, chunk_rows=rows, metric=metric)
+
+    def read(buffer):
+        for row in points:
+            buffer[:] = row if isinstance(buffer, torch.Tensor) else row.numpy()
+            yield buffer
+
+    for make in (lambda: torch.empty(1, 2), lambda: np.empty((1, 2), np.float32)):
+        got = k_center(read(make()), 7, start=1, chunk_rows=rows, metric=metric)
+        assert torch.equal(got.indices, want.indices)
+
+
 def test_one_chunk_is_the_whole(tmp_path):
     points = torch.randn(500, 6, generator=seeded(0))
     whole = k_center(points, 30, generator=seeded(1))

@@ -2,10 +2,12 @@
 //
 // Each pick is the point not yet picked that is farthest (Euclidean) from the picks before it, lowest index on ties;
 // the first s picks are given. Of a cloud of n points, of which a mask may leave some out:
+// clang-format off
 //   indices  int64   [k]  the picks, in order, all distinct, indices[:s] = start; -1 after the last pick
-//   sq_radii float64 [k]  squared covering radius after each pick: max of sq_dists; after the last pick, the last
-//   radius sq_dists float64 [n]  squared distance of each point to its nearest pick; 0 where masked out nearest  int64
-//   [n]  position (0..k-1) of that pick, the earliest on ties; -1 where masked out
+//   sq_radii float64 [k]  squared covering radius after each pick, max of sq_dists; after the last, repeated
+//   sq_dists float64 [n]  squared distance of each point to its nearest pick; 0 where masked out
+//   nearest  int64   [n]  position (0..k-1) of that pick, the earliest on ties; -1 where masked out
+// clang-format on
 // The last pick is the picks-th (k-th without picks), or from the s-th on the first with sq_radius <= until_radius^2.
 // b clouds have an axis [b] before these.
 //

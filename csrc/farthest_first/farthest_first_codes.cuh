@@ -1,7 +1,10 @@
 // The certified filter of farthest_first_filter.h on the GPU: int8 codes of the rows, their products by tensor cores,
-// and the test. The certificate is that file's to the letter (int8: lambda = 2^-30), with one thing more. A row with an
-// entry of x - mu above 1e140 in size, for which the CPU refuses all points, gets q = 0 and e = infinity: the test then
-// compares with -infinity and leaves every pair of this row undecided.
+// and the test. The certificate is that file's for int8 codes, but the test is made in float64, with lengths as they
+// are, lambda = 2^-30 and nothing taken off for underflow. That is enough, as d <= 2^16: Q is wrong by at most
+// (d + 3) u Q < 2^-36 Q, and no term of the test passes more than 5 roundings, 5 2^-53 of it, both well inside lambda;
+// as r >= R >= 1e-140, lambda r^2 / 2 >= 4e-290 is more than all underflow. A row with an entry of x - mu above 1e140 in
+// size, for which the CPU refuses all points, gets q = 0 and e = infinity: the test then compares with -infinity and
+// leaves every pair of this row undecided.
 //
 // A warp multiplies 16 M rows by 8 N centres. In the fragments of mma.m16n8k32 lane 4 g + t has rows g and g + 8,
 // column g, and 4 + 4 of the 32 bytes that are summed over. Which bytes of a row these are does not matter as long as
@@ -25,7 +28,7 @@ struct alignas(16) CodeQuad {
 
 inline constexpr int kQuad = sizeof(CodeQuad), kChunkQuads = kCodeChunk / kQuad;
 
-struct Codes {
+struct RowCodes {
   int stride;                          // quads from row to row, whole chunks; [n, stride] has below 2^32
   CodeQuad* code;                      // [n, stride]: int8, zeros past column d
   double *scale, *sq_norm, *residual;  // [n]: s, Q, e
@@ -41,12 +44,12 @@ struct CentreTerms {
 };
 
 // Of a row with this sq_dist; if it is not positive, there is nothing to test for (no distance is below it).
-__device__ inline RowTerms row_terms(const Codes& codes, int64_t row, double sq_dist) {
+__device__ inline RowTerms row_terms(const RowCodes& codes, int64_t row, double sq_dist) {
   const double r = sqrt(sq_dist) * (1 + 0x1p-30) + 1e-140 + codes.residual[row];
   return {codes.scale[row], ((1 - kSlack) * codes.sq_norm[row] - (1 + kSlack) * r * r) / 2, (1 + kSlack) * r};
 }
 
-__device__ inline CentreTerms centre_terms(const Codes& codes, int64_t row) {
+__device__ inline CentreTerms centre_terms(const RowCodes& codes, int64_t row) {
   const double e = codes.residual[row];
   return {codes.scale[row], ((1 - kSlack) * codes.sq_norm[row] - (1 + kSlack) * e * e) / 2, e};
 }
@@ -58,7 +61,7 @@ __device__ inline CentreTerms centre_terms(const Codes& codes, int64_t row) {
 template <typename T>
 __global__ void farthest_first_middle_kernel(const T* __restrict__ points, int64_t n, int64_t d,
                                              const bool* __restrict__ mask, const int64_t* __restrict__ start,
-                                             Codes codes) {
+                                             RowCodes codes) {
   const int lane = threadIdx.x % kWarp, sample = static_cast<int>(n < kMiddleSample ? n : kMiddleSample);
   const int64_t j = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
   if (j >= d) return;  // a whole warp
@@ -87,7 +90,7 @@ __global__ void farthest_first_middle_kernel(const T* __restrict__ points, int64
 // A warp per row. What is masked out is not looked at: its code is all zeros.
 template <typename T>
 __global__ void farthest_first_encode_kernel(const T* __restrict__ points, int64_t n, int64_t d,
-                                             const bool* __restrict__ mask, Codes codes) {
+                                             const bool* __restrict__ mask, RowCodes codes) {
   const int lane = threadIdx.x % kWarp;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * blockDim.x / kWarp;
   for (int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp; i < n; i += warps) {

@@ -1,5 +1,7 @@
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -113,22 +115,32 @@ int64_t traverse(Cloud<T>& cloud, Farthest farthest) {
 }
 
 // Which kernel: none, the plain one; else the lazy one with this filter. The lazy one pays for its codes about as much
-// as for a few picks, and needs many picks to be lazy about. FASTIF_KCENTER, read at every call, forces plain or lazy,
-// or lazy with a filter that is not this processor's best: lazy:vnni, avxvnni, int8, avx512, avx2 or generic, without
-// the axes or, as lazy:vnni+axes, always with them.
-std::optional<FilterKind> lazy_filter(int64_t n, int64_t d, int64_t k) {
+// as for a few picks, and needs many picks to be lazy about. FASTIF_KCENTER, read once in every call, forces plain or
+// lazy, or lazy with a filter that is not this processor's best: lazy:vnni, avxvnni, int8, avx512, avx2 or generic,
+// without the axes or, as lazy:vnni+axes, always with them.
+struct Choice {
+  enum class Kernel { by_size, plain, lazy };
+  Kernel kernel;
+  FilterKind filter;
+
+  std::optional<FilterKind> lazy_filter(int64_t n, int64_t d, int64_t k) const {
+    const bool pays = k >= 32 && static_cast<double>(n) * static_cast<double>(k) * static_cast<double>(d) >= 1 << 24;
+    return kernel == Kernel::lazy || (kernel == Kernel::by_size && pays) ? std::optional(filter) : std::nullopt;
+  }
+};
+
+Choice choose(int64_t d) {
   const char* set = std::getenv("FASTIF_KCENTER");
   const std::string forced = set ? set : "";
-  if (forced == "plain") return std::nullopt;
-  if (forced == "lazy") return best_filter(d);
-  if (forced.empty()) {
-    const bool pays = k >= 32 && static_cast<double>(n) * static_cast<double>(k) * static_cast<double>(d) >= 1 << 24;
-    return pays ? std::optional(best_filter(d)) : std::nullopt;
-  }
-  const auto named = forced.starts_with("lazy:") ? filter_named(forced.substr(5), d) : std::nullopt;
+  if (forced.empty()) return {Choice::Kernel::by_size, best_filter(d)};
+  if (forced == "plain") return {Choice::Kernel::plain, best_filter(d)};
+  if (forced == "lazy") return {Choice::Kernel::lazy, best_filter(d)};
+  const auto named = forced.starts_with("lazy:") ? filter_named(forced.substr(5)) : std::nullopt;
   TORCH_CHECK_VALUE(named, "farthest_first: FASTIF_KCENTER must be plain, lazy or lazy:FILTER with a filter of this ",
                     "processor (vnni, avxvnni, int8, avx512, avx2, generic, each also with +axes), got ", forced);
-  return named;
+  TORCH_CHECK_VALUE(!holds_int8(named->codes) || d <= Filter::kMaxDimInt8, "farthest_first: FASTIF_KCENTER=", forced,
+                    " holds int8 codes and needs d <= ", Filter::kMaxDimInt8, ", got d=", d);
+  return {Choice::Kernel::lazy, *named};
 }
 
 using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -136,7 +148,7 @@ using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 // Cloud j. What its mask leaves out is no part of it: the rows that are points stand first (padding comes after them),
 // or are copied together; their order, and so every tie, stays.
 template <typename T>
-void run_cloud(const FarthestFirstArguments& arguments, int64_t j, const Results& results) {
+void run_cloud(const FarthestFirstArguments& arguments, const Choice& choice, int64_t j, const Results& results) {
   const int64_t n = arguments.n(), d = arguments.d(), k = arguments.k, count = arguments.counts[j];
   const int64_t* start = arguments.start.const_data_ptr<int64_t>() + j * arguments.starts();
   const bool* mask = arguments.mask.defined() ? arguments.mask.const_data_ptr<bool>() + j * n : nullptr;
@@ -174,7 +186,7 @@ void run_cloud(const FarthestFirstArguments& arguments, int64_t j, const Results
   Progress::advance();
   if (any_bad(cloud, farthest)) name_bad_point(arguments);
   std::optional<int64_t> made;
-  if (const auto filter = lazy_filter(count, d, cloud.picks)) made = farthest_first_lazy(cloud, *filter);
+  if (const auto filter = choice.lazy_filter(count, d, cloud.picks)) made = farthest_first_lazy(cloud, *filter);
   if (!made) made = traverse(cloud, farthest);
 
   Progress::advance(cloud.picks - *made);
@@ -193,7 +205,11 @@ void run_cloud(const FarthestFirstArguments& arguments, int64_t j, const Results
 Results farthest_first_cpu(const at::Tensor& points, int64_t k, const at::Tensor& start,
                            const std::optional<at::Tensor>& picks, const std::optional<at::Tensor>& mask,
                            std::optional<double> until_radius) {
+  // The axes are found by tensor operations, which the caller's autograd and autocast are no part of.
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto arguments = check_farthest_first(points, k, start, picks, mask, until_radius);
+  const Choice choice = choose(arguments.d());
   const bool is_float = arguments.points.scalar_type() == at::kFloat;
   const auto i64 = arguments.points.options().dtype(at::kLong), f64 = arguments.points.options().dtype(at::kDouble);
   const auto per_pick = arguments.shape(k), per_point = arguments.shape(arguments.n());
@@ -202,7 +218,7 @@ Results farthest_first_cpu(const at::Tensor& points, int64_t k, const at::Tensor
 
   const Progress progress(std::accumulate(arguments.picks.begin(), arguments.picks.end(), int64_t{0}));
   const auto run = [&](int64_t j) {
-    is_float ? run_cloud<float>(arguments, j, results) : run_cloud<double>(arguments, j, results);
+    is_float ? run_cloud<float>(arguments, choice, j, results) : run_cloud<double>(arguments, choice, j, results);
   };
   if (arguments.clouds() >= at::get_num_threads()) {
     Progress::for_each(arguments.clouds(), run);

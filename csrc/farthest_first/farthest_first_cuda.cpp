@@ -28,14 +28,15 @@ constexpr double kPollSeconds = 0.1;
 // pick besides reading, for the whole device and for a block.
 constexpr double kBandwidth = 1.5e12, kGridPick = 6e-6, kBlockPick = 2e-6;
 
-// FASTIF_KCENTER, read at every call, forces plain or lazy.
+// FASTIF_KCENTER, read once in every call, forces plain or lazy; the filters that lazy:FILTER names are the CPU's.
 std::optional<bool> forced_lazy() {
   const char* set = std::getenv("FASTIF_KCENTER");
   const std::string forced = set ? set : "";
   if (forced.empty()) return std::nullopt;
-  TORCH_CHECK_VALUE(forced == "plain" || forced == "lazy",
-                    "farthest_first: FASTIF_KCENTER must be plain or lazy on CUDA, got ", forced);
-  return forced == "lazy";
+  const bool lazy = forced == "lazy" || forced.starts_with("lazy:");
+  TORCH_CHECK_VALUE(forced == "plain" || lazy, "farthest_first: FASTIF_KCENTER must be plain or lazy on CUDA, got ",
+                    forced);
+  return lazy;
 }
 
 // The lazy kernel pays for its codes as for a few picks, and needs many to be lazy about; a plain pick costs little
@@ -68,11 +69,11 @@ class Run {
                .progress = reinterpret_cast<CloudProgress*>(progress_.mutable_data_ptr<uint8_t>())};
   }
 
-  void operator()() {
+  void operator()(std::optional<bool> forced) {
     const int64_t b = a_.clouds(), most = *std::max_element(a_.picks.begin(), a_.picks.end());
     C10_CUDA_CHECK(farthest_first_plan<T>(a_.n(), a_.d(), a_.points.get_device(), &plan_));
     LazyPlan lazy;
-    if (forced_lazy().value_or(lazy_pays(a_.n(), a_.d(), most)))
+    if (forced.value_or(lazy_pays(a_.n(), a_.d(), most)))
       C10_CUDA_CHECK(farthest_first_lazy_plan<T>(a_.n(), a_.d(), a_.points.get_device(), &lazy));
     farthest_first_begin(clouds_, b, stream_);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -181,15 +182,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> farthest_first_cuda(c
                                                                                const std::optional<at::Tensor>& mask,
                                                                                std::optional<double> until_radius) {
   const auto arguments = check_farthest_first(points, k, start, picks, mask, until_radius);
+  const auto forced = forced_lazy();
   const c10::cuda::CUDAGuard guard(points.device());
   check_farthest_first_points(arguments);
   const auto i64 = points.options().dtype(at::kLong), f64 = points.options().dtype(at::kDouble);
   auto indices = at::empty(arguments.shape(k), i64), nearest = at::empty(arguments.shape(arguments.n()), i64);
   auto sq_radii = at::empty(arguments.shape(k), f64), sq_dists = at::empty(arguments.shape(arguments.n()), f64);
   if (arguments.points.scalar_type() == at::kFloat) {
-    Run<float>(arguments, indices, sq_radii, sq_dists, nearest)();
+    Run<float>(arguments, indices, sq_radii, sq_dists, nearest)(forced);
   } else {
-    Run<double>(arguments, indices, sq_radii, sq_dists, nearest)();
+    Run<double>(arguments, indices, sq_radii, sq_dists, nearest)(forced);
   }
   return {indices, sq_radii, sq_dists, nearest};
 }

@@ -35,8 +35,8 @@
 // holds the error of y too, and R is multiplied by the stretch, as |y - y_c| <= stretch |x - c|.
 //
 // Memory: int8 d bytes a row, 1/4 of float32 points, 1/8 of float64; float32 4 d bytes, once the size of float32
-// points; besides 28 bytes a row, the larger part only below d = 28; and a block of packed centres. With
-// the axes 64 + 28 bytes a row more.
+// points; besides 28 bytes a row (float32: 24), the larger part only below d = 28; and a block of packed centres. With
+// the axes at most 64 + 28 bytes a row more for int8 codes, 256 + 24 for float32.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -60,9 +60,9 @@ struct FilterKind {
   Stage axes;
 };
 
-// The best kind that this processor and d allow, or the named one where they do: vnni, vnni+axes, ...
+// The best kind that this processor and d allow; the named one where the processor has it: vnni, vnni+axes, ...
 FilterKind best_filter(int64_t d);
-std::optional<FilterKind> filter_named(const std::string& name, int64_t d);
+std::optional<FilterKind> filter_named(const std::string& name);
 
 class Filter {
  public:

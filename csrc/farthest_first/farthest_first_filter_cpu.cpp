@@ -180,10 +180,10 @@ uint64_t undecided_generic(const char* dots, bool integer, const Filter::Bound& 
 
 }  // namespace
 
-std::optional<FilterKind> filter_named(const std::string& name, int64_t d) {
+std::optional<FilterKind> filter_named(const std::string& name) {
   const auto plus = name.find('+');
   const auto codes = codes_named(name.substr(0, plus));
-  if (!codes || (holds_int8(*codes) && d > Filter::kMaxDimInt8)) return std::nullopt;
+  if (!codes) return std::nullopt;
   if (plus == std::string::npos) return FilterKind{*codes, FilterKind::Stage::never};
   if (name.substr(plus) != "+axes") return std::nullopt;
   return FilterKind{*codes, FilterKind::Stage::always};

@@ -18,8 +18,9 @@
 //           computes the others as defined, four rows at a time. No pair goes through memory, so there is no list to
 //           overflow; a row meets the picks in their order, so the earliest of equals stays, without atomics.
 //   choose  The middle set, by a radix select of the keys (sq_dist, lowest index).
-// At a deadline the launch ends, after the turn, and a turn has one block of centres at most. The state then waits in
-// global memory for the next launch, and in between the host can look for an interrupt.
+// At a deadline the launch ends, after the turn, and a turn has one block of centres at most: that many are flushed,
+// or picked. The state then waits in global memory for the next launch, and in between the host can look for an
+// interrupt.
 //
 // What it should cost (computed, not measured; H100, n = 1M, d = 512 float32, k = 10k):
 //   products   n k d = 5e12, at some 200 to 400 T/s by mma.sync fed from shared memory: 13 to 25 ms, beside 40 reads of
@@ -42,7 +43,7 @@ inline constexpr int kLazyThreads = 512;
 inline constexpr int kPoolRows = 16;  // of a warp; one of its first 16 lanes owns each
 inline constexpr int kPool = kLazyThreads / kWarp * kPoolRows;
 inline constexpr int kMiddle = 16384;
-inline constexpr int kCentres = 256;  // most centres of a flush at a time
+inline constexpr int kCentres = 256;  // most centres of a flush at a time, and most picks of a turn
 inline constexpr int kDirect = 2;     // up to so many pending centres, a flush computes every distance
 inline constexpr int kDigits = 256;
 
@@ -63,7 +64,7 @@ template <typename T>
 struct LazyCloud {
   const T* points;  // [n, d]
   Clouds cloud;     // one cloud: k are its picks, and the pointers its own
-  Codes codes;
+  RowCodes codes;
   bool* picked;      // [n]
   int64_t* middle;   // [middle_room]
   Best* slots;       // [gridDim.x]
@@ -389,7 +390,7 @@ __device__ inline void pick_from_pool(const LazyCloud<T>& a, int64_t t, int midd
   }
 
   Step step;
-  for (;; ++t) {
+  for (const int64_t began = t;; ++t) {
     Best next = no_best();
     if (t > 0) {
       next = block_best(free ? Best{own.sq_dist, own.index} : no_best(), shared.parts[t % 2]);
@@ -402,6 +403,10 @@ __device__ inline void pick_from_pool(const LazyCloud<T>& a, int64_t t, int midd
       if (threadIdx.x == 0) cloud.sq_radii[t - 1] = radius;
       if (t == cloud.k || (t >= cloud.given && radius <= cloud.stop)) {
         step = Step::finish;
+        break;
+      }
+      if (t - began == kCentres) {  // given picks need not be in the pool, and could go on without end
+        step = Step::flush_middle;
         break;
       }
     }

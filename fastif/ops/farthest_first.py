@@ -47,10 +47,11 @@ def farthest_first(
     on every device and with any number of threads. From one start, the picks cover the points within twice the smallest
     radius that any k centres could reach (Gonzalez 1985). docs/math.md (7).
 
-    On the CPU, all but small problems run lazily: points that cannot be next are not compared with a pick, and a
-    certified filter settles nearly all comparisons that remain. It holds a code of each row: a quarter of float32
-    points, or as much as they where the processor has no AVX512-VNNI. The environment variable FASTIF_KCENTER, plain
-    or lazy, forces one kernel; the result is the same. Ctrl-C ends a long run.
+    Large problems run lazily, on the CPU and on CUDA: points that cannot be next are not compared with a pick, and a
+    certified filter settles nearly all comparisons that remain. It holds a code of each row: in int8, a quarter of
+    float32 points, on CUDA and where the processor has AVX512-VNNI or AVX-VNNI, else in float32, as much as they. The
+    environment variable FASTIF_KCENTER, plain or lazy, forces one kernel (on the CPU also lazy:FILTER, which CUDA takes
+    as lazy); the result is the same. Ctrl-C ends a long run.
 
     Not differentiable.
 

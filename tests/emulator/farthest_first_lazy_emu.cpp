@@ -1,5 +1,7 @@
 // farthest_first_lazy_kernel against the definition in farthest_first.h, bit for bit: middle sets and pools so small
 // that all levels are flushed again and again, launches cut at every turn, and the products of codes by themselves.
+#include <numeric>
+
 #include "farthest_first/farthest_first_kernel.cuh"
 #include "farthest_first/farthest_first_lazy_kernel.cuh"
 #include "farthest_first_problems.h"
@@ -49,9 +51,12 @@ Result emulate(const Problem<T>& problem, const Sizes& sizes, uint64_t& compared
     });
     emu::launch(2, 64, 0, [=] { fastif::farthest_first_encode_kernel<T>(a.points, n, d, a.cloud.mask, a.codes); });
     for (int launches = 0; !a.cloud.progress->done && launches < 10000; ++launches) {
+      const int64_t made = launches == 0 ? 0 : state.made;
       emu::launch(
           sizes.blocks, sizes.threads, sizes.staged_rows * pitch * sizeof(fastif::CodeQuad),
           [=] { fastif::farthest_first_lazy_kernel<T>(a, sizes.budget); }, /*cooperative=*/true);
+      expect(sizes.budget > 0 || state.made - made <= fastif::kCentres, "%s: %d picks in a turn", problem.name.c_str(),
+             static_cast<int>(state.made - made));
     }
     compared += state.compared;
   }
@@ -166,6 +171,20 @@ void is_lazy() {
   expect(compared < pairs / 10, "of %d pairs, %d were computed", pairs, static_cast<int>(compared));
 }
 
+// Hundreds of given picks that change nothing for the points in the pool: even so a turn, which is all of a launch
+// without a budget, takes some of them only.
+template <typename T>
+void many_given() {
+  Problem<T> problem{"many given", 1, 660, 2, 620, 600, uniform<T>(660 * 2, 8), std::vector<int64_t>(600), {620}};
+  std::iota(problem.starts.rbegin(), problem.starts.rend(), 0);
+  for (int64_t i = 620; i < 660; ++i) problem.points[2 * i] += T(100 * (i - 600));  // all others are near pick 0
+  const Result want = definition(problem);
+  for (const int middle_room : {64, 8192}) {
+    uint64_t compared = 0;
+    expect_same(emulate(problem, {2, 64, middle_room, 32, 64, 0}, compared), want, problem, "many given");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -174,5 +193,6 @@ int main() {
   if constexpr (!EMU_ASAN) all<float>();
   if constexpr (!EMU_TSAN) all<double>();  // a sanitizer sees one type: they are slow
   is_lazy();
+  many_given<float>();
   return report("farthest_first_lazy");
 }

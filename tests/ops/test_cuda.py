@@ -163,6 +163,8 @@ def test_farthest_first_knows_its_kernels(monkeypatch):
     monkeypatch.setenv("FASTIF_KCENTER", "fast")
     with pytest.raises(ValueError, match="FASTIF_KCENTER must be plain or lazy on CUDA, got fast"):
         farthest_first(torch.ones(3, 2, device="cuda"), 1)
+    monkeypatch.setenv("FASTIF_KCENTER", "lazy:int8+axes")  # the CPU's
+    assert farthest_first(torch.ones(3, 2, device="cuda"), 1).indices.tolist() == [0]
 
 
 def test_farthest_first_reads_past_two_to_the_31_entries():

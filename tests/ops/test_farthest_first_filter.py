@@ -1,5 +1,6 @@
 """The filters of the lazy CPU kernel of farthest_first, each with and without its stage of axes: never a wrong bit."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -91,6 +92,20 @@ def test_distances_that_only_the_rest_tells_apart():
     check_all_filters(main + 0.01 * turned, 150)
 
 
+def test_autocast_does_not_matter():
+    """Nor do the axes: rounded to bfloat16 they would be of no use, and the memory of the coordinates not taken."""
+    points = subspace(5000, 130, 10, 0.01, torch.float32)
+    want = run_on("plain", points, 120)
+    for lazy in available():
+        peaks = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled), Measure() as work:
+                check_equal(run_on(lazy + "+axes", points, 120), want)
+            peaks.append(work.peak_bytes)
+        assert peaks[0] is not None
+        assert peaks[0] == peaks[1]
+
+
 def test_axes_are_chosen_by_a_sample():
     """Large enough for the lazy kernel to try the axes: it keeps their coordinates where they pay, and only there."""
     peaks, threads = [], torch.get_num_threads()
@@ -123,6 +138,17 @@ def test_memory_is_a_fraction_of_the_points():
 def test_unknown_filter(name):
     with pytest.raises(ValueError, match=r"lazy or lazy:FILTER .*\+axes\), got lazy:"):
         run_on(f"lazy:{name}", torch.zeros(2, 2), 1)
+
+
+@pytest.mark.parametrize("axes", ["", "+axes"])
+def test_int8_has_a_largest_dimension(axes):
+    points = torch.ones(1, 2**16 + 1)
+    with pytest.raises(
+        ValueError, match=re.escape(f"lazy:int8{axes} holds int8 codes and needs d <= 65536, got d=65537")
+    ):
+        run_on(f"lazy:int8{axes}", points, 1)
+    assert run_on(f"lazy:generic{axes}", points, 1).indices.tolist() == [0]
+    assert run_on(f"lazy:int8{axes}", points[:, 1:], 1).indices.tolist() == [0]
 
 
 @pytest.mark.skipif(GXX is None, reason="g++ not found")

@@ -74,3 +74,9 @@ def test_unset_chooses_by_size():
 def test_unknown_kernel(name):
     with pytest.raises(ValueError, match=f"FASTIF_KCENTER must be plain, lazy or lazy:FILTER .*, got {name}"):
         run_on(name, torch.zeros(2, 2), 1)
+
+
+def test_an_unknown_kernel_is_told_before_the_points_are_read():
+    for points in (torch.full((2, 2), torch.nan), torch.full((8, 2, 2), torch.nan)):  # one cloud; one for each thread
+        with pytest.raises(ValueError, match="FASTIF_KCENTER must be plain, lazy or lazy:FILTER .*, got fast"):
+            run_on("fast", points, 1)
