@@ -51,6 +51,7 @@ class Capture:
         self._discover([layers] if isinstance(layers, str) else layers)
         self._recording: dict[str, list[_Seen]] | None = None
         self._attached = False
+        self.batch: int | None = None  # its number, for messages
         self._n = 0
         self._shared: set[str] = set()  # layers that see one row for the whole batch
         self.ambiguous = False  # whether a vector of positions was as long as the batch, in the last forward pass
@@ -168,6 +169,7 @@ class Capture:
                 parameter.requires_grad_(parameter in used)
             self._attached = True
             undo.callback(setattr, self, "_attached", False)
+            undo.callback(setattr, self, "batch", None)
             yield self
 
     def forward(self, x: Any) -> Forward:
@@ -280,7 +282,7 @@ class Forward:
         for what, side in (("input", 0), ("output gradient", 1)):  # a NaN of the forward pass is in many gradients
             for name, block in blocks:
                 for factor in (pair[side] for use in block.uses for pair in pairs[use.source]):
-                    _check_finite(what, name, factor)
+                    _check_finite(what, name, factor, self._capture.batch)
         return {name: self._of_block(block, pairs) for name, block in blocks}
 
     def _of_block(self, block: Block, pairs: dict[str, list[tuple[Tensor, Tensor]]]) -> Gradients:
@@ -366,8 +368,9 @@ def _computable(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _check_finite(what: str, name: str, factor: Tensor) -> None:
+def _check_finite(what: str, name: str, factor: Tensor, batch: int | None) -> None:
     if not factor.is_floating_point() or bool(factor.sum().isfinite()) or bool(factor.isfinite().all()):
         return
     row = int((~factor.isfinite()).nonzero()[0, 0])
-    raise ValueError(f"capture: the {what} of layer {name!r} holds NaN or Inf, example {row} of the batch")
+    where = "the batch" if batch is None else f"batch {batch}"
+    raise ValueError(f"capture: the {what} of layer {name!r} holds NaN or Inf, example {row} of {where}")

@@ -322,7 +322,8 @@ class Influence:
             generator = torch.Generator().manual_seed(self.seed)
             batches = -(-len(indices) // self.batch_size)
             with tqdm(total=batches, desc=f"fit, pass {turn + 1}", disable=not self.progress) as bar:
-                for (x, y), places in picked(train, self.batch_size, indices):
+                for number, ((x, y), places) in enumerate(picked(train, self.batch_size, indices)):
+                    self.capture.batch = number
                     x, y = moved_to(x, self.device), moved_to(y, self.device)
                     self._observe(open_blocks, x, y, weights[places], turn, generator)
                     bar.update()
@@ -392,7 +393,8 @@ class Influence:
         """First index, number of examples, and the gradients of every batch: of the loss or of a measurement."""
         start = 0
         with tqdm(as_loader(data, self.batch_size), name, disable=not self.progress) as batches:
-            for x, y in batches:
+            for number, (x, y) in enumerate(batches):
+                self.capture.batch = number
                 x, y = moved_to(x, self.device), moved_to(y, self.device)
                 if not self.capture.checked:
                     self._check(x, y, value)

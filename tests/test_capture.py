@@ -415,11 +415,11 @@ def _checkpoint_all(m, x):
         ),
         (
             lambda: attempt(Apply(_divides, first=nn.Linear(6, 4), second=nn.Linear(4, 3))),
-            "the input of layer 'second' holds NaN or Inf, example 3 of the batch",
+            "the input of layer 'second' holds NaN or Inf, example 3 of (the batch|batch 0)",
         ),
         (
             lambda: attempt(Apply(_infinite_gradient, first=nn.Linear(6, 4), second=nn.Linear(4, 3))),
-            "the output gradient of layer 'first' holds NaN or Inf, example 2 of the batch",
+            "the output gradient of layer 'first' holds NaN or Inf, example 2 of (the batch|batch 0)",
         ),
         (
             lambda: attempt(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))),
