@@ -2,8 +2,8 @@
 // and the test. The certificate is that file's for int8 codes, but the test is made in float64, with lengths as they
 // are, lambda = 2^-30 and nothing taken off for underflow. That is enough, as d <= 2^16: Q is wrong by at most
 // (d + 3) u Q < 2^-36 Q, and no term of the test passes more than 5 roundings, 5 2^-53 of it, both well inside lambda;
-// as r >= R >= 1e-140, lambda r^2 / 2 >= 4e-290 is more than all underflow. A row with an entry of x - mu above 1e140 in
-// size, for which the CPU refuses all points, gets q = 0 and e = infinity: the test then compares with -infinity and
+// as r >= R >= 1e-140, lambda r^2 / 2 >= 4e-290 is more than all underflow. A row with an entry of x - mu above 1e140
+// in size, for which the CPU refuses all points, gets q = 0 and e = infinity: the test then compares with -infinity and
 // leaves every pair of this row undecided.
 //
 // A warp multiplies 16 M rows by 8 N centres. In the fragments of mma.m16n8k32 lane 4 g + t has rows g and g + 8,
