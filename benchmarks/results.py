@@ -233,7 +233,8 @@ def main(arguments: list[str]) -> None:
         for page in PAGES:
             page.write_text(with_tables(page.read_text()))
         for name in ("kcenter", "influence"):
-            growth_picture(f"{name}-cpu", ROOT / "docs" / f"{name}-growth.png")
+            if (KEPT / f"{name}-cpu.json").exists():
+                growth_picture(f"{name}-cpu", ROOT / "docs" / f"{name}-growth.png")
     else:
         sys.exit(__doc__)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastif import ops
 
 Side = Literal["inputs", "outputs"]
+_TOGETHER = 1 << 23  # entries of gradients that are multiplied with directions at a time: 32 MiB in float32
 
 
 class Gradients(Protocol):
@@ -118,7 +119,10 @@ class Dense:
     def formed(self) -> Tensor:
         return torch.einsum("snto,sntd->nsod", self.output_grads, self.inputs)
 
-    def rotated(self, output_basis: Tensor | None, input_basis: Tensor) -> Dense:
+    def rotated(self, output_basis: Tensor | None, input_basis: Tensor) -> Dense | Formed:
+        (t, d), o = self.inputs.shape[2:], self.output_grads.shape[3]
+        if output_basis is not None and t * (d * d + o * o) > o * d * (o + d):  # many positions: their sum is smaller
+            return Formed(output_basis.mT @ (self.formed() @ input_basis))
         grads = self.output_grads if output_basis is None else _times(self.output_grads, output_basis)
         return replace(self, inputs=_times(self.inputs, input_basis), output_grads=grads)
 
@@ -137,6 +141,52 @@ class Dense:
 
     def _groups(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.inputs, self.output_grads, strict=True))
+
+
+@dataclass(frozen=True)
+class Formed:
+    """Gradients as matrices: what is left of many positions once they had to be summed."""
+
+    matrices: Tensor  # [n, g, o, d]
+    activations: Side | None = None
+    positions: int = 1
+
+    def __len__(self) -> int:
+        return len(self.matrices)
+
+    @property
+    def entries(self) -> int:
+        return self.matrices.numel()
+
+    def rows(self, begin: int, end: int) -> Formed:
+        return Formed(self.matrices[begin:end])
+
+    def sum(self, weights: Tensor) -> Tensor:
+        return torch.einsum("n,nsod->sod", weights.to(self.matrices), self.matrices)
+
+    def squares(self, weights: Tensor) -> Tensor:
+        return torch.einsum("n,nsod->sod", weights.to(self.matrices), self.matrices.square())
+
+    def sq_norms(self, scale: Tensor | None = None) -> Tensor:
+        squares = self.matrices.square().flatten(1)
+        return squares.sum(1) if scale is None else squares @ scale.flatten()
+
+    def dots(self, directions: Tensor) -> Tensor:
+        return directions.flatten(1) @ self.matrices.flatten(1).T
+
+    def formed(self) -> Tensor:
+        return self.matrices
+
+    def rotated(self, output_basis: Tensor | None, input_basis: Tensor) -> Formed:
+        turned = self.matrices @ input_basis
+        return Formed(turned if output_basis is None else output_basis.mT @ turned)
+
+    def moment(self, side: Side, weights: Tensor) -> Tensor:
+        rows = self.matrices if side == "inputs" else self.matrices.mT
+        return torch.einsum("n,nsod,nsoe->sde", weights.to(rows), rows, rows)
+
+    def by_position(self, directions: Tensor) -> Tensor:
+        return self.dots(directions)[:, :, None]
 
 
 @dataclass(frozen=True)
@@ -225,7 +275,7 @@ class Sliced:
     The patches of a convolution are its kernel's size times its input; of these, only those of a slice exist.
     """
 
-    make: Callable[[int, int], Dense | OneHot]  # examples begin, ..., end - 1
+    make: Callable[[int, int], Dense | OneHot | Formed]  # examples begin, ..., end - 1
     begin: int
     end: int
     each: int  # examples of a slice
@@ -233,13 +283,13 @@ class Sliced:
     def __len__(self) -> int:
         return self.end - self.begin
 
-    def parts(self) -> Iterator[tuple[Dense | OneHot, slice]]:
+    def parts(self) -> Iterator[tuple[Dense | OneHot | Formed, slice]]:
         """Every slice, and where its examples stand."""
         for begin in range(self.begin, self.end, self.each):
             end = min(begin + self.each, self.end)
             yield self.make(begin, end), slice(begin - self.begin, end - self.begin)
 
-    def _added(self, weights: Tensor, ask: Callable[[Dense | OneHot, Tensor], Tensor]) -> Tensor:
+    def _added(self, weights: Tensor, ask: Callable[[Dense | OneHot | Formed, Tensor], Tensor]) -> Tensor:
         total = None
         for part, rows in self.parts():
             value = ask(part, weights[rows])
@@ -264,7 +314,18 @@ class Sliced:
         return torch.cat([part.sq_norms(scale) for part, _ in self.parts()])
 
     def dots(self, directions: Tensor) -> Tensor:
-        return torch.cat([part.dots(directions) for part, _ in self.parts()], 1)
+        # The gradients of several slices together, so that the directions, which are larger, are read less often.
+        out: list[Tensor] = []
+        held: list[Tensor] = []
+        for part, rows in self.parts():
+            if directions[0].numel() > part.entries // len(part):  # formed, they would be larger than their factors
+                out.append(part.dots(directions))
+                continue
+            held.append(part.formed())
+            if sum(m.numel() for m in held) >= _TOGETHER or rows.stop == len(self):
+                out.append(Formed(torch.cat(held)).dots(directions))
+                held = []
+        return torch.cat(out, 1)
 
     def by_position(self, directions: Tensor) -> Tensor:
         return torch.cat([part.by_position(directions) for part, _ in self.parts()], 1)

@@ -334,7 +334,7 @@ def test_past_two_to_the_31_entries(kernel):
 
 
 def test_progress_is_reported(kernel):
-    points, k = torch.randn(60_000, 64), {"plain": 400, "lazy": 4000}[kernel] if COMPILED else 40
+    points, k = torch.randn(60_000, 64), {"plain": 400, "lazy": 20_000}[kernel] if COMPILED else 40
     seen = []
     _library._report_to(lambda done, total: seen.append((done, total)))
     try:
@@ -379,7 +379,7 @@ def test_what_a_report_raises_ends_the_run():
 
 @pytest.mark.parametrize(
     ("shape", "picks"),
-    [((200_000, 64), None), ((6, 30_000, 64), [30_000] * 6), ((2, 40_000, 64), [1, 40_000])],
+    [((400_000, 64), None), ((6, 80_000, 64), [80_000] * 6), ((2, 150_000, 64), [1, 150_000])],
     ids=["one cloud", "many clouds", "one cloud of two"],
 )
 def test_interrupt_is_answered_within_a_second(shape, picks):
@@ -389,7 +389,7 @@ def test_interrupt_is_answered_within_a_second(shape, picks):
         f"points, picks = torch.randn({shape}), {picks}\n"
         "print('running', flush=True)\n"
         "try:\n"
-        "    farthest_first(points, 30_000 if picks is None else picks[-1], picks=picks and torch.tensor(picks))\n"
+        "    farthest_first(points, 200_000 if picks is None else picks[-1], picks=picks and torch.tensor(picks))\n"
         "except KeyboardInterrupt:\n"
         "    print(time.monotonic(), flush=True)\n"
         "print(farthest_first(torch.eye(3), 2).indices.tolist())\n"
