@@ -582,3 +582,17 @@ def test_layers_that_cannot_be_covered_are_listed_and_blocks_can_be_named():
     assert "weight norm" in capture.skipped["0.weight_v"]
     assert {"1.weight", "2.bias"} <= set(capture.skipped)
     assert list(Capture(model, ["3.out_proj", "3.q_proj"]).blocks) == ["3.q_proj", "3.out_proj"]
+
+
+@pytest.mark.parametrize("which", ["mlp", "words", "pixels"])
+@pytest.mark.parametrize("make", [KFAC, EKFAC, Diagonal, ExactBlock])
+def test_slices_of_a_batch_give_what_the_whole_gives(which, make, monkeypatch):
+    data = problem(which).data
+    results = []
+    for entries in (1 << 21, 1):  # all examples at once, and one at a time
+        monkeypatch.setattr("fastif.capture.SLICE", entries)
+        influence = influence_of(which, make(DAMPING)).fit(data)
+        by_layer = influence.scores_by_layer(data, data)
+        results.append([influence.scores(data, data), influence.self_influence(data), *by_layer.values()])
+    for whole, sliced in zip(*results, strict=True):
+        assert torch.allclose(whole, sliced, rtol=1e-9, atol=1e-12 * float(whole.abs().max()))
