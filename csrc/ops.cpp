@@ -14,6 +14,7 @@ TORCH_LIBRARY(fastif, m) {
       "farthest_first(Tensor points, int k, Tensor start, Tensor? picks=None, Tensor? mask=None, "
       "float? until_radius=None) -> (Tensor indices, Tensor sq_radii, Tensor sq_dists, Tensor nearest)");
   m.def("ggn_block_(Tensor(a!) out, Tensor features, Tensor probs, Tensor weights) -> ()");
+  m.def("kronecker_block_(Tensor(a!) out, Tensor features, Tensor outer) -> ()");
   m.def(
       "per_sample_grad_accumulate(Tensor inputs, Tensor output_grads, Tensor weights, Tensor groups, int num_groups) "
       "-> Tensor");

@@ -1,4 +1,4 @@
-// ggn_block_: adds the weighted Gauss-Newton block of a linear layer under softmax cross-entropy to `out`.
+// ggn_block_ adds the weighted Gauss-Newton block of a linear layer under softmax cross-entropy to `out`.
 //
 //   out[a, j, b, k] += sum_i w_i H_i[a, b] x_ij x_ik,   H_i = diag(p_i) - p_i p_i^T
 //
@@ -6,6 +6,10 @@
 // because p (1 - p) cancels for confident predictions and because only the c (c - 1) / 2 off-diagonal Gram matrices
 // then need computing: the block (a, a) is minus the sum of the blocks (a, b). Each Gram matrix is symmetric: lower
 // triangle only, then mirrored.
+//
+// kronecker_block_ does the same with any H_i [c, c] that is symmetric, of which the lower triangle is read:
+//
+//   out[a, j, b, k] += sum_i H_i[a, b] x_ij x_ik
 #pragma once
 
 #include <ATen/ops/amax.h>
@@ -49,6 +53,27 @@ inline void check_ggn_block(const at::Tensor& out,        // [c, d, c, d], conti
   const double worst = off.max().item<double>();
   TORCH_CHECK_VALUE(worst <= 1e-3, op, ": each row of probs must sum to 1 (within 1e-3), row ",
                     off.argmax().item<int64_t>(), " is off by ", worst);
+}
+
+inline void check_kronecker_block(const at::Tensor& out,       // [c, d, c, d], contiguous
+                                  const at::Tensor& features,  // [n, d] float32 or float64
+                                  const at::Tensor& outer) {   // [n, c, c]
+  constexpr auto op = "kronecker_block";
+  check_rank(op, "features", "[n, d]", features, 2);
+  check_rank(op, "outer", "[n, c, c]", outer, 3);
+  check_floating(op, "features", features);
+  check_same_type(op, "outer", outer, "features", features);
+  check_same_type(op, "out", out, "features", features);
+  const int64_t n = features.size(0), d = features.size(1), c = outer.size(1);
+  TORCH_CHECK_VALUE(n >= 1 && d >= 1 && c >= 1, op, ": features [n, d] and outer [n, c, c] must not be empty, got ",
+                    features.sizes(), " and ", outer.sizes());
+  TORCH_CHECK_VALUE(outer.size(0) == n && outer.size(2) == c, op, ": outer must be [n, c, c] with n=", n, ", got ",
+                    outer.sizes());
+  TORCH_CHECK_VALUE(out.sizes() == at::IntArrayRef({c, d, c, d}) && out.is_contiguous(), op,
+                    ": out must be a contiguous [c, d, c, d] = [", c, ", ", d, ", ", c, ", ", d, "], got ", out.sizes(),
+                    " with strides ", out.strides());
+  check_finite_rows(op, "features", features);
+  check_finite_rows(op, "outer", outer);
 }
 
 }  // namespace fastif
