@@ -56,6 +56,11 @@ def ggn_block(features: Tensor, probs: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("i,iab,ij,ik->ajbk", w, output_hessian, a, a)
 
 
+def kronecker_block(features: Tensor, outer: Tensor) -> Tensor:
+    """Σ_i H_i ⊗ a_i a_iᵀ as [c, d, c, d], docs/math.md (17)."""
+    return torch.einsum("iab,ij,ik->ajbk", outer.double(), features.double(), features.double())
+
+
 def per_sample_grads(inputs: Tensor, output_grads: Tensor) -> Tensor:
     """g_i = Σ_t u_it a_itᵀ, [n, o, d], docs/math.md (8)."""
     return torch.einsum("nto,ntd->nod", output_grads.double(), inputs.double())

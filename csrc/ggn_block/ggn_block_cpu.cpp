@@ -36,25 +36,6 @@ void ggn_block_by_products(const at::Tensor& out, const at::Tensor& features, co
   for (int64_t a = 0; a < c; ++a) out.select(0, a).select(1, a).add_(diagonal[a]);
 }
 
-// The same for outputs' Hessians that are given: row a of the lower triangle of blocks is one product.
-void kronecker_block_by_products(const at::Tensor& out, const at::Tensor& features, const at::Tensor& outer) {
-  const int64_t n = features.size(0), d = features.size(1), c = outer.size(1);
-  for (int64_t a = 0; a < c; ++a) {
-    const int64_t each = std::max<int64_t>(1, kEntries / ((a + 1) * d));
-    auto row = at::zeros({d, (a + 1) * d}, out.options());
-    for (int64_t begin = 0; begin < n; begin += each) {
-      const int64_t end = std::min(n, begin + each);
-      const auto x = features.slice(0, begin, end), h = outer.slice(0, begin, end).select(1, a).slice(1, 0, a + 1);
-      row.addmm_(x.t(), h.unsqueeze(2).mul(x.unsqueeze(1)).flatten(1));
-    }
-    row = row.view({d, a + 1, d});
-    const auto own = row.select(1, a);
-    row.select(1, a).copy_(own.tril().add_(own.tril(-1).t()));  // symmetric to the bit
-    out.select(0, a).slice(1, 0, a + 1).add_(row);
-    out.slice(0, 0, a).select(2, a).add_(row.slice(1, 0, a).permute({1, 2, 0}));
-  }
-}
-
 void ggn_block_cpu(const at::Tensor& out, const at::Tensor& features, const at::Tensor& probs,
                    const at::Tensor& weights) {
   check_ggn_block(out, features, probs, weights);
@@ -78,6 +59,25 @@ void kronecker_block_cpu(const at::Tensor& out, const at::Tensor& features, cons
 }
 
 }  // namespace
+
+// Row a of the lower triangle of blocks is one product.
+void kronecker_block_by_products(const at::Tensor& out, const at::Tensor& features, const at::Tensor& outer) {
+  const int64_t n = features.size(0), d = features.size(1), c = outer.size(1);
+  for (int64_t a = 0; a < c; ++a) {
+    const int64_t each = std::max<int64_t>(1, kEntries / ((a + 1) * d));
+    auto row = at::zeros({d, (a + 1) * d}, out.options());
+    for (int64_t begin = 0; begin < n; begin += each) {
+      const int64_t end = std::min(n, begin + each);
+      const auto x = features.slice(0, begin, end), h = outer.slice(0, begin, end).select(1, a).slice(1, 0, a + 1);
+      row.addmm_(x.t(), h.unsqueeze(2).mul(x.unsqueeze(1)).flatten(1));
+    }
+    row = row.view({d, a + 1, d});
+    const auto own = row.select(1, a);
+    row.select(1, a).copy_(own.tril().add_(own.tril(-1).t()));  // symmetric to the bit
+    out.select(0, a).slice(1, 0, a + 1).add_(row);
+    out.slice(0, 0, a).select(2, a).add_(row.slice(1, 0, a).permute({1, 2, 0}));
+  }
+}
 
 TORCH_LIBRARY_IMPL(fastif, CPU, m) {
   m.impl("ggn_block_", ggn_block_cpu);

@@ -34,7 +34,18 @@ void ggn_block_cuda_(at::Tensor out,               // [c, d, c, d]
   }
 }
 
+void kronecker_block_cuda_(at::Tensor out,              // [c, d, c, d]
+                           const at::Tensor& features,  // [n, d]
+                           const at::Tensor& outer) {   // [n, c, c]
+  check_kronecker_block(out, features, outer);
+  const c10::cuda::CUDAGuard guard(features.device());
+  kronecker_block_by_products(out, features, outer);
+}
+
 }  // namespace
 }  // namespace fastif
 
-TORCH_LIBRARY_IMPL(fastif, CUDA, m) { m.impl("ggn_block_", fastif::ggn_block_cuda_); }
+TORCH_LIBRARY_IMPL(fastif, CUDA, m) {
+  m.impl("ggn_block_", fastif::ggn_block_cuda_);
+  m.impl("kronecker_block_", fastif::kronecker_block_cuda_);
+}

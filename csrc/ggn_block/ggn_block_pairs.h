@@ -21,8 +21,8 @@ struct OutputHessians {
 // Whether this processor has the vector instructions of add_pairs.
 bool can_add_pairs();
 
-void add_pairs(float* out,       // [c, d, c, d]
-               const float* x,   // [n, d]
+void add_pairs(float* out,      // [c, d, c, d]
+               const float* x,  // [n, d]
                const OutputHessians& hessians, int64_t n, int64_t d, int64_t c);
 
 }  // namespace fastif

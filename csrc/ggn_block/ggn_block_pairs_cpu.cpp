@@ -19,7 +19,7 @@ namespace {
 // registers and then added up: two-level summation, error about (kRows + n / kRows) instead of n roundings.
 constexpr int64_t kGroup = 12, kPanel = 32, kRows = 128;
 constexpr int64_t kPairChunk = 96;                   // class pairs that are summed at a time
-constexpr int64_t kFewPairs = 6;                     // up to here x_ij x_ik serves too few sums to be formed
+constexpr int64_t kFewPairs = 15;                    // up to here x_ij x_ik serves too few sums to be formed
 constexpr int64_t kMostRows = 192, kLeastRows = 32;  // features of a tile
 
 // sums[m][t] += sum_i left[i][m] * right[i][t], m < M, t < kPanel.
@@ -181,8 +181,8 @@ struct Problem {
   void form_factors(int64_t begin, int64_t rows, const std::vector<Run>& runs, int64_t stride, float* factors) const {
     for (int64_t i = begin; i < begin + rows; ++i, factors += stride) {
       for (const Run& run : runs) {
-        const float* const from = (hessians.outer ? hessians.outer + (i * c + run.row) * c : hessians.probs + i * c) +
-                                  run.column;
+        const float* const from =
+            (hessians.outer ? hessians.outer + (i * c + run.row) * c : hessians.probs + i * c) + run.column;
         const float s = hessians.outer ? 1 : hessians.weights[i] * hessians.probs[i * c + run.row];
         for (int64_t m = 0; m < run.length; ++m) factors[run.at + m] = s * from[m];
       }

@@ -19,6 +19,7 @@ SCHEMAS = {
     "farthest_first": "(Tensor points, int k, Tensor start, Tensor? picks=None, Tensor? mask=None, "
     "float? until_radius=None) -> (Tensor indices, Tensor sq_radii, Tensor sq_dists, Tensor nearest)",
     "ggn_block_": "(Tensor(a!) out, Tensor features, Tensor probs, Tensor weights) -> ()",
+    "kronecker_block_": "(Tensor(a!) out, Tensor features, Tensor outer) -> ()",
     "per_sample_grad_accumulate": "(Tensor inputs, Tensor output_grads, Tensor weights, Tensor groups, int num_groups) "
     "-> Tensor",
     "per_sample_grad_accumulate_squares": "(Tensor inputs, Tensor output_grads, Tensor weights) -> Tensor",

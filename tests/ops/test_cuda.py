@@ -225,6 +225,18 @@ def test_large_ggn_block(n, d, c, sharpness, dtype):
     same_ggn_block(n, d, c, dtype, sharpness)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d", "c"), [(1, 1, 1), (300, 65, 1), (50, 33, 9), (3_000, 97, 20)])
+def test_kronecker_block(n, d, c, dtype):
+    x, p, w = classification(n, d, c, dtype)
+    outer = (p * w[:, None])[:, :, None] * p[:, None, :]
+    before = torch.randn(c, d, c, d, generator=generator(1), dtype=dtype)
+    out, want = before.cuda(), before.clone()
+    ops.kronecker_block_(out, x.cuda(), outer.cuda())
+    ops.kronecker_block_(want, x, outer)
+    close(out, want, dtype)
+
+
 def test_ggn_block_where_the_pairs_do_not_fit_the_scratch():
     n, d, c = 2_000, 130, 96  # 4,560 pairs of 128 x 128 tiles: the diagonal is computed on its own, in several batches
     x, p, w = (tensor.cuda() for tensor in classification(n, d, c, torch.float32))

@@ -33,7 +33,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 def test_every_op_test_passes_in_plain_torch():
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        + [str(ROOT / "tests" / "ops" / f"test_{op}.py") for op in ("farthest_first", "ggn_block", "per_sample_grad")],
+        + [str(ROOT / "tests" / "ops" / f"test_{op}.py") for op in ("farthest_first", "ggn_block", "kronecker_block", "per_sample_grad")],
         env={**os.environ, "FASTIF_PLAIN": "1"},
         capture_output=True,
         text=True,
@@ -80,6 +80,9 @@ def test_plain_formulations_agree_with_the_kernels(dtype):
     out = points.new_zeros(4, 40, 4, 40)
     gb._plain(out, points, probs, weights)
     assert torch.allclose(out, gb.ggn_block(points, probs, weights), rtol=1e-4, atol=1e-5)
+    outer = probs[:, :, None] * probs[:, None, :]
+    gb._kronecker_plain(out.zero_(), points, outer)
+    assert torch.allclose(out, gb.kronecker_block(points, outer), rtol=1e-4, atol=1e-5)
     a, u = torch.randn(9, 3, 6, generator=g, dtype=dtype), torch.randn(9, 3, 4, generator=g, dtype=dtype)
     v, groups = torch.randn(2, 4, 6, generator=g, dtype=dtype), torch.arange(9) % 2
     close = {"rtol": 1e-4, "atol": 1e-5}
