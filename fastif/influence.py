@@ -400,12 +400,18 @@ class Influence:
         losses = per_sample(self.loss, forward.outputs, batch, forward.n)
         rest = dict(curvature.parts)
         for names, part in curvature.parts.items():
-            if isinstance(part, Alone) and isinstance(part.estimator, ExactBlock) and self.loss == "cross_entropy":
-                head = forward.head(names[0]) if part.fisher == "exact" else None
-                if head is not None:
-                    counted = labels_of(batch) != IGNORED
-                    part.estimator.update(*head, weights=weights * counted)
-                    del rest[names]
+            estimator = part.estimator if isinstance(part, Alone | Together) else None
+            if not isinstance(estimator, ExactBlock) or estimator.fisher != "exact":
+                continue
+            softmax = isinstance(part, Alone) and self.loss == "cross_entropy"
+            head = forward.head(names[0]) if softmax else None
+            if head is not None:
+                counted = labels_of(batch) != IGNORED
+                estimator.update(*head, weights=weights * counted)
+                del rest[names]
+            elif estimator.matrix == "hessian":
+                estimator.observe_loss((losses * weights.to(losses)).sum(), [self.capture.blocks[n] for n in names])
+                del rest[names]
         for fisher in dict.fromkeys(part.fisher for part in rest.values()):
             mine = NetworkCurvature({names: part for names, part in rest.items() if part.fisher == fisher})
             if fisher == "empirical":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -24,30 +25,63 @@ def factorize(matrix: Tensor, damping: float | Literal["auto"], name: str) -> tu
         damping: absolute λ >= 0 added to the diagonal, or "auto": the smallest power of ten that gives a factor.
         name: of the block, for the messages.
 
+    Beside the matrix nothing but the factor is held.
+
     Raises:
-        NotPositiveDefinite: with the smallest pivot, the number of NaN and the power of ten that would do.
+        NotPositiveDefinite: with the smallest pivot, the number of NaN, the smallest eigenvalue of an indefinite matrix
+            as Lanczos' method estimates it, and the power of ten that would do.
         ValueError: negative damping.
     """
     check_damping(damping)
     size = matrix.shape[0]
-    finite = matrix.isfinite()
-    if not finite.all():
+    if not bool(matrix.sum().isfinite()) and not bool(matrix.isfinite().all()):  # a finite sum needs no mask
         raise NotPositiveDefinite(
             f"{name} [{size}, {size}] holds {int(matrix.isnan().sum())} NaN and {int(matrix.isinf().sum())} Inf "
             "entries: no damping helps; look for NaN or overflow in features and logits"
         )
-    exact = matrix.double()
-    floor = size * torch.finfo(matrix.dtype).eps * max(0.0, exact.diagonal().max().item())
+    floor = size * torch.finfo(matrix.dtype).eps * max(0.0, matrix.diagonal().max().item())
     if damping == "auto":
-        damping = _sufficient_damping(exact, floor)
-    factor = _try(exact, damping, floor)
+        damping = _sufficient_damping(matrix, floor)
+    factor = _try(matrix, damping, floor)
     if factor is None:
+        pivot = _smallest_pivot(matrix, damping)
+        indefinite = ""
+        if pivot < -floor:
+            lowest = extreme_eigenvalues(lambda v: matrix.double() @ v, size, matrix.device)[0] + damping
+            indefinite = f", its smallest eigenvalue about {lowest:.3g}, and Cholesky needs definiteness"
         raise NotPositiveDefinite(
             f"{name} [{size}, {size}] with damping {damping:g} is not positive definite: its smallest pivot is "
-            f"{_smallest_pivot(exact, damping):.3g} (0 NaN, needs more than {floor:.3g}); damping "
-            f"{_sufficient_damping(exact, floor):g} would do"
+            f"{pivot:.3g} (0 NaN, needs more than {floor:.3g}){indefinite}; damping "
+            f"{_sufficient_damping(matrix, floor):g} would do"
         )
     return factor, damping
+
+
+def extreme_eigenvalues(
+    times: Callable[[Tensor], Tensor], size: int, device: torch.device, steps: int = 60
+) -> tuple[float, float]:
+    """Smallest and largest eigenvalue of a symmetric operator on vectors [size] float64, by `steps` of Lanczos' method.
+
+    Ritz values: the smallest is never too small, the largest never too large; exact where steps >= size.
+    """
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(size, generator=generator, dtype=torch.float64).to(device)
+    v /= v.norm()
+    basis, diagonal, beside = v[:, None], [], []
+    while True:
+        w = times(v)
+        diagonal.append(float(v @ w))
+        for _ in range(2):  # twice is enough to keep the basis orthogonal
+            w = w - basis @ (basis.T @ w)
+        norm = float(w.norm())
+        if len(diagonal) == min(steps, size) or norm <= 1e-12 * max(map(abs, diagonal)):
+            break
+        beside.append(norm)
+        v = w / norm
+        basis = torch.cat([basis, v[:, None]], 1)
+    off = torch.tensor(beside, dtype=torch.float64)
+    ritz = torch.linalg.eigvalsh(torch.tensor(diagonal, dtype=torch.float64).diag() + off.diag(1) + off.diag(-1))
+    return float(ritz[0]), float(ritz[-1])
 
 
 def check_damping(damping: float | Literal["auto"]) -> None:
@@ -56,13 +90,15 @@ def check_damping(damping: float | Literal["auto"]) -> None:
 
 
 def _damped(matrix: Tensor, damping: float) -> Tensor:
-    damped = matrix.clone()
+    damped = matrix.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
     damped.diagonal().add_(damping)
     return damped
 
 
 def _try(matrix: Tensor, damping: float, floor: float) -> Tensor | None:
-    factor, info = torch.linalg.cholesky_ex(_damped(matrix, damping))
+    factor = _damped(matrix, damping).mT  # columns first, as LAPACK has it: factored where it stands
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
     good = info.item() == 0 and factor.diagonal().min().item() ** 2 > floor
     return factor if good else None
 

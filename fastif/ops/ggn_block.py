@@ -1,4 +1,4 @@
-"""Curvature blocks of a linear layer: the generalised Gauss-Newton matrix under softmax cross-entropy, and any other."""
+"""Curvature blocks of a linear layer: the Gauss-Newton matrix under softmax cross-entropy, and any other."""
 
 from __future__ import annotations
 
@@ -122,9 +122,7 @@ def _check_kronecker_shapes(out, features, outer):
         f"{op}: features [n, d] and outer [n, c, c] must not be empty, got {list(features.shape)} and "
         f"{list(outer.shape)}",
     )
-    check.require(
-        outer.shape == (n, c, c), f"{op}: outer must be [n, c, c] with n={n}, got {list(outer.shape)}"
-    )
+    check.require(outer.shape == (n, c, c), f"{op}: outer must be [n, c, c] with n={n}, got {list(outer.shape)}")
     _check_out(op, out, c, d)
 
 
