@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastif.capture import SLICE, dtype_of
+from fastif.curvature import ExactBlock
 from fastif.data import batch_length, count, picked
 from fastif.features import moved_to
 from fastif.gradients import of_table
@@ -76,8 +77,12 @@ def plan(influence: Influence, train: Any) -> Plan:
             if part.passes > 1:  # one block at a time is turned into its eigenbasis
                 turned = max(turned, item * (min(g * batch * t * (d + o), SLICE) + g * o * d))
             products = d * d + o * o + (o * d if part.passes > 1 else 0)
-            flops += n * g * t * min(2, part.passes) * 2 * products * probe.columns[part.fisher]
-            flops += 10 * g * (d**3 + o**3) if extra else 0
+            if not isinstance(influence._parts.by_block[name], ExactBlock):
+                flops += n * g * t * min(2, part.passes) * 2 * products * probe.columns[part.fisher]
+                flops += 10 * g * (d**3 + o**3) if extra else 0
+        if isinstance(influence._parts.by_block[names[0]], ExactBlock):
+            alone = shapes[names[0]] if len(names) == 1 and probe.positions[names[0]] == 1 else None
+            flops += ExactBlock.operations(size, n, probe.columns[part.fisher], alone)
     fit_bytes = None
     if probe.peaks is not None:
         gradients, observed = probe.peaks

@@ -47,7 +47,7 @@ def factorize(matrix: Tensor, damping: float | Literal["auto"], name: str) -> tu
         pivot = _smallest_pivot(matrix, damping)
         indefinite = ""
         if pivot < -floor:
-            lowest = extreme_eigenvalues(lambda v: matrix.double() @ v, size, matrix.device)[0] + damping
+            lowest = extreme_eigenvalues(lambda v: (matrix @ v.to(matrix)).double(), size, matrix.device)[0] + damping
             indefinite = f", its smallest eigenvalue about {lowest:.3g}, and Cholesky needs definiteness"
         raise NotPositiveDefinite(
             f"{name} [{size}, {size}] with damping {damping:g} is not positive definite: its smallest pivot is "

@@ -156,11 +156,16 @@ class ExactBlock:
         return math.prod(shape) ** 2 * (item + 8), 0
 
     @staticmethod
-    def operations(shape: tuple[int, int, int], n: int, positions: int, columns: int) -> float:
-        """For `Influence.plan`: of building the block from n examples' gradients, and of factoring it."""
-        (g, o, d), size = shape, math.prod(shape)
-        pairs = o * (o + 1) / 2 * d * (d + 1) if g == positions == 1 else columns * size * (size + 1)
-        return n * pairs + size**3 / 3
+    def operations(size: int, n: int, columns: int, one_position: tuple[int, int, int] | None) -> float:
+        """For `Influence.plan`: of building a block over `size` parameters from n examples, and of factoring it.
+
+        `one_position`: the shape [g, o, d] of a layer with one position, whose outputs' Hessians are summed first.
+        """
+        each = columns * size * (size + 1)
+        if one_position is not None and one_position[0] == 1:
+            _, o, d = one_position
+            each = o * (o + 1) / 2 * d * (d + 1)
+        return n * each + size**3 / 3
 
     def fit(
         self, inputs: Tensor, logits: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
