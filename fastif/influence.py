@@ -113,6 +113,7 @@ class Influence:
         self.device = places.pop() if device is None else torch.empty(0, device=device).device
         self._fitted: list[NetworkCurvature] = []  # by checkpoint
         self._n = 0
+        self.bound: float | None = None  # of the last fit's subset, where it has one
 
     @property
     def curvature(self) -> dict[str, Any]:
@@ -131,7 +132,9 @@ class Influence:
 
         Args:
             train: the data that the model was trained on, as `fastif.data.as_loader` takes it; its length is n of (2).
-            subset: the examples of `train` that carry the curvature, with weights; default all, 1/n each.
+            subset: the examples of `train` that carry the curvature, with weights; default all, 1/n each. One of
+                `samplers.certified` leaves its bound in `bound`: so far at most, in the spectral norm, the head's GGN
+                is from that of all examples. docs/math.md (12).
 
         Raises ValueError for whatever `Capture` refuses: layers that are not called, examples that mix, parameters
         used behind a layer's back, NaN; NotPositiveDefinite, naming the layer, where damping does not suffice.
@@ -144,7 +147,7 @@ class Influence:
         for checkpoint in self.checkpoints or [None]:
             with self._running(checkpoint):
                 fitted.append(self._fit_one(train, indices, weights))
-        self._fitted, self._n = fitted, n
+        self._fitted, self._n, self.bound = fitted, n, getattr(subset, "bound", None)
         return self
 
     def on_parameters(self, batch: Any) -> dict[str, Tensor]:

@@ -7,11 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from fastif import ExactBlock, Influence
+from fastif import ExactBlock, Influence, samplers
 from fastif.curvature import NotPositiveDefinite, exact_block
 from fastif.curvature.cholesky import extreme_eigenvalues
+from fastif.data import load
 from fastif.gradients import Dense
+from fastif.removal import head_steps
 from tests.networks import build
+from tests.problems import WEIGHT_DECAY, head_gradients, trained
+from tests.test_data import real_data
 
 G = torch.Generator().manual_seed(0)
 
@@ -369,3 +373,77 @@ def test_an_empty_subset_is_refused():
     empty = type("S", (), dict(indices=torch.zeros(0, dtype=torch.int64), weights=torch.zeros(0)))()
     with pytest.raises(ValueError, match="subset"):
         Influence(model, curvature=ExactBlock(), progress=False).fit((x, torch.arange(300) % 4), subset=empty)
+
+
+# ---------------------------------------------------------------------------------------- certified subsets and removal
+
+
+def trained_head(name, examples):
+    """Real inputs in [0, 1], and a linear classifier that was trained on them."""
+    data = load(name, None if name == "digits" else real_data(name.replace("-", "_")))
+    x, y = data.x_train[:examples].double(), data.y_train[:examples]
+    x = x if name == "digits" else nn.functional.avg_pool2d(x, 2)
+    x = x.flatten(1)
+    head = nn.Linear(x.shape[1], 10).double()
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+
+    def objective():
+        optimizer.zero_grad()
+        value = nn.functional.cross_entropy(head(x), y)
+        value.backward()
+        return value
+
+    optimizer.step(objective)
+    return head, x, y
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist"])
+def test_the_bound_of_a_certified_subset_holds_on_real_data(name):
+    torch.manual_seed(0)
+    head, x, y = trained_head(name, 600)
+    whole = Influence(head, curvature=ExactBlock(1e-3), progress=False).fit((x, y))
+    assert whole.bound is None
+    size = sum(parameter.numel() for parameter in head.parameters())
+    block = whole.curvature["model"].block.view(size, size)
+    before = None
+    for tolerance in (0.3, 0.03, 0.001):
+        subset = samplers.certified(x, head(x).detach(), tolerance)
+        part = Influence(head, curvature=ExactBlock(1e-3), progress=False).fit((x, y), subset=subset)
+        missing = block - part.curvature["model"].block.view(size, size)
+        low, high = extreme_eigenvalues(lambda v, m=missing: m @ v, size, missing.device)  # of a positive matrix
+        assert low >= -1e-9 * high
+        assert 0 < high <= part.bound == subset.bound
+        assert len(subset.indices) < 600
+        assert before is None or part.bound < before
+        before = part.bound
+
+
+def test_one_step_of_removal_by_a_downdate_is_that_of_a_refit():
+    problem = trained()
+    head = problem.model[2]
+    features = problem.model[:2](problem.x).detach()
+    removed = torch.arange(0, 90, 45)
+    inputs = torch.cat([features, torch.ones(90, 1, dtype=torch.float64)], 1)
+    logits, weights = head(features).detach(), torch.full((90,), 1 / 90, dtype=torch.float64)
+    block = ExactBlock(WEIGHT_DECAY).fit(inputs, logits, weights=weights)
+    monkey, exact_block._LOW_RANK = exact_block._LOW_RANK, 0.5  # the head is small
+    try:
+        factor = block.factor
+        block.downdate(inputs[removed], logits[removed], weights=weights[removed])
+        assert block._factor is factor
+    finally:
+        exact_block._LOW_RANK = monkey
+    gradients = head_gradients(problem)[removed].sum(0) / 90
+    step = block.solve(gradients)
+    (history,) = head_steps(
+        features,
+        problem.y,
+        head.weight.detach(),
+        head.bias.detach(),
+        removed,
+        steps=1,
+        line_search=False,
+        weight_decay=WEIGHT_DECAY,
+    )
+    moved = torch.cat([history.weight - head.weight, (history.bias - head.bias)[:, None]], 1)
+    assert close(step, moved.detach(), 1e-5)
