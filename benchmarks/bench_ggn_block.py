@@ -1,56 +1,241 @@
-"""ggn_block against the matrix products that compute the same block in plain torch."""
+"""Exact curvature blocks against the plain torch that computes the same, and against the libraries that do.
 
+Each workload is verified, then raced; a peer that would take hours is given a known part of the work and drawn on.
+FASTIF_BENCH=all takes whole sizes: n = 50,000, hundreds of classes' pairs in full.
+"""
+
+import importlib.util
+import itertools
+import os
+
+import pytest
 import torch
+from torch import nn
 
+from benchmarks import cifar10_features
 from benchmarks.conftest import DEVICE
+from fastif import ExactBlock, Influence, samplers
+from fastif.curvature.cholesky import extreme_eigenvalues
+from fastif.data import load
+from fastif.measure import Measure
 from fastif.ops import ggn_block
 
-N, D, C = 50_000, 513, 10
+ALL = os.environ.get("FASTIF_BENCH") == "all"
 
 
-def all_pairs(features, probs, weights):
+def all_pairs(features, probs, weights, most):
     """The best plain formulation of diag(p) - p p^T: one product per class pair, c (c + 1) / 2 of them."""
-    out = features.new_empty(C, D, C, D)
-    for a in range(C):
-        for b in range(a + 1):
-            factor = weights * probs[:, a] * ((1 - probs[:, a]) if a == b else -probs[:, b])
-            out[a, :, b] = out[b, :, a] = (features * factor[:, None]).T @ features
+    (_, d), c = features.shape, probs.shape[1]
+    out = features.new_empty(c, d, c, d)
+    for a, b in itertools.islice(itertools.combinations_with_replacement(range(c), 2), most):
+        factor = weights * probs[:, a] * ((1 - probs[:, a]) if a == b else -probs[:, b])
+        out[a, :, b] = out[b, :, a] = (features * factor[:, None]).T @ features
     return out
 
 
-def off_diagonal_pairs(features, probs, weights):
+def off_diagonal_pairs(features, probs, weights, most):
     """The same with our observation that the diagonal blocks follow from the others: c (c - 1) / 2 products."""
-    out = features.new_zeros(C, D, C, D)
-    for a in range(C):
-        for b in range(a):
-            gram = (features * (weights * probs[:, a] * probs[:, b])[:, None]).T @ features
-            out[a, :, b] = out[b, :, a] = -gram
-            out[a, :, a] += gram
-            out[b, :, b] += gram
+    (_, d), c = features.shape, probs.shape[1]
+    out = features.new_zeros(c, d, c, d)
+    for a, b in itertools.islice(itertools.combinations(range(c), 2), most):
+        gram = (features * (weights * probs[:, a] * probs[:, b])[:, None]).T @ features
+        out[a, :, b] = out[b, :, a] = -gram
+        out[a, :, a] += gram
+        out[b, :, b] += gram
     return out
 
 
-def test_ggn_block(race):
+def by_curvlinops(features, probs, weights, columns):
+    """GGN times `columns` columns of the identity, of the linear layer alone."""
+    import curvlinops
+
+    del weights
+    d, c = features.shape[1], probs.shape[1]
+    layer = nn.Linear(d, c, bias=False, device=features.device)
+    labels = torch.zeros(len(features), dtype=torch.int64, device=features.device)
+    operator = curvlinops.GGNLinearOperator(
+        layer, nn.CrossEntropyLoss(), list(layer.parameters()), [(features, labels)], check_deterministic=False
+    )
+    eye = torch.eye(c * d, columns, device=features.device)
+    return lambda: operator @ eye
+
+
+def by_jacobians(features, probs, weights, examples):
+    """J^T H J from torch.func's Jacobians of `examples` examples."""
+    c, d = probs.shape[1], features.shape[1]
+    weight = torch.zeros(c, d, device=features.device)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda w, x: w @ x), (None, 0))
+    hessian = probs[:examples].diag_embed() - probs[:examples, :, None] * probs[:examples, None, :]
+
+    def work():
+        j = jacobian(weight, features[:examples]).flatten(2)  # [n, c, P]
+        return torch.einsum("n,ncp,nce,neq->pq", weights[:examples], j, hessian, j)
+
+    return work
+
+
+HEADS = {"c10-d513": (50_000, 513, 10), "c100-d129": (50_000 if ALL else 5_000, 129, 100)}
+
+
+def head(name):
+    n, d, c = HEADS[name]
     g = torch.Generator().manual_seed(0)
-    features = torch.randn(N, D, generator=g).to(DEVICE)
-    probs = (3 * torch.randn(N, C, generator=g)).softmax(1).to(DEVICE)
-    weights = torch.full((N,), 1 / N, device=DEVICE)
-    block = ggn_block(features, probs, weights)
-    worst = 0.0
+    features = torch.randn(n, d, generator=g).to(DEVICE)
+    probs = (3 * torch.randn(n, c, generator=g)).softmax(1).to(DEVICE)
+    return features, probs, torch.full((n,), 1 / n, device=DEVICE)
+
+
+def verified(block, features, probs):
+    """The largest relative error of four class pairs of the block against float64."""
+    worst, c = 0.0, probs.shape[1]
     x, p = features.double(), probs.double()
-    for a, b in ((0, 0), (0, 1), (7, 3), (9, 9)):
+    for a, b in ((0, 0), (0, 1), (c - 3, 3), (c - 1, c - 1)):
         factor = p[:, a] * (p.sum(1) - p[:, a]) if a == b else -p[:, a] * p[:, b]
-        want = (x * factor[:, None]).T @ x / N
+        want = (x * factor[:, None]).T @ x / len(x)
         worst = max(worst, ((block[a, :, b].double() - want).norm() / want.norm()).item())
     assert worst <= 1e-5
-    del x, p, block
+    return worst
+
+
+@pytest.mark.parametrize("name", list(HEADS))
+def test_ggn_block(race, name):
+    features, probs, weights = head(name)
+    (n, d), c = features.shape, probs.shape[1]
+    with Measure(DEVICE) as work:
+        block = ggn_block(features, probs, weights)
+    share = None if work.peak_bytes is None else work.peak_bytes / block.nbytes
+    assert share is None or share <= 1.1
+    worst = verified(block, features, probs)
+    pairs, most = c * (c - 1) // 2, 200
+    columns, examples = 4, 4
+    peers = {
+        f"torch, {pairs + c} class pairs": lambda: all_pairs(features, probs, weights, most),
+        f"torch, {pairs} class pairs and their sums": lambda: off_diagonal_pairs(features, probs, weights, most),
+        "torch.func Jacobians": by_jacobians(features, probs, weights, examples),
+    }
+    scale = {
+        f"torch, {pairs + c} class pairs": max(1, (pairs + c) / most),
+        f"torch, {pairs} class pairs and their sums": max(1, pairs / most),
+        "torch.func Jacobians": n / examples,
+    }
+    if importlib.util.find_spec("curvlinops"):
+        peers["curvlinops, GGN @ I"] = by_curvlinops(features, probs, weights, columns)
+        scale["curvlinops, GGN @ I"] = c * d / columns
+    del block
+    out = features.new_empty(c, d, c, d)
     race(
-        lambda: ggn_block(features, probs, weights),
-        {
-            "torch, 55 class pairs": lambda: all_pairs(features, probs, weights),
-            "torch, 45 class pairs and their sums": lambda: off_diagonal_pairs(features, probs, weights),
-        },
+        lambda: ggn_block(features, probs, weights, out=out.zero_()),
+        peers,
         rounds=2,
-        flops=N * C * (C - 1) / 2 * D * (D + 1),
+        flops=n * pairs * d * (d + 1),
+        scale=scale,
         relative_error=worst,
+        peak_share_of_block=share,
+        drawn_on=[peer for peer, factor in scale.items() if factor > 1],
     )
+
+
+def rows_by_addmm(model, x, loss_columns, layer):
+    """What a hidden layer's block takes in plain torch: formed gradients of every column, one product each."""
+    influence = Influence(model, curvature=ExactBlock(), layers=layer, progress=False)
+
+    def work():
+        total = None
+        with influence._running(None):
+            forward = influence.capture.forward(x)
+            for column in loss_columns(forward.outputs):
+                g = forward.gradients(forward.outputs, column, keep=True)[layer].formed().flatten(1)
+                total = g.new_zeros(g.shape[1], g.shape[1]) if total is None else total
+                total.addmm_(g.T, g, alpha=1 / len(x))
+        return total
+
+    return work
+
+
+def softmax_columns(outputs):
+    probs = outputs.detach().softmax(1)
+    for k in range(probs.shape[1]):
+        column = -probs[:, k : k + 1].sqrt() * probs
+        column[:, k] += probs[:, k].sqrt()
+        yield column
+
+
+HIDDEN = {
+    # Linear 512 -> 512 has 262,656 parameters, a block of 257 GiB: this is the largest of its kind that fits at ease.
+    "linear-64-64": (lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), (64,), 1024, "0"),
+    "vgg-conv-3-64": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(1024, 10)
+        ),
+        (3, 32, 32),
+        256,
+        "0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(HIDDEN))
+def test_hidden_block(race, name):
+    build, shape, n, layer = HIDDEN[name]
+    torch.manual_seed(0)
+    model, x, y = build().to(DEVICE), torch.randn(n, *shape, device=DEVICE), (torch.arange(n) % 10).to(DEVICE)
+    influence = Influence(model, curvature=ExactBlock(1e-1), layers=layer, progress=False, batch_size=n)
+
+    def build_block():
+        with influence._running(None):
+            curvature = influence._begun(None)
+            influence._observe(curvature, x, y, torch.full((n,), 1 / n), 0, torch.Generator())
+        return curvature.by_block[layer].block
+
+    plain = rows_by_addmm(model, x, softmax_columns, layer)
+    block, want = build_block(), plain()
+    worst = ((block.reshape_as(want) - want).norm() / want.norm()).item()
+    assert worst <= 1e-5
+    size = len(want)
+    del block, want
+    race(build_block, {"torch, addmm of formed gradients": plain}, rounds=2, relative_error=worst, parameters=size)
+
+
+def trained_head(features, labels):
+    """Logits of a linear classifier that a few dozen steps of L-BFGS have trained."""
+    layer = nn.Linear(features.shape[1], 10)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=80, line_search_fn="strong_wolfe")
+
+    def objective():
+        optimizer.zero_grad()
+        value = nn.functional.cross_entropy(layer(features), labels)
+        value.backward()
+        return value
+
+    optimizer.step(objective)
+    return layer(features).detach()
+
+
+def test_certified_subset(race):
+    """Features of a CNN on CIFAR-10 where FASTIF_DATA has it, else the digits."""
+    found = cifar10_features.features()
+    if found is None or "FASTIF_DATA" not in os.environ:
+        data = load("digits")
+        features = data.x_train.flatten(1)
+    else:
+        data, features = load("cifar10", os.environ["FASTIF_DATA"]), found.penultimate
+    n = len(features) if ALL else min(len(features), 10_000)
+    features = features[:n]
+    logits = trained_head(features, data.y_train[:n])
+    inputs = torch.cat([features, features.new_ones(n, 1)], 1)
+
+    def whole():
+        return ggn_block(inputs, logits.softmax(1))
+
+    def part():
+        subset = samplers.certified(features, logits, 1e-3)
+        rows = subset.indices
+        return ggn_block(inputs[rows], logits[rows].softmax(1), subset.weights.float()), subset
+
+    block, (certified, subset) = whole(), part()
+    missing = (block - certified).view(len(block) * block.shape[1], -1)
+    _, error = extreme_eigenvalues(lambda v: (missing @ v.float()).double(), len(missing), missing.device)
+    assert 0 < error <= subset.bound
+    del block, certified
+    extra = dict(examples=f"{len(subset.indices):,} of {n:,}", bound=subset.bound, error=error)
+    race(part, {"all examples": whole}, rounds=2, **extra)

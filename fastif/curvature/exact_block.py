@@ -208,14 +208,12 @@ class ExactBlock:
 
         Raises NotPositiveDefinite with a diagnosis.
         """
-        columns = self._columns("solve", rhs)
-        if self._taken is None:
-            solved = torch.cholesky_solve(columns, self._lower())
-        else:
+        columns, lower = self._columns("solve", rhs), self._lower()
+        half = torch.linalg.solve_triangular(lower, columns, upper=False)  # cholesky_solve would copy the factor
+        if self._taken is not None:
             w, k = self._taken
-            half = torch.linalg.solve_triangular(self._lower(), columns, upper=False)
             half += w @ torch.cholesky_solve(w.T @ half, k)
-            solved = torch.linalg.solve_triangular(self._lower().mT, half, upper=True)
+        solved = torch.linalg.solve_triangular(lower.mT, half, upper=True)
         return solved.T.reshape(rhs.shape).to(rhs.dtype)
 
     def sq_norms(self, gradients: Gradients) -> Tensor:
