@@ -1,0 +1,386 @@
+"""Products of the curvature with vectors, without the curvature: what CG, LiSSA and Lanczos are made of.
+
+Vectors are given by block, [m, g, o, d], or flat: one row per right-hand side, the blocks one after another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+from torch.func import grad, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastif.capture import Capture, dtype_of
+from fastif.data import batch_length, count, picked
+from fastif.features import call, moved_to
+from fastif.layers import Block
+from fastif.losses import Loss, labels_in, logits_of, per_sample
+from fastif.subset import Subset
+
+Matrix = Literal["ggn", "hessian"]
+_TOGETHER = 16  # right-hand sides that share a forward pass; their tangents stand in memory side by side
+
+
+class Products:
+    """The model, its loss and the weighted subset whose curvature is multiplied with.
+
+    G = Σ_i w_i J_iᵀ H_i J_i ("ggn") or Σ_i w_i ∇²ℓ_i ("hessian") at the parameters that the model has when a product is
+    asked for; w of a Subset, default 1/n on every example. docs/math.md (18).
+
+    Args:
+        capture: the model's blocks.
+        loss: as for `Influence`. For the GGN the outputs must be a tensor, or have `.logits` for a named loss.
+        data: with labels, as `fastif.data.as_loader` takes it; it is walked at every product.
+        subset: the examples that count, with weights.
+        batch_size, device, autocast: as for `Influence`; results do not depend on the batch size.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        loss: Loss,
+        data: Any,
+        subset: Subset | None = None,
+        *,
+        batch_size: int = 256,
+        device: torch.device | str | None = None,
+        autocast: torch.dtype | None = None,
+    ):
+        if subset is None:
+            n = count(data, batch_size)
+            subset = Subset(torch.arange(n), torch.full((n,), 1 / n, dtype=torch.float64))
+        if isinstance(data, Iterator):
+            raise ValueError("products: the data is walked at every product, got an iterator; pass a list")
+        self.capture, self.loss, self.data, self.subset = capture, loss, data, subset
+        self.batch_size, self.autocast = batch_size, autocast
+        parameter = next(capture.model.parameters())
+        self.device = parameter.device if device is None else torch.empty(0, device=device).device
+
+    def operator(self, names: Sequence[str] | None = None, matrix: Matrix = "ggn", *, keep_graph: bool = False):
+        """The curvature of some blocks (default all), to be multiplied with; see `Operator`."""
+        names = list(self.capture.blocks) if names is None else list(names)
+        return Operator(self, names, matrix, keep_graph)
+
+    def batches(self, chosen: Tensor | None = None) -> Iterator[tuple[int, Any, Any, Tensor]]:
+        """Number, x, what a loss is given beside the outputs, and weights [n] of every batch.
+
+        chosen: int64 places in the subset, which may repeat: they carry the subset's whole weight in equal shares.
+        """
+        indices, weights = self.subset
+        if chosen is not None:
+            places, times = chosen.unique(return_counts=True)
+            indices, weights = indices[places], times * (weights.sum() / len(chosen))
+        for number, ((x, y), rows) in enumerate(picked(self.data, self.batch_size, indices)):
+            x, y = moved_to(x, self.device), moved_to(y, self.device)
+            yield number, x, labels_in(x, y), weights[rows].to(self.device)
+
+
+class Layout:
+    """Vectors by block as rows of one matrix, and back."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int, int]]):
+        self.shapes = dict(shapes)
+        self.sizes = [math.prod(shape) for shape in self.shapes.values()]
+        self.size = sum(self.sizes)  # P
+
+    def flat(self, vectors: Mapping[str, Tensor]) -> Tensor:
+        """[m, P] of vectors [m, g, o, d]."""
+        return torch.cat([vectors[name].flatten(1) for name in self.shapes], 1)
+
+    def by_block(self, flat: Tensor) -> dict[str, Tensor]:
+        """Vectors [m, g, o, d] of [m, P]."""
+        parts = zip(self.shapes.items(), flat.split(self.sizes, 1), strict=True)
+        return {name: part.reshape(len(flat), *shape) for (name, shape), part in parts}
+
+
+class Operator:
+    """v [m, P] → G v [m, P] at the model's parameters, for several right-hand sides at once.
+
+    A product takes a forward and a backward pass per batch and direction, by forward-over-reverse differentiation where
+    torch can (the right-hand sides share the undifferentiated pass), by two backward passes where it cannot: layers
+    that are checkpointed, custom functions without a forward derivative, tied embeddings with padding; `mode` tells
+    which, `reason` why. With `keep_graph` the passes of all batches are made once and kept for all products, as
+    the reference paper does: a third less work, but `graph_bytes` grow with the number of examples. The graph goes with
+    the operator, and the parameters must not change before.
+
+    Raises ValueError for functions that cannot be differentiated twice and for products with NaN or Inf, naming them.
+    """
+
+    def __init__(self, products: Products, names: Sequence[str], matrix: Matrix, keep_graph: bool):
+        if matrix not in ("ggn", "hessian"):
+            raise ValueError(f"products: matrix must be 'ggn' or 'hessian', got {matrix!r}")
+        capture = products.capture
+        self.products, self.matrix = products, matrix
+        self.blocks: dict[str, Block] = {name: capture.blocks[name] for name in names}
+        self.layout = Layout({name: block.shape for name, block in self.blocks.items()})
+        self.parameters = list(dict.fromkeys(p for block in self.blocks.values() for p in block.parameters))
+        self._modules = list(capture.model.modules())
+        self.dtype, self.device = dtype_of(capture.model), products.device
+        self.graph_bytes = 0
+        self.mode: Literal["forward over reverse", "double backward"] = "forward over reverse"
+        self.reason = ""
+        self._padding = self._rows_of_padding()
+        self._graphs: list[_Graph] | None = None
+        if keep_graph:
+            self._double_backward("the graph is kept")
+            with self._ready(), _counting() as counted:
+                self._graphs = [_Graph(self, x, batch, weights) for _, x, batch, weights in products.batches()]
+            self.graph_bytes = counted.bytes
+
+    def __call__(self, vectors: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """G v, or with `chosen` (see `Products.batches`) the product with the curvature of those examples alone."""
+        total = torch.zeros_like(vectors)
+        with self._ready():
+            for rows in torch.arange(len(vectors)).split(_TOGETHER):
+                tangents = self._to_parameters(vectors[rows])
+                if self._graphs is not None and chosen is None:
+                    for number, graph in enumerate(self._graphs):
+                        self._add(total, rows, graph(tangents), number)
+                    continue
+                for number, x, batch, weights in self.products.batches(chosen):
+                    self._add(total, rows, self._product(x, batch, weights, tangents), number)
+        return total
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """The capture's hooks in place, and of attention the kernel that has more than one derivative."""
+        with self.products.capture.attached(), sdpa_kernel(SDPBackend.MATH):
+            yield
+
+    def _add(self, total: Tensor, rows: Tensor, products: list[Tensor], number: int) -> None:
+        by_block = self._to_blocks(products)
+        for name, value in by_block.items():
+            if not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"products: the {self.matrix} of batch {number} times a vector holds NaN or Inf in layer {name!r}"
+                )
+        total[rows] += self.layout.flat(by_block).to(total)
+
+    def _product(self, x: Any, batch: Any, weights: Tensor, tangents: list[Tensor]) -> list[Tensor]:
+        if self.mode == "forward over reverse":
+            try:
+                return self._forward_over_reverse(x, batch, weights, tangents)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError) as error:
+                self._double_backward(str(error).splitlines()[0])
+        return _Graph(self, x, batch, weights)(tangents)
+
+    def _double_backward(self, reason: str) -> None:
+        self.mode, self.reason = "double backward", reason
+
+    def _rows_of_padding(self) -> list[tuple[Tensor, int]]:
+        """Rows of embeddings that are read but take no gradient: torch's forward mode does not know of them."""
+        mine, rows = set(self.parameters), []
+        for table in self._modules:
+            if isinstance(table, nn.Embedding) and table.padding_idx is not None and table.weight in mine:
+                rows.append((table.weight, table.padding_idx))
+                if sum(p is table.weight for m in self._modules for p in m._parameters.values()) > 1:
+                    self._double_backward("a tied embedding has padding, whose row moves in one of its uses alone")
+        return rows
+
+    # ---------------------------------------------------------------------------------------------- blocks ↔ parameters
+
+    def _to_parameters(self, vectors: Tensor) -> list[Tensor]:
+        """Vectors [m, P] as tangents [m, ...] of the parameters; 0 in the parts of them that no block has."""
+        m, found = len(vectors), dict.fromkeys(self.parameters)
+        for name, vector in self.layout.by_block(vectors).items():
+            block = self.blocks[name]
+            values = vmap(partial(_values, block))(vector)
+            for piece, value in zip(block.split(vector[0]), values, strict=True):
+                tangent = found[piece.parameter]
+                if tangent is None:
+                    tangent = found[piece.parameter] = piece.parameter.new_zeros((m, *piece.parameter.shape))
+                tangent[:, piece.rows] = value.to(tangent)
+        if self.mode == "forward over reverse":
+            for table, row in self._padding:
+                found[table][:, row] = 0  # pyright: ignore[reportOptionalSubscript]
+        return [found[p].detach() for p in self.parameters]  # pyright: ignore[reportOptionalMemberAccess]
+
+    def _to_blocks(self, tangents: list[Tensor]) -> dict[str, Tensor]:
+        """The adjoint of `_to_parameters`."""
+        found = dict(zip(self.parameters, tangents, strict=True))
+        out: dict[str, Tensor] = {}
+        for name, block in self.blocks.items():
+            zero = tangents[0].new_zeros(block.shape, dtype=self.dtype)
+            _, back = vjp(partial(_values, block), zero)
+            values = tuple(found[piece.parameter][:, piece.rows].to(zero) for piece in block.split(zero))
+            out[name] = vmap(back)(values)[0]
+        return out
+
+    # ------------------------------------------------------------------------------------------------- differentiation
+
+    def scores(self, outputs: Any) -> Tensor:
+        """The outputs between which and the loss the GGN takes the second derivative."""
+        if not callable(self.products.loss):
+            return logits_of(outputs)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                f"products: matrix='ggn' with a function as loss needs a model that returns a tensor, got "
+                f"{type(outputs).__name__}; choose matrix='hessian'"
+            )
+        return outputs
+
+    def objective(self, outputs: Any, batch: Any, weights: Tensor, n: int) -> Tensor:
+        """Σ_i w_i ℓ_i of a batch."""
+        losses = per_sample(self.products.loss, outputs, batch, n)
+        return (losses * weights.to(losses)).sum()
+
+    def outputs(self, x: Any, parameters: list[Tensor] | None = None) -> Any:
+        """What the model returns, with the parameters given in the place of its own."""
+        autocast = self.products.autocast
+        cast = torch.autocast(self.device.type, autocast, enabled=autocast is not None, cache_enabled=False)
+        with self._swapped(self.parameters if parameters is None else parameters), cast:
+            return call(self.products.capture.model, x)
+
+    @contextmanager
+    def _swapped(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """Other tensors in the place of the parameters, wherever a module holds them.
+
+        Not torch.func.functional_call: it leaves the other tensors in a module that stands at two places of the model.
+        """
+        new = dict(zip(self.parameters, parameters, strict=True))
+        held = [(m._parameters, key, p) for m in self._modules for key, p in m._parameters.items() if p in new]
+        try:
+            for store, key, p in held:
+                store[key] = new[p]  # pyright: ignore[reportArgumentType]
+            yield
+        finally:
+            for store, key, p in held:
+                store[key] = p
+
+    def _forward_over_reverse(self, x: Any, batch: Any, weights: Tensor, tangents: list[Tensor]) -> list[Tensor]:
+        n, parameters = batch_length(x), [p.detach() for p in self.parameters]
+        if self.matrix == "hessian":
+            gradient = grad(lambda ps: self.objective(self.outputs(x, ps), batch, weights, n))
+            return vmap(lambda t: jvp(gradient, (parameters,), (t,))[1])(tangents)
+        scores_of: Callable[[list[Tensor]], Tensor] = lambda ps: self.scores(self.outputs(x, ps))  # noqa: E731
+        scores, back = vjp(scores_of, parameters)
+        gradient = grad(lambda s: self.objective(s, batch, weights, n))
+
+        def product(tangent: list[Tensor]) -> list[Tensor]:
+            moved = jvp(scores_of, (parameters,), (tangent,))[1]
+            return back(jvp(gradient, (scores,), (moved,))[1])[0]
+
+        return vmap(product)(tangents)
+
+
+class _Graph:
+    """The passes of one batch, kept: tangents of the parameters → their products with the batch's curvature."""
+
+    def __init__(self, operator: Operator, x: Any, batch: Any, weights: Tensor):
+        self._parameters, n = operator.parameters, batch_length(x)
+        with torch.enable_grad():
+            outputs = operator.outputs(x)
+            if operator.matrix == "hessian":
+                objective = operator.objective(outputs, batch, weights, n)
+                self._named = objective
+                self._gradient = self._differentiable(objective, self._parameters)
+                return
+            self._gradient = None
+            self._scores = self._named = operator.scores(outputs)
+            # Jᵀu is linear in u, and its derivative with respect to u is J: two backward passes in the place of a
+            # forward one.
+            self._cotangent = torch.zeros_like(self._scores, requires_grad=True)
+            self._pulled = self._differentiable(self._scores, self._parameters, self._cotangent)
+            self._leaf = self._scores.detach().requires_grad_()
+            objective = operator.objective(self._leaf, batch, weights, n)
+            self._slope = self._differentiable(objective, [self._leaf])
+
+    def __call__(self, tangents: list[Tensor]) -> list[Tensor]:
+        if self._gradient is not None:
+            return self._batched(self._gradient, self._parameters, tangents)
+        (moved,) = self._batched(self._pulled, [self._cotangent], tangents)
+        (curved,) = self._batched(self._slope, [self._leaf], [moved])
+        return self._batched([self._scores], self._parameters, [curved])
+
+    def _differentiable(self, y: Tensor, inputs: list[Tensor], of: Tensor | None = None) -> list[Tensor | None]:
+        """Gradients that have gradients themselves; None where y does not depend on an input."""
+        if not y.requires_grad:
+            raise ValueError("products: the loss does not depend on the model's outputs (detached?)")
+        found = torch.autograd.grad(y, inputs, of, create_graph=True, allow_unused=True)
+        # What torch marks as not differentiable stands at the end of a path that a second pass would not even walk.
+        if any(node.name() == "torch::autograd::Error" for node in _nodes(found)):
+            raise ValueError(self._why("a function marked with @once_differentiable"))
+        return list(found)
+
+    def _batched(self, ys: Sequence[Tensor | None], inputs: list[Tensor], of: list[Tensor]) -> list[Tensor]:
+        """Σ_y of[y]ᵀ ∂y/∂inputs for rows of `of` [m, ...]: [m, ...] each."""
+        pairs = [(y, v) for y, v in zip(ys, of, strict=True) if y is not None and y.requires_grad]
+        m = len(of[0])
+        if not pairs:  # constant gradients: no curvature
+            return [torch.zeros_like(p, requires_grad=False).expand(m, *p.shape) for p in inputs]
+        of_all = [y for y, _ in pairs]
+        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+        try:
+            found = torch.autograd.grad(of_all, inputs, [v for _, v in pairs], is_grads_batched=True, **options)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # a function that cannot be batched
+            try:
+                rows = [torch.autograd.grad(of_all, inputs, [v[row] for _, v in pairs], **options) for row in range(m)]
+            except RuntimeError as error:
+                raise ValueError(self._why(str(error).splitlines()[0])) from error
+            found = [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+        return [
+            p.new_zeros((m, *p.shape)) if value is None else value.detach()
+            for p, value in zip(inputs, found, strict=True)
+        ]
+
+    def _why(self, what: str) -> str:
+        custom = {type(node).__name__.removesuffix("Backward") for node in _nodes([self._named]) if _is_custom(node)}
+        within = f" (custom autograd functions: {', '.join(sorted(custom))})" if custom else ""
+        return (
+            f"products: the model cannot be differentiated twice: {what}{within}; leave the layers before it out with "
+            "layers=, or choose a curvature that is made of gradients (EKFAC)"
+        )
+
+
+def _values(block: Block, matrix: Tensor) -> tuple[Tensor, ...]:
+    return tuple(piece.value for piece in block.split(matrix))
+
+
+def _nodes(ys: Sequence[Tensor | None]) -> Iterator[Node]:
+    """The graph of ys."""
+    seen: set[Node] = set()
+    stack = [y.grad_fn for y in ys if y is not None]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            stack += [following for following, _ in node.next_functions]
+
+
+def _is_custom(node: Node) -> bool:
+    return isinstance(node, BackwardCFunction)
+
+
+class _counting(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that graphs made within it keep; what is kept twice counts once."""
+
+    def __init__(self):
+        self._seen: dict[int, int] = {}
+
+        def note(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            self._seen[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        super().__init__(note, lambda x: x)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._seen.values())
+
+    def __enter__(self) -> _counting:
+        super().__enter__()
+        return self
