@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from fastif.capture import Capture, Forward, dtype_of
 from fastif.curvature import Curvature, Directions, ExactBlock, Explicit, LowRank
+from fastif.curvature.network import Alone, FitData, JointCurvature, NetworkCurvature, Together
 from fastif.data import as_loader, batch_length, count, picked, rows_of
 from fastif.features import find_head, moved_to, placed
 from fastif.gradients import Gradients
@@ -38,6 +39,7 @@ from fastif.plan import Plan, plan
 from fastif.samplers import check_subset
 from fastif.store import ScoreFolder, best_of, write_scores
 
+Estimator = Curvature | JointCurvature
 _RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
@@ -59,7 +61,8 @@ class Influence:
         curvature: an estimator (`ExactBlock`, `KFAC`, `EKFAC`, `Diagonal`, `Identity`), or a mapping from patterns of
             layer names to estimators, the first match counts. They are copied. Default ExactBlock(damping=1e-3).
         layers: names or patterns of the layers whose parameters may move (see `Capture`). Default all that are known;
-            for a lone ExactBlock, which holds the square of what it covers, the head: the last nn.Linear.
+            for a lone ExactBlock, which holds the square of what it covers, the head: the last nn.Linear
+            (with joint=True all).
         measurement: what is asked of queries: "loss", "margin", "log_odds", or a function (outputs, batch) → [q].
         checkpoints: state dicts; influence is averaged over the model at each of them. Default: the model as it is.
         batch_size: for data that brings no batches of its own; results do not depend on it.
@@ -76,7 +79,7 @@ class Influence:
         self,
         model: nn.Module,
         loss: Loss = "cross_entropy",
-        curvature: Curvature | Mapping[str, Curvature] | None = None,
+        curvature: Estimator | Mapping[str, Estimator] | None = None,
         *,
         layers: str | Sequence[str] | None = None,
         measurement: Measurement = "loss",
@@ -96,18 +99,19 @@ class Influence:
         if memory < 1:
             raise ValueError(f"Influence: memory must be at least 1 byte, got {memory}")
         curvature = ExactBlock() if curvature is None else curvature
-        if isinstance(curvature, ExactBlock) and layers is None:
+        if isinstance(curvature, ExactBlock) and not curvature.joint and layers is None:
             layers = find_head(model)[0] or "*"
-        self.model, self.loss, self.measurement = model, loss, measurement
+        self.model, self.measurement = model, measurement
+        self.loss: Loss = loss
         self.batch_size, self.memory, self.seed, self.progress = batch_size, memory, seed, progress
         self.allow_train_mode, self.checkpoints, self.autocast = allow_train_mode, checkpoints, autocast
         self.capture = Capture(model, layers)
-        self._estimators = self._assigned(curvature)
+        self._parts = self._assigned(curvature)
         places = {parameter.device for parameter in model.parameters()}
         if device is None and len(places) > 1:
             raise ValueError(f"Influence: the model is spread over {', '.join(sorted(map(str, places)))}")
         self.device = places.pop() if device is None else torch.empty(0, device=device).device
-        self._fitted: list[dict[str, Curvature]] = []  # by checkpoint, by block
+        self._fitted: list[NetworkCurvature] = []  # by checkpoint
         self._n = 0
 
     @property
@@ -115,7 +119,7 @@ class Influence:
         """The fitted estimators by block (of the first checkpoint)."""
         if not self._fitted:
             raise ValueError("Influence: not fitted; call fit(train) first")
-        return self._fitted[0]
+        return self._fitted[0].by_block
 
     def plan(self, train: Any) -> Plan:
         """What will be covered, skipped, stored and computed; only a few examples go through the model."""
@@ -136,7 +140,7 @@ class Influence:
         indices, weights = torch.arange(n), torch.full((n,), 1 / n, dtype=torch.float64)
         if subset is not None:
             indices, weights = check_subset(subset, n)
-        fitted: list[dict[str, Curvature]] = []
+        fitted: list[NetworkCurvature] = []
         for checkpoint in self.checkpoints or [None]:
             with self._running(checkpoint):
                 fitted.append(self._fit_one(train, indices, weights))
@@ -150,22 +154,50 @@ class Influence:
         that are not covered are absent: they are taken as fixed. With checkpoints, the mean over them.
         docs/math.md (1).
         """
-        change: dict[Tensor, Tensor] = {}
-        for checkpoint, blocks in self._at_checkpoints():
-            totals: dict[str, Tensor] = {}
+        total: dict[str, Tensor] = {}
+        for checkpoint, curvature in self._at_checkpoints():
+            sums: dict[str, Tensor] = {}
             with self._running(checkpoint):
                 for _, _, gradients in self._gradients(batch, "on_parameters"):
                     for name, g in gradients.items():
-                        total = g.sum(torch.ones(len(g), device=self.device))
-                        totals[name] = totals[name].add_(total) if name in totals else total
-            for name, total in totals.items():
-                moved = -blocks[name].solve(total) / len(self._fitted)
-                for parameter, rows, value in self.capture.blocks[name].split(moved):
-                    if parameter not in change:
-                        change[parameter] = torch.zeros_like(parameter, requires_grad=False)
-                    change[parameter][rows] += value
-        names = self.capture.names
-        return {names[p]: change[p].detach() for p in names if p in change}
+                        part = g.sum(torch.ones(len(g), device=self.device))
+                        sums[name] = sums[name].add_(part) if name in sums else part
+                for name, moved in curvature.solve(sums).items():
+                    moved = moved.div_(-len(self._fitted))
+                    total[name] = total[name].add_(moved) if name in total else moved
+        return self._on_parameters(total)
+
+    def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(G + λI)⁻¹ v for a vector v in parameter space: as dicts keyed like the model's parameters.
+
+        Parameters that are not covered may be absent and stay so. With checkpoints, the mean over them. Raises
+        ValueError for a covered parameter that is missing or has another shape.
+        """
+        blocks, total = self.capture.blocks, dict[str, Tensor]()
+        values: dict[Tensor, Tensor] = {}
+        for name, shape in self.capture.covered.items():
+            if name not in vectors or vectors[name].shape != shape:
+                found = list(vectors[name].shape) if name in vectors else "nothing"
+                raise ValueError(f"solve: {name!r} must be {list(shape)}, got {found}")
+        for parameter, name in self.capture.names.items():
+            if name in self.capture.covered:
+                values[parameter] = vectors[name].to(self.device)
+        for checkpoint, curvature in self._at_checkpoints():
+            with self._running(checkpoint):
+                for name, solved in curvature.solve({n: b.matrix(values) for n, b in blocks.items()}).items():
+                    solved = solved / len(self._fitted)
+                    total[name] = total[name].add_(solved) if name in total else solved
+        return self._on_parameters(total)
+
+    def _on_parameters(self, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters' part of every block's matrix, keyed like the model's parameters."""
+        found: dict[Tensor, Tensor] = {}
+        for name, matrix in matrices.items():
+            for parameter, rows, value in self.capture.blocks[name].split(matrix):
+                if parameter not in found:
+                    found[parameter] = torch.zeros_like(parameter, requires_grad=False)
+                found[parameter][rows] += value
+        return {name: found[p].detach() for p, name in self.capture.names.items() if p in found}
 
     @overload
     def scores(
@@ -249,11 +281,10 @@ class Influence:
     def self_influence(self, train: Any) -> Tensor:
         """scores[t, t] of every training example, [n], never negative: how much its loss rests on it."""
         total = None
-        for checkpoint, blocks in self._at_checkpoints():
+        for checkpoint, curvature in self._at_checkpoints():
             with self._running(checkpoint):
                 parts = [
-                    torch.stack([blocks[name].sq_norms(g) for name, g in gradients.items()]).sum(0).cpu()
-                    for _, _, gradients in self._gradients(train, "self-influence")
+                    curvature.sq_norms(gradients).cpu() for _, _, gradients in self._gradients(train, "self-influence")
                 ]
             total = torch.cat(parts) if total is None else total + torch.cat(parts)
         assert total is not None
@@ -261,77 +292,83 @@ class Influence:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that `fit` learned, as tensors: safetensors or torch.save keep it."""
-        fitted = self._fitted or [self.curvature]
-        state = {
-            f"{number}/{name}/{key}": value
-            for number, blocks in enumerate(fitted)
-            for name, estimator in blocks.items()
-            for key, value in estimator.state_dict().items()
-        }
-        return {"n": torch.tensor(self._n), **state}
+        _ = self.curvature  # refuses what is not fitted
+        state = {"n": torch.tensor(self._n)}
+        for number, curvature in enumerate(self._fitted):
+            state.update(curvature.state_dict(f"{number}/"))
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> Influence:
         """Takes what `state_dict` gave an Influence of the same model and arguments; refuses what does not fit."""
-        fitted: list[dict[str, Curvature]] = []
+        fitted: list[NetworkCurvature] = []
+        left = set(state) - {"n"}
         for number in range(len(self.checkpoints or [None])):
-            blocks = self._begun()
-            for name, estimator in blocks.items():
-                prefix = f"{number}/{name}/"
-                own = {key[len(prefix) :]: v.to(self.device) for key, v in state.items() if key.startswith(prefix)}
-                try:
-                    estimator.load_state_dict(own)
-                except KeyError as error:
-                    raise ValueError(f"load_state_dict: the state lacks {prefix}{error.args[0]}") from None
-            fitted.append(blocks)
-        known = {f"{number}/{name}" for number, blocks in enumerate(fitted) for name in blocks}
-        foreign = [key for key in state if key != "n" and key.rsplit("/", 1)[0] not in known]
-        if foreign or "n" not in state:
-            raise ValueError(f"load_state_dict: the state is another model's: {foreign[0] if foreign else 'no n'}")
+            own = {key: state[key].to(self.device) for key in left if key.startswith(f"{number}/")}
+            left -= own.keys()
+            fitted.append(self._begun(None))
+            fitted[-1].load_state_dict(own, f"{number}/")
+        if left or "n" not in state:
+            raise ValueError(f"load_state_dict: the state is another model's: {min(left) if left else 'no n'}")
         self._fitted, self._n = fitted, int(state["n"])
         return self
 
     # --------------------------------------------------------------------------------------------------------- fitting
 
-    def _assigned(self, curvature: Curvature | Mapping[str, Curvature]) -> dict[str, Curvature]:
-        """A copy of an estimator for every block; blocks that no pattern matches are no longer covered."""
+    def _assigned(self, curvature: Estimator | Mapping[str, Estimator]) -> NetworkCurvature:
+        """An estimator for every block: a copy of its own, or one for all that match its pattern.
+
+        Blocks that no pattern matches are no longer covered.
+        """
         rules = dict(curvature) if isinstance(curvature, Mapping) else {"*": curvature}
         for estimator in rules.values():
             if not hasattr(estimator, "observe"):
                 raise TypeError(f"Influence: curvature must be an estimator or a mapping to them, got {estimator!r}")
-        chosen: dict[str, Curvature] = {}
+        members: dict[str, list[str]] = {pattern: [] for pattern in rules}
         for name, block in list(self.capture.blocks.items()):
-            matching = [estimator for pattern, estimator in rules.items() if fnmatchcase(name, pattern)]
-            if matching:
-                chosen[name] = copy.deepcopy(matching[0])
-                continue
-            self.capture.leave_out(block, "no pattern of curvature= matches its layer")
-        if not chosen:
+            pattern = next((pattern for pattern in rules if fnmatchcase(name, pattern)), None)
+            if pattern is None:
+                self.capture.leave_out(block, "no pattern of curvature= matches its layer")
+            else:
+                members[pattern].append(name)
+        parts: dict[tuple[str, ...], JointCurvature] = {}
+        for pattern, names in members.items():
+            estimator = rules[pattern]
+            if isinstance(estimator, JointCurvature):
+                parts.update({tuple(names): estimator} if names else {})
+            elif getattr(estimator, "joint", False):
+                parts.update({tuple(names): Together(tuple(names), estimator)} if names else {})
+            else:
+                parts.update({(name,): Alone(name, estimator) for name in names})
+        if not parts:
             raise ValueError(f"Influence: no pattern of curvature= matches a layer, got {', '.join(rules)}")
-        return chosen
+        return NetworkCurvature(parts)
 
-    def _begun(self) -> dict[str, Curvature]:
-        blocks = copy.deepcopy(self._estimators)
-        for name, estimator in blocks.items():
-            estimator.begin(name, self.capture.blocks[name].shape)
-        return blocks
+    def _begun(self, data: FitData | None) -> NetworkCurvature:
+        curvature = NetworkCurvature({names: copy.deepcopy(part) for names, part in self._parts.parts.items()})
+        curvature.begin({name: block.shape for name, block in self.capture.blocks.items()}, data)
+        return curvature
 
-    def _fit_one(self, train: Any, indices: Tensor, weights: Tensor) -> dict[str, Curvature]:
-        blocks = self._begun()
-        for turn in range(max(1, *(estimator.passes for estimator in blocks.values()))):
-            open_blocks = {name: estimator for name, estimator in blocks.items() if turn < estimator.passes}
-            generator = torch.Generator().manual_seed(self.seed)
-            batches = -(-len(indices) // self.batch_size)
-            with tqdm(total=batches, desc=f"fit, pass {turn + 1}", disable=not self.progress) as bar:
-                for number, ((x, y), places) in enumerate(picked(train, self.batch_size, indices)):
-                    self.capture.batch = number
-                    x, y = moved_to(x, self.device), moved_to(y, self.device)
-                    self._observe(open_blocks, x, y, weights[places], turn, generator)
+    def _fit_one(self, train: Any, indices: Tensor, weights: Tensor) -> NetworkCurvature:
+        def batches(bar: tqdm | None = None) -> Iterator[tuple[Any, Any, Tensor]]:
+            for number, ((x, y), places) in enumerate(picked(train, self.batch_size, indices)):
+                self.capture.batch = number
+                yield moved_to(x, self.device), moved_to(y, self.device), weights[places].to(self.device)
+                if bar is not None:
                     bar.update()
-                    if not open_blocks:
+
+        data = FitData(self.model, self.loss, self.capture.blocks, batches, len(indices), self.seed)
+        curvature = self._begun(data)
+        for turn in range(max(1, curvature.passes)):
+            looking = curvature.open(turn)
+            generator = torch.Generator().manual_seed(self.seed)
+            total = -(-len(indices) // self.batch_size)
+            with tqdm(total=total, desc=f"fit, pass {turn + 1}", disable=not self.progress) as bar:
+                for x, y, w in batches(bar):
+                    self._observe(looking, x, y, w, turn, generator)
+                    if not looking.parts:
                         break  # nothing to learn: the first batch was looked at for what `Capture` refuses
-            for estimator in open_blocks.values():
-                estimator.end(turn)
-        return blocks
+            (looking if turn else curvature).end(turn)  # those that look at nothing end with pass 0 too
+        return curvature
 
     def _check(self, x: Any, y: Any, value: Measurement = "loss") -> None:
         """Refuses what `Forward.check` refuses, and random forward passes, on a few examples; once."""
@@ -354,37 +391,35 @@ class Influence:
         forward.check(values, mixing=not self.allow_train_mode)
 
     def _observe(
-        self, blocks: dict[str, Curvature], x: Any, y: Any, weights: Tensor, turn: int, generator: torch.Generator
+        self, curvature: NetworkCurvature, x: Any, y: Any, weights: Tensor, turn: int, generator: torch.Generator
     ) -> None:
         if not self.capture.checked:
             self._check(x, y)
         forward = self._forward(x)
         batch = labels_in(x, y)
         losses = per_sample(self.loss, forward.outputs, batch, forward.n)
-        weights = weights.to(self.device)
-        rest = dict(blocks)
-        for name, estimator in blocks.items():
-            if isinstance(estimator, ExactBlock) and estimator.fisher == "exact" and self.loss == "cross_entropy":
-                head = forward.head(name)
+        rest = dict(curvature.parts)
+        for names, part in curvature.parts.items():
+            if isinstance(part, Alone) and isinstance(part.estimator, ExactBlock) and self.loss == "cross_entropy":
+                head = forward.head(names[0]) if part.fisher == "exact" else None
                 if head is not None:
                     counted = labels_of(batch) != IGNORED
-                    estimator.update(*head, weights=weights * counted)
-                    del rest[name]
-        for fisher in dict.fromkeys(estimator.fisher for estimator in rest.values()):
-            mine = {name: estimator for name, estimator in rest.items() if estimator.fisher == fisher}
+                    part.estimator.update(*head, weights=weights * counted)
+                    del rest[names]
+        for fisher in dict.fromkeys(part.fisher for part in rest.values()):
+            mine = NetworkCurvature({names: part for names, part in rest.items() if part.fisher == fisher})
             if fisher == "empirical":
                 found = iter([forward.gradients(losses, keep=True)])
             else:
                 columns = output_columns(self.loss, forward.outputs, batch, forward.n, fisher, generator)
                 found = (forward.gradients(scores, column, keep=True) for scores, column in columns)
             for column, gradients in enumerate(found):
-                for name, estimator in mine.items():
-                    estimator.observe(gradients[name], weights, column, turn)
+                mine.observe(gradients, weights, column, turn)
                 del gradients  # before those of the next column come
 
     # --------------------------------------------------------------------------------------------------------- scoring
 
-    def _at_checkpoints(self) -> list[tuple[Mapping[str, Tensor] | None, dict[str, Curvature]]]:
+    def _at_checkpoints(self) -> list[tuple[Mapping[str, Tensor] | None, NetworkCurvature]]:
         if not self._fitted:
             raise ValueError("Influence: not fitted; call fit(train) first")
         return list(zip(self.checkpoints or [None], self._fitted, strict=True))
@@ -409,37 +444,42 @@ class Influence:
             raise ValueError("data holds no examples")
 
     def _query_blocks(
-        self, query: Any, blocks: dict[str, Curvature], groups: Tensor | None, rank: int | None, explicit: bool
+        self, query: Any, curvature: NetworkCurvature, groups: Tensor | None, rank: int | None, explicit: bool
     ) -> Iterator[tuple[int, dict[str, list[Directions]]]]:
         """The query side for as many queries at a time as `memory` holds, with the first query's index."""
         if groups is not None:
-            yield 0, self._grouped_queries(query, blocks, groups)
+            yield 0, self._grouped_queries(query, curvature, groups)
             return
         whole = sum(block.size for block in self.capture.blocks.values()) * dtype_of(self.model).itemsize
         each = max(1, self.memory // (4 * whole))  # making them takes some copies
-        first, held, used = 0, {name: [] for name in blocks}, 0
+        first, held, used = 0, {name: [] for name in self.capture.blocks}, 0
         for start, n, gradients in self._gradients(query, "queries", self.measurement):
             for begin in range(0, n, each):
                 part = {name: g.rows(begin, begin + each) for name, g in gradients.items()}
-                made = {name: self._directions(blocks[name], g, rank, explicit) for name, g in part.items()}
+                made = self._directions(curvature, part, rank, explicit)
                 size = sum(directions.nbytes for directions in made.values())
                 del part
                 if used and used + size > self.memory:
                     yield first, held
-                    first, held, used = start + begin, {name: [] for name in blocks}, 0
+                    first, held, used = start + begin, {name: [] for name in self.capture.blocks}, 0
                 for name, directions in made.items():
                     held[name].append(directions)
                 used += size
         yield first, held
 
-    def _directions(self, estimator: Curvature, g: Gradients, rank: int | None, explicit: bool) -> Directions:
+    def _directions(
+        self, curvature: NetworkCurvature, gradients: Mapping[str, Gradients], rank: int | None, explicit: bool
+    ) -> dict[str, Directions]:
+        if rank is None and not explicit:
+            return curvature.directions(gradients)
+        solved = curvature.solve({name: g.formed() for name, g in gradients.items()})
         if rank is None:
-            return Explicit(estimator.solve(g.formed())) if explicit else estimator.directions(g)
-        compressed = LowRank.of(estimator.solve(g.formed()), rank)
-        self.rank_error = max(self.rank_error, compressed.error)
-        return compressed
+            return {name: Explicit(matrices) for name, matrices in solved.items()}
+        compressed = {name: LowRank.of(matrices, rank) for name, matrices in solved.items()}
+        self.rank_error = max(self.rank_error, *(directions.error for directions in compressed.values()))
+        return dict(compressed)
 
-    def _grouped_queries(self, query: Any, blocks: dict[str, Curvature], groups: Tensor) -> dict[str, list[Directions]]:
+    def _grouped_queries(self, query: Any, curvature: NetworkCurvature, groups: Tensor) -> dict[str, list[Directions]]:
         number = int(groups.max()) + 1
         totals = {
             name: torch.zeros((number, *block.shape), device=self.device, dtype=dtype_of(self.model))
@@ -450,7 +490,7 @@ class Influence:
             for group in here.unique().tolist():
                 for name, g in gradients.items():
                     totals[name][group] += g.sum((here == group).to(self.device))
-        return {name: [Explicit(blocks[name].solve(total))] for name, total in totals.items()}
+        return {name: [Explicit(solved)] for name, solved in curvature.solve(totals).items()}
 
     def _tiles(
         self,
@@ -467,9 +507,9 @@ class Influence:
             raise ValueError(f"scores: rank must be at least 1, got {rank}")
         self.rank_error = 0.0
         share = self._n * len(self._at_checkpoints())
-        for checkpoint, blocks in self._at_checkpoints():
+        for checkpoint, curvature in self._at_checkpoints():
             with self._running(checkpoint):
-                for first, held in self._query_blocks(query, blocks, query_groups, rank, by == "token"):
+                for first, held in self._query_blocks(query, curvature, query_groups, rank, by == "token"):
                     for start, _, gradients in self._gradients(train, "scores"):
                         parts = {}
                         for name, g in gradients.items():

@@ -8,7 +8,7 @@ here and nowhere else. docs/math.md (15).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,6 +47,14 @@ class Block(NamedTuple):
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    def matrix(self, values: Mapping[Tensor, Tensor]) -> Tensor:
+        """The matrix [g, o, d] in which `values` stand for the parameters: what `split` takes apart."""
+        like = values[self.parameters[0]]
+        out = like.new_zeros(self.size)
+        for parameter, rows, places in self.split(torch.arange(self.size, device=like.device).view(self.shape)):
+            out[places.flatten()] = values[parameter][rows].flatten()
+        return out.view(self.shape)
 
 
 def blocks_of(name: str, module: nn.Module, apart: set[Tensor]) -> list[Block] | str:

@@ -315,7 +315,7 @@ def fit_settings(influence: Influence, train: Any) -> dict[str, Any]:
     own = dict(chain(model.named_parameters(), model.named_buffers()))
     states = [own] if checkpoints is None else checkpoints
     covered: dict[str, list[str]] = {}
-    for name, estimator in influence._estimators.items():
+    for name, estimator in influence._parts.by_block.items():
         covered.setdefault(_curvature(estimator), []).append(name)
     return {
         "loss": _described(influence.loss),

@@ -1,7 +1,8 @@
 """Curvature estimators, one per file, with one protocol.
 
 `Influence` drives them: `begin` a layer's block, `observe` its gradients batch by batch in `passes` passes, `end` each
-pass; then `solve`, `sq_norms` and `directions` apply the damped inverse.
+pass; then `solve`, `sq_norms` and `directions` apply the damped inverse. A `JointCurvature` does so for several blocks
+at once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fastif.curvature.directions import Directions, Explicit, LowRank
 from fastif.curvature.ekfac import EKFAC
 from fastif.curvature.exact_block import ExactBlock
 from fastif.curvature.kfac import KFAC
+from fastif.curvature.network import FitData, JointCurvature
 from fastif.gradients import Gradients
 from fastif.losses import Fisher
 
@@ -74,7 +76,9 @@ __all__ = [
     "Directions",
     "ExactBlock",
     "Explicit",
+    "FitData",
     "Identity",
+    "JointCurvature",
     "LowRank",
     "NotPositiveDefinite",
 ]
