@@ -6,10 +6,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from fastif.capture import Capture
-from fastif.curvature.products import Layout, Operator, Products
+from fastif.curvature.products import Layout, Operator, _all_derivatives
 from fastif.losses import logits_of, per_sample
 from fastif.subset import Subset
 from tests.networks import LAYERS, TRANSFORMERS, N, build
@@ -24,9 +22,23 @@ NETWORKS = [
 ]
 
 
-def products_of(network, subset=EVERYTHING, batch_size=2, **options):
-    data = [network.x] if isinstance(network.x, dict) else [(network.x, network.y)]
-    return Products(Capture(network.model), network.loss, data, subset, batch_size=batch_size, **options)
+@pytest.fixture
+def products_of(fit_data):
+    def make(network, matrix="ggn", batch_size=2, keep_graph=False):
+        data = [network.x] if isinstance(network.x, dict) else [(network.x, network.y)]
+        made = fit_data(network.model, network.loss, data, EVERYTHING, batch_size=batch_size)
+        return Operator(made, matrix, keep_graph=keep_graph)
+
+    return make
+
+
+@pytest.fixture
+def operator_of(fit_data):
+    def make(model, x, y=None, loss="cross_entropy", subset=EVERYTHING, matrix="ggn", keep_graph=False, **options):
+        data = x if y is None else (x, y)
+        return Operator(fit_data(model, loss, data, subset, **options), matrix, keep_graph=keep_graph)
+
+    return make
 
 
 @contextmanager
@@ -35,7 +47,7 @@ def stepped(network, operator: Operator, flat: torch.Tensor):
     before = copy.deepcopy(network.model.state_dict())
     with torch.no_grad():
         for name, matrix in operator.layout.by_block(flat[None]).items():
-            for piece in operator.blocks[name].split(matrix[0]):
+            for piece in operator.data.blocks[name].split(matrix[0]):
                 piece.parameter[piece.rows] += piece.value
     yield
     network.model.load_state_dict(before)
@@ -54,13 +66,13 @@ def dot(operator: Operator, gradients: dict[torch.Tensor, torch.Tensor], flat: t
     """⟨gradient, vector [P]⟩ over the parameters."""
     total = 0.0
     for name, matrix in operator.layout.by_block(flat[None]).items():
-        for piece in operator.blocks[name].split(matrix[0]):
+        for piece in operator.data.blocks[name].split(matrix[0]):
             total += float((gradients[piece.parameter][piece.rows] * piece.value).sum())
     return total
 
 
 def gradient(network, operator) -> dict[torch.Tensor, torch.Tensor]:
-    with operator._ready():
+    with _all_derivatives():
         losses = per_sample(network.loss, outputs_of(network), network.batch, N)
         found = torch.autograd.grad((losses * WEIGHTS).sum(), operator.parameters, allow_unused=True)
     zeros = (torch.zeros_like(p) for p in operator.parameters)
@@ -72,13 +84,13 @@ def vectors(size, m=2, seed=0):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_hessian_is_the_change_of_the_gradient(name):
+def test_hessian_is_the_change_of_the_gradient(name, products_of):
     network = build(name)
-    operator = products_of(network).operator(matrix="hessian")
+    operator = products_of(network, "hessian")
     u, v = without_padding(network, operator, vectors(operator.layout.size))
     got = operator(torch.stack([u, v]))
     assert operator.mode == ("double backward" if name in DOUBLE_BACKWARD else "forward over reverse"), operator.reason
-    kept = products_of(network, batch_size=3).operator(matrix="hessian", keep_graph=True)
+    kept = products_of(network, "hessian", 3, keep_graph=True)
     tolerance = 1e-6 if name == "llama" else 1e-12  # its norms compute in float32
     assert torch.allclose(kept(torch.stack([u, v])), got, rtol=tolerance, atol=tolerance * float(got.abs().max()))
     assert kept.graph_bytes > 0
@@ -123,13 +135,13 @@ def differences(network, operator, vs):
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name.id != "llama"])
-def test_ggn_is_made_of_jacobians(name):
+def test_ggn_is_made_of_jacobians(name, products_of):
     """uᵀGv = Σ_i w_i (J_i u)ᵀ H_i (J_i v)."""
     network = build(name)
-    operator = products_of(network).operator()
+    operator = products_of(network)
     u, v = without_padding(network, operator, vectors(operator.layout.size))
     got = operator(torch.stack([u, v]))
-    with operator._ready():
+    with _all_derivatives():
         ju, jv = (differences if name in TRANSFORMERS else jacobian_times)(network, operator, [u, v])
         leaf = outputs_of(network).detach().requires_grad_()
     objective = (per_sample(network.loss, leaf, network.batch, N) * WEIGHTS).sum()
@@ -138,7 +150,7 @@ def test_ggn_is_made_of_jacobians(name):
     tolerance = 1e-6 if name in TRANSFORMERS else 1e-10
     size = float(u.norm() * got[1].norm())
     assert float(u @ got[1]) == pytest.approx(float(ju @ curved.flatten()), rel=tolerance, abs=tolerance * size)
-    kept = products_of(network, batch_size=5).operator(keep_graph=True)(torch.stack([u, v]))
+    kept = products_of(network, batch_size=5, keep_graph=True)(torch.stack([u, v]))
     assert torch.allclose(kept, got, rtol=1e-10, atol=1e-12 * float(got.abs().max()))
 
 
@@ -161,10 +173,9 @@ def data(n=N):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("matrix", ["ggn", "hessian"])
 @pytest.mark.parametrize("keep_graph", [False, True])
-def test_named_losses_give_the_dense_matrix(loss, matrix, keep_graph):
+def test_named_losses_give_the_dense_matrix(loss, matrix, keep_graph, operator_of):
     model, x, y = mlp(), data(), LOSSES[loss]
-    products = Products(Capture(model), loss, (x, y), EVERYTHING, batch_size=2)
-    operator = products.operator(matrix=matrix, keep_graph=keep_graph)
+    operator = operator_of(model, x, y, loss, matrix=matrix, keep_graph=keep_graph, batch_size=2)
     got = operator(torch.eye(operator.layout.size, dtype=torch.float64))
     assert torch.allclose(got, dense(model, loss, x, y, matrix), rtol=1e-9, atol=1e-12)
     assert torch.allclose(got, got.T, rtol=1e-10, atol=1e-13)
@@ -191,59 +202,54 @@ def dense(model, loss, x, y, matrix):
     return j.T @ h @ j
 
 
-def test_some_blocks_alone_are_a_part_of_the_matrix():
+def test_some_blocks_alone_are_a_part_of_the_matrix(operator_of):
     model, x, y = mlp(), data(), LOSSES["cross_entropy"]
-    products = Products(Capture(model), "cross_entropy", (x, y), EVERYTHING)
-    part = products.operator(["2"])(torch.eye(18, dtype=torch.float64))
+    part = operator_of(model, x, y, layers="2")(torch.eye(18, dtype=torch.float64))
     assert torch.allclose(part, dense(model, "cross_entropy", x, y, "ggn")[25:, 25:], rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5])
-def test_batch_size_and_the_number_of_vectors_do_not_matter(batch_size):
+def test_batch_size_and_the_number_of_vectors_do_not_matter(batch_size, operator_of):
     model, x, y = mlp(), data(), LOSSES["cross_entropy"]
     v = vectors(43, m=19)  # more than share a forward pass
-    want = Products(Capture(model), "cross_entropy", (x, y), EVERYTHING).operator()(v)
-    operator = Products(Capture(model), "cross_entropy", (x, y), EVERYTHING, batch_size=batch_size).operator()
+    want = operator_of(model, x, y)(v)
+    operator = operator_of(model, x, y, batch_size=batch_size)
     assert torch.allclose(operator(v), want, rtol=1e-10, atol=1e-14)
     assert torch.allclose(torch.cat([operator(row[None]) for row in v]), want, rtol=1e-10, atol=1e-14)
 
 
-def test_chosen_places_carry_the_whole_weight_in_equal_shares():
+@pytest.mark.parametrize("keep_graph", [False, True])
+def test_another_subset_can_be_asked_for(keep_graph, operator_of):
     model, x, y = mlp(), data(), LOSSES["cross_entropy"]
-    subset = Subset(torch.tensor([4, 0, 3]), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64))
-    v = vectors(43)
-    operator = Products(Capture(model), "cross_entropy", (x, y), subset, batch_size=2).operator()
-    same = Subset(torch.tensor([4, 3]), torch.tensor([2 / 3, 1 / 3], dtype=torch.float64))
-    want = Products(Capture(model), "cross_entropy", (x, y), same).operator()(v)
-    assert torch.allclose(operator(v, torch.tensor([2, 0, 0])), want, rtol=1e-12)
+    v, other = vectors(43), Subset(torch.tensor([4, 3]), torch.tensor([0.7, 0.3], dtype=torch.float64))
+    want = operator_of(model, x, y, subset=other)(v)
+    assert torch.allclose(operator_of(model, x, y, keep_graph=keep_graph)(v, other), want, rtol=1e-12)
 
 
-def test_float32_and_autocast():
+def test_float32_and_autocast(operator_of):
     model, x, y = mlp(), data(), LOSSES["cross_entropy"]
     v = vectors(43)
-    want = Products(Capture(model), "cross_entropy", (x, y)).operator()(v)
+    want = operator_of(model, x, y)(v)
     model.float()
-    single = Products(Capture(model), "cross_entropy", (x.float(), y)).operator()(v.float())
+    single = operator_of(model, x.float(), y)(v.float())
     assert single.dtype == torch.float32
     assert torch.allclose(single.double(), want, rtol=1e-4, atol=1e-6)
-    half = Products(Capture(model), "cross_entropy", (x.float(), y), autocast=torch.bfloat16).operator()(v.float())
+    half = operator_of(model, x.float(), y, autocast=torch.bfloat16)(v.float())
     assert 1e-4 < float((half - single).norm() / single.norm()) < 0.1
 
 
-@pytest.mark.parametrize("name", ["shared module", "tied embedding", "self-attention", "frozen"])
-@pytest.mark.parametrize("keep_graph", [False, True])
-def test_the_model_is_left_as_it_was(name, keep_graph):
+@pytest.mark.parametrize("name", ["shared module", "tied embedding", "self-attention", "embedding with padding"])
+def test_the_model_is_left_as_it_was(name, products_of):
     network = build(name)
-    before = [(p, p._version, p.requires_grad) for p in network.model.parameters()]
+    before = [(p, p._version, p.requires_grad, p.grad) for p in network.model.parameters()]
     state = {key: value.clone() for key, value in network.model.state_dict().items()}
-    operator = products_of(network).operator(matrix="hessian", keep_graph=keep_graph)
-    operator(vectors(operator.layout.size))
-    assert all(
-        p is q and (v, r) == (q._version, q.requires_grad)
-        for (p, v, r), q in zip(before, network.model.parameters(), strict=True)
-    )
+    for keep_graph in (False, True):
+        operator = products_of(network, "hessian", keep_graph=keep_graph)
+        operator(vectors(operator.layout.size))
+    for (p, version, requires_grad, gradient), q in zip(before, network.model.parameters(), strict=True):
+        assert p is q
+        assert (version, requires_grad, gradient) == (q._version, q.requires_grad, q.grad)
     assert all(torch.equal(value, state[key]) for key, value in network.model.state_dict().items())
-    assert all("forward" not in vars(m) and not m._forward_hooks for m in network.model.modules())
 
 
 # ------------------------------------------------------------------------------------------- functions of one's own
@@ -284,66 +290,62 @@ class Applies(nn.Module):
 
 
 @pytest.mark.parametrize("matrix", ["ggn", "hessian"])
-def test_a_function_without_forward_derivative_is_differentiated_backwards_twice(matrix):
+def test_a_function_without_forward_derivative_is_differentiated_backwards_twice(matrix, operator_of):
     torch.manual_seed(0)
     model, x, y = Applies(Halves.apply), data(), LOSSES["cross_entropy"]
-    operator = Products(Capture(model), "cross_entropy", (x, y)).operator(matrix=matrix)
+    operator = operator_of(model, x, y, matrix=matrix)
     v = vectors(43)
     got = operator(v)
     assert operator.mode == "double backward"
-    assert "forward" in operator.reason or "setup_context" in operator.reason
+    assert "setup_context" in operator.reason
     model.function = lambda h: h / 2
-    want = Products(Capture(model), "cross_entropy", (x, y)).operator(matrix=matrix)
+    want = operator_of(model, x, y, matrix=matrix)
     assert torch.allclose(got, want(v), rtol=1e-12)
     assert want.mode == "forward over reverse"
 
 
 @pytest.mark.parametrize("matrix", ["ggn", "hessian"])
 @pytest.mark.parametrize("keep_graph", [False, True])
-def test_a_function_that_cannot_be_differentiated_twice_is_named(matrix, keep_graph):
+def test_a_function_that_cannot_be_differentiated_twice_is_named(matrix, keep_graph, operator_of):
+    """torch itself would pass over it in silence, and leave its part of the product out."""
     model = Applies(Once.apply)
-    products = Products(Capture(model), "cross_entropy", (data(), LOSSES["cross_entropy"]))
-    with pytest.raises(
-        ValueError, match=r"differentiated twice: .*\(custom autograd functions: Once\); leave the layers before"
-    ):
-        products.operator(matrix=matrix, keep_graph=keep_graph)(vectors(43))
-    above = Products(Capture(model, "second"), "cross_entropy", (data(), LOSSES["cross_entropy"]))
-    assert above.operator(matrix=matrix)(vectors(18)).isfinite().all()  # as the message advises
+    advice = r"differentiated twice: .*\(custom autograd functions: Once\); leave the layers before it out"
+    with pytest.raises(ValueError, match=advice):
+        operator_of(model, data(), LOSSES["cross_entropy"], matrix=matrix, keep_graph=keep_graph)(vectors(43))
+    above = operator_of(model, data(), LOSSES["cross_entropy"], matrix=matrix, layers="second")
+    assert above(vectors(18)).any()  # as the message advises
 
 
-def test_a_loss_without_curvature_gives_zero():
-    def linear(outputs, _batch):
-        return outputs.sum(1)
-
-    products = Products(Capture(nn.Linear(4, 3).double()), linear, data())
+def test_a_loss_without_curvature_gives_zero(operator_of):
     for matrix in ("ggn", "hessian"):
         for keep_graph in (False, True):
-            assert not products.operator(matrix=matrix, keep_graph=keep_graph)(vectors(15)).any()
+            operator = operator_of(
+                nn.Linear(4, 3).double(),
+                data(),
+                loss=lambda outputs, _: outputs.sum(1),
+                matrix=matrix,
+                keep_graph=keep_graph,
+            )
+            assert not operator(vectors(15)).any()
 
 
-def test_nan_is_named():
+def test_nan_is_named(operator_of):
     model, x, y = mlp(), data(), LOSSES["cross_entropy"]
     x[3, 0] = torch.nan
-    products = Products(Capture(model), "cross_entropy", (x, y), batch_size=2)
     for keep_graph in (False, True):
         with pytest.raises(ValueError, match="ggn of batch 1 times a vector holds NaN or Inf in layer '0'"):
-            products.operator(keep_graph=keep_graph)(vectors(43))
+            operator_of(model, x, y, keep_graph=keep_graph, batch_size=2)(vectors(43))
 
 
-def test_bad_input():
-    network = build("linear")
-    products = products_of(network)
+def test_bad_input(operator_of):
     with pytest.raises(ValueError, match="matrix must be 'ggn' or 'hessian', got 'fisher'"):
-        products.operator(matrix="fisher")
-    with pytest.raises(ValueError, match="got an iterator; pass a list"):
-        Products(Capture(network.model), network.loss, iter([(network.x, None)]), EVERYTHING)
-    model = nn.Linear(4, 3).double()
-    wrapped = nn.Sequential(model)
-    wrapped.forward = lambda x: {"scores": model(x)}
-    products = Products(Capture(wrapped), lambda outputs, _: outputs["scores"].square().sum(1), data())
+        operator_of(mlp(), data(), LOSSES["cross_entropy"], matrix="fisher")
+    wrapped = nn.Sequential(nn.Linear(4, 3).double())
+    wrapped.forward = lambda x: {"scores": wrapped[0](x)}
+    options = {"loss": lambda outputs, _: outputs["scores"].square().sum(1)}
     with pytest.raises(TypeError, match="matrix='ggn' with a function .* returns a tensor, got dict"):
-        products.operator()(vectors(15))
-    assert products.operator(matrix="hessian")(vectors(15)).any()
+        operator_of(wrapped, data(), **options)(vectors(15))
+    assert operator_of(wrapped, data(), matrix="hessian", **options)(vectors(15)).any()
 
 
 def test_layout_goes_there_and_back():
@@ -357,11 +359,11 @@ def test_layout_goes_there_and_back():
     }
 
 
-def test_half_of_an_attentions_projections_moves_alone():
+def test_a_third_of_an_attentions_projections_moves_alone(operator_of):
     network = build("self-attention")
-    data_ = [(network.x, network.y)]
-    whole = Products(Capture(network.model), network.loss, data_, EVERYTHING).operator(matrix="hessian")
-    part = Products(Capture(network.model), network.loss, data_, EVERYTHING).operator(["attention.k_proj"], "hessian")
+    options = {"loss": network.loss, "matrix": "hessian"}
+    whole = operator_of(network.model, network.x, **options)
+    part = operator_of(network.model, network.x, layers="attention.k_proj", **options)
     v = vectors(part.layout.size)
     filled = {name: torch.zeros(2, *shape, dtype=torch.float64) for name, shape in whole.layout.shapes.items()}
     filled["attention.k_proj"] = part.layout.by_block(v)["attention.k_proj"]
@@ -369,15 +371,12 @@ def test_half_of_an_attentions_projections_moves_alone():
     assert torch.allclose(part.layout.by_block(part(v))["attention.k_proj"], want, rtol=1e-10, atol=1e-12)
 
 
-def test_kept_graphs_need_less_work_and_tell_their_memory():
-    model, x, y = mlp(), data(40), torch.arange(40) % 3
-    products = Products(Capture(model), "cross_entropy", (x, y), batch_size=10)
-    calls = []
+def test_kept_graphs_need_less_work_and_tell_their_memory(operator_of):
+    model, x, y, calls = mlp(), data(40), torch.arange(40) % 3, []
     model[1].register_forward_hook(lambda *_: calls.append(1))
-    kept = products.operator(keep_graph=True)
+    kept = operator_of(model, x, y, subset=None, batch_size=10, keep_graph=True)
     for _ in range(3):
         kept(vectors(43))
     assert len(calls) == 4  # one pass over the four batches
-    half = Products(Capture(model), "cross_entropy", (x[:20], y[:20]), batch_size=10).operator(keep_graph=True)
+    half = operator_of(model, x[:20], y[:20], subset=None, batch_size=10, keep_graph=True)
     assert 1.7 < kept.graph_bytes / half.graph_bytes < 2.3
-    assert F.cross_entropy(model(x), y).isfinite()

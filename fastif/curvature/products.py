@@ -18,69 +18,16 @@ from torch.autograd.graph import Node
 from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastif.capture import Capture, dtype_of
-from fastif.data import batch_length, count, picked
-from fastif.features import call, moved_to
+from fastif.capture import dtype_of
+from fastif.curvature.network import FitData
+from fastif.data import batch_length
+from fastif.features import call
 from fastif.layers import Block
-from fastif.losses import Loss, labels_in, logits_of, per_sample
+from fastif.losses import labels_in, logits_of, per_sample
 from fastif.subset import Subset
 
 Matrix = Literal["ggn", "hessian"]
 _TOGETHER = 16  # right-hand sides that share a forward pass; their tangents stand in memory side by side
-
-
-class Products:
-    """The model, its loss and the weighted subset whose curvature is multiplied with.
-
-    G = Σ_i w_i J_iᵀ H_i J_i ("ggn") or Σ_i w_i ∇²ℓ_i ("hessian") at the parameters that the model has when a product is
-    asked for; w of a Subset, default 1/n on every example. docs/math.md (18).
-
-    Args:
-        capture: the model's blocks.
-        loss: as for `Influence`. For the GGN the outputs must be a tensor, or have `.logits` for a named loss.
-        data: with labels, as `fastif.data.as_loader` takes it; it is walked at every product.
-        subset: the examples that count, with weights.
-        batch_size, device, autocast: as for `Influence`; results do not depend on the batch size.
-    """
-
-    def __init__(
-        self,
-        capture: Capture,
-        loss: Loss,
-        data: Any,
-        subset: Subset | None = None,
-        *,
-        batch_size: int = 256,
-        device: torch.device | str | None = None,
-        autocast: torch.dtype | None = None,
-    ):
-        if subset is None:
-            n = count(data, batch_size)
-            subset = Subset(torch.arange(n), torch.full((n,), 1 / n, dtype=torch.float64))
-        if isinstance(data, Iterator):
-            raise ValueError("products: the data is walked at every product, got an iterator; pass a list")
-        self.capture, self.loss, self.data, self.subset = capture, loss, data, subset
-        self.batch_size, self.autocast = batch_size, autocast
-        parameter = next(capture.model.parameters())
-        self.device = parameter.device if device is None else torch.empty(0, device=device).device
-
-    def operator(self, names: Sequence[str] | None = None, matrix: Matrix = "ggn", *, keep_graph: bool = False):
-        """The curvature of some blocks (default all), to be multiplied with; see `Operator`."""
-        names = list(self.capture.blocks) if names is None else list(names)
-        return Operator(self, names, matrix, keep_graph)
-
-    def batches(self, chosen: Tensor | None = None) -> Iterator[tuple[int, Any, Any, Tensor]]:
-        """Number, x, what a loss is given beside the outputs, and weights [n] of every batch.
-
-        chosen: int64 places in the subset, which may repeat: they carry the subset's whole weight in equal shares.
-        """
-        indices, weights = self.subset
-        if chosen is not None:
-            places, times = chosen.unique(return_counts=True)
-            indices, weights = indices[places], times * (weights.sum() / len(chosen))
-        for number, ((x, y), rows) in enumerate(picked(self.data, self.batch_size, indices)):
-            x, y = moved_to(x, self.device), moved_to(y, self.device)
-            yield number, x, labels_in(x, y), weights[rows].to(self.device)
 
 
 class Layout:
@@ -88,42 +35,43 @@ class Layout:
 
     def __init__(self, shapes: Mapping[str, tuple[int, int, int]]):
         self.shapes = dict(shapes)
-        self.sizes = [math.prod(shape) for shape in self.shapes.values()]
-        self.size = sum(self.sizes)  # P
+        self.sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        self.size = sum(self.sizes.values())  # P
 
     def flat(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        """[m, P] of vectors [m, g, o, d]."""
-        return torch.cat([vectors[name].flatten(1) for name in self.shapes], 1)
+        """[m, P] of vectors [..., g, o, d]; without leading axes, m = 1."""
+        return torch.cat([vectors[name].reshape(-1, size) for name, size in self.sizes.items()], 1)
 
-    def by_block(self, flat: Tensor) -> dict[str, Tensor]:
-        """Vectors [m, g, o, d] of [m, P]."""
-        parts = zip(self.shapes.items(), flat.split(self.sizes, 1), strict=True)
-        return {name: part.reshape(len(flat), *shape) for (name, shape), part in parts}
+    def by_block(self, flat: Tensor, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Vectors [m, g, o, d] of [m, P], or of the shapes of others."""
+        parts = dict(zip(self.sizes, flat.split(list(self.sizes.values()), 1), strict=True))
+        if like is not None:
+            return {name: part.reshape(like[name].shape) for name, part in parts.items()}
+        return {name: part.reshape(-1, *self.shapes[name]) for name, part in parts.items()}
 
 
 class Operator:
     """v [m, P] → G v [m, P] at the model's parameters, for several right-hand sides at once.
 
-    A product takes a forward and a backward pass per batch and direction, by forward-over-reverse differentiation where
-    torch can (the right-hand sides share the undifferentiated pass), by two backward passes where it cannot: layers
+    G = Σ_i w_i J_iᵀ H_i J_i ("ggn") or Σ_i w_i ∇²ℓ_i ("hessian") over the weighted subset of a fit. A product takes a
+    forward and a backward pass per batch and right-hand side, by forward-over-reverse differentiation where torch can
+    (the right-hand sides share what is not differentiated along them), by two backward passes where it cannot: layers
     that are checkpointed, custom functions without a forward derivative, tied embeddings with padding; `mode` tells
-    which, `reason` why. With `keep_graph` the passes of all batches are made once and kept for all products, as
-    the reference paper does: a third less work, but `graph_bytes` grow with the number of examples. The graph goes with
-    the operator, and the parameters must not change before.
+    which, `reason` why. With `keep_graph` the passes of all batches are made once and kept for all products, as the
+    reference paper does: a third less work, but `graph_bytes` grow with the number of examples. The graph goes with
+    the operator; until then the parameters must not change. docs/math.md (18).
 
-    Raises ValueError for functions that cannot be differentiated twice and for products with NaN or Inf, naming them.
+    Raises ValueError, naming them, for functions that cannot be differentiated twice and layers whose product holds NaN
+    or Inf.
     """
 
-    def __init__(self, products: Products, names: Sequence[str], matrix: Matrix, keep_graph: bool):
-        if matrix not in ("ggn", "hessian"):
-            raise ValueError(f"products: matrix must be 'ggn' or 'hessian', got {matrix!r}")
-        capture = products.capture
-        self.products, self.matrix = products, matrix
-        self.blocks: dict[str, Block] = {name: capture.blocks[name] for name in names}
-        self.layout = Layout({name: block.shape for name, block in self.blocks.items()})
-        self.parameters = list(dict.fromkeys(p for block in self.blocks.values() for p in block.parameters))
-        self._modules = list(capture.model.modules())
-        self.dtype, self.device = dtype_of(capture.model), products.device
+    def __init__(self, data: FitData, matrix: Matrix = "ggn", *, keep_graph: bool = False):
+        check_matrix("products", matrix)
+        self.data, self.matrix = data, matrix
+        self.layout = Layout({name: block.shape for name, block in data.blocks.items()})
+        self.parameters = list(dict.fromkeys(p for block in data.blocks.values() for p in block.parameters))
+        self.dtype, self.device = dtype_of(data.model), self.parameters[0].device
+        self._modules = list(data.model.modules())
         self.graph_bytes = 0
         self.mode: Literal["forward over reverse", "double backward"] = "forward over reverse"
         self.reason = ""
@@ -131,29 +79,23 @@ class Operator:
         self._graphs: list[_Graph] | None = None
         if keep_graph:
             self._double_backward("the graph is kept")
-            with self._ready(), _counting() as counted:
-                self._graphs = [_Graph(self, x, batch, weights) for _, x, batch, weights in products.batches()]
+            with _all_derivatives(), _counting() as counted:
+                self._graphs = [_Graph(self, *batch) for batch in data.batches(data.subset)]
             self.graph_bytes = counted.bytes
 
-    def __call__(self, vectors: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """G v, or with `chosen` (see `Products.batches`) the product with the curvature of those examples alone."""
+    def __call__(self, vectors: Tensor, subset: Subset | None = None) -> Tensor:
+        """G v, or the product with the curvature of another subset."""
         total = torch.zeros_like(vectors)
-        with self._ready():
-            for rows in torch.arange(len(vectors)).split(_TOGETHER):
+        with _all_derivatives():
+            for rows in torch.arange(len(vectors), device=vectors.device).split(_TOGETHER):
                 tangents = self._to_parameters(vectors[rows])
-                if self._graphs is not None and chosen is None:
+                if self._graphs is not None and subset is None:
                     for number, graph in enumerate(self._graphs):
                         self._add(total, rows, graph(tangents), number)
                     continue
-                for number, x, batch, weights in self.products.batches(chosen):
-                    self._add(total, rows, self._product(x, batch, weights, tangents), number)
+                for number, batch in enumerate(self.data.batches(self.data.subset if subset is None else subset)):
+                    self._add(total, rows, self._product(*batch, tangents), number)
         return total
-
-    @contextmanager
-    def _ready(self) -> Iterator[None]:
-        """The capture's hooks in place, and of attention the kernel that has more than one derivative."""
-        with self.products.capture.attached(), sdpa_kernel(SDPBackend.MATH):
-            yield
 
     def _add(self, total: Tensor, rows: Tensor, products: list[Tensor], number: int) -> None:
         by_block = self._to_blocks(products)
@@ -164,15 +106,15 @@ class Operator:
                 )
         total[rows] += self.layout.flat(by_block).to(total)
 
-    def _product(self, x: Any, batch: Any, weights: Tensor, tangents: list[Tensor]) -> list[Tensor]:
+    def _product(self, x: Any, y: Any, weights: Tensor, tangents: list[Tensor]) -> list[Tensor]:
         if self.mode == "forward over reverse":
             try:
-                return self._forward_over_reverse(x, batch, weights, tangents)
+                return self._forward_over_reverse(x, y, weights, tangents)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError) as error:
-                self._double_backward(str(error).splitlines()[0])
-        return _Graph(self, x, batch, weights)(tangents)
+                self._double_backward(str(error).partition("\n")[0])
+        return _Graph(self, x, y, weights)(tangents)
 
     def _double_backward(self, reason: str) -> None:
         self.mode, self.reason = "double backward", reason
@@ -193,7 +135,7 @@ class Operator:
         """Vectors [m, P] as tangents [m, ...] of the parameters; 0 in the parts of them that no block has."""
         m, found = len(vectors), dict.fromkeys(self.parameters)
         for name, vector in self.layout.by_block(vectors).items():
-            block = self.blocks[name]
+            block = self.data.blocks[name]
             values = vmap(partial(_values, block))(vector)
             for piece, value in zip(block.split(vector[0]), values, strict=True):
                 tangent = found[piece.parameter]
@@ -209,7 +151,7 @@ class Operator:
         """The adjoint of `_to_parameters`."""
         found = dict(zip(self.parameters, tangents, strict=True))
         out: dict[str, Tensor] = {}
-        for name, block in self.blocks.items():
+        for name, block in self.data.blocks.items():
             zero = tangents[0].new_zeros(block.shape, dtype=self.dtype)
             _, back = vjp(partial(_values, block), zero)
             values = tuple(found[piece.parameter][:, piece.rows].to(zero) for piece in block.split(zero))
@@ -220,7 +162,7 @@ class Operator:
 
     def scores(self, outputs: Any) -> Tensor:
         """The outputs between which and the loss the GGN takes the second derivative."""
-        if not callable(self.products.loss):
+        if not callable(self.data.loss):
             return logits_of(outputs)
         if not isinstance(outputs, Tensor):
             raise TypeError(
@@ -231,15 +173,15 @@ class Operator:
 
     def objective(self, outputs: Any, batch: Any, weights: Tensor, n: int) -> Tensor:
         """Σ_i w_i ℓ_i of a batch."""
-        losses = per_sample(self.products.loss, outputs, batch, n)
+        losses = per_sample(self.data.loss, outputs, batch, n)
         return (losses * weights.to(losses)).sum()
 
     def outputs(self, x: Any, parameters: list[Tensor] | None = None) -> Any:
         """What the model returns, with the parameters given in the place of its own."""
-        autocast = self.products.autocast
+        autocast = self.data.autocast
         cast = torch.autocast(self.device.type, autocast, enabled=autocast is not None, cache_enabled=False)
         with self._swapped(self.parameters if parameters is None else parameters), cast:
-            return call(self.products.capture.model, x)
+            return call(self.data.model, x)
 
     @contextmanager
     def _swapped(self, parameters: Sequence[Tensor]) -> Iterator[None]:
@@ -257,8 +199,8 @@ class Operator:
             for store, key, p in held:
                 store[key] = p
 
-    def _forward_over_reverse(self, x: Any, batch: Any, weights: Tensor, tangents: list[Tensor]) -> list[Tensor]:
-        n, parameters = batch_length(x), [p.detach() for p in self.parameters]
+    def _forward_over_reverse(self, x: Any, y: Any, weights: Tensor, tangents: list[Tensor]) -> list[Tensor]:
+        n, batch, parameters = batch_length(x), labels_in(x, y), [p.detach() for p in self.parameters]
         if self.matrix == "hessian":
             gradient = grad(lambda ps: self.objective(self.outputs(x, ps), batch, weights, n))
             return vmap(lambda t: jvp(gradient, (parameters,), (t,))[1])(tangents)
@@ -276,8 +218,8 @@ class Operator:
 class _Graph:
     """The passes of one batch, kept: tangents of the parameters → their products with the batch's curvature."""
 
-    def __init__(self, operator: Operator, x: Any, batch: Any, weights: Tensor):
-        self._parameters, n = operator.parameters, batch_length(x)
+    def __init__(self, operator: Operator, x: Any, y: Any, weights: Tensor):
+        self._parameters, n, batch = operator.parameters, batch_length(x), labels_in(x, y)
         with torch.enable_grad():
             outputs = operator.outputs(x)
             if operator.matrix == "hessian":
@@ -328,7 +270,7 @@ class _Graph:
             try:
                 rows = [torch.autograd.grad(of_all, inputs, [v[row] for _, v in pairs], **options) for row in range(m)]
             except RuntimeError as error:
-                raise ValueError(self._why(str(error).splitlines()[0])) from error
+                raise ValueError(self._why(str(error).partition("\n")[0])) from error
             found = [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
         return [
             p.new_zeros((m, *p.shape)) if value is None else value.detach()
@@ -342,6 +284,16 @@ class _Graph:
             f"products: the model cannot be differentiated twice: {what}{within}; leave the layers before it out with "
             "layers=, or choose a curvature that is made of gradients (EKFAC)"
         )
+
+
+def check_matrix(op: str, matrix: Any) -> None:
+    if matrix not in ("ggn", "hessian"):
+        raise ValueError(f"{op}: matrix must be 'ggn' or 'hessian', got {matrix!r}")
+
+
+def _all_derivatives() -> Any:
+    """The one kernel of attention that has more than one derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _values(block: Block, matrix: Tensor) -> tuple[Tensor, ...]:
