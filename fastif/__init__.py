@@ -2,7 +2,19 @@
 
 from fastif import curvature, data, evaluation, ops, samplers
 from fastif._version import __version__
-from fastif.curvature import EKFAC, KFAC, Diagonal, ExactBlock, Identity, NotPositiveDefinite
+from fastif.curvature import (
+    CG,
+    EKFAC,
+    KFAC,
+    Arnoldi,
+    Diagonal,
+    Diverged,
+    ExactBlock,
+    Identity,
+    LiSSA,
+    NotConverged,
+    NotPositiveDefinite,
+)
 from fastif.features import Extracted, extract, find_head
 from fastif.influence import Influence
 from fastif.ops import build_info
@@ -12,15 +24,20 @@ from fastif.samplers import CertifiedSubset, Subset
 from fastif.store import ScoreFolder
 
 __all__ = [
+    "CG",
     "EKFAC",
     "KFAC",
+    "Arnoldi",
     "CertifiedSubset",
     "Diagonal",
+    "Diverged",
     "ExactBlock",
     "Extracted",
     "HeadStep",
     "Identity",
     "Influence",
+    "LiSSA",
+    "NotConverged",
     "NotPositiveDefinite",
     "Plan",
     "Removal",

@@ -25,9 +25,7 @@ class Arnoldi(JointCurvature):
     Within the span of Q a solve divides by θ + λ, outside of it by λ: what is left out counts as flat. Once fitted it
     holds rank vectors and needs the data no longer. docs/math.md (20).
 
-    After the fit `eigenvalues` are the θ, largest first; `residuals` the |G q − θ q| of each pair; `left_out` is the
-    largest eigenvalue found and left out: an estimate of the largest there is, so that solves are off by about
-    left_out / (left_out + λ), at most, in the directions outside (`error`).
+    `eigenvalues`, `residuals`, `left_out` and `error` tell how good it is.
 
     Args:
         rank: pairs to keep.
@@ -66,13 +64,14 @@ class Arnoldi(JointCurvature):
         self.matrix: Matrix = matrix
         self.max_steps, self.keep_graph = max_steps, keep_graph
         self._data: FitData | None = None
-        self._values: Tensor | None = None  # [r + 1]: the last one is left out
+        self._values: Tensor | None = None  # float64 [r]
         self._vectors: Tensor | None = None  # [r, P]
-        self._residuals: Tensor | None = None  # [r]
+        self._residuals: Tensor | None = None  # float64 [r]
+        self._left_out: Tensor | None = None  # float64 []
 
     def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
         self._layout, self._data = Layout(shapes), data
-        self._values = self._vectors = self._residuals = None
+        self._values = self._vectors = self._residuals = self._left_out = None
 
     def end(self, turn: int) -> None:
         """Finds the eigenpairs. Raises NotPositiveDefinite where one is below −λ."""
@@ -91,27 +90,28 @@ class Arnoldi(JointCurvature):
                 f"Arnoldi: the {self.matrix} with damping {self.damping:g} has the negative eigenvalue "
                 f"{float(negative.min()):.3g}; damping {sufficient(float(negative.min())):g} would do, or matrix='ggn'"
             )
-        zero = found.values.new_zeros(1)
-        self._values = torch.cat([found.values[: self.rank], *([found.values[self.rank :], zero])])
-        self._values = self._values[: min(self.rank, len(found.values)) + 1]
-        self._vectors, self._residuals = found.vectors[: self.rank], found.residuals[: self.rank]
+        self._values, self._residuals = found.values[: self.rank], found.residuals[: self.rank]
+        self._left_out = found.values[self.rank :].abs().amax() if len(found.values) > self.rank else torch.zeros(())
+        self._vectors = found.vectors
 
     @property
     def eigenvalues(self) -> Tensor:
-        """Of the pairs that are kept, largest in magnitude first."""
-        return self._fitted(self._values)[:-1]
+        """θ of the pairs that are kept, float64 [r], largest in magnitude first."""
+        return self._fitted(self._values)
 
     @property
     def residuals(self) -> Tensor:
+        """|G q − θ q| of each pair, float64 [r]."""
         return self._fitted(self._residuals)
 
     @property
     def left_out(self) -> float:
-        return float(self._fitted(self._values)[-1])
+        """The largest eigenvalue found, in magnitude, of which no pair is kept."""
+        return float(self._fitted(self._left_out))
 
     @property
     def error(self) -> float:
-        """Of a solve, relative, at most, in a direction that is left out: left_out / (left_out + λ)."""
+        """Of a solve, relative, at most, in the directions that are left out: left_out / (left_out + λ)."""
         return self.left_out / (self.left_out + self.damping)
 
     def _fitted(self, value: Tensor | None) -> Tensor:
@@ -127,11 +127,16 @@ class Arnoldi(JointCurvature):
         return self._layout.by_block(flat / self.damping + (inside * gain) @ vectors, rhs)
 
     def state_dict(self) -> dict[str, Tensor]:
-        parts = {"values": self._values, "vectors": self._vectors, "residuals": self._residuals}
-        return {name: self._fitted(value) for name, value in parts.items()}
+        return {
+            "values": self.eigenvalues,
+            "vectors": self._fitted(self._vectors),
+            "residuals": self.residuals,
+            "left_out": self._fitted(self._left_out),
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._values, self._vectors, self._residuals = state["values"], state["vectors"], state["residuals"]
+        self._left_out = state["left_out"]
 
     def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
         del tables
@@ -187,7 +192,7 @@ def krylov(product: Product, start: Tensor, steps: int, wanted: int, tolerance: 
 
 
 def _orthonormal(rows: Tensor, basis: Tensor, scale: float = 1.0) -> Tensor:
-    """An orthonormal basis of what `rows` add to the span of an orthonormal `basis`; rows within rounding of it drop."""
+    """An orthonormal basis of what `rows` add to the span of an orthonormal `basis`, those within rounding left out."""
     floor = _ROUNDING * math.sqrt(rows.shape[1]) * torch.finfo(rows.dtype).eps * scale
     kept = rows[:0]
     for row in rows:

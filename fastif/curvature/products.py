@@ -81,7 +81,7 @@ class Operator:
             self._double_backward("the graph is kept")
             with _all_derivatives(), _counting() as counted:
                 self._graphs = [_Graph(self, *batch) for batch in data.batches(data.subset)]
-            self.graph_bytes = counted.bytes
+            self.graph_bytes = sum(counted.values())
 
     def __call__(self, vectors: Tensor, subset: Subset | None = None) -> Tensor:
         """G v, or the product with the curvature of another subset."""
@@ -153,7 +153,7 @@ class Operator:
         out: dict[str, Tensor] = {}
         for name, block in self.data.blocks.items():
             zero = tangents[0].new_zeros(block.shape, dtype=self.dtype)
-            _, back = vjp(partial(_values, block), zero)
+            back = vjp(partial(_values, block), zero)[1]
             values = tuple(found[piece.parameter][:, piece.rows].to(zero) for piece in block.split(zero))
             out[name] = vmap(back)(values)[0]
         return out
@@ -205,7 +205,7 @@ class Operator:
             gradient = grad(lambda ps: self.objective(self.outputs(x, ps), batch, weights, n))
             return vmap(lambda t: jvp(gradient, (parameters,), (t,))[1])(tangents)
         scores_of: Callable[[list[Tensor]], Tensor] = lambda ps: self.scores(self.outputs(x, ps))  # noqa: E731
-        scores, back = vjp(scores_of, parameters)
+        scores, back = vjp(scores_of, parameters)[:2]
         gradient = grad(lambda s: self.objective(s, batch, weights, n))
 
         def product(tangent: list[Tensor]) -> list[Tensor]:
@@ -316,23 +316,15 @@ def _is_custom(node: Node) -> bool:
     return isinstance(node, BackwardCFunction)
 
 
-class _counting(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that graphs made within it keep; what is kept twice counts once."""
+@contextmanager
+def _counting() -> Iterator[dict[int, int]]:
+    """Bytes that graphs made within it keep, by place; what is kept twice counts once."""
+    seen: dict[int, int] = {}
 
-    def __init__(self):
-        self._seen: dict[int, int] = {}
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return x
 
-        def note(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            self._seen[storage.data_ptr()] = storage.nbytes()
-            return x
-
-        super().__init__(note, lambda x: x)
-
-    @property
-    def bytes(self) -> int:
-        return sum(self._seen.values())
-
-    def __enter__(self) -> _counting:
-        super().__enter__()
-        return self
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        yield seen
