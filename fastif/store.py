@@ -326,6 +326,7 @@ def fit_settings(influence: Influence, train: Any) -> dict[str, Any]:
         "batch_size": influence.batch_size,
         "dtype": str(dtype_of(model)).removeprefix("torch."),
         "autocast": None if influence.autocast is None else str(influence.autocast),
+        "allow_train_mode": influence.allow_train_mode,
         "device": influence.device.type,
         "seed": influence.seed,
         "fastif": __version__,
