@@ -15,6 +15,7 @@ from fastif.curvature import (
     LiSSA,
     NotConverged,
     NotPositiveDefinite,
+    RandomProjection,
 )
 from fastif.features import Extracted, extract, find_head
 from fastif.influence import Influence
@@ -42,6 +43,7 @@ __all__ = [
     "NotConverged",
     "NotPositiveDefinite",
     "Plan",
+    "RandomProjection",
     "Removal",
     "ScoreFolder",
     "Subset",

@@ -22,6 +22,7 @@ from fastif.curvature.exact_block import ExactBlock
 from fastif.curvature.kfac import KFAC
 from fastif.curvature.lissa import Diverged, LiSSA
 from fastif.curvature.network import FitData, JointCurvature
+from fastif.curvature.projection import RandomProjection
 from fastif.gradients import Gradients
 from fastif.losses import Fisher
 
@@ -91,4 +92,5 @@ __all__ = [
     "LowRank",
     "NotConverged",
     "NotPositiveDefinite",
+    "RandomProjection",
 ]
