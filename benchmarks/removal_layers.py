@@ -71,7 +71,9 @@ def states(removal: Removal) -> Iterator[dict[str, Tensor]]:
         yield removal.after(step)
 
 
-def variants(share: Callable[[float], int], weight_decay: float) -> dict[str, Callable[..., Iterator[dict[str, Tensor]]]]:
+def variants(
+    share: Callable[[float], int], weight_decay: float
+) -> dict[str, Callable[..., Iterator[dict[str, Tensor]]]]:
     """By name: a function of (model, data, removed, generator) that yields the state after each step."""
 
     def run(k: int | None, model: nn.Module, data: Any, removed: Tensor, generator: torch.Generator, **settings: Any):
@@ -185,7 +187,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             base = {"class": removed, "seed": seed, "step": 0, "seconds": 0.0}
             note({"variant": "retrained, another seed", **base, **experiment.row(references[seed], others, removed)})
             model = experiment.trained(seed)
-            note({"variant": "nothing removed", **base, **experiment.row(experiment.logits(model), references, removed)})
+            note(
+                {"variant": "nothing removed", **base, **experiment.row(experiment.logits(model), references, removed)}
+            )
             for name in chosen:
                 if (name, removed, seed, 1) in rows:
                     continue
