@@ -1,7 +1,8 @@
-"""Which layers should a removal move, and how? Classes are removed from trained networks and held against retraining.
+r"""Which layers should a removal move, and how? Classes are removed from trained networks and held against retraining.
 
 python benchmarks/removal_layers.py digits
-python benchmarks/removal_layers.py fashion-mnist --root DIR --examples 20000
+python benchmarks/removal_layers.py fashion-mnist --root DIR --examples 20000 --share 0.02 --steps 4 \
+    --classes 0 3 8 --seeds 2 --variants head "last block" all "all, after the head"
 
 Resumable: what is finished stays in runs/removal-layers-DATA, and the same command goes on. The summary is written to
 benchmarks/results/removal-layers-DATA.json, from which `benchmarks/results.py tables` makes the table of
@@ -13,12 +14,13 @@ KL(retrained ‖ removed) over the held-out examples; the networks retrained wit
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastif import EKFAC, KFAC, Diagonal, ExactBlock, Removal, extract, remove, samplers
+from fastif import EKFAC, KFAC, Diagonal, ExactBlock, extract, remove, samplers
 from fastif.data import Data, load
 from fastif.evaluation.class_removal import environment
 from fastif.evaluation.metrics import measure
@@ -38,7 +40,8 @@ from fastif.retained_network import RetainedNetwork
 
 ROOT = Path(__file__).parents[1]
 BLOCK = ["body.8", "body.9", "head"]  # the last convolution, its batch norm and the head of the small CNN
-STEPS = 6
+
+States = Iterator[tuple[dict[str, Tensor], float]]  # the model's state after each step, and the seconds up to there
 
 
 class OneSize(RetainedNetwork):
@@ -60,57 +63,52 @@ class OneSize(RetainedNetwork):
         return False
 
 
-def one_size(model: nn.Module, data: Any, removed: Tensor, **settings: Any) -> Iterator[dict[str, Tensor]]:
-    problem = OneSize(model, data, removed, layers="*", **settings)
-    for _ in newton(problem, STEPS):
-        yield {**model.state_dict(), **problem.state}
-
-
-def states(removal: Removal) -> Iterator[dict[str, Tensor]]:
-    for step in range(1, len(removal.moved)):
-        yield removal.after(step)
-
-
-def variants(
-    share: Callable[[float], int], weight_decay: float
-) -> dict[str, Callable[..., Iterator[dict[str, Tensor]]]]:
-    """By name: a function of (model, data, removed, generator) that yields the state after each step."""
-
-    def run(k: int | None, model: nn.Module, data: Any, removed: Tensor, generator: torch.Generator, **settings: Any):
-        function = settings.pop("function", None)
-        settings = dict(subset=None if k is None else partial(samplers.logit, k=k), generator=generator,
-                        weight_decay=weight_decay, batch_size=1024) | settings  # fmt: skip
-        if function is not None:
-            return function(model, data, removed, **settings)
-        return states(remove(model, data, removed, steps=STEPS, progress=False, **settings))
-
-    def after_head(k: int, model: nn.Module, data: Any, removed: Tensor, generator: torch.Generator):
-        own = build_like(model)
-        own.load_state_dict(list(run(k, model, data, removed, generator))[-1])
-        return run(k, own, data, removed, generator, layers="*")
-
-    k, all_layers = share(0.1), dict(layers="*")
+def removals(k: int, steps: int, weight_decay: float) -> dict[str, Callable[..., States]]:
+    """By name: a function of (model, data, removed, generator)."""
     exact = ExactBlock(0.0)
+
+    def settings(k: int | None, generator: torch.Generator) -> dict[str, Any]:
+        subset = None if k is None else partial(samplers.logit, k=k)
+        return dict(subset=subset, generator=generator, weight_decay=weight_decay, batch_size=1024)
+
+    def run(k: int | None, layers: Any, curvature: Any, *given: Any) -> States:
+        *given, generator = given
+        removal = remove(
+            *given, layers=layers, curvature=curvature, steps=steps, progress=False, **settings(k, generator)
+        )
+        seconds = accumulate(step.seconds for step in removal.history)
+        yield from ((removal.after(number), spent) for number, spent in enumerate(seconds, 1))
+
+    def after_the_head(model: nn.Module, *given: Any) -> States:
+        *_, (state, spent) = run(k, None, None, model, *given)
+        own = copy.deepcopy(model)
+        own.load_state_dict(state)
+        yield from ((state, spent + seconds) for state, seconds in run(k, "*", None, own, *given))
+
+    def one_size(model: nn.Module, *given: Any) -> States:
+        *given, generator = given
+        problem, spent = OneSize(model, *given, layers="*", **settings(k, generator)), 0.0
+        for figures in newton(problem, steps):
+            spent += figures.seconds
+            yield {**model.state_dict(), **problem.state}, spent
+
+    def body(estimator: Any) -> Callable[..., States]:
+        return partial(run, k, "*", {"head": exact, "*": estimator})
+
     return {
-        "head": partial(run, k),
-        "last block": partial(run, k, layers=BLOCK),
-        "all": partial(run, k, **all_layers),
-        "all, after the head": partial(after_head, k),
-        "all, k = 2 %": partial(run, share(0.02), **all_layers),
-        "all, k = 100 %": partial(run, None, **all_layers),
-        "all, EKFAC damping 1e-4": partial(run, k, curvature={"head": exact, "*": EKFAC(1e-4)}, **all_layers),
-        "all, EKFAC damping 1e-2": partial(run, k, curvature={"head": exact, "*": EKFAC(1e-2)}, **all_layers),
-        "all, EKFAC damping 1e-1": partial(run, k, curvature={"head": exact, "*": EKFAC(1e-1)}, **all_layers),
-        "all, KFAC": partial(run, k, curvature={"head": exact, "*": KFAC(1e-3)}, **all_layers),
-        "all, Diagonal": partial(run, k, curvature={"head": exact, "*": Diagonal(1e-3)}, **all_layers),
-        "all, one step size": partial(run, k, function=one_size),
+        "head": partial(run, k, None, None),
+        "last block": partial(run, k, BLOCK, None),
+        "all": partial(run, k, "*", None),
+        "all, after the head": after_the_head,
+        "all, a fifth of the subset": partial(run, k // 5, "*", None),
+        "all, curvature of all examples": partial(run, None, "*", None),
+        "all, EKFAC damping 1e-4": body(EKFAC(1e-4)),
+        "all, EKFAC damping 1e-2": body(EKFAC(1e-2)),
+        "all, EKFAC damping 1e-1": body(EKFAC(1e-1)),
+        "all, KFAC": body(KFAC(1e-3)),
+        "all, Diagonal": body(Diagonal(1e-3)),
+        "all, one size for every layer": one_size,
     }
-
-
-def build_like(model: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(model)
 
 
 class Experiment:
@@ -158,6 +156,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--examples", type=int, help="of the training set, the first so many")
     parser.add_argument("--classes", type=int, nargs="+", default=[0, 3, 5, 8])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--share", type=float, default=0.1, help="of the training examples that carry the curvature")
     parser.add_argument("--variants", nargs="+", help="names; default all")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--kept", type=Path, help="where the summary goes")
@@ -169,53 +169,64 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     experiment = Experiment(given.data, images, out, given.seeds)
     n = len(images.y_train)
-    table = variants(lambda part: round(part * n), experiment.recipe.weight_decay)
+    data = images.x_train, images.y_train
+    table = removals(round(given.share * n), given.steps, experiment.recipe.weight_decay)
     chosen = list(table) if given.variants is None else given.variants
-    settings = {"data": given.data, "examples": n, "recipe": experiment.recipe._asdict()}
+    settings = {
+        "data": given.data,
+        "examples": n,
+        "share": given.share,
+        "steps": given.steps,
+        "recipe": experiment.recipe._asdict(),
+    }
     journal = Journal(out / "rows.jsonl", settings, resume=True)
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {key_of(row): row for row in journal.of_kind("row")}
-
-    def note(row: dict[str, Any]) -> None:
-        rows[key_of(row)] = row
-        journal.append("row", row)
+    runs: dict[tuple[str, int, int], list[dict[str, Any]]] = {run_of(run): run for run in journal.of_kind("run")}
 
     for removed in given.classes:
         references = [experiment.logits(experiment.trained(seed, removed)) for seed in range(given.seeds)]
         members = (images.y_train == removed).nonzero()[:, 0]
         for seed in range(given.seeds):
             others = [reference for s, reference in enumerate(references) if s != seed]
+            model, moved = experiment.trained(seed), experiment.trained(seed)
             base = {"class": removed, "seed": seed, "step": 0, "seconds": 0.0}
-            note({"variant": "retrained, another seed", **base, **experiment.row(references[seed], others, removed)})
-            model = experiment.trained(seed)
-            note(
-                {"variant": "nothing removed", **base, **experiment.row(experiment.logits(model), references, removed)}
-            )
+            for name, logits, against in (
+                ("retrained, another seed", references[seed], others),
+                ("nothing removed", experiment.logits(model), references),
+            ):
+                runs[name, removed, seed] = [{"variant": name, **base, **experiment.row(logits, against, removed)}]
             for name in chosen:
-                if (name, removed, seed, 1) in rows:
+                if (name, removed, seed) in runs:
                     continue
+                run: list[dict[str, Any]] = []
                 generator = torch.Generator().manual_seed(1000 * removed + seed)
-                other = build_like(model)
-                began = time.process_time()
-                for step, state in enumerate(table[name](model, (images.x_train, images.y_train), members, generator=generator), 1):  # fmt: skip  # noqa: E501
-                    seconds = time.process_time() - began
-                    other.load_state_dict(state)
-                    metrics = experiment.row(experiment.logits(other), references, removed)
-                    note({"variant": name, "class": removed, "seed": seed, "step": step, "seconds": seconds, **metrics})
+                for step, (state, seconds) in enumerate(table[name](model, data, members, generator), 1):
+                    moved.load_state_dict(state)
+                    metrics = experiment.row(experiment.logits(moved), references, removed)
+                    run.append({"variant": name, **base, "step": step, "seconds": seconds, **metrics})
+                runs[run_of(run)] = run
+                journal.append("run", run)
     results = {
         "meta": {**settings, "classes": given.classes, "seeds": given.seeds, "n_test": len(images.y_test),
                  "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                 "command": "python benchmarks/removal_layers.py " + given.data
-                 + (f" --root DIR --examples {given.examples}" if given.root else ""),
+                 "command": command(sys.argv[1:] if arguments is None else arguments),
                  **environment(torch.device("cpu"))},
-        "summary": summarised([row for row in rows.values() if row["class"] in given.classes]),
+        "summary": summarised([row for run in runs.values() for row in run if row["class"] in given.classes]),
     }  # fmt: skip
     kept = given.kept or ROOT / "benchmarks" / "results" / f"removal-layers-{given.data}.json"
     write_whole(kept, json.dumps(results, indent=1, allow_nan=False) + "\n")
     return results
 
 
-def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["variant"], row["class"], row["seed"], row["step"]
+def command(arguments: list[str]) -> str:
+    """As it may be repeated elsewhere: one machine's folders are left out."""
+    pairs = list(zip(arguments, ["", *arguments], strict=False))
+    kept = [w for w, before in pairs if w not in ("--out", "--kept") and before not in ("--out", "--kept")]
+    kept = ["DIR" if before == "--root" else w for w, before in zip(kept, ["", *kept], strict=False)]
+    return " ".join(["python benchmarks/removal_layers.py", *kept])
+
+
+def run_of(run: list[dict[str, Any]]) -> tuple[str, int, int]:
+    return run[0]["variant"], run[0]["class"], run[0]["seed"]
 
 
 def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -236,7 +247,7 @@ def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    for entry in main(sys.argv[1:])["summary"]:
+    for entry in main()["summary"]:
         print(f"{entry['variant']:28s} {entry['step']} F1 {entry['F1']:.4f} KL {entry['KL']:.4f} "
               f"retained {entry['KL_retained']:.4f} removed {entry['KL_removed']:.4f} "
               f"{entry['seconds']:.1f} s ({entry['runs']} runs)")  # fmt: skip
