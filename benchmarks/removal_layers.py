@@ -1,7 +1,7 @@
 r"""Which layers should a removal move, and how? Classes are removed from trained networks and held against retraining.
 
 python benchmarks/removal_layers.py digits
-python benchmarks/removal_layers.py fashion-mnist --root DIR --examples 20000 --share 0.02 --steps 4 \
+python benchmarks/removal_layers.py fashion-mnist --root DIR --examples 10000 --share 0.02 --steps 4 \
     --classes 0 3 8 --seeds 2 --variants head "last block" all "all, after the head"
 
 Resumable: what is finished stays in runs/removal-layers-DATA, and the same command goes on. The summary is written to
