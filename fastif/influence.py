@@ -36,7 +36,7 @@ from fastif.losses import (
     per_sample,
 )
 from fastif.plan import Plan, plan
-from fastif.samplers import check_subset
+from fastif.samplers import Subset, check_subset
 from fastif.store import ScoreFolder, best_of, write_scores
 
 Estimator = Curvature | JointCurvature
@@ -71,7 +71,7 @@ class Influence:
         autocast: run forward and backward passes under autocast of this 16-bit type, whatever surrounds the call; sums
             are float32 all the same. Default: not.
         allow_train_mode: run a model in train mode as it is.
-        seed: of the labels that fisher="monte_carlo" draws.
+        seed: of what is drawn: the labels of fisher="monte_carlo", the examples of a stochastic LiSSA.
         progress: show progress bars.
     """
 
@@ -143,7 +143,7 @@ class Influence:
         fitted: list[NetworkCurvature] = []
         for checkpoint in self.checkpoints or [None]:
             with self._running(checkpoint):
-                fitted.append(self._fit_one(train, indices, weights))
+                fitted.append(self._fit_one(train, Subset(indices, weights)))
         self._fitted, self._n = fitted, n
         return self
 
@@ -348,23 +348,21 @@ class Influence:
         curvature.begin({name: block.shape for name, block in self.capture.blocks.items()}, data)
         return curvature
 
-    def _fit_one(self, train: Any, indices: Tensor, weights: Tensor) -> NetworkCurvature:
-        def batches(bar: tqdm | None = None) -> Iterator[tuple[Any, Any, Tensor]]:
-            for number, ((x, y), places) in enumerate(picked(train, self.batch_size, indices)):
-                self.capture.batch = number
-                yield moved_to(x, self.device), moved_to(y, self.device), weights[places].to(self.device)
-                if bar is not None:
-                    bar.update()
+    def _fit_one(self, train: Any, subset: Subset) -> NetworkCurvature:
+        def batches(subset: Subset) -> Iterator[tuple[Any, Any, Tensor]]:
+            for (x, y), places in picked(train, self.batch_size, subset.indices):
+                yield moved_to(x, self.device), moved_to(y, self.device), subset.weights[places].to(self.device)
 
-        data = FitData(self.model, self.loss, self.capture.blocks, batches, len(indices), self.seed)
+        data = FitData(self.model, self.loss, self.capture.blocks, subset, batches, self.seed, self.autocast)
         curvature = self._begun(data)
         for turn in range(max(1, curvature.passes)):
             looking = curvature.open(turn)
             generator = torch.Generator().manual_seed(self.seed)
-            total = -(-len(indices) // self.batch_size)
-            with tqdm(total=total, desc=f"fit, pass {turn + 1}", disable=not self.progress) as bar:
-                for x, y, w in batches(bar):
-                    self._observe(looking, x, y, w, turn, generator)
+            total = -(-len(subset.indices) // self.batch_size)
+            with tqdm(batches(subset), f"fit, pass {turn + 1}", total, disable=not self.progress) as bar:
+                for number, (x, y, weights) in enumerate(bar):
+                    self.capture.batch = number
+                    self._observe(looking, x, y, weights, turn, generator)
                     if not looking.parts:
                         break  # nothing to learn: the first batch was looked at for what `Capture` refuses
             (looking if turn else curvature).end(turn)  # those that look at nothing end with pass 0 too

@@ -68,6 +68,9 @@ def plan(influence: Influence, train: Any) -> Plan:
     for names, part in influence._parts.parts.items():
         shapes = {name: capture.blocks[name].shape for name in names}
         stays, extra = part.footprint(shapes, probe.tables, item)
+        for name, (g, o, d) in shapes.items():  # gradients of all examples that are kept, in their smaller form
+            if getattr(influence._parts.by_block[name], "keeps_gradients", False):
+                stays += n * item * g * min(o * d, probe.positions[name] * (d + (0 if probe.tables[name] else o)))
         held, making = held + stays, max(making, extra)
         size = sum(math.prod(shape) for shape in shapes.values())
         for name, (g, o, d) in shapes.items():

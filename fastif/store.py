@@ -337,7 +337,9 @@ def fit_settings(influence: Influence, train: Any) -> dict[str, Any]:
 def _curvature(estimator: Any) -> str:
     """An estimator as it was called: EKFAC(damping=0.001, fisher='exact', separable=None)."""
     names = [n for n in inspect.signature(type(estimator)).parameters if n != "name" and hasattr(estimator, n)]
-    return f"{type(estimator).__name__}({', '.join(f'{name}={getattr(estimator, name)!r}' for name in names)})"
+    values = [getattr(estimator, name) for name in names]
+    texts = [_curvature(value) if hasattr(value, "observe") else repr(value) for value in values]
+    return f"{type(estimator).__name__}({', '.join(f'{n}={text}' for n, text in zip(names, texts, strict=True))})"
 
 
 def _described(function: str | Callable[..., Any]) -> str:
