@@ -21,7 +21,7 @@ from fastif.features import Extracted, extract, find_head
 from fastif.influence import Influence
 from fastif.ops import build_info
 from fastif.plan import Plan
-from fastif.removal import HeadStep, Removal, remove
+from fastif.removal import HeadStep, NetworkStep, Removal, remove
 from fastif.samplers import CertifiedSubset, Subset
 from fastif.store import ScoreFolder
 
@@ -40,6 +40,7 @@ __all__ = [
     "Identity",
     "Influence",
     "LiSSA",
+    "NetworkStep",
     "NotConverged",
     "NotPositiveDefinite",
     "Plan",
