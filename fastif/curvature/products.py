@@ -73,7 +73,7 @@ class Operator:
         self.graph_bytes = 0
         self.mode: Literal["forward over reverse", "double backward"] = "forward over reverse"
         self.reason = ""
-        self._places, self._padding = self._placed(), self._rows_of_padding()
+        self._padding = self._rows_of_padding()
         self._graphs: list[_Graph] | None = None
         if keep_graph:
             self._double_backward("the graph is kept")
@@ -129,20 +129,22 @@ class Operator:
 
     # ---------------------------------------------------------------------------------------------- blocks ↔ parameters
 
-    def _placed(self) -> list[tuple[Tensor, slice, Tensor]]:
-        """Which places of a flat vector stand for which rows of a parameter."""
-        placed, start = [], 0
+    def _pieces(self, vectors: Tensor) -> Iterator[tuple[Tensor, slice, Tensor]]:
+        """Views [m, ...] of flat vectors, and the rows of parameters that they stand for."""
+        m, start = len(vectors), vectors.storage_offset()
         for block in self.data.blocks.values():
-            places = torch.arange(start, start + block.size, device=self.device).view(block.shape)
-            placed += [(parameter, rows, value) for parameter, rows, value in block.split(places)]
+            matrix = vectors.as_strided(block.shape, torch.empty(block.shape, device="meta").stride(), start)
+            for parameter, rows, one in block.split(matrix):
+                assert one.untyped_storage().data_ptr() == vectors.untyped_storage().data_ptr()  # to be written through
+                shape, strides = (m, *one.shape), (vectors.stride(0), *one.stride())
+                yield parameter, rows, vectors.as_strided(shape, strides, one.storage_offset())
             start += block.size
-        return placed
 
     def _to_parameters(self, vectors: Tensor) -> list[Tensor]:
         """Vectors [m, P] as tangents [m, ...] of the parameters; 0 in the parts of them that no block has."""
         found = {p: p.new_zeros((len(vectors), *p.shape), requires_grad=False) for p in self.parameters}
-        for parameter, rows, places in self._places:
-            found[parameter][:, rows] = vectors[:, places].to(parameter.dtype)
+        for parameter, rows, piece in self._pieces(vectors.detach().contiguous()):
+            found[parameter][:, rows] = piece.to(parameter.dtype)
         if self.mode == "forward over reverse":
             for table, row in self._padding:
                 found[table][:, row] = 0
@@ -151,9 +153,9 @@ class Operator:
     def _to_blocks(self, tangents: list[Tensor]) -> Tensor:
         """The adjoint of `_to_parameters`."""
         found = dict(zip(self.parameters, tangents, strict=True))
-        out = tangents[0].new_zeros((len(tangents[0]), self.layout.size), dtype=self.dtype)
-        for parameter, rows, places in self._places:
-            out[:, places] = found[parameter][:, rows].to(out)
+        out = torch.zeros(len(tangents[0]), self.layout.size, dtype=self.dtype, device=self.device)
+        for parameter, rows, piece in self._pieces(out):
+            piece.copy_(found[parameter][:, rows])
         return out
 
     # ------------------------------------------------------------------------------------------------- differentiation
