@@ -86,7 +86,7 @@ build/ready: $(SOURCES) $(SETUP)
 .venv/test: .venv/ready
 	.venv/bin/pip install -q $(TORCH) pytest-cov scipy einops einconv opt-einsum linear_operator accelerate transformers opacus==1.6.0
 	@# Without dependencies: they ask for torchvision and use none of it here; one built for another torch breaks transformers.
-	.venv/bin/pip install -q --no-deps curvlinops-for-pytorch==3.0.1 backpack-for-pytorch unfoldNd kronfluence==1.0.1 dattri==0.3.0
+	.venv/bin/pip install -q --no-deps curvlinops-for-pytorch==3.0.1 backpack-for-pytorch unfoldNd kronfluence==1.0.1 dattri==0.3.0 captum==0.9.0
 	@touch $@
 
 .venv/lint: .venv/ready

@@ -26,7 +26,7 @@ from fastif.curvature.products import Matrix, Operator
 from fastif.evaluation.training import train
 
 DAMPING = 1e-2
-N = 512
+N = 256
 
 
 class Problem(NamedTuple):

@@ -141,3 +141,26 @@ def test_the_hessian_of_the_whole_network(dattri):
         warnings.simplefilter("error")
         got = influence.scores((x[:7], y[:7]), (x, y))
     assert float((got - want).abs().max()) <= 1e-6 * float(want.abs().max())
+
+
+def test_the_hessian_of_the_whole_network_once_more():
+    """captum's matrix is the sum over the examples."""
+    captum = pytest.importorskip("captum.influence", reason="captum is not installed (make test installs it)")
+    model, x, y = trained()
+    few = (x[:7], y[:7])
+    theirs = captum.NaiveInfluenceFunction(
+        model,
+        TensorDataset(x, y),
+        checkpoint="",
+        checkpoints_load_func=lambda *_: 1.0,
+        loss_fn=nn.CrossEntropyLoss(reduction="none"),
+        batch_size=len(x),
+        projection_dim=sum(p.numel() for p in model.parameters()),
+        hessian_reg=0.3 * len(x),
+        hessian_inverse_tol=-1e9,
+        sample_wise_grads_per_batch=False,
+    )
+    want = theirs.influence(few, show_progress=False)
+    influence = Influence(model, curvature=CG(0.3, "hessian", tolerance=1e-12), progress=False).fit((x, y))
+    got = influence.scores(few, (x, y))
+    assert float((got - want).norm()) <= 1e-9 * float(want.norm())
