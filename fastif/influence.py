@@ -43,8 +43,9 @@ class Influence:
             act is refused unless `allow_train_mode`.
         loss: "cross_entropy", "causal_lm", "bce", "mse", or a function (outputs, batch) → [n]; see `fastif.losses`. The
             model was trained on its mean over the training examples.
-        curvature: an estimator (`ExactBlock`, `KFAC`, `EKFAC`, `Diagonal`, `Identity`), or a mapping from patterns of
-            layer names to estimators, the first match counts. They are copied. Default ExactBlock(damping=1e-3).
+        curvature: an estimator of single layers (`ExactBlock`, `KFAC`, `EKFAC`, `Diagonal`, `DataInf`, `Identity`) or
+            of all together (`CG`, `LiSSA`, `Arnoldi`, `RandomProjection`, `ExactBlock` with joint=True), or a mapping
+            from patterns of layer names to estimators, the first match counts. They are copied. Default ExactBlock().
         layers: names or patterns of the layers whose parameters may move (see `Capture`). Default all that are known;
             for a lone ExactBlock, which holds the square of what it covers, the head: the last nn.Linear
             (with joint=True all).
