@@ -20,6 +20,7 @@ from fastif.subset import Subset
 
 _MARGIN = 1.25  # of the scale above the largest eigenvalue that was seen
 _POWER_STEPS = 30
+_CLOSER = 0.99  # so that the residual, computed once more, does not exceed the tolerance by its rounding
 _AWAY = 100.0  # a change so many times larger than the first one: the series diverges
 
 
@@ -121,7 +122,7 @@ class LiSSA(JointCurvature):
                 self.damping,
                 self.scale_used,
                 steps=self.steps,
-                tolerance=self.tolerance if self.batch is None else None,
+                tolerance=_CLOSER * self.tolerance if self.batch is None else None,
                 whole=operator,
                 name=self.matrix,
             )
