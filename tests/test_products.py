@@ -219,6 +219,20 @@ def test_batch_size_and_the_number_of_vectors_do_not_matter(batch_size, operator
     assert torch.allclose(torch.cat([operator(row[None]) for row in v]), want, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("name", ["linear", "conv2d", "tied embedding", "bert"])
+@pytest.mark.filterwarnings("ignore")
+def test_slices_of_a_batch_do_not_matter(name, products_of, monkeypatch):
+    network = build(name)
+    v = vectors(products_of(network).layout.size)
+    want = products_of(network, batch_size=N)(v)
+    monkeypatch.setattr("fastif.curvature.products._LEAST", 2)
+    monkeypatch.setattr("fastif.curvature.products._NEAR", 1)
+    sliced, sizes = products_of(network, batch_size=N), []
+    network.model.register_forward_hook(lambda _module, _args, outputs: sizes.append(len(logits_of(outputs))))
+    assert torch.allclose(sliced(v), want, rtol=1e-9, atol=1e-12 * float(want.abs().max()))
+    assert set(sizes) == {1, 2}  # five examples in slices of two
+
+
 @pytest.mark.parametrize("keep_graph", [False, True])
 def test_another_subset_can_be_asked_for(keep_graph, operator_of):
     model, x, y = mlp(), data(), LOSSES["cross_entropy"]

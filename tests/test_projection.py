@@ -25,6 +25,7 @@ def projection(name, k, seed=0):
 @pytest.mark.parametrize("entries", [1 << 23, 1])
 def test_it_is_the_curvature_of_projected_gradients(name, entries, monkeypatch):
     monkeypatch.setattr("fastif.curvature.projection._ENTRIES", entries)
+    monkeypatch.setattr("fastif.curvature.projection._HELD", entries)
     x, y = problem(name).data
     subset = Subset(torch.tensor([17, 0, 5, 9, 2]), torch.tensor([0.3, 0.1, 0.2, 0.5, 0.0], dtype=torch.float64))
     influence = influence_of(name, RandomProjection(70, DAMPING), batch_size=7).fit((x, y), subset)
@@ -101,7 +102,8 @@ def test_batches_memory_and_states(name):
     assert torch.equal(answers(loaded.load_state_dict(influence.state_dict()), data), want)
     other = influence_of(name, RandomProjection(40, DAMPING, seed=1)).fit(data)
     assert not torch.allclose(answers(other, data), want, rtol=1e-2)
-    assert influence.plan(data).curvature_bytes == 2 * 8 * 40**2
+    size = sum(block.size for block in influence.capture.blocks.values())
+    assert influence.plan(data).curvature_bytes == 2 * 8 * 40**2 + 40 * size * 8
 
 
 def test_a_mapping_shares_a_projection_among_its_layers():

@@ -19,13 +19,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastif.capture import dtype_of
 from fastif.curvature.network import FitData
-from fastif.data import batch_length
+from fastif.data import batch_length, rows_of
 from fastif.features import call
 from fastif.losses import labels_in, logits_of, per_sample
 from fastif.subset import Subset
 
 Matrix = Literal["ggn", "hessian"]
 _TOGETHER = 16  # right-hand sides that share a forward pass; their tangents stand in memory side by side
+_LEAST = 8  # examples of a slice
+_NEAR = 1 << 25  # bytes of activations and tangents at a time on the CPU: with more, passes wait for memory
 
 
 class Layout:
@@ -73,6 +75,7 @@ class Operator:
         self.graph_bytes = 0
         self.mode: Literal["forward over reverse", "double backward"] = "forward over reverse"
         self.reason = ""
+        self._activations: int | None = None  # bytes that a forward pass keeps of an example
         self._padding = self._rows_of_padding()
         self._graphs: list[_Graph] | None = None
         if keep_graph:
@@ -93,7 +96,9 @@ class Operator:
                 found = (graph(tangents) for graph in self._graphs)
             else:
                 batches = self.data.batches(self.data.subset if subset is None else subset)
-                found = (self._product(*batch, tangents) for batch in batches)
+                found = (
+                    self._product(*part, tangents) for batch in batches for part in self._parts(*batch, len(vectors))
+                )
             for products in found:
                 for sum_, product in zip(total, products, strict=True):
                     sum_ += product
@@ -102,6 +107,26 @@ class Operator:
             name = next(n for n, value in self.layout.by_block(out).items() if not bool(value.isfinite().all()))
             raise ValueError(f"products: the {self.matrix} times a vector holds NaN or Inf in layer {name!r}")
         return out.to(vectors)
+
+    def _parts(self, x: Any, y: Any, weights: Tensor, m: int) -> Iterator[tuple[Any, Any, Tensor]]:
+        """A batch in slices whose activations, and tangents along m vectors, stay near."""
+        if self._activations is None:
+            self._activations = self._bytes_of_an_example(x)
+        each = max(_LEAST, _NEAR // max(1, (m + 1) * self._activations))
+        if each >= len(weights):
+            yield x, y, weights
+            return
+        for rows in torch.arange(len(weights)).split(each):
+            yield rows_of(x, rows), None if y is None else rows_of(y, rows), weights[rows]
+
+    def _bytes_of_an_example(self, x: Any) -> int:
+        """What a forward pass keeps of an example on the CPU; 0 elsewhere and where examples may depend on others."""
+        if self.device.type != "cpu" or any(module.training for module in self._modules):
+            return 0
+        own = {p.untyped_storage().data_ptr() for p in self.data.model.parameters()}
+        with torch.enable_grad(), _counting() as kept:
+            self.outputs(rows_of(x, torch.arange(1)))
+        return sum(size for place, size in kept.items() if place not in own)
 
     def _product(self, x: Any, y: Any, weights: Tensor, tangents: list[Tensor]) -> list[Tensor]:
         if self.mode == "forward over reverse":

@@ -18,6 +18,7 @@ from fastif.gradients import Gradients
 from fastif.losses import Fisher
 
 _ENTRIES = 1 << 23  # of signs that stand at a time
+_HELD = 1 << 24  # signs that are kept at most, 64 MiB in float32
 _WORD = 32  # signs that one hash gives
 
 
@@ -54,6 +55,7 @@ class RandomProjection(JointCurvature):
     def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
         del data
         self._shapes, self._moment, self._factor = dict(shapes), None, None
+        self._held: dict[str, Tensor] = {}  # S by block
 
     def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
         del column, turn
@@ -93,12 +95,26 @@ class RandomProjection(JointCurvature):
         """S of a block, [rows, g, o, d], as many rows at a time as may stand."""
         shape = self._shapes[name]
         size = math.prod(shape)
+        if name in self._held:
+            yield self._held[name].to(like)
+            return
         words = -(-self.dimension // _WORD)
         each = max(1, _ENTRIES // (size * _WORD))
+        made: list[Tensor] = []
         for begin in range(0, words, each):
             s = signs(self.seed, name, size, begin, min(each, words - begin), like.device)
             s = s[: self.dimension - begin * _WORD].to(like.dtype) / self.dimension**0.5
-            yield s.view(-1, *shape)
+            s = s.view(-1, *shape)
+            yield s
+            if self._holds:
+                made.append(s)
+        if self._holds:
+            self._held[name] = torch.cat(made)
+
+    @property
+    def _holds(self) -> bool:
+        """Whether all signs are few enough to be made once."""
+        return self.dimension * sum(math.prod(shape) for shape in self._shapes.values()) <= _HELD
 
     def _solved(self, rows: Tensor) -> Tensor:
         """(K + λI)⁻¹ φ for rows φ [m, k]."""
@@ -138,7 +154,9 @@ class RandomProjection(JointCurvature):
         del tables
         largest = max(math.prod(shape) for shape in shapes.values())
         standing = min(max(_ENTRIES, largest * _WORD), largest * (self.dimension + _WORD))
-        return 2 * 8 * self.dimension**2, standing * (8 + item) + 2 * 8 * self.dimension**2
+        every = self.dimension * sum(math.prod(shape) for shape in shapes.values())
+        held = 2 * 8 * self.dimension**2 + (every * item if every <= _HELD else 0)
+        return held, standing * (8 + item) + 2 * 8 * self.dimension**2
 
 
 @dataclass(frozen=True)
