@@ -36,7 +36,7 @@ import fastif
 from fastif import evaluation, samplers
 from fastif.evaluation.class_removal import environment
 from fastif.evaluation.training import train
-from fastif.journal import write_whole
+from fastif.journal import Journal, write_whole
 
 WEIGHT_DECAY = 1e-3  # of all trainings
 DAMPINGS = (1e-3, 1e-2, 1e-1)
@@ -250,7 +250,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     given = parser.parse_args(arguments)
     if given.root is None:
         parser.error("--root or FASTIF_DATA must name the folder with the data")
-    rows: list[dict[str, Any]] = []
+    given.out.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(given, name) for name in ("n", "queries", "subsets", "left_out", "models", "contenders")}
+    journal = Journal(given.out / "rows.jsonl", settings, resume=True)
+    rows: list[dict[str, Any]] = [row for made in journal.of_kind("rows") for row in made]
+    done = {(row["model"], row["contender"]) for row in rows}
     retraining = {}
     for name, work in works(given.root, given.n, given.queries).items():
         if not _wanted(name, given.models):
@@ -266,40 +270,36 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             torch.manual_seed(seed)
             models.append(work.train_fn(torch.arange(given.n), seed).eval())
         retraining[name] = {
-            "n": given.n,
-            "queries": given.queries,
-            "subsets": given.subsets,
-            "left_out": given.left_out,
+            **{key: settings[key] for key in ("n", "queries", "subsets", "left_out")},
             "seeds": work.seeds,
             "parameters": sum(parameter.numel() for parameter in models[0].parameters()),
             "seconds_of_a_retraining": float(retrained.seconds.mean()),
             "accuracy": float((models[0](work.query[0]).argmax(1) == work.query[1]).double().mean()),
         }
-        chosen = {k: v for k, v in CONTENDERS.items() if _wanted(k, given.contenders)}
+        chosen = {k: v for k, v in CONTENDERS.items() if _wanted(k, given.contenders) and (name, k) not in done}
         for contender, scores_of in tqdm(chosen.items(), name, leave=False):
+            made: list[dict[str, Any]] = []
             for damping in DAMPINGS[: 1 if contender == "fastif, no curvature" else None]:
                 scores, seconds = timed(partial(scores_of, work, models, damping))
-                row: dict[str, Any] = {
-                    "model": name,
-                    "contender": contender,
-                    "damping": damping,
-                    "cpu_seconds": seconds,
-                }
-                if scores.isfinite().all():
-                    lds = evaluation.linear_datamodeling_score(scores, retrained)
-                    loo = evaluation.agreement(scores, left_out)
-                    row |= {"lds": lds.score._asdict(), "loo": loo.spearman._asdict()}
-                    row |= {"loo_pearson": loo.pearson._asdict()}
-                else:
-                    row |= {"lds": None, "loo": None, "loo_pearson": None}  # NaN or Inf: what dattri's LiSSA can give
-                rows.append(row)
+                row = {"model": name, "contender": contender, "damping": damping, "cpu_seconds": seconds}
+                made.append({**row, **judged(scores, retrained, left_out)})
+            journal.append("rows", made)
+            rows += made
     results = {
         "meta": {"weight_decay": WEIGHT_DECAY, "models": retraining, **environment(torch.device("cpu"))},
         "lds": json.loads(json.dumps(rows)),
     }
-    given.out.mkdir(parents=True, exist_ok=True)
     write_whole(given.out / "results.json", json.dumps(results, indent=1))
+    journal.finish()
     return results
+
+
+def judged(scores: Tensor, retrained: evaluation.Retrained, left_out: evaluation.LeftOut) -> dict[str, Any]:
+    if not scores.isfinite().all():  # dattri's LiSSA and CG can end so
+        return {"lds": None, "loo": None, "loo_pearson": None}
+    lds = evaluation.linear_datamodeling_score(scores, retrained)
+    loo = evaluation.agreement(scores, left_out)
+    return {"lds": lds.score._asdict(), "loo": loo.spearman._asdict(), "loo_pearson": loo.pearson._asdict()}
 
 
 def timed(work: Callable[[], Tensor]) -> tuple[Tensor, float]:

@@ -50,11 +50,13 @@ def trained(data: fastif.data.Data, x: Tensor, y: Tensor, epochs: int, file: Pat
     model = build("cnn", (channels, height, width), len(data.classes))
     if not file.exists():
         optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(x) // 128))
+        batch = min(128, len(x))
+        batches = len(x) // batch
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
         draw, checkpoints = torch.Generator().manual_seed(0), []
         model.train()
         for epoch in tqdm(range(1, epochs + 1), f"train on {file.stem}", leave=False):
-            for rows in torch.randperm(len(x), generator=draw)[: len(x) // 128 * 128].split(128):
+            for rows in torch.randperm(len(x), generator=draw)[: batches * batch].split(batch):
                 optimizer.zero_grad()
                 cross_entropy(model(x[rows]), y[rows]).backward()
                 optimizer.step()

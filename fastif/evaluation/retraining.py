@@ -289,7 +289,7 @@ def described(value: Any, depth: int = 4) -> Any:
     """Words, numbers and fingerprints that tell one function, with what it holds, from another; JSON.
 
     >>> described(partial(sorted, reverse=True))
-    ['builtins.sorted', [], {'reverse': True}]
+    ['sorted', [], {'reverse': True}]
     """
     if value is None or isinstance(value, bool | int | str):
         return value
@@ -307,9 +307,8 @@ def described(value: Any, depth: int = 4) -> Any:
     if isinstance(value, list | tuple):
         return [below(v) for v in value]
     if hasattr(value, "__qualname__"):
-        name = f"{value.__module__}.{value.__qualname__}"
         held = [below(cell.cell_contents) for cell in getattr(value, "__closure__", None) or ()]
-        return [name, held] if held else name
+        return [value.__qualname__, held] if held else value.__qualname__
     if hasattr(value, "__dict__"):
         return [type(value).__qualname__, {k: below(v) for k, v in vars(value).items()}]
     return repr(value)
