@@ -166,7 +166,8 @@ def kronfluence(work: Work, models: list[nn.Module], damping: float) -> Tensor:
 
 
 def dattri(work: Work, models: list[nn.Module], damping: float, method: str) -> Tensor:
-    """One batch of all examples: dattri adds up the inverses of its batches' Hessians."""
+    """One batch of all examples, as dattri adds up the inverses of its batches' Hessians; ten queries at a time, as
+    each takes the memory of a pass over all examples."""
     from dattri.algorithm.influence_function import IFAttributorCG, IFAttributorLiSSA
     from dattri.task import AttributionTask
 
@@ -183,7 +184,8 @@ def dattri(work: Work, models: list[nn.Module], damping: float, method: str) -> 
         attributor = IFAttributorCG(task, max_iter=30, regularization=damping)
     else:
         attributor = IFAttributorLiSSA(task, batch_size=50, recursion_depth=200, damping=damping, scaling=100.0)
-    loaders = [DataLoader(TensorDataset(*data), batch_size=len(data[0])) for data in (work.train, work.query)]
+    sizes = ((work.train, n), (work.query, 10))
+    loaders = [DataLoader(TensorDataset(*data), batch_size=size) for data, size in sizes]
     attributor.cache(loaders[0])
     return attributor.attribute(*loaders).detach().T / n
 

@@ -44,7 +44,8 @@ suspicion = influence.self_influence((x, labels))
 found = mislabel_detection(suspicion, labels, true)
 hits, all_wrong = round(found.precision * found.checked), round(found.wrong * len(labels))
 print(f"{hits} of the {all_wrong} wrong labels are among the {found.checked} most suspicious of {len(labels):,}")
-print(f"a wrong label is the more suspicious one in {found.auc:.1%} of pairs of a wrong and a right one (AUC)")
+loss = mislabel_detection(torch.nn.functional.cross_entropy(logits, labels, reduction="none"), labels, true)
+print(f"AUC: {found.auc:.4f}, of the loss alone {loss.auc:.4f}")
 
 figure = Figure(figsize=(9, 4.8), dpi=100, layout="constrained")
 for axis, index in zip(figure.subplots(4, 8).flat, suspicion.argsort(descending=True).tolist(), strict=False):
