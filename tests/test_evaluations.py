@@ -211,6 +211,7 @@ def broken(kept: Tensor, seed: int) -> nn.Module:
         (dict(train_fn=broken), ValueError, "set 0, seed 0 gives query 0 a measurement of nan"),
         (dict(train_fn=3), TypeError, "train_fn must be a function"),
         (dict(train_fn=lambda kept, seed: None, processes=2), TypeError, "picklable"),
+        (dict(query=iter([NET_QUERY])), ValueError, "query is an iterator"),
         (dict(processes=0), ValueError, "processes must be an integer >= 1, got 0"),
         (dict(threads=1.5), ValueError, "threads must be"),
         (dict(seeds=0), ValueError, "seeds must be"),
@@ -227,6 +228,12 @@ def test_bad_retraining_is_refused(change, kind, words):
 def test_an_error_in_a_process_is_the_callers():
     with pytest.raises(TypeError, match="must return an nn.Module, got NoneType"):
         retrain(no_module, SETS[:1], NET_QUERY, processes=2, **HOW)
+
+
+def test_query_may_come_in_batches_of_any_size():
+    batches = list(zip(NET_QUERY[0].split([3, 1, 4]), NET_QUERY[1].split([3, 1, 4]), strict=True))
+    whole, parts = (retrain(NET, SETS[:1], query, **HOW).values for query in (NET_QUERY, batches))
+    torch.testing.assert_close(whole, parts, rtol=1e-6, atol=1e-7)
 
 
 def test_one_example_is_enough_to_train_on():

@@ -78,6 +78,8 @@ def retrain(
     check_measurement(measurement, loss)
     if not callable(train_fn):
         raise TypeError(f"retrain: train_fn must be a function (indices, seed) -> nn.Module, got {train_fn!r}")
+    if isinstance(query, Iterator):
+        raise ValueError("retrain: query is an iterator, empty after one pass; pass a list, a Dataset or a DataLoader")
     for name, value in (("processes", processes), ("threads", threads)):
         if type(value) is not int or value < 1:
             raise ValueError(f"retrain: {name} must be an integer >= 1, got {value!r}")
