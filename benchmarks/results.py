@@ -225,7 +225,7 @@ def lds_table(name: str) -> str:
             rows = found.get(model, [])
             finite = [row for row in rows if row["lds"] is not None]
             if not finite:
-                figures.append("not finite | | " if rows else " | | ")
+                figures.append("not finite | | " if rows else "– | – | –")
                 continue
             lds = max((row["lds"] for row in finite), key=lambda value: value["mean"])
             loo = max(row["loo"]["mean"] for row in finite)
@@ -245,7 +245,7 @@ def lds_table(name: str) -> str:
         f"{facts['n']:,} training examples, {facts['queries']} queries, {facts['subsets']} halves of the data, "
         f"{facts['left_out']} examples left out. {sizes}. LDS ± half of its 95 % interval over the queries; LOO: "
         "Spearman's correlation with leaving single examples out. Of the dampings 0.001, 0.01 and 0.1 the best for "
-        "each figure, contender by contender; CPU seconds of the fastest, fit and scores. "
+        "each figure, contender by contender; CPU seconds of the fastest, fit and scores. –: blocks too large. "
         f"{meta['device']}, {meta['threads']} thread, torch {meta['versions']['torch']}. "
         "Made by `python benchmarks/lds.py`.",
     ]
