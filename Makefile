@@ -1,4 +1,4 @@
-# make demo · test · lint · bench · cuda-check · gpu-check: each sets up what it needs.
+# make demo · test · lint · bench · cuda-check · arm-check · gpu-check: each sets up what it needs.
 # PYTHON=... chooses an interpreter. One that already imports everything below is used as it is (a machine without network);
 # otherwise .venv is made.
 PYTHON ?= python3
@@ -19,7 +19,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 OUT     ?= runs/demo
 
-.PHONY: demo test lint bench bench-kcenter bench-influence results cuda-check gpu-check clean
+.PHONY: demo test lint bench bench-kcenter bench-influence results cuda-check arm-check gpu-check clean
 
 demo: build/ready  ## remove each class of the digits from a small CNN, compare samplers with retraining
 	$(PY) -m fastif class-removal --out $(OUT)
@@ -58,6 +58,10 @@ results: build/ready  ## README's tables from scratch, about an hour: make resul
 
 cuda-check: $(SETUP)  ## compile every CUDA source; needs nvcc, no GPU
 	PY=$(PY) bash csrc/check_cuda.sh
+
+arm-check: .venv/ready  ## compile every CPU source for 64-bit ARM
+	.venv/bin/pip install -q ziglang
+	PY=.venv/bin/python sh csrc/check_arm.sh
 
 gpu-check: $(SETUP)  ## on a machine with a GPU: build, test, sanitize, benchmark, write one JSON
 	$(PY) benchmarks/gpu_check.py

@@ -179,6 +179,7 @@ class Stages(NamedTuple):
     wall: dict[str, float]
     peak: float
     scores: Tensor  # [q, n], without the 1/n
+    own: Tensor | None  # self-scores [n], likewise
 
 
 def staged(stages: dict[str, Callable[[], Any]]) -> tuple[dict[str, float], dict[str, float], float, dict[str, Any]]:
@@ -210,7 +211,7 @@ def run_fastif(work: Work, n: int, separable: float | None = None) -> Stages:
             "self": lambda: influence.self_influence(train),
         }
     )
-    return Stages(cpu, wall, peak, results["scores"] * n)
+    return Stages(cpu, wall, peak, results["scores"] * n, results["self"] * n)
 
 
 def run_kronfluence(work: Work, n: int) -> Stages:
@@ -250,7 +251,8 @@ def run_kronfluence(work: Work, n: int) -> Stages:
                 "self": lambda: analyzer.compute_self_scores("t", "f", train, **sizes),
             }
         )
-        return Stages(cpu, wall, peak, analyzer.load_pairwise_scores("s")["all_modules"])
+        own = analyzer.load_self_scores("t")["all_modules"]
+        return Stages(cpu, wall, peak, analyzer.load_pairwise_scores("s")["all_modules"], own)
 
 
 def run_dattri(work: Work, n: int) -> Stages:
@@ -271,7 +273,7 @@ def run_dattri(work: Work, n: int) -> Stages:
     cpu, wall, peak, results = staged(
         {"fit": lambda: attributor.cache(train), "scores": lambda: attributor.attribute(train, query)}
     )
-    return Stages(cpu, wall, peak, results["scores"].T)
+    return Stages(cpu, wall, peak, results["scores"].T, None)
 
 
 PEERS = {"kronfluence": run_kronfluence, "dattri": run_dattri}
@@ -282,6 +284,12 @@ def drawn_on(small: dict[str, float], large: dict[str, float], parts: tuple[int,
     a, b = parts
     slopes = {stage: max(0.0, (large[stage] - small[stage]) / (b - a)) for stage in large}
     return {stage: large[stage] + slopes[stage] * (n - b) for stage in large}
+
+
+def correlation(a: Tensor | None, b: Tensor | None) -> float:
+    assert a is not None
+    assert b is not None
+    return float(torch.corrcoef(torch.stack([a.flatten().float(), b.flatten().float()]))[0, 1])
 
 
 @pytest.mark.parametrize("make", [mlp, cnn, resnet9, gpt], ids=lambda f: f.__name__)
@@ -296,16 +304,17 @@ def test_influence(benchmark, capsys, make):
         if name == "dattri":
             pytest.importorskip("dattri")
         small, large = (PEERS[name](work, part) for part in work.parts)
-        agreement = torch.corrcoef(torch.stack([large.scores.flatten().float(), ours_part.scores.flatten()]))[0, 1]
+        agreement = correlation(large.scores, ours_part.scores)
         if name == "kronfluence":
             assert agreement >= 0.9999, f"{name}: correlation {agreement}"
+            assert correlation(large.own, ours_part.own) >= 0.9999
         cpu = drawn_on(small.seconds, large.seconds, work.parts, n)
         wall = drawn_on(small.wall, large.wall, work.parts, n)
         peers[name] = {
             "cpu_seconds": cpu,
             "wall_seconds": wall,
             "peak_mib": large.peak,
-            "correlation": float(agreement),
+            "correlation": agreement,
         }
     exact = run_fastif(work, n)
     ours: dict[str, dict[str, Any]] = {

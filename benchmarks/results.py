@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "kcenter.md", ROOT / "docs" / "evaluation.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("kcenter", "removal", "evaluation")))
 SAMPLERS = ("logit", "leverage", "random", "stratified", "k_center", "certified", "intermediate_distance", "prefix")
 
 
@@ -140,6 +140,37 @@ def kcenter_table(name: str) -> str:
         f"{machine['torch']}, {results['datetime'][:10]}. Made by `make bench-kcenter`.",
     ]
     return "\n".join(lines)
+
+
+def removal_layers_table(name: str) -> str:
+    results = json.loads((KEPT / f"{name}.json").read_text())
+    meta, cells = results["meta"], {(row["variant"], row["step"]): row for row in results["summary"]}
+    shown = [step for step in (1, 2, 3, 4, 6) if step <= meta["steps"]]
+    lines = [
+        "| what moves | F1 after 3 steps | KL, retained classes | KL, removed class | "
+        + " | ".join(f"KL after {step}" for step in shown)
+        + " | seconds per step |",
+        "|---" * (5 + len(shown)) + "|",
+    ]
+    for variant in dict.fromkeys(row["variant"] for row in results["summary"]):
+        row = cells.get((variant, 3)) or cells[variant, 0]
+        entries = [f"{row['F1']:.4f}", f"{row['KL_retained']:.4f}", f"{row['KL_removed']:.3f}"]
+        if row["step"] == 0:
+            lines.append(f"| *{variant}* | {' | '.join(entries)} | {row['KL']:.4f} |" + " |" * len(shown))
+            continue
+        course = [f"{cells[variant, step]['KL']:.4f} ± {cells[variant, step]['KL_std']:.4f}" for step in shown]
+        lines.append(f"| {variant} | {' | '.join((*entries, *course))} | {row['seconds'] / 3:.2g} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Means over classes {', '.join(map(str, meta['classes']))} and {meta['seeds']} trained networks, ± the "
+            f"standard deviation over the networks; {meta['examples']:,} training examples, {meta['n_test']:,} held "
+            "out; "
+            f"{meta['device']}, {meta['threads']} thread{'s' if meta['threads'] > 1 else ''} of a busy machine, torch "
+            f"{meta['versions']['torch']}, {meta['date'][:10]}. Made by `{meta['command']}`.",
+        ]
+    )
 
 
 def influence_table(name: str) -> str:
@@ -299,6 +330,7 @@ def with_tables(page: str) -> str:
         name = match[1]
         kinds = {
             "class-removal": class_removal_table,
+            "removal-layers": removal_layers_table,
             "kcenter": kcenter_table,
             "influence": influence_table,
             "mislabel": mislabel_table,

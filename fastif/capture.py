@@ -298,7 +298,8 @@ class Forward:
             )
 
         each = max(1, SLICE // make(0, 1).entries)
-        return make(0, self.n) if self.n <= each else Sliced(make, 0, self.n, each)
+        moment = uses[0][0].input_moment(uses[0][1], uses[0][2]) if len(uses) == 1 else None
+        return make(0, self.n) if self.n <= each and moment is None else Sliced(make, 0, self.n, each, moment)
 
     def check(self, losses: Tensor, mixing: bool = True) -> None:
         """Refuses a model whose examples mix, or that uses a covered parameter where no hook sees it.

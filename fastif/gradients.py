@@ -20,6 +20,7 @@ from torch import Tensor
 from fastif import ops
 
 Side = Literal["inputs", "outputs"]
+InputMoment = Callable[[int, int, Tensor], Tensor]  # of examples begin, ..., end - 1, with their weights
 _TOGETHER = 1 << 23  # entries of gradients that are multiplied with directions at a time: 32 MiB in float32
 
 
@@ -117,7 +118,7 @@ class Dense:
         return out
 
     def formed(self) -> Tensor:
-        return torch.einsum("snto,sntd->nsod", self.output_grads, self.inputs)
+        return (self.output_grads.mT @ self.inputs).transpose(0, 1)
 
     def rotated(self, output_basis: Tensor | None, input_basis: Tensor) -> Dense | Formed:
         (t, d), o = self.inputs.shape[2:], self.output_grads.shape[3]
@@ -279,6 +280,7 @@ class Sliced:
     begin: int
     end: int
     each: int  # examples of a slice
+    input_moment: InputMoment | None = None  # where it takes no factors
 
     def __len__(self) -> int:
         return self.end - self.begin
@@ -308,6 +310,8 @@ class Sliced:
         return self._added(weights, lambda part, w: part.squares(w))
 
     def moment(self, side: Side, weights: Tensor) -> Tensor:
+        if side == "inputs" and self.input_moment is not None:
+            return self.input_moment(self.begin, self.end, weights)
         return self._added(weights, lambda part, w: part.moment(side, w))
 
     def sq_norms(self, scale: Tensor | None = None) -> Tensor:
@@ -334,7 +338,8 @@ class Sliced:
         return torch.cat([part.formed() for part, _ in self.parts()])
 
     def rotated(self, output_basis: Tensor | None, input_basis: Tensor) -> Sliced:
-        return replace(self, make=lambda begin, end: self.make(begin, end).rotated(output_basis, input_basis))
+        make = lambda begin, end: self.make(begin, end).rotated(output_basis, input_basis)  # noqa: E731
+        return replace(self, make=make, input_moment=None)
 
     @property
     def activations(self) -> Side | None:

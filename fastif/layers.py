@@ -8,7 +8,7 @@ here and nowhere else. docs/math.md (15).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastif.gradients import Dense, OneHot
+from fastif.convolutions import Window
+from fastif.gradients import Dense, InputMoment, OneHot
 
 
 class Piece(NamedTuple):
@@ -33,6 +34,7 @@ class Use(NamedTuple):
     source: str  # the recorded pair (x, u) that it reads
     gradients: Callable[[Tensor, Tensor], Dense | OneHot]
     sliceable: bool = True  # whether an example's gradient follows from its own rows of x and u
+    input_moment: Callable[[Tensor, Tensor], InputMoment | None] = lambda _x, _u: None  # a shorter way to it
 
 
 class Block(NamedTuple):
@@ -47,6 +49,14 @@ class Block(NamedTuple):
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    def matrix(self, values: Mapping[Tensor, Tensor]) -> Tensor:
+        """The matrix [g, o, d] in which `values` stand for the parameters: what `split` takes apart."""
+        like = values[self.parameters[0]]
+        out = like.new_zeros(self.size)
+        for parameter, rows, places in self.split(torch.arange(self.size, device=like.device).view(self.shape)):
+            out[places.flatten()] = values[parameter][rows].flatten()
+        return out.view(self.shape)
 
 
 def blocks_of(name: str, module: nn.Module, apart: set[Tensor]) -> list[Block] | str:
@@ -151,21 +161,34 @@ def _convolution(name: str, module: nn.modules.conv._ConvNd, apart: set[Tensor])
     o, d = weight.shape[0] // g, weight[0].numel()
     separate = bias is not None and (weight in apart or bias in apart)
     joint = bias is not None and not separate
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    zeros = module.padding_mode == "zeros"
+    padding: list[int] = module._reversed_padding_repeated_twice  # last axis first, before and after
+    before, after = tuple(padding[-2::-2]), tuple(padding[::-2])
+
+    def seen(x: Tensor, positions: tuple[int, ...]) -> tuple[Tensor, Window]:
+        nothing = (0,) * len(positions)
+        if not zeros:
+            x = F.pad(x, padding, mode=module.padding_mode)
+        beside = (before, after) if zeros else (nothing, nothing)
+        return x, Window(module.kernel_size, module.stride, module.dilation, *beside, positions)
 
     def gradients(x: Tensor, u: Tensor) -> Dense:
-        n = len(x)
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-        patches = _patches(x, module.kernel_size, module.stride, module.dilation, u.shape[2:])
-        patches = patches.reshape(n, -1, g, d).permute(2, 0, 1, 3)  # [g, n, t, d]
-        return Dense(_with_ones(patches, joint), u.reshape(n, g, o, -1).permute(1, 0, 3, 2))
+        image, window = seen(x, tuple(u.shape[2:]))
+        patches = window.patches(image, g, joint)
+        return Dense(patches, u.reshape(len(u), g, o, -1).transpose(0, 1).mT)
+
+    def input_moment(x: Tensor, u: Tensor) -> InputMoment | None:
+        image, window = seen(x[:1], tuple(u.shape[2:]))
+        if g > 1 or not window.moment_is_shorter(image.shape[1], image.shape[2:]):
+            return None
+        return lambda begin, end, weights: window.moment(seen(x[begin:end], window.positions)[0], weights, joint)
 
     def split(m: Tensor) -> list[Piece]:
         pieces = [Piece(weight, slice(None), m[:, :, :d].reshape(weight.shape))]
         return [*pieces, Piece(bias, slice(None), m[:, :, d].reshape(-1))] if joint and bias is not None else pieces
 
     parameters = (weight, bias) if joint and bias is not None else (weight,)
-    blocks = [Block(name, (g, o, d + joint), parameters, (Use(name, gradients),), split)]
+    blocks = [Block(name, (g, o, d + joint), parameters, (Use(name, gradients, True, input_moment),), split)]
     if separate and bias is not None:
         blocks.append(_bias(f"{name}.bias", bias, name, channel_axis=1))
     return blocks
@@ -178,14 +201,14 @@ def _transposed_convolution(name: str, module: nn.modules.conv._ConvTransposeNd)
     padding: tuple[int, ...] = module.padding  # pyright: ignore[reportAssignmentType]
 
     def gradients(x: Tensor, u: Tensor) -> Dense:
-        n, size = len(x), x.shape[2:]
-        margins: list[int] = []
-        for axis in reversed(range(len(size))):
-            span = (size[axis] - 1) * module.stride[axis] + (module.kernel_size[axis] - 1) * module.dilation[axis] + 1
-            margins += [padding[axis], span - padding[axis] - u.shape[2 + axis]]
-        patches = _patches(F.pad(u, margins), module.kernel_size, module.stride, module.dilation, size)
-        patches = patches.reshape(n, -1, g, d).permute(2, 0, 1, 3)
-        return Dense(patches, x.reshape(n, g, o, -1).permute(1, 0, 3, 2), activations="outputs")
+        size = tuple(x.shape[2:])
+        after: list[int] = []
+        for axis, length in enumerate(size):
+            span = (length - 1) * module.stride[axis] + (module.kernel_size[axis] - 1) * module.dilation[axis] + 1
+            after.append(span - padding[axis] - u.shape[2 + axis])
+        window = Window(module.kernel_size, module.stride, module.dilation, padding, tuple(after), size)
+        rows = x.reshape(len(x), g, o, -1).transpose(0, 1).mT
+        return Dense(window.patches(u, g, False), rows, activations="outputs")
 
     def split(m: Tensor) -> list[Piece]:
         return [Piece(weight, slice(None), m.reshape(weight.shape))]
@@ -194,18 +217,6 @@ def _transposed_convolution(name: str, module: nn.modules.conv._ConvTransposeNd)
     if module.bias is not None:
         blocks.append(_bias(f"{name}.bias", module.bias, name, channel_axis=1))
     return blocks
-
-
-def _patches(
-    x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], size: Any
-) -> Tensor:
-    """What a kernel sees at each of `size` positions, [n, *size, channels, *kernel]: a view of x [n, channels, ...]."""
-    axes = x.stride()[2:]
-    steps = [a * s for a, s in zip(axes, stride, strict=True)]
-    inner = [a * s for a, s in zip(axes, dilation, strict=True)]
-    return x.as_strided(
-        (len(x), *size, x.shape[1], *kernel), (x.stride(0), *steps, x.stride(1), *inner), x.storage_offset()
-    )
 
 
 # -------------------------------------------------------------------------------------------- embeddings, normalisation

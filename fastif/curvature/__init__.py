@@ -1,7 +1,8 @@
 """Curvature estimators, one per file, with one protocol.
 
 `Influence` drives them: `begin` a layer's block, `observe` its gradients batch by batch in `passes` passes, `end` each
-pass; then `solve`, `sq_norms` and `directions` apply the damped inverse.
+pass; then `solve`, `sq_norms` and `directions` apply the damped inverse. A `JointCurvature` does so for several blocks
+at once.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fastif.curvature.arnoldi import Arnoldi
+from fastif.curvature.cg import CG, NotConverged
 from fastif.curvature.cholesky import NotPositiveDefinite
+from fastif.curvature.data_inf import DataInf
 from fastif.curvature.diagonal import Diagonal, Identity
 from fastif.curvature.directions import Directions, Explicit, LowRank
 from fastif.curvature.ekfac import EKFAC
 from fastif.curvature.exact_block import ExactBlock
 from fastif.curvature.kfac import KFAC
+from fastif.curvature.lissa import Diverged, LiSSA
+from fastif.curvature.network import FitData, JointCurvature
 from fastif.gradients import Gradients
 from fastif.losses import Fisher
 
@@ -67,14 +73,22 @@ class Curvature(Protocol):
 
 
 __all__ = [
+    "CG",
     "EKFAC",
     "KFAC",
+    "Arnoldi",
     "Curvature",
+    "DataInf",
     "Diagonal",
     "Directions",
+    "Diverged",
     "ExactBlock",
     "Explicit",
+    "FitData",
     "Identity",
+    "JointCurvature",
+    "LiSSA",
     "LowRank",
+    "NotConverged",
     "NotPositiveDefinite",
 ]

@@ -35,14 +35,21 @@ class ExactBlock:
             0 never suffices for "ggn".
         matrix: which curvature.
         name: of the layer, for messages.
+        joint: in `Influence`, one block over all the layers that it is chosen for, with what they have in common.
     """
 
-    def __init__(self, damping: float | Literal["auto"] = 1e-3, matrix: Matrix = "ggn", name: str = "head"):
+    def __init__(
+        self,
+        damping: float | Literal["auto"] = 1e-3,
+        matrix: Matrix = "ggn",
+        name: str = "head",
+        joint: bool = False,
+    ):
         check_damping(damping)
         if matrix not in ("ggn", "hessian", "empirical_fisher"):
             raise ValueError(f"ExactBlock: matrix must be 'ggn', 'hessian' or 'empirical_fisher', got {matrix!r}")
         self.damping: float | Literal["auto"] = damping
-        self.matrix, self.name = matrix, name
+        self.matrix, self.name, self.joint = matrix, name, joint
         self._shape: tuple[int, ...] = ()  # [g, o, d] of a layer that is given by its gradients
         self._block: Tensor | None = None  # [c, d, c, d]
         self._factor: Tensor | None = None  # [c·d, c·d] float64
