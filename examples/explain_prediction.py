@@ -52,11 +52,11 @@ figure = Figure(figsize=(9, 2.9), dpi=100, layout="constrained")
 axes = figure.subplots(2, 9)
 for axis in axes.flat:
     axis.axis("off")
-axes[0, 0].imshow(asked[0][0, 0], cmap="gray_r")
+axes[0, 0].imshow(asked[0][0, 0].numpy(), cmap="gray_r")
 axes[0, 0].set_title(f"a {int(asked[1])}, called {int(logits[query].argmax())}", fontsize=8)
 for row, (values, indices, colour) in enumerate(((helpful, helping, "#0072b2"), (harmful, harming, "#d55e00"))):
     for axis, value, index in zip(axes[row, 1:], values.tolist(), indices.tolist(), strict=True):
-        axis.imshow(images[index, 0], cmap="gray_r")
+        axis.imshow(images[index, 0].numpy(), cmap="gray_r")
         axis.set_title(f"{int(labels[index])}: {value:+.2f}", fontsize=8, color=colour)
 figure.suptitle(
     "What helps it most (above), what harms it most (below): label, predicted rise of its loss without", fontsize=9

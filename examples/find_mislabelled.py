@@ -49,7 +49,7 @@ print(f"AUC: {found.auc:.4f}, of the loss alone {loss.auc:.4f}")
 
 figure = Figure(figsize=(9, 4.8), dpi=100, layout="constrained")
 for axis, index in zip(figure.subplots(4, 8).flat, suspicion.argsort(descending=True).tolist(), strict=False):
-    image = x[index].permute(1, 2, 0)
+    image = x[index].permute(1, 2, 0).numpy()
     axis.imshow((image - image.min()) / (image.max() - image.min()), cmap="gray_r")
     is_wrong = bool(labels[index] != true[index])
     axis.set_title(f"called {data.classes[labels[index]]}", fontsize=8, color="#d55e00" if is_wrong else "#222222")

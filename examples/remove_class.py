@@ -55,7 +55,7 @@ figure = Figure(figsize=(8, 3), dpi=100, layout="constrained")
 axis = figure.subplots()
 for number, (words, share) in enumerate(shares.items()):
     colour = ("#bbbbbb", "#0072b2", "#e69f00")[number]
-    axis.bar(torch.arange(10) + 0.27 * (number - 1), share, 0.25, label=words, color=colour)
+    axis.bar([digit + 0.27 * (number - 1) for digit in range(10)], share.tolist(), 0.25, label=words, color=colour)
 axis.set(xticks=range(10), xlabel="digit", ylabel="called by its name", title=f"Removing the {given.digit}s")
 axis.spines[["top", "right"]].set_visible(False)
 figure.legend(loc="outside right upper", frameon=False)
