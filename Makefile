@@ -1,4 +1,4 @@
-# make demo · test · lint · bench · cuda-check · gpu-check: each sets up what it needs.
+# make demo · test · lint · bench · cuda-check · arm-check · gpu-check: each sets up what it needs.
 # PYTHON=... chooses an interpreter. One that already imports everything below is used as it is (a machine without network);
 # otherwise .venv is made.
 PYTHON ?= python3
@@ -19,7 +19,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 OUT     ?= runs/demo
 
-.PHONY: demo test lint bench bench-kcenter bench-influence results cuda-check gpu-check clean
+.PHONY: demo test lint bench bench-kcenter bench-influence results cuda-check arm-check gpu-check clean
 
 demo: build/ready  ## remove each class of the digits from a small CNN, compare samplers with retraining
 	$(PY) -m fastif class-removal --out $(OUT)
@@ -59,6 +59,10 @@ results: build/ready  ## README's tables from scratch, about an hour: make resul
 cuda-check: $(SETUP)  ## compile every CUDA source; needs nvcc, no GPU
 	PY=$(PY) bash csrc/check_cuda.sh
 
+arm-check: .venv/ready  ## compile every CPU source for 64-bit ARM
+	.venv/bin/pip install -q ziglang
+	PY=.venv/bin/python sh csrc/check_arm.sh
+
 gpu-check: $(SETUP)  ## on a machine with a GPU: build, test, sanitize, benchmark, write one JSON
 	$(PY) benchmarks/gpu_check.py
 
@@ -82,7 +86,7 @@ build/ready: $(SOURCES) $(SETUP)
 .venv/test: .venv/ready
 	.venv/bin/pip install -q $(TORCH) pytest-cov scipy einops einconv opt-einsum linear_operator accelerate transformers opacus==1.6.0
 	@# Without dependencies: they ask for torchvision and use none of it here; one built for another torch breaks transformers.
-	.venv/bin/pip install -q --no-deps curvlinops-for-pytorch==3.0.1 backpack-for-pytorch unfoldNd kronfluence==1.0.1 dattri==0.3.0
+	.venv/bin/pip install -q --no-deps curvlinops-for-pytorch==3.0.1 backpack-for-pytorch unfoldNd kronfluence==1.0.1 dattri==0.3.0 captum==0.9.0
 	@touch $@
 
 .venv/lint: .venv/ready

@@ -17,6 +17,7 @@ from benchmarks.conftest import DEVICE
 from fastif import ExactBlock, Influence, samplers
 from fastif.curvature.cholesky import extreme_eigenvalues
 from fastif.data import load
+from fastif.fitting import begun, observe
 from fastif.measure import Measure
 from fastif.ops import ggn_block
 
@@ -141,7 +142,7 @@ def rows_by_addmm(model, x, loss_columns, layer):
 
     def work():
         total = None
-        with influence._running(None):
+        with influence.passes.running(None):
             forward = influence.capture.forward(x)
             for column in loss_columns(forward.outputs):
                 g = forward.gradients(forward.outputs, column, keep=True)[layer].formed().flatten(1)
@@ -182,9 +183,9 @@ def test_hidden_block(race, name):
     influence = Influence(model, curvature=ExactBlock(1e-1), layers=layer, progress=False, batch_size=n)
 
     def build_block():
-        with influence._running(None):
-            curvature = influence._begun(None)
-            influence._observe(curvature, x, y, torch.full((n,), 1 / n), 0, torch.Generator())
+        with influence.passes.running(None):
+            curvature = begun(influence.parts, influence.capture, None)
+            observe(influence.passes, curvature, x, y, torch.full((n,), 1 / n), 0, torch.Generator())
         return curvature.by_block[layer].block
 
     plain = rows_by_addmm(model, x, softmax_columns, layer)

@@ -3,7 +3,9 @@
 python benchmarks/results.py keep runs/fashion-mnist/results.json class-removal-fashion-mnist
 python benchmarks/results.py keep runs/bench.json cpu
 python benchmarks/results.py keep runs/kcenter.json kcenter-cpu
-python benchmarks/results.py tables          # rewrites README.md and docs/kcenter.md between markers; pictures
+python benchmarks/results.py keep runs/mislabel/results.json mislabel
+python benchmarks/results.py keep runs/lds/results.json lds
+python benchmarks/results.py tables          # rewrites README.md and the pages in docs between markers; pictures
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "kcenter.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("kcenter", "removal", "evaluation")))
 SAMPLERS = ("logit", "leverage", "random", "stratified", "k_center", "certified", "intermediate_distance", "prefix")
 
 
@@ -33,7 +36,7 @@ def keep(source: Path, name: str) -> None:
         ]
         kept = ["DIR" if before == "--root" else w for w, before in zip(kept, ["", *kept], strict=False)]
         results["meta"]["command"] = " ".join(["fastif", *kept])
-    else:
+    elif "benchmarks" in results:
         results.pop("commit_info", None)
         for benchmark in results["benchmarks"]:
             benchmark.pop("options", None)
@@ -139,6 +142,37 @@ def kcenter_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def removal_layers_table(name: str) -> str:
+    results = json.loads((KEPT / f"{name}.json").read_text())
+    meta, cells = results["meta"], {(row["variant"], row["step"]): row for row in results["summary"]}
+    shown = [step for step in (1, 2, 3, 4, 6) if step <= meta["steps"]]
+    lines = [
+        "| what moves | F1 after 3 steps | KL, retained classes | KL, removed class | "
+        + " | ".join(f"KL after {step}" for step in shown)
+        + " | seconds per step |",
+        "|---" * (5 + len(shown)) + "|",
+    ]
+    for variant in dict.fromkeys(row["variant"] for row in results["summary"]):
+        row = cells.get((variant, 3)) or cells[variant, 0]
+        entries = [f"{row['F1']:.4f}", f"{row['KL_retained']:.4f}", f"{row['KL_removed']:.3f}"]
+        if row["step"] == 0:
+            lines.append(f"| *{variant}* | {' | '.join(entries)} | {row['KL']:.4f} |" + " |" * len(shown))
+            continue
+        course = [f"{cells[variant, step]['KL']:.4f} ± {cells[variant, step]['KL_std']:.4f}" for step in shown]
+        lines.append(f"| {variant} | {' | '.join((*entries, *course))} | {row['seconds'] / 3:.2g} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Means over classes {', '.join(map(str, meta['classes']))} and {meta['seeds']} trained networks, ± the "
+            f"standard deviation over the networks; {meta['examples']:,} training examples, {meta['n_test']:,} held "
+            "out; "
+            f"{meta['device']}, {meta['threads']} thread{'s' if meta['threads'] > 1 else ''} of a busy machine, torch "
+            f"{meta['versions']['torch']}, {meta['date'][:10]}. Made by `{meta['command']}`.",
+        ]
+    )
+
+
 def influence_table(name: str) -> str:
     results = json.loads((KEPT / f"{name}.json").read_text())
     lines = [
@@ -170,6 +204,81 @@ def influence_table(name: str) -> str:
         "fastif correlate by at least 0.9999, which is asserted. "
         f"{machine['cpu'].get('brand_raw', 'CPU')}, {machine['threads']} threads, {machine['build']['isa']}, torch "
         f"{machine['torch']}, {results['datetime'][:10]}. Made by `make bench-influence`.",
+    ]
+    return "\n".join(lines)
+
+
+def mislabel_table(name: str) -> str:
+    results = json.loads((KEPT / f"{name}.json").read_text())
+    meta, kinds = results["meta"], results["meta"]["labels"]
+    cells: dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]] = {}
+    for row in results["detection"]:
+        what, sampler, share, _ = row["contender"]
+        cells.setdefault((what, sampler, share), {}).setdefault(row["labels"], []).append(row)
+    wrong = {labels: next(row["wrong"] for row in results["detection"] if row["labels"] == labels) for labels in kinds}
+    heads = " | ".join(f"`{labels}`: AUC | wrong among the top tenth" for labels in kinds)
+    lines = [f"| suspicion | curvature from | {heads} | CPU s |", "|---|---|" + "---|---|" * len(kinds) + "---|"]
+    for (what, sampler, share), found in cells.items():
+        shown = {"head": "self-influence, head", "all layers": "self-influence, all layers"}.get(what, what)
+        source = f"{share} `{sampler}`" if sampler else {"100%": "all"}.get(share, "")
+        figures = []
+        for labels in kinds:
+            rows = found[labels]
+            aucs = [row["auc"] for row in rows]
+            spread = f" ± {stdev(aucs):.4f}" if len(aucs) > 1 else ""
+            figures.append(f"{fmean(aucs):.4f}{spread} | {fmean(row['precision'] for row in rows):.1%}")
+        seconds = min(row["cpu_seconds"] for rows in found.values() for row in rows)
+        lines.append(f"| {shown} | {source} | {' | '.join(figures)} | {seconds:.1f} |")
+    shares = ", ".join(f"{share:.1%} of `{labels}`" for labels, share in wrong.items())
+    accuracies = ", ".join(f"{share:.1%} with `{labels}`" for labels, share in meta["test_accuracy"].items())
+    lines += [
+        "",
+        f"{meta['n']:,} images of CIFAR-10, a CNN trained on their CIFAR-10N labels for {meta['epochs']} epochs (test "
+        f"accuracy {accuracies}); by chance the AUC is 0.5 and the tenth holds the share of wrong labels, "
+        f"{shares}. Damping {meta['damping']:g}; ± is the standard deviation over the sampler's seeds. "
+        f"{meta['device']}, {meta['threads']} thread, torch {meta['versions']['torch']}. "
+        "Made by `python benchmarks/mislabel_detection.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def lds_table(name: str) -> str:
+    results = json.loads((KEPT / f"{name}.json").read_text())
+    models = results["meta"]["models"]
+    cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in results["lds"]:
+        cells.setdefault(row["contender"], {}).setdefault(row["model"], []).append(row)
+    heads = " | ".join(f"{model}: LDS | LOO | CPU s" for model in models)
+    lines = [f"| | {heads} |", "|---|" + "---|---|---|" * len(models)]
+    for contender, found in cells.items():
+        figures = []
+        for model in models:
+            rows = found.get(model, [])
+            finite = [row for row in rows if row["lds"] is not None]
+            if not finite:
+                figures.append("not finite | | " if rows else "– | – | –")
+                continue
+            lds = max((row["lds"] for row in finite), key=lambda value: value["mean"])
+            loo = max(row["loo"]["mean"] for row in finite)
+            seconds = min(row["cpu_seconds"] for row in rows)
+            half = (lds["high"] - lds["low"]) / 2
+            figures.append(f"{lds['mean']:.3f} ± {half:.3f} | {loo:.3f} | {seconds:.2f}")
+        lines.append(f"| {contender} | {' | '.join(figures)} |")
+    sizes = "; ".join(
+        f"{model}: {facts['parameters']:,} parameters, {facts['seeds']} seed{'s' if facts['seeds'] > 1 else ''} a set, "
+        f"{facts['accuracy']:.0%} of the queries right"
+        for model, facts in models.items()
+    )
+    facts = next(iter(models.values()))
+    meta = results["meta"]
+    lines += [
+        "",
+        f"{facts['n']:,} training examples, {facts['queries']} queries, {facts['subsets']} halves of the data, "
+        f"{facts['left_out']} examples left out. {sizes}. LDS ± half of its 95 % interval over the queries; LOO: "
+        "Spearman's correlation with leaving single examples out. Of the dampings 0.001, 0.01 and 0.1 the best for "
+        "each figure, contender by contender; CPU seconds of the fastest, fit and scores. –: blocks too large. "
+        f"{meta['device']}, {meta['threads']} thread, torch {meta['versions']['torch']}. "
+        "Made by `python benchmarks/lds.py`.",
     ]
     return "\n".join(lines)
 
@@ -219,7 +328,14 @@ def with_tables(page: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
-        kinds = {"class-removal": class_removal_table, "kcenter": kcenter_table, "influence": influence_table}
+        kinds = {
+            "class-removal": class_removal_table,
+            "removal-layers": removal_layers_table,
+            "kcenter": kcenter_table,
+            "influence": influence_table,
+            "mislabel": mislabel_table,
+            "lds": lds_table,
+        }
         make = next((make for kind, make in kinds.items() if name.startswith(kind)), benchmark_table)
         return f"<!-- table: {name} -->\n{make(name)}\n<!-- end -->"
 

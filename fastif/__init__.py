@@ -2,27 +2,49 @@
 
 from fastif import curvature, data, evaluation, ops, samplers
 from fastif._version import __version__
-from fastif.curvature import EKFAC, KFAC, Diagonal, ExactBlock, Identity, NotPositiveDefinite
+from fastif.curvature import (
+    CG,
+    EKFAC,
+    KFAC,
+    Arnoldi,
+    DataInf,
+    Diagonal,
+    Diverged,
+    ExactBlock,
+    Identity,
+    LiSSA,
+    NotConverged,
+    NotPositiveDefinite,
+    RandomProjection,
+)
 from fastif.features import Extracted, extract, find_head
 from fastif.influence import Influence
 from fastif.ops import build_info
 from fastif.plan import Plan
-from fastif.removal import HeadStep, Removal, remove
+from fastif.removal import HeadStep, NetworkStep, Removal, remove
 from fastif.samplers import CertifiedSubset, Subset
 from fastif.store import ScoreFolder
 
 __all__ = [
+    "CG",
     "EKFAC",
     "KFAC",
+    "Arnoldi",
     "CertifiedSubset",
+    "DataInf",
     "Diagonal",
+    "Diverged",
     "ExactBlock",
     "Extracted",
     "HeadStep",
     "Identity",
     "Influence",
+    "LiSSA",
+    "NetworkStep",
+    "NotConverged",
     "NotPositiveDefinite",
     "Plan",
+    "RandomProjection",
     "Removal",
     "ScoreFolder",
     "Subset",

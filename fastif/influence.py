@@ -6,41 +6,26 @@ removed; positive means that the example helps the query. docs/math.md (1), (2).
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from fastif.capture import Capture, Forward, dtype_of
-from fastif.curvature import Curvature, Directions, ExactBlock, Explicit, LowRank
-from fastif.curvature.network import Alone, FitData, JointCurvature, NetworkCurvature, Together
-from fastif.data import as_loader, batch_length, count, picked, rows_of
-from fastif.features import find_head, moved_to, placed
-from fastif.gradients import Gradients
-from fastif.losses import (
-    IGNORED,
-    Loss,
-    Measurement,
-    check_loss,
-    check_measurement,
-    labels_in,
-    labels_of,
-    measured,
-    output_columns,
-    per_sample,
-)
+from fastif.capture import Capture
+from fastif.curvature import ExactBlock
+from fastif.curvature.network import NetworkCurvature
+from fastif.data import count
+from fastif.features import find_head
+from fastif.fitting import Estimator, assigned, begun, fit
+from fastif.losses import Loss, Measurement, check_loss, check_measurement
+from fastif.passes import Passes
 from fastif.plan import Plan, plan
-from fastif.samplers import check_subset
+from fastif.scoring import assembled, tiles
 from fastif.store import ScoreFolder, best_of, write_scores
-
-Estimator = Curvature | JointCurvature
-_RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+from fastif.subset import Subset, check_subset
 
 
 class Influence:
@@ -58,8 +43,9 @@ class Influence:
             act is refused unless `allow_train_mode`.
         loss: "cross_entropy", "causal_lm", "bce", "mse", or a function (outputs, batch) → [n]; see `fastif.losses`. The
             model was trained on its mean over the training examples.
-        curvature: an estimator (`ExactBlock`, `KFAC`, `EKFAC`, `Diagonal`, `Identity`), or a mapping from patterns of
-            layer names to estimators, the first match counts. They are copied. Default ExactBlock(damping=1e-3).
+        curvature: an estimator of single layers (`ExactBlock`, `KFAC`, `EKFAC`, `Diagonal`, `DataInf`, `Identity`) or
+            of all together (`CG`, `LiSSA`, `Arnoldi`, `RandomProjection`, `ExactBlock` with joint=True), or a mapping
+            from patterns of layer names to estimators, the first match counts. They are copied. Default ExactBlock().
         layers: names or patterns of the layers whose parameters may move (see `Capture`). Default all that are known;
             for a lone ExactBlock, which holds the square of what it covers, the head: the last nn.Linear
             (with joint=True all).
@@ -71,7 +57,7 @@ class Influence:
         autocast: run forward and backward passes under autocast of this 16-bit type, whatever surrounds the call; sums
             are float32 all the same. Default: not.
         allow_train_mode: run a model in train mode as it is.
-        seed: of the labels that fisher="monte_carlo" draws.
+        seed: of what is drawn: the labels of fisher="monte_carlo", the examples of a stochastic LiSSA.
         progress: show progress bars.
     """
 
@@ -101,19 +87,35 @@ class Influence:
         curvature = ExactBlock() if curvature is None else curvature
         if isinstance(curvature, ExactBlock) and not curvature.joint and layers is None:
             layers = find_head(model)[0] or "*"
-        self.model, self.measurement = model, measurement
-        self.loss: Loss = loss
-        self.batch_size, self.memory, self.seed, self.progress = batch_size, memory, seed, progress
-        self.allow_train_mode, self.checkpoints, self.autocast = allow_train_mode, checkpoints, autocast
-        self.capture = Capture(model, layers)
-        self._parts = self._assigned(curvature)
-        places = {parameter.device for parameter in model.parameters()}
-        if device is None and len(places) > 1:
-            raise ValueError(f"Influence: the model is spread over {', '.join(sorted(map(str, places)))}")
-        self.device = places.pop() if device is None else torch.empty(0, device=device).device
+        self.measurement, self.checkpoints, self.memory, self.seed = measurement, checkpoints, memory, seed
+        self.passes = Passes(
+            model,
+            loss,
+            layers,
+            batch_size=batch_size,
+            device=device,
+            autocast=autocast,
+            allow_train_mode=allow_train_mode,
+            progress=progress,
+        )
+        self.parts = assigned(self.capture, curvature)  # estimators that have learned nothing, for `plan` and `store`
         self._fitted: list[NetworkCurvature] = []  # by checkpoint
-        self._n = 0
+        self.n = 0  # training examples
         self.bound: float | None = None  # of the last fit's subset, where it has one
+        self.rank_error = 0.0  # of the last scores with rank=
+
+    @property
+    def model(self) -> nn.Module:
+        return self.passes.model
+
+    @property
+    def capture(self) -> Capture:
+        """What is covered of the model, and what is not."""
+        return self.passes.capture
+
+    @property
+    def device(self) -> torch.device:
+        return self.passes.device
 
     @property
     def curvature(self) -> dict[str, Any]:
@@ -124,7 +126,7 @@ class Influence:
 
     def plan(self, train: Any) -> Plan:
         """What will be covered, skipped, stored and computed; only a few examples go through the model."""
-        with self._running(None):
+        with self.passes.running(None):
             return plan(self, train)
 
     def fit(self, train: Any, subset: Any | None = None) -> Influence:
@@ -139,15 +141,15 @@ class Influence:
         Raises ValueError for whatever `Capture` refuses: layers that are not called, examples that mix, parameters
         used behind a layer's back, NaN; NotPositiveDefinite, naming the layer, where damping does not suffice.
         """
-        n = count(train, self.batch_size)
+        n = count(train, self.passes.batch_size)
         indices, weights = torch.arange(n), torch.full((n,), 1 / n, dtype=torch.float64)
         if subset is not None:
             indices, weights = check_subset(subset, n)
         fitted: list[NetworkCurvature] = []
         for checkpoint in self.checkpoints or [None]:
-            with self._running(checkpoint):
-                fitted.append(self._fit_one(train, indices, weights))
-        self._fitted, self._n, self.bound = fitted, n, getattr(subset, "bound", None)
+            with self.passes.running(checkpoint):
+                fitted.append(fit(self.passes, self.parts, train, Subset(indices, weights), self.seed))
+        self._fitted, self.n, self.bound = fitted, n, getattr(subset, "bound", None)
         return self
 
     def on_parameters(self, batch: Any) -> dict[str, Tensor]:
@@ -158,10 +160,10 @@ class Influence:
         docs/math.md (1).
         """
         total: dict[str, Tensor] = {}
-        for checkpoint, curvature in self._at_checkpoints():
+        for checkpoint, curvature in self.at_checkpoints():
             sums: dict[str, Tensor] = {}
-            with self._running(checkpoint):
-                for _, _, gradients in self._gradients(batch, "on_parameters"):
+            with self.passes.running(checkpoint):
+                for _, _, gradients in self.passes.gradients(batch, "on_parameters"):
                     for name, g in gradients.items():
                         part = g.sum(torch.ones(len(g), device=self.device))
                         sums[name] = sums[name].add_(part) if name in sums else part
@@ -185,8 +187,8 @@ class Influence:
         for parameter, name in self.capture.names.items():
             if name in self.capture.covered:
                 values[parameter] = vectors[name].to(self.device)
-        for checkpoint, curvature in self._at_checkpoints():
-            with self._running(checkpoint):
+        for checkpoint, curvature in self.at_checkpoints():
+            with self.passes.running(checkpoint):
                 for name, solved in curvature.solve({n: b.matrix(values) for n, b in blocks.items()}).items():
                     solved = solved / len(self._fitted)
                     total[name] = total[name].add_(solved) if name in total else solved
@@ -248,11 +250,11 @@ class Influence:
             return write_scores(self, query, train, out, rank=rank, resume=resume)
         if resume:
             raise ValueError("scores: resume=True needs out=, the folder of the job")
-        return self._assembled(self._tiles(query, train, query_groups, rank), query, query_groups, groups, train)[""]
+        return assembled(self, query, train, query_groups, groups, rank)[""]
 
     def scores_by_layer(self, query: Any, train: Any) -> dict[str, Tensor]:
         """The part of every block in `scores`, {block: [q, n]}; they add up to `scores`."""
-        return self._assembled(self._tiles(query, train, by="layer"), query, None, None, train)
+        return assembled(self, query, train, by="layer")
 
     def scores_by_token(self, query: Any, train: Any) -> Tensor:
         """The part of every position of the training examples in `scores`, [q, n, t]; they add up to `scores`.
@@ -260,7 +262,7 @@ class Influence:
         Raises ValueError where a covered layer has other positions than the rest (a normalisation layer sums over
         them): leave it out with layers=.
         """
-        return self._assembled(self._tiles(query, train, by="token"), query, None, None, train)[""]
+        return assembled(self, query, train, by="token")[""]
 
     def top(self, query: Any, train: Any, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
         """The k training examples with the largest scores for each query: (values [q, k], indices int64 [q, k]).
@@ -268,15 +270,15 @@ class Influence:
         Largest first: the most helpful; `largest=False` gives the most harmful, smallest first. Ties go to the lower
         index. The score matrix [q, n] is not stored, unless there are several checkpoints.
         """
-        n = count(train, self.batch_size)
+        n = count(train, self.passes.batch_size)
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
             raise ValueError(f"top: k must be an integer in [1, n={n}], got k={k}")
         if len(self._fitted) > 1:  # a checkpoint's part is no score: the sum has to be there before it is ranked
             values, indices = self.scores(query, train).sort(dim=1, descending=largest, stable=True)
             return values[:, :k], indices[:, :k]
         best: dict[int, tuple[Tensor, Tensor]] = {}  # by first query of a block
-        with closing(self._tiles(query, train)) as tiles:
-            for tile in tiles:
+        with closing(tiles(self, query, train)) as made:
+            for tile in made:
                 best[tile.query] = best_of(best.get(tile.query), tile.values[""], tile.train, k, largest)
         values, indices = zip(*(best[start] for start in sorted(best)), strict=True)
         return torch.cat(values), torch.cat(indices)
@@ -284,19 +286,18 @@ class Influence:
     def self_influence(self, train: Any) -> Tensor:
         """scores[t, t] of every training example, [n], never negative: how much its loss rests on it."""
         total = None
-        for checkpoint, curvature in self._at_checkpoints():
-            with self._running(checkpoint):
-                parts = [
-                    curvature.sq_norms(gradients).cpu() for _, _, gradients in self._gradients(train, "self-influence")
-                ]
+        for checkpoint, curvature in self.at_checkpoints():
+            with self.passes.running(checkpoint):
+                batches = self.passes.gradients(train, "self-influence")
+                parts = [curvature.sq_norms(gradients).cpu() for _, _, gradients in batches]
             total = torch.cat(parts) if total is None else total + torch.cat(parts)
         assert total is not None
-        return total / (self._n * len(self._fitted))
+        return total / (self.n * len(self._fitted))
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that `fit` learned, as tensors: safetensors or torch.save keep it."""
         _ = self.curvature  # refuses what is not fitted
-        state = {"n": torch.tensor(self._n)}
+        state = {"n": torch.tensor(self.n)}
         for number, curvature in enumerate(self._fitted):
             state.update(curvature.state_dict(f"{number}/"))
         return state
@@ -308,320 +309,15 @@ class Influence:
         for number in range(len(self.checkpoints or [None])):
             own = {key: state[key].to(self.device) for key in left if key.startswith(f"{number}/")}
             left -= own.keys()
-            fitted.append(self._begun(None))
+            fitted.append(begun(self.parts, self.capture, None))
             fitted[-1].load_state_dict(own, f"{number}/")
         if left or "n" not in state:
             raise ValueError(f"load_state_dict: the state is another model's: {min(left) if left else 'no n'}")
-        self._fitted, self._n = fitted, int(state["n"])
+        self._fitted, self.n = fitted, int(state["n"])
         return self
 
-    # --------------------------------------------------------------------------------------------------------- fitting
-
-    def _assigned(self, curvature: Estimator | Mapping[str, Estimator]) -> NetworkCurvature:
-        """An estimator for every block: a copy of its own, or one for all that match its pattern.
-
-        Blocks that no pattern matches are no longer covered.
-        """
-        rules = dict(curvature) if isinstance(curvature, Mapping) else {"*": curvature}
-        for estimator in rules.values():
-            if not hasattr(estimator, "observe"):
-                raise TypeError(f"Influence: curvature must be an estimator or a mapping to them, got {estimator!r}")
-        members: dict[str, list[str]] = {pattern: [] for pattern in rules}
-        for name, block in list(self.capture.blocks.items()):
-            pattern = next((pattern for pattern in rules if fnmatchcase(name, pattern)), None)
-            if pattern is None:
-                self.capture.leave_out(block, "no pattern of curvature= matches its layer")
-            else:
-                members[pattern].append(name)
-        parts: dict[tuple[str, ...], JointCurvature] = {}
-        for pattern, names in members.items():
-            estimator = rules[pattern]
-            if isinstance(estimator, JointCurvature):
-                parts.update({tuple(names): estimator} if names else {})
-            elif getattr(estimator, "joint", False):
-                parts.update({tuple(names): Together(tuple(names), estimator)} if names else {})
-            else:
-                parts.update({(name,): Alone(name, estimator) for name in names})
-        if not parts:
-            raise ValueError(f"Influence: no pattern of curvature= matches a layer, got {', '.join(rules)}")
-        return NetworkCurvature(parts)
-
-    def _begun(self, data: FitData | None) -> NetworkCurvature:
-        curvature = NetworkCurvature({names: copy.deepcopy(part) for names, part in self._parts.parts.items()})
-        curvature.begin({name: block.shape for name, block in self.capture.blocks.items()}, data)
-        return curvature
-
-    def _fit_one(self, train: Any, indices: Tensor, weights: Tensor) -> NetworkCurvature:
-        def batches(bar: tqdm | None = None) -> Iterator[tuple[Any, Any, Tensor]]:
-            for number, ((x, y), places) in enumerate(picked(train, self.batch_size, indices)):
-                self.capture.batch = number
-                yield moved_to(x, self.device), moved_to(y, self.device), weights[places].to(self.device)
-                if bar is not None:
-                    bar.update()
-
-        data = FitData(self.model, self.loss, self.capture.blocks, batches, len(indices), self.seed)
-        curvature = self._begun(data)
-        for turn in range(max(1, curvature.passes)):
-            looking = curvature.open(turn)
-            generator = torch.Generator().manual_seed(self.seed)
-            total = -(-len(indices) // self.batch_size)
-            with tqdm(total=total, desc=f"fit, pass {turn + 1}", disable=not self.progress) as bar:
-                for x, y, w in batches(bar):
-                    self._observe(looking, x, y, w, turn, generator)
-                    if not looking.parts:
-                        break  # nothing to learn: the first batch was looked at for what `Capture` refuses
-            (looking if turn else curvature).end(turn)  # those that look at nothing end with pass 0 too
-        return curvature
-
-    def _check(self, x: Any, y: Any, value: Measurement = "loss") -> None:
-        """Refuses what `Forward.check` refuses, and random forward passes, on a few examples; once."""
-        most = min(5, batch_length(x))
-        for size in (most, max(1, most - 1)):  # the second where a layer sees as many positions as examples: which?
-            rows = torch.arange(size)
-            few = rows_of(x, rows)
-            labels = labels_in(few, None if y is None else rows_of(y, rows))
-            forward = self._forward(few)
-            if not self.capture.ambiguous:
-                break
-        values = measured(value, self.loss, forward.outputs, labels, forward.n)
-        if not self.allow_train_mode and any(module.training for module in self.model.modules()):
-            again = measured(value, self.loss, self._forward(few).outputs, labels, forward.n)
-            if not torch.allclose(again, values, rtol=1e-3, atol=1e-6):
-                raise ValueError(
-                    "Influence: the model is in train mode and two forward passes of one batch differ (dropout?); "
-                    "call model.eval(), or pass allow_train_mode=True"
-                )
-        forward.check(values, mixing=not self.allow_train_mode)
-
-    def _observe(
-        self, curvature: NetworkCurvature, x: Any, y: Any, weights: Tensor, turn: int, generator: torch.Generator
-    ) -> None:
-        if not self.capture.checked:
-            self._check(x, y)
-        forward = self._forward(x)
-        batch = labels_in(x, y)
-        losses = per_sample(self.loss, forward.outputs, batch, forward.n)
-        rest = dict(curvature.parts)
-        for names, part in curvature.parts.items():
-            estimator = part.estimator if isinstance(part, Alone | Together) else None
-            if not isinstance(estimator, ExactBlock) or estimator.fisher != "exact":
-                continue
-            softmax = isinstance(part, Alone) and self.loss == "cross_entropy"
-            head = forward.head(names[0]) if softmax else None
-            if head is not None:
-                counted = labels_of(batch) != IGNORED
-                estimator.update(*head, weights=weights * counted)
-                del rest[names]
-            elif estimator.matrix == "hessian":
-                estimator.observe_loss((losses * weights.to(losses)).sum(), [self.capture.blocks[n] for n in names])
-                del rest[names]
-        for fisher in dict.fromkeys(part.fisher for part in rest.values()):
-            mine = NetworkCurvature({names: part for names, part in rest.items() if part.fisher == fisher})
-            if fisher == "empirical":
-                found = iter([forward.gradients(losses, keep=True)])
-            else:
-                columns = output_columns(self.loss, forward.outputs, batch, forward.n, fisher, generator)
-                found = (forward.gradients(scores, column, keep=True) for scores, column in columns)
-            for column, gradients in enumerate(found):
-                mine.observe(gradients, weights, column, turn)
-                del gradients  # before those of the next column come
-
-    # --------------------------------------------------------------------------------------------------------- scoring
-
-    def _at_checkpoints(self) -> list[tuple[Mapping[str, Tensor] | None, NetworkCurvature]]:
+    def at_checkpoints(self) -> list[tuple[Mapping[str, Tensor] | None, NetworkCurvature]]:
+        """Every checkpoint (None: the model as it is) with what was fitted there."""
         if not self._fitted:
             raise ValueError("Influence: not fitted; call fit(train) first")
         return list(zip(self.checkpoints or [None], self._fitted, strict=True))
-
-    def _gradients(self, data: Any, name: str, value: Any = "loss") -> Iterator[tuple[int, int, dict[str, Gradients]]]:
-        """First index, number of examples, and the gradients of every batch: of the loss or of a measurement."""
-        start = 0
-        with tqdm(as_loader(data, self.batch_size), name, disable=not self.progress) as batches:
-            for number, (x, y) in enumerate(batches):
-                self.capture.batch = number
-                x, y = moved_to(x, self.device), moved_to(y, self.device)
-                if not self.capture.checked:
-                    self._check(x, y, value)
-                forward = self._forward(x)
-                n, values = forward.n, measured(value, self.loss, forward.outputs, labels_in(x, y), forward.n)
-                gradients = forward.gradients(values)
-                del forward, values  # and the graph with them
-                yield start, n, gradients
-                del gradients
-                start += n
-        if start == 0:
-            raise ValueError("data holds no examples")
-
-    def _query_blocks(
-        self, query: Any, curvature: NetworkCurvature, groups: Tensor | None, rank: int | None, explicit: bool
-    ) -> Iterator[tuple[int, dict[str, list[Directions]]]]:
-        """The query side for as many queries at a time as `memory` holds, with the first query's index."""
-        if groups is not None:
-            yield 0, self._grouped_queries(query, curvature, groups)
-            return
-        whole = sum(block.size for block in self.capture.blocks.values()) * dtype_of(self.model).itemsize
-        each = max(1, self.memory // (4 * whole))  # making them takes some copies
-        first, held, used = 0, {name: [] for name in self.capture.blocks}, 0
-        for start, n, gradients in self._gradients(query, "queries", self.measurement):
-            for begin in range(0, n, each):
-                part = {name: g.rows(begin, begin + each) for name, g in gradients.items()}
-                made = self._directions(curvature, part, rank, explicit)
-                size = sum(directions.nbytes for directions in made.values())
-                del part
-                if used and used + size > self.memory:
-                    yield first, held
-                    first, held, used = start + begin, {name: [] for name in self.capture.blocks}, 0
-                for name, directions in made.items():
-                    held[name].append(directions)
-                used += size
-        yield first, held
-
-    def _directions(
-        self, curvature: NetworkCurvature, gradients: Mapping[str, Gradients], rank: int | None, explicit: bool
-    ) -> dict[str, Directions]:
-        if rank is None and not explicit:
-            return curvature.directions(gradients)
-        solved = curvature.solve({name: g.formed() for name, g in gradients.items()})
-        if rank is None:
-            return {name: Explicit(matrices) for name, matrices in solved.items()}
-        compressed = {name: LowRank.of(matrices, rank) for name, matrices in solved.items()}
-        self.rank_error = max(self.rank_error, *(directions.error for directions in compressed.values()))
-        return dict(compressed)
-
-    def _grouped_queries(self, query: Any, curvature: NetworkCurvature, groups: Tensor) -> dict[str, list[Directions]]:
-        number = int(groups.max()) + 1
-        totals = {
-            name: torch.zeros((number, *block.shape), device=self.device, dtype=dtype_of(self.model))
-            for name, block in self.capture.blocks.items()
-        }
-        for start, n, gradients in self._gradients(query, "queries", self.measurement):
-            here = groups[start : start + n].to(self.device)
-            for group in here.unique().tolist():
-                for name, g in gradients.items():
-                    totals[name][group] += g.sum((here == group).to(self.device))
-        return {name: [Explicit(solved)] for name, solved in curvature.solve(totals).items()}
-
-    def _tiles(
-        self,
-        query: Any,
-        train: Any,
-        query_groups: Tensor | None = None,
-        rank: int | None = None,
-        by: str = "all",
-    ) -> Generator[Tile]:
-        """Rectangles of the scores: queries of a block × training examples of a batch."""
-        if query_groups is not None:
-            _check_groups("query_groups", query_groups, count(query, self.batch_size))
-        if rank is not None and rank < 1:
-            raise ValueError(f"scores: rank must be at least 1, got {rank}")
-        self.rank_error = 0.0
-        share = self._n * len(self._at_checkpoints())
-        for checkpoint, curvature in self._at_checkpoints():
-            with self._running(checkpoint):
-                for first, held in self._query_blocks(query, curvature, query_groups, rank, by == "token"):
-                    for start, _, gradients in self._gradients(train, "scores"):
-                        parts = {}
-                        for name, g in gradients.items():
-                            dots = _by_position if by == "token" else _dots
-                            parts[name] = torch.cat([dots(each, g) for each in held[name]]).div_(share).cpu()
-                        if by == "token":
-                            _check_positions({name: g.positions for name, g in gradients.items()})
-                        del gradients  # before those of the next batch come
-                        yield Tile(first, start, parts if by == "layer" else {"": _added(parts.values())})
-                    held.clear()  # before the next queries are held
-
-    def _assembled(
-        self, tiles: Generator[Tile], query: Any, query_groups: Tensor | None, groups: Tensor | None, train: Any
-    ) -> dict[str, Tensor]:
-        rows = count(query, self.batch_size) if query_groups is None else int(query_groups.max()) + 1
-        columns = n = count(train, self.batch_size)
-        if groups is not None:
-            _check_groups("groups", groups, n)
-            columns = int(groups.max()) + 1
-        out: dict[str, Tensor] = {}
-        with closing(tiles):  # whatever happens, the model is released at once
-            for tile in tiles:
-                for key, values in tile.values.items():
-                    if key not in out:
-                        out[key] = values.new_zeros((rows, columns, *values.shape[2:]))
-                    if out[key].shape[2:] != values.shape[2:]:
-                        raise ValueError(
-                            f"scores_by_token: batches must have one number of positions, got {out[key].shape[2]} and "
-                            f"{values.shape[2]}; pad the examples to one length"
-                        )
-                    place = out[key][tile.query : tile.query + len(values)]
-                    if groups is None:
-                        place[:, tile.train : tile.train + values.shape[1]] += values
-                    else:
-                        place.index_add_(1, groups[tile.train : tile.train + values.shape[1]].cpu(), values)
-        return out
-
-    @contextmanager
-    def _running(self, checkpoint: Mapping[str, Tensor] | None) -> Iterator[None]:
-        """The model on the device, with a checkpoint's parameters and the capture's hooks; afterwards as it was."""
-        if not self.allow_train_mode:
-            for name, module in self.model.named_modules():
-                acts = module.training and isinstance(module, _RANDOM_LAYERS) and getattr(module, "p", 1) > 0
-                if acts:
-                    raise ValueError(
-                        f"Influence: {name!r} ({type(module).__name__}) is in train mode, so one example's loss is "
-                        "random or depends on others; call model.eval(), or pass allow_train_mode=True"
-                    )
-        with ExitStack() as undo:
-            if checkpoint is not None or self.allow_train_mode:  # BatchNorm in train mode writes its buffers
-                before = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
-                undo.callback(self.model.load_state_dict, before)
-            if checkpoint is not None:
-                self.model.load_state_dict(checkpoint)
-            undo.enter_context(placed(self.model, self.device, "Influence"))
-            undo.enter_context(self.capture.attached())
-            undo.enter_context(torch.autocast(self.device.type, enabled=False))
-            yield
-
-    def _forward(self, x: Any) -> Forward:
-        """The one place where `autocast` acts: all else is computed in full."""
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            return self.capture.forward(x)
-
-
-class Tile(NamedTuple):
-    """A rectangle of scores and where it stands."""
-
-    query: int  # first row
-    train: int  # first column
-    values: dict[str, Tensor]  # "" or, by layer, its name: [rows, columns]
-
-
-def _dots(directions: Directions, g: Gradients) -> Tensor:
-    return directions.dots(g)
-
-
-def _by_position(directions: Directions, g: Gradients) -> Tensor:
-    assert isinstance(directions, Explicit)
-    return g.by_position(directions.matrices)
-
-
-def _added(parts: Any) -> Tensor:
-    first, *rest = parts
-    for part in rest:
-        first += part
-    return first
-
-
-def _check_positions(positions: dict[str, int]) -> None:
-    most = max(positions.values())
-    for name, t in positions.items():
-        if t != most:
-            raise ValueError(
-                f"scores_by_token: layer {name!r} has {t} positions where others have {most}; leave it out with layers="
-            )
-
-
-def _check_groups(what: str, groups: Tensor, n: int) -> None:
-    if groups.dtype != torch.int64:
-        raise TypeError(f"scores: {what} must be int64, got {groups.dtype}")
-    if groups.shape != (n,) or (n and int(groups.min()) < 0):
-        raise ValueError(
-            f"scores: {what} must be [{n}] numbers >= 0, got shape {list(groups.shape)}, "
-            f"the smallest {int(groups.min()) if groups.numel() else None}"
-        )

@@ -17,6 +17,7 @@ from fastif.capture import SLICE, dtype_of
 from fastif.curvature import ExactBlock
 from fastif.data import batch_length, count, picked
 from fastif.features import moved_to
+from fastif.fitting import begun, observe
 from fastif.gradients import of_table
 from fastif.losses import labels_in, output_columns, per_sample
 from fastif.measure import Measure
@@ -60,27 +61,31 @@ class Plan(NamedTuple):
 
 def plan(influence: Influence, train: Any) -> Plan:
     """See `Influence.plan`; the model stands ready with its hooks."""
-    capture, n = influence.capture, count(train, influence.batch_size)
-    item, batch = dtype_of(influence.model).itemsize, min(n, getattr(train, "batch_size", None) or influence.batch_size)
+    capture, n = influence.capture, count(train, influence.passes.batch_size)
+    item, batch = dtype_of(influence.model).itemsize, getattr(train, "batch_size", None) or influence.passes.batch_size
+    batch = min(n, batch)
     probe = _probe(influence, train, batch)
     held = making = turned = 0
     layers: dict[str, LayerPlan] = {}
     flops = probe.flops * n
-    for names, part in influence._parts.parts.items():
+    for names, part in influence.parts.parts.items():
         shapes = {name: capture.blocks[name].shape for name in names}
         stays, extra = part.footprint(shapes, probe.tables, item)
+        for name, (g, o, d) in shapes.items():  # gradients of all examples that are kept, in their smaller form
+            if getattr(influence.parts.by_block[name], "keeps_gradients", False):
+                stays += n * item * g * min(o * d, probe.positions[name] * (d + (0 if probe.tables[name] else o)))
         held, making = held + stays, max(making, extra)
         size = sum(math.prod(shape) for shape in shapes.values())
         for name, (g, o, d) in shapes.items():
-            t, kind = probe.positions[name], type(influence._parts.by_block[name]).__name__
+            t, kind = probe.positions[name], type(influence.parts.by_block[name]).__name__
             layers[name] = LayerPlan((g, o, d), t, kind, stays * g * o * d // size)
             if part.passes > 1:  # one block at a time is turned into its eigenbasis
                 turned = max(turned, item * (min(g * batch * t * (d + o), SLICE) + g * o * d))
             products = d * d + o * o + (o * d if part.passes > 1 else 0)
-            if not isinstance(influence._parts.by_block[name], ExactBlock):
+            if not isinstance(influence.parts.by_block[name], ExactBlock):
                 flops += n * g * t * min(2, part.passes) * 2 * products * probe.columns[part.fisher]
                 flops += 10 * g * (d**3 + o**3) if extra else 0
-        if isinstance(influence._parts.by_block[names[0]], ExactBlock):
+        if isinstance(influence.parts.by_block[names[0]], ExactBlock):
             alone = shapes[names[0]] if len(names) == 1 and probe.positions[names[0]] == 1 else None
             flops += ExactBlock.operations(size, n, probe.columns[part.fisher], alone)
     fit_bytes = None
@@ -108,26 +113,26 @@ def _probe(influence: Influence, train: Any, size: int) -> _Probe:
     ((x, y), _) = next(iter(picked(train, size, torch.arange(size))))
     x, y = moved_to(x, influence.device), moved_to(y, influence.device)
     n, labels = batch_length(x), labels_in(x, y)
-    influence._check(x, y)
+    influence.passes.check(x, y)
     with Measure(influence.device) as gradients_work, FlopCounterMode(display=False) as counter:
         forward = influence.capture.forward(x)
-        gradients = forward.gradients(per_sample(influence.loss, forward.outputs, labels, n), keep=True)
-    parts = influence._parts.parts.values()
+        gradients = forward.gradients(per_sample(influence.passes.loss, forward.outputs, labels, n), keep=True)
+    parts = influence.parts.parts.values()
     columns = {
         fisher: 1
         if fisher == "empirical"
-        else sum(1 for _ in output_columns(influence.loss, forward.outputs, labels, n, fisher, Generator()))
+        else sum(1 for _ in output_columns(influence.passes.loss, forward.outputs, labels, n, fisher, Generator()))
         for fisher in {part.fisher for part in parts}
     }
-    passes = influence._parts.passes
+    passes = influence.parts.passes
     positions = {name: g.positions for name, g in gradients.items()}
     tables = {name: of_table(g) for name, g in gradients.items()}
     del forward, gradients
-    curvature = influence._begun(None)
+    curvature = begun(influence.parts, influence.capture, None)
     weights = torch.full((n,), 1 / n, dtype=torch.float64, device=influence.device)
     with Measure(influence.device) as observed:
         for _ in range(2):  # from the second batch on, what was learned is there beside what is being learned
-            influence._observe(curvature.open(0), x, y, weights, 0, Generator())
+            observe(influence.passes, curvature.open(0), x, y, weights, 0, Generator())
     peaks = None
     if gradients_work.peak_bytes is not None and observed.peak_bytes is not None:
         peaks = gradients_work.peak_bytes, observed.peak_bytes

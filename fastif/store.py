@@ -28,6 +28,7 @@ from fastif._version import __version__
 from fastif.capture import dtype_of
 from fastif.data import Batch, as_loader, batch_lengths, indexable, picked
 from fastif.journal import fingerprint, refuse_differences, remove_partial, whole, write_whole
+from fastif.scoring import tiles
 
 if TYPE_CHECKING:
     from fastif.influence import Influence
@@ -212,12 +213,12 @@ def write_scores(
         if isinstance(data, Iterator):
             raise ValueError("scores: out= walks through the data more than once, got an iterator; pass a list")
     scores = ScoreFolder._begun(Path(folder), settings_of(influence, query, train, rank), resume)
-    checkpoints = len(influence._fitted)
+    checkpoints = len(influence.at_checkpoints())
     for rows in scores._rows:
         missing = [columns for columns in scores._columns if not scores._has(rows, columns)]
         # All checkpoints are in a block before the next one begins; with one alone, the queries are seen to once.
         for columns in [missing] if checkpoints == 1 and missing else [[run] for run in missing]:
-            _compute(influence, scores, _Part(query, influence.batch_size, [rows]), train, rows, columns, rank)
+            _compute(influence, scores, _Part(query, influence.passes.batch_size, [rows]), train, rows, columns, rank)
     if rank is not None:
         influence.rank_error = scores.rank_error
     return scores
@@ -233,12 +234,12 @@ def _compute(
     rank: int | None,
 ) -> None:
     """Blocks of one run of queries."""
-    part = _Part(train, influence.batch_size, missing)
+    part = _Part(train, influence.passes.batch_size, missing)
     starts = list(accumulate((len(run) for run in missing), initial=0))  # where the runs begin in the part
     under_way: dict[int, Tensor] = {}
-    left = [len(rows) * len(run) * len(influence._fitted) for run in missing]
-    with closing(influence._tiles(query, part, rank=rank)) as tiles:
-        for tile in tiles:
+    left = [len(rows) * len(run) * len(influence.at_checkpoints()) for run in missing]
+    with closing(tiles(influence, query, part, rank=rank)) as made:
+        for tile in made:
             number = bisect_right(starts, tile.train) - 1  # a batch lies in one run
             values, run = tile.values[""], missing[number]
             if number not in under_way:
@@ -287,14 +288,14 @@ def best_of(
 def settings_of(influence: Influence, query: Any, train: Any, rank: int | None) -> dict[str, Any]:
     """All that determines the scores' bits, but for the data, of which the first batches stand for the rest."""
     item = dtype_of(influence.model).itemsize
-    lengths = [batch_lengths(data, influence.batch_size) for data in (query, train)]
+    lengths = [batch_lengths(data, influence.passes.batch_size) for data in (query, train)]
     blocks = influence.capture.blocks.values()
     each = sum(
         item * (b.size if rank is None else b.shape[0] * min(rank, *b.shape[1:]) * sum(b.shape[1:])) for b in blocks
     )
     widest = max(lengths[1])
     rows = max(1, min(sum(lengths[0]), influence.memory // each, BLOCK_BYTES // (widest * item)))
-    if len(influence._fitted) > 1:  # queries go through the model again for every block: keep it no higher than wide
+    if len(influence.at_checkpoints()) > 1:  # queries go through the model again for every block: no higher than wide
         rows = max(1, min(rows, int((BLOCK_BYTES / item) ** 0.5)))
     return {
         "q": sum(lengths[0]),
@@ -303,7 +304,7 @@ def settings_of(influence: Influence, query: Any, train: Any, rank: int | None) 
         "measurement": _described(influence.measurement),
         "rank": rank,
         "curvature state": fingerprint(influence.state_dict().values()),
-        "query": _first_batch(query, influence.batch_size),
+        "query": _first_batch(query, influence.passes.batch_size),
         "rows": [*range(0, sum(lengths[0]), rows), sum(lengths[0])],
         "columns": _borders(lengths[1], max(widest, BLOCK_BYTES // (rows * item))),
     }
@@ -315,18 +316,18 @@ def fit_settings(influence: Influence, train: Any) -> dict[str, Any]:
     own = dict(chain(model.named_parameters(), model.named_buffers()))
     states = [own] if checkpoints is None else checkpoints
     covered: dict[str, list[str]] = {}
-    for name, estimator in influence._parts.by_block.items():
+    for name, estimator in influence.parts.by_block.items():
         covered.setdefault(_curvature(estimator), []).append(name)
     return {
-        "loss": _described(influence.loss),
+        "loss": _described(influence.passes.loss),
         "curvature": "; ".join(f"{estimator} of {', '.join(names)}" for estimator, names in covered.items()),
         "checkpoints": None if checkpoints is None else len(checkpoints),
         "model": fingerprint(t for state in states for t in state.values() if isinstance(t, Tensor)),
-        "train": _first_batch(train, influence.batch_size),
-        "batch_size": influence.batch_size,
+        "train": _first_batch(train, influence.passes.batch_size),
+        "batch_size": influence.passes.batch_size,
         "dtype": str(dtype_of(model)).removeprefix("torch."),
-        "autocast": None if influence.autocast is None else str(influence.autocast),
-        "allow_train_mode": influence.allow_train_mode,
+        "autocast": None if influence.passes.autocast is None else str(influence.passes.autocast),
+        "allow_train_mode": influence.passes.allow_train_mode,
         "device": influence.device.type,
         "seed": influence.seed,
         "fastif": __version__,
@@ -337,7 +338,9 @@ def fit_settings(influence: Influence, train: Any) -> dict[str, Any]:
 def _curvature(estimator: Any) -> str:
     """An estimator as it was called: EKFAC(damping=0.001, fisher='exact', separable=None)."""
     names = [n for n in inspect.signature(type(estimator)).parameters if n != "name" and hasattr(estimator, n)]
-    return f"{type(estimator).__name__}({', '.join(f'{name}={getattr(estimator, name)!r}' for name in names)})"
+    values = [getattr(estimator, name) for name in names]
+    texts = [_curvature(value) if hasattr(value, "observe") else repr(value) for value in values]
+    return f"{type(estimator).__name__}({', '.join(f'{n}={text}' for n, text in zip(names, texts, strict=True))})"
 
 
 def _described(function: str | Callable[..., Any]) -> str:

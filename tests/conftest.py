@@ -1,6 +1,14 @@
 import signal
+from contextlib import ExitStack
 
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+from fastif.capture import Capture
+from fastif.curvature import FitData
+from fastif.data import count, picked
+from fastif.subset import Subset
 
 # Reproducible everywhere; more examples with `pytest --hypothesis-profile=thorough`.
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
@@ -10,3 +18,23 @@ settings.load_profile("default")
 # A job in the background of a shell ignores Ctrl-C, and so would the processes that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def fit_data():
+    """What `Influence` gives an estimator that multiplies with the curvature; the model stands ready for the test."""
+    with ExitStack() as stack:
+
+        def make(model, loss, data, subset=None, *, layers=None, batch_size=256, autocast=None, seed=0):
+            def batches(subset):
+                for (x, y), places in picked(data, batch_size, subset.indices):
+                    yield x, y, subset.weights[places]
+
+            if subset is None:
+                n = count(data)
+                subset = Subset(torch.arange(n), torch.full((n,), 1 / n, dtype=torch.float64))
+            capture = Capture(model, layers)
+            stack.enter_context(capture.attached())
+            return FitData(model, loss, capture.blocks, subset, batches, seed, autocast)
+
+        yield make

@@ -99,7 +99,7 @@ class Scaled(JointCurvature):
 
     def end(self, turn):
         self.ended += 1
-        self.seen = torch.cat([weights for _, _, weights in self.data.batches()])
+        self.seen = torch.cat([weights for _, _, weights in self.data.batches(self.data.subset)])
 
     def solve(self, rhs):
         return {name: value / (len(self.shapes) + 1) for name, value in rhs.items()}
@@ -124,7 +124,7 @@ def test_a_joint_estimator_gets_its_blocks_and_the_data_of_the_fit():
     assert joint is influence.curvature["2"]
     assert set(joint.shapes) == set(joint.data.blocks) == {"0", "2"}
     assert joint.ended == 1
-    assert joint.data.examples == 5
+    assert torch.equal(joint.data.subset.indices, subset.indices)
     assert torch.equal(joint.seen, weights)
     lone = Influence(model, curvature=EKFAC(DAMPING), layers="3", batch_size=2, progress=False).fit(data, subset)
     by_layer = influence.scores_by_layer(data, data)

@@ -214,7 +214,7 @@ _JOB = """
 import os, signal, sys, time
 import torch
 torch.set_num_threads(1)  # nothing runs in parallel before the process forks
-from fastif import journal, store
+from fastif import journal, scoring, store
 from tests.test_store import *
 
 store.BLOCK_BYTES = 2 * BATCH * 5 * 8
@@ -263,7 +263,7 @@ moments = [
     patched(np, "save", 2, torn),                                # in the middle of a block
     patched(os, "fsync", 1, die),                                # a block not yet on the disk
     patched(Path, "replace", 2, renamed_then_dead),              # a block just finished
-    patched(Influence, "_directions", 1, die),                   # among the queries
+    patched(scoring, "_directions", 1, die),                     # among the queries
     patched(store._Part, "__iter__", 2, die),                    # before the first training batch
 ]
 for moment in moments:

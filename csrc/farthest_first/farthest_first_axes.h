@@ -34,6 +34,7 @@ class Axes {
   Axes(const at::Tensor& points, const at::Tensor& mu, double unit);
   bool usable() const { return usable_; }
   int64_t coordinates() const { return axes_ + 1; }
+  double unit() const { return unit_; }
   double stretch() const { return 1 + delta_ / 2; }  // |y - y_c| is at most this times |x - c|
 
   // y [rows, coordinates] and error [rows] of at most kTileRows rows of points; z is room for kTileRows rows.

@@ -17,26 +17,28 @@
 //   e_x  is a sum of squares of computed residuals t - s q, t = fl(x - mu): each entry is wrong by at most 3u of itself
 //        and 3u |t|, the sums by d u relatively, underflow takes at most sqrt(d) 1.5e-154:
 //        e_x = |residual| (1 + 2^-20) + |t| 2^-45 + 1e-150 is above the true one.
-//   Q    is wrong by at most (d + 3) u Q <= 2^-32 Q.
+//   Q    is wrong by at most (d + 3) u Q <= 2^-32 Q before it is rounded to float32.
 //   q.q  int8: integers below 2^31 (d <= 2^16), exact. float32: d products and sums in one chain, so the error is at
 //        most gamma |q_x| |q_c| with gamma = (d + 1) 2^-24 / (1 - (d + 1) 2^-24) <= 1.07 (d + 1) 2^-24; underflow adds
 //        d 2^-123, and |q| >= 1 (or q = 0): below 2^-75 of |q_x| |q_c|. Times 2 s_x s_c: gamma (Q_x + Q_c) at most.
-// The test is made in float32, with lengths in units of a power of two that brings the largest |x - mu| into [1, 2),
-// and with a slack lambda = 2^-20, plus 1.25 (d + 1) 2^-24 for float32 codes:
+// The test is made in float32, with lengths in units of a power of two such that sqrt(d) times the largest entry of all
+// x - mu is in [1, 2), and with a slack lambda = 2^-20, plus 1.25 (d + 1) 2^-24 for float32 codes:
 //     (s_x s_c) q_x.q_c <= alpha_x + beta_c - rho_x e_c,
 //     alpha_x = ((1 - lambda) Q_x - (1 + lambda) r^2) / 2 - 2^-90,  rho_x = (1 + lambda) r,  r = R + e_x,
 //     beta_c = ((1 - lambda) Q_c - (1 + lambda) e_c^2) / 2.
-// No term passes more than 5 roundings, so that they cost at most 10 2^-24 (Q_x + Q_c + (r + e_c)^2) / 2, inside
-// lambda; underflow, even of s_x or s_c to 0, costs at most 2^-95, as |q.q| < 2^31 and |s q| < 4. Nothing overflows:
-// entries of x - mu above 1e140 make the filter refuse the points. NaN (m = infinity) fails the test: undecided. Rows
-// with m = 0 (picks, duplicates of picks) are skipped: D < 0 is impossible.
+// s, Q and e are kept as float32 in these units: s is used as it is kept, Q is rounded, e is rounded up. No term passes
+// more than 5 roundings, so that they cost at most 10 2^-24 (Q_x + Q_c + (r + e_c)^2) / 2, inside lambda; underflow
+// costs at most 2^-95, as |q.q| < 2^31 and |s q| < 4. Nothing overflows: entries of x - mu above 1e140 make the filter
+// refuse the points. NaN (m = infinity) fails the test: undecided. Rows with m = 0 (picks, duplicates of picks) are
+// skipped: D < 0 is impossible.
 //
 // The same codes of a row's few coordinates y along principal axes (farthest_first_axes.h) make a first stage: e_x then
-// holds the error of y too, and R is multiplied by the stretch, as |y - y_c| <= stretch |x - c|.
+// holds the error of y too, and R is multiplied by the stretch, as |y - y_c| <= stretch |x - c|. With |y| <= 2.1 and
+// hence |mu_y| <= 16.8 in units of the rows, a unit 32 times as long serves y - mu_y.
 //
 // Memory: int8 d bytes a row, 1/4 of float32 points, 1/8 of float64; float32 4 d bytes, once the size of float32
-// points; besides 28 bytes a row (float32: 24), the larger part only below d = 28; and a block of packed centres. With
-// the axes at most 64 + 28 bytes a row more for int8 codes, 256 + 24 for float32.
+// points; besides 16 bytes a row (float32: 12), the larger part only below d = 16; and a block of packed centres. With
+// the axes at most 64 + 16 bytes a row more for int8 codes, 256 + 12 for float32.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -113,10 +115,8 @@ class Filter {
   void encode(const at::Tensor& points);
   template <typename T>
   void encode(const at::Tensor& points, const Axes& axes);
-  // Encodes one row; false if its entries are too large.
   template <typename T>
-  bool encode_row(int64_t i, const T* row, double error);
-  void choose_unit(int64_t n);
+  void encode_row(int64_t i, const T* row, double error);
   double beta(int64_t pick) const;
 
   Codes kind_;
@@ -128,7 +128,7 @@ class Filter {
   std::vector<at::Tensor> storage_;                        // of what follows
   char* codes_;                                            // [n, 4 steps]
   int32_t* offset_;                                        // [n]: -128 sum q
-  double *scale_, *sq_norm_, *residual_;                   // [n]: s, Q, e
+  float *scale_, *sq_norm_, *residual_;                    // [n]: s, Q, e, in units
   char* packed_;                                           // per group [steps, vectors, kVector] units
   float *centre_scale_, *centre_beta_, *centre_residual_;  // [block()]
   int64_t count_ = 0;

@@ -22,42 +22,57 @@ namespace {
 
 // ---- Encoding.
 
+// In units of length.
 struct Code {
-  double scale, sq_norm, residual, largest;
+  float scale, sq_norm, residual;
   int32_t sum;
 };
 
-// Sums run in kWide lanes, which the compiler turns into vectors; their order does not matter for the certificate.
-template <typename T, typename Q>
-__attribute__((always_inline)) inline Code coded(const T* row, const double* centre, int64_t d, Q* code) {
-  constexpr int kWide = 16;
-  constexpr bool kInteger = std::is_same_v<Q, int8_t>;
-  double top[kWide] = {}, squares[kWide] = {}, residuals[kWide] = {}, total[kWide] = {};
-  int32_t sums[kWide] = {};
-  const auto each = [&](auto&& step) __attribute__((always_inline)) {
-    int64_t j = 0;
-    for (; j + kWide <= d; j += kWide) {
-      for (int l = 0; l < kWide; ++l) step(j + l, l);
-    }
-    for (int l = 0; j < d; ++j, ++l) step(j, l);
-  };
-  each([&](int64_t j, int l) __attribute__((always_inline)) {
+// step(j, lane) for j = 0..d-1, in kWide lanes, which the compiler turns into vectors; the order of their sums does not
+// matter for the certificate.
+constexpr int kWide = 16;
+template <typename Step>
+__attribute__((always_inline)) inline void in_lanes(int64_t d, Step&& step) {
+  int64_t j = 0;
+  for (; j + kWide <= d; j += kWide) {
+    for (int l = 0; l < kWide; ++l) step(j + l, l);
+  }
+  for (int l = 0; j < d; ++j, ++l) step(j, l);
+}
+
+template <typename T>
+__attribute__((always_inline)) inline double largest_entry(const T* row, const double* centre, int64_t d) {
+  double top[kWide] = {};
+  in_lanes(d, [&](int64_t j, int l) __attribute__((always_inline)) {
     const double t = std::abs(static_cast<double>(row[j]) - centre[j]);
     top[l] = t > top[l] ? t : top[l];
   });
-  const double largest = *std::max_element(top, top + kWide);
-  double scale = 0, inverse = 0;
-  if (largest >= 1e-140 && largest <= 1e140) {  // below: q = 0, all is residual; above: refused
-    if constexpr (kInteger) {
-      scale = largest / 127;
-      inverse = 127 / largest;
-    } else {
-      const int exponent = std::ilogb(largest);
-      scale = std::ldexp(1.0, exponent);
-      inverse = std::ldexp(1.0, -exponent);
-    }
+  return *std::max_element(top, top + kWide);
+}
+
+FASTIF_CLONES double largest_f32(const float* row, const double* centre, int64_t d) {
+  return largest_entry(row, centre, d);
+}
+FASTIF_CLONES double largest_f64(const double* row, const double* centre, int64_t d) {
+  return largest_entry(row, centre, d);
+}
+double largest_of(const float* row, const double* centre, int64_t d) { return largest_f32(row, centre, d); }
+double largest_of(const double* row, const double* centre, int64_t d) { return largest_f64(row, centre, d); }
+
+// `error` is that of the row itself.
+template <typename T, typename Q>
+__attribute__((always_inline)) inline Code coded(const T* row, const double* centre, int64_t d, double unit,
+                                                 double error, Q* code) {
+  constexpr bool kInteger = std::is_same_v<Q, int8_t>;
+  double squares[kWide] = {}, residuals[kWide] = {}, total[kWide] = {};
+  int32_t sums[kWide] = {};
+  const double largest = largest_entry(row, centre, d) * unit;
+  float in_units = 0;        // what is kept is what is used: the scale is a float32
+  if (largest >= 0x1p-60) {  // below: q = 0, all is residual
+    in_units = static_cast<float>(kInteger ? largest / 127 : std::ldexp(1.0, std::ilogb(largest)));
   }
-  each([&](int64_t j, int l) __attribute__((always_inline)) {
+  const double scale = static_cast<double>(in_units) / unit, inverse = in_units > 0 ? 1 / scale : 0;
+  in_lanes(d, [&](int64_t j, int l) __attribute__((always_inline)) {
     const double t = static_cast<double>(row[j]) - centre[j];
     double q = t * inverse;
     if constexpr (kInteger) {
@@ -83,28 +98,37 @@ __attribute__((always_inline)) inline Code coded(const T* row, const double* cen
     whole += total[l];
     sum += sums[l];
   }
-  return {scale, scale * scale * square, std::sqrt(residual) * (1 + 0x1p-20) + std::sqrt(whole) * 0x1p-45 + 1e-150,
-          largest, sum};
+  const double left = std::sqrt(residual) * (1 + 0x1p-20) + std::sqrt(whole) * 0x1p-45 + 1e-150 + error;
+  return {in_units, static_cast<float>(static_cast<double>(in_units) * in_units * square),
+          static_cast<float>(left * unit * (1 + 0x1p-22) + 0x1p-100), sum};
 }
 
-FASTIF_CLONES Code encode_f32_int8(const float* row, const double* centre, int64_t d, char* code) {
-  return coded(row, centre, d, reinterpret_cast<int8_t*>(code));
+FASTIF_CLONES Code encode_f32_int8(const float* row, const double* centre, int64_t d, double unit, double error,
+                                   char* code) {
+  return coded(row, centre, d, unit, error, reinterpret_cast<int8_t*>(code));
 }
-FASTIF_CLONES Code encode_f64_int8(const double* row, const double* centre, int64_t d, char* code) {
-  return coded(row, centre, d, reinterpret_cast<int8_t*>(code));
+FASTIF_CLONES Code encode_f64_int8(const double* row, const double* centre, int64_t d, double unit, double error,
+                                   char* code) {
+  return coded(row, centre, d, unit, error, reinterpret_cast<int8_t*>(code));
 }
-FASTIF_CLONES Code encode_f32_float(const float* row, const double* centre, int64_t d, char* code) {
-  return coded(row, centre, d, reinterpret_cast<float*>(code));
+FASTIF_CLONES Code encode_f32_float(const float* row, const double* centre, int64_t d, double unit, double error,
+                                    char* code) {
+  return coded(row, centre, d, unit, error, reinterpret_cast<float*>(code));
 }
-FASTIF_CLONES Code encode_f64_float(const double* row, const double* centre, int64_t d, char* code) {
-  return coded(row, centre, d, reinterpret_cast<float*>(code));
+FASTIF_CLONES Code encode_f64_float(const double* row, const double* centre, int64_t d, double unit, double error,
+                                    char* code) {
+  return coded(row, centre, d, unit, error, reinterpret_cast<float*>(code));
 }
 
-Code encode_one(const float* row, const double* centre, int64_t d, char* code, bool integer) {
-  return integer ? encode_f32_int8(row, centre, d, code) : encode_f32_float(row, centre, d, code);
+Code encode_one(const float* row, const double* centre, int64_t d, double unit, double error, char* code,
+                bool integer) {
+  return integer ? encode_f32_int8(row, centre, d, unit, error, code)
+                 : encode_f32_float(row, centre, d, unit, error, code);
 }
-Code encode_one(const double* row, const double* centre, int64_t d, char* code, bool integer) {
-  return integer ? encode_f64_int8(row, centre, d, code) : encode_f64_float(row, centre, d, code);
+Code encode_one(const double* row, const double* centre, int64_t d, double unit, double error, char* code,
+                bool integer) {
+  return integer ? encode_f64_int8(row, centre, d, unit, error, code)
+                 : encode_f64_float(row, centre, d, unit, error, code);
 }
 
 constexpr int64_t kMiddleRows = 129;
@@ -113,15 +137,17 @@ constexpr int64_t kMiddleRows = 129;
 template <typename T>
 void middle_of_sample(const T* x, int64_t n, int64_t d, double* mu) {
   const int64_t rows = std::min<int64_t>(n, kMiddleRows);
-  std::vector<double> column(rows);
-  for (int64_t j = 0; j < d; ++j) {
-    for (int64_t i = 0; i < rows; ++i) column[i] = static_cast<double>(x[i * n / rows * d + j]);
-    std::sort(column.begin(), column.end());
-    const int64_t first = rows / 4, last = rows - first;
-    double sum = 0;
-    for (int64_t i = first; i < last; ++i) sum += column[i];
-    mu[j] = sum / static_cast<double>(last - first);
-  }
+  Progress::parallel_for(0, d, int64_t{1} << 14, [&](int64_t begin, int64_t end) {
+    std::vector<double> column(rows);
+    for (int64_t j = begin; j < end; ++j) {
+      for (int64_t i = 0; i < rows; ++i) column[i] = static_cast<double>(x[i * n / rows * d + j]);
+      std::sort(column.begin(), column.end());
+      const int64_t first = rows / 4, last = rows - first;
+      double sum = 0;
+      for (int64_t i = first; i < last; ++i) sum += column[i];
+      mu[j] = sum / static_cast<double>(last - first);
+    }
+  });
 }
 
 // ---- The test of a row's dot products, 64 centres at a time. The kernels read whole vectors.
@@ -198,18 +224,16 @@ Filter::Filter(const at::Tensor& points, Codes codes) : kind_(codes), d_(points.
   } else {
     encode<double>(points);
   }
-  choose_unit(points.size(0));
 }
 
 Filter::Filter(const at::Tensor& points, Codes codes, const Axes& axes)
-    : kind_(codes), d_(axes.coordinates()), stretch_(axes.stretch()) {
+    : kind_(codes), d_(axes.coordinates()), unit_(axes.unit() / 32), stretch_(axes.stretch()) {
   allocate(points.size(0));
   if (points.scalar_type() == at::kFloat) {
     encode<float>(points, axes);
   } else {
     encode<double>(points, axes);
   }
-  choose_unit(points.size(0));
 }
 
 void Filter::allocate(int64_t n) {
@@ -225,9 +249,9 @@ void Filter::allocate(int64_t n) {
   };
   codes_ = take(n * kUnit * steps_, char{});
   offset_ = take(integer ? n : 0, int32_t{});
-  scale_ = take(n, double{});
-  sq_norm_ = take(n, double{});
-  residual_ = take(n, double{});
+  scale_ = take(n, float{});
+  sq_norm_ = take(n, float{});
+  residual_ = take(n, float{});
   packed_ = take(block() * kUnit * steps_, char{});
   centre_scale_ = take(block(), float{});
   centre_beta_ = take(block(), float{});
@@ -235,30 +259,35 @@ void Filter::allocate(int64_t n) {
 }
 
 template <typename T>
-bool Filter::encode_row(int64_t i, const T* row, double error) {
+void Filter::encode_row(int64_t i, const T* row, double error) {
   const int64_t stride = kUnit * steps_;
   char* code = codes_ + i * stride;
   std::fill(code + stride - kUnit, code + stride, 0);  // zeros past column d
-  const Code made = encode_one(row, mu_.const_data_ptr<double>(), d_, code, holds_int8(kind_));
+  const Code made = encode_one(row, mu_.const_data_ptr<double>(), d_, unit_, error, code, holds_int8(kind_));
   scale_[i] = made.scale;
   sq_norm_[i] = made.sq_norm;
-  residual_[i] = made.residual + error;
+  residual_[i] = made.residual;
   if (holds_int8(kind_)) offset_[i] = -128 * made.sum;
-  return made.largest <= 1e140;
 }
 
 template <typename T>
 void Filter::encode(const at::Tensor& points) {
   const T* x = points.const_data_ptr<T>();
-  const int64_t n = points.size(0);
+  const int64_t n = points.size(0), grain = std::max<int64_t>(1, 65536 / d_);
+  const double* mu = mu_.const_data_ptr<double>();
   middle_of_sample(x, n, d_, mu_.mutable_data_ptr<double>());
-  std::atomic<bool> in_range{true};
-  Progress::parallel_for(0, n, std::max<int64_t>(1, 65536 / d_), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (!encode_row(i, x + i * d_, 0)) in_range = false;
-    }
+  std::atomic<double> largest{1e-140};
+  Progress::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    double here = 0;
+    for (int64_t i = begin; i < end; ++i) here = std::max(here, largest_of(x + i * d_, mu, d_));
+    for (double known = largest; known < here && !largest.compare_exchange_weak(known, here);) continue;
   });
-  usable_ = in_range;
+  usable_ = largest <= 1e140;
+  if (!usable_) return;
+  unit_ = std::ldexp(1.0, -std::ilogb(largest * std::sqrt(static_cast<double>(d_))));
+  Progress::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) encode_row(i, x + i * d_, 0);
+  });
 }
 
 template <typename T>
@@ -282,16 +311,9 @@ void Filter::encode(const at::Tensor& points, const Axes& axes) {
   });
 }
 
-// The largest |x - mu| is at most |s q| + e, and within a factor of 2 of it.
-void Filter::choose_unit(int64_t n) {
-  double largest = 1e-140;
-  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::sqrt(sq_norm_[i]) + residual_[i]);
-  unit_ = usable_ ? std::ldexp(1.0, -std::ilogb(largest)) : 1;
-}
-
 double Filter::beta(int64_t pick) const {
   const double e = residual_[pick];
-  return ((1 - slack_) * sq_norm_[pick] - (1 + slack_) * e * e) / 2 * unit_ * unit_;
+  return ((1 - slack_) * sq_norm_[pick] - (1 + slack_) * e * e) / 2;
 }
 
 void Filter::pack(const int64_t* picks, int64_t count) {
@@ -299,8 +321,8 @@ void Filter::pack(const int64_t* picks, int64_t count) {
   const int32_t flip = holds_int8(kind_) ? kFlip : 0;
   for (int64_t c = 0; c < (count + kVector - 1) / kVector * kVector; ++c) {
     const int64_t pick = picks[std::min(c, count - 1)];  // the last vector is filled with repeats, masked out later
-    centre_scale_[c] = static_cast<float>(scale_[pick] * unit_);
-    centre_residual_[c] = static_cast<float>(residual_[pick] * unit_);
+    centre_scale_[c] = scale_[pick];
+    centre_residual_[c] = residual_[pick];
     centre_beta_[c] = static_cast<float>(beta(pick));
     const int64_t group = c / kGroup, width = kUnit * kVector * vectors(group);
     const char* code = codes_ + pick * kUnit * steps_;
@@ -313,11 +335,10 @@ void Filter::pack(const int64_t* picks, int64_t count) {
 }
 
 Filter::Bound Filter::bound(int64_t row, double sq_dist) const {
-  const auto scale = static_cast<float>(scale_[row] * unit_);
-  if (sq_dist == 0) return {scale, std::numeric_limits<float>::infinity(), 0};
-  const double r = ((std::sqrt(sq_dist) * (1 + 0x1p-30) + 1e-140) * stretch_ + residual_[row]) * unit_;
-  const double alpha = ((1 - slack_) * sq_norm_[row] * unit_ * unit_ - (1 + slack_) * r * r) / 2 - 0x1p-90;
-  return {scale, static_cast<float>(alpha), static_cast<float>((1 + slack_) * r)};
+  if (sq_dist == 0) return {scale_[row], std::numeric_limits<float>::infinity(), 0};
+  const double r = (std::sqrt(sq_dist) * (1 + 0x1p-30) + 1e-140) * stretch_ * unit_ + residual_[row];
+  const double alpha = ((1 - slack_) * sq_norm_[row] - (1 + slack_) * r * r) / 2 - 0x1p-90;
+  return {scale_[row], static_cast<float>(alpha), static_cast<float>((1 + slack_) * r)};
 }
 
 void Filter::dots(const int64_t* rows, int64_t group, Dots& out) const {
@@ -359,8 +380,8 @@ bool Filter::undecided(int64_t row, int64_t pick, const Bound& bound) const {
   const bool integer = holds_int8(kind_);
   const double dot = pair_dot(kind_, codes_ + row * kUnit * steps_, integer ? offset_[row] : 0,
                               codes_ + pick * kUnit * steps_, steps_);
-  const double left = dot * (bound.scale * (scale_[pick] * unit_));
-  return !(left <= bound.alpha + beta(pick) - bound.rho * (residual_[pick] * unit_));
+  const double left = dot * (static_cast<double>(bound.scale) * scale_[pick]);
+  return !(left <= bound.alpha + beta(pick) - static_cast<double>(bound.rho) * residual_[pick]);
 }
 
 void Filter::prefetch(int64_t row) const {

@@ -35,7 +35,8 @@ namespace {
 constexpr int64_t kPool = 96, kMiddle = 2048, kDirect = 2;
 // Pairs by which the axes are judged, where there are enough points to pay for finding them.
 constexpr int64_t kTrialRows = 85 * Filter::kRows, kTrialPicks = Filter::kGroup, kTrialPoints = 16384;
-constexpr size_t kAhead = 8192;  // bytes of a row to fetch before its undecided picks are computed
+constexpr int64_t kWorthWaking = int64_t{1} << 27;  // products: half a millisecond, while idle threads spin for several
+constexpr size_t kAhead = 8192;                     // bytes of a row to fetch before its undecided picks are computed
 
 FASTIF_CLONES double sq_dist_f32(const float* row, const float* centre, int64_t d) { return sq_dist(row, centre, d); }
 FASTIF_CLONES double sq_dist_f64(const double* row, const double* centre, int64_t d) { return sq_dist(row, centre, d); }
@@ -203,7 +204,7 @@ class Traversal {
     for (int64_t block = first; block < last; block += stage.block()) {
       const int64_t centres = std::min(stage.block(), last - block);
       stage.pack(indices_ + block, centres);
-      const int64_t grain = std::max<int64_t>(8 * Filter::kRows, (int64_t{1} << 24) / (centres * stage.coordinates()));
+      const int64_t grain = std::max<int64_t>(8 * Filter::kRows, kWorthWaking / (centres * stage.coordinates()));
       Progress::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
         for (int64_t m = begin; m < end; m += Filter::kRows) {
           const int rows = static_cast<int>(std::min<int64_t>(Filter::kRows, end - m));

@@ -271,10 +271,10 @@ def _subset(influence: Influence, train: Any, picker: tuple[str, Callable[..., A
     name, function = picker
     given: dict[str, Any] = {}
     if {"labels", "logits", "features", "points"} & set(inspect.signature(function).parameters):
-        batch_size, progress = influence.batch_size, influence.progress
+        batch_size, progress = influence.passes.batch_size, influence.passes.progress
         seen = extract(influence.model, train, device=influence.device, batch_size=batch_size, progress=progress)
         given = {what: values for what, values in seen._asdict().items() if values is not None}
-    return drawn(name, function, given, k, count(train, influence.batch_size), seed)
+    return drawn(name, function, given, k, count(train, influence.passes.batch_size), seed)
 
 
 # ------------------------------------------------------------------------------------------------------------- results

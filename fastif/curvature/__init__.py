@@ -11,13 +11,18 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fastif.curvature.arnoldi import Arnoldi
+from fastif.curvature.cg import CG, NotConverged
 from fastif.curvature.cholesky import NotPositiveDefinite
+from fastif.curvature.data_inf import DataInf
 from fastif.curvature.diagonal import Diagonal, Identity
 from fastif.curvature.directions import Directions, Explicit, LowRank
 from fastif.curvature.ekfac import EKFAC
 from fastif.curvature.exact_block import ExactBlock
 from fastif.curvature.kfac import KFAC
+from fastif.curvature.lissa import Diverged, LiSSA
 from fastif.curvature.network import FitData, JointCurvature
+from fastif.curvature.projection import RandomProjection
 from fastif.gradients import Gradients
 from fastif.losses import Fisher
 
@@ -69,16 +74,23 @@ class Curvature(Protocol):
 
 
 __all__ = [
+    "CG",
     "EKFAC",
     "KFAC",
+    "Arnoldi",
     "Curvature",
+    "DataInf",
     "Diagonal",
     "Directions",
+    "Diverged",
     "ExactBlock",
     "Explicit",
     "FitData",
     "Identity",
     "JointCurvature",
+    "LiSSA",
     "LowRank",
+    "NotConverged",
     "NotPositiveDefinite",
+    "RandomProjection",
 ]

@@ -13,6 +13,7 @@ from fastif.curvature.directions import Directions, Explicit
 from fastif.gradients import Formed, Gradients
 from fastif.layers import Block
 from fastif.losses import Fisher, Loss
+from fastif.subset import Subset
 
 if TYPE_CHECKING:
     from fastif.curvature import Curvature
@@ -27,9 +28,10 @@ class FitData(NamedTuple):
     model: nn.Module  # at the parameters in question, on the device, its covered parameters requiring gradients
     loss: Loss
     blocks: Mapping[str, Block]  # the estimator's own
-    batches: Callable[[], Iterator[tuple[Any, Any, Tensor]]]  # x, y, weights of the subset, on the device
-    examples: int  # of the subset
-    seed: int
+    subset: Subset
+    batches: Callable[[Subset], Iterator[tuple[Any, Any, Tensor]]]  # x, y, weights of those examples, on the device
+    seed: int = 0
+    autocast: torch.dtype | None = None  # of forward passes
 
 
 class JointCurvature(ABC):

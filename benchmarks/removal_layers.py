@@ -1,0 +1,253 @@
+r"""Which layers should a removal move, and how? Classes are removed from trained networks and held against retraining.
+
+python benchmarks/removal_layers.py digits
+python benchmarks/removal_layers.py fashion-mnist --root DIR --examples 10000 --share 0.02 --steps 4 \
+    --classes 0 3 8 --seeds 2 --variants head "last block" all "all, after the head"
+
+Resumable: what is finished stays in runs/removal-layers-DATA, and the same command goes on. The summary is written to
+benchmarks/results/removal-layers-DATA.json, from which `benchmarks/results.py tables` makes the table of
+docs/removal.md. The yardstick is the mean over the networks retrained from scratch without the class, one per seed, of
+KL(retrained ‖ removed) over the held-out examples; the networks retrained with two seeds are as far apart as the row
+"retrained, another seed" says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastif import EKFAC, KFAC, Diagonal, ExactBlock, extract, remove, samplers
+from fastif.data import Data, load
+from fastif.evaluation.class_removal import environment
+from fastif.evaluation.metrics import measure
+from fastif.evaluation.models import build
+from fastif.evaluation.training import RECIPES, train
+from fastif.journal import Journal, write_whole
+from fastif.newton import newton
+from fastif.retained_network import RetainedNetwork
+
+ROOT = Path(__file__).parents[1]
+BLOCK = ["body.8", "body.9", "head"]  # the last convolution, its batch norm and the head of the small CNN
+
+States = Iterator[tuple[dict[str, Tensor], float]]  # the model's state after each step, and the seconds up to there
+
+
+class OneSize(RetainedNetwork):
+    """All layers' Newton steps with one size, found by halving: what the search in their span is held against."""
+
+    def step(self) -> bool:
+        own = self._newton_steps()
+        before, size = {p: p.detach().clone() for p in self.parameters}, 2.0
+        while size > 2.0**-20:
+            size /= 2
+            self._move({name: size * matrix for name, matrix in own.items()})
+            value = self._objective()
+            if value < self.objective:
+                self.objective = value
+                return True
+            with torch.no_grad():
+                for parameter, old in before.items():
+                    parameter.copy_(old)
+        return False
+
+
+def removals(k: int, steps: int, weight_decay: float) -> dict[str, Callable[..., States]]:
+    """By name: a function of (model, data, removed, generator)."""
+    exact = ExactBlock(0.0)
+
+    def settings(k: int | None, generator: torch.Generator) -> dict[str, Any]:
+        subset = None if k is None else partial(samplers.logit, k=k)
+        return dict(subset=subset, generator=generator, weight_decay=weight_decay, batch_size=1024)
+
+    def run(k: int | None, layers: Any, curvature: Any, *given: Any) -> States:
+        *given, generator = given
+        removal = remove(
+            *given, layers=layers, curvature=curvature, steps=steps, progress=False, **settings(k, generator)
+        )
+        seconds = accumulate(step.seconds for step in removal.history)
+        yield from ((removal.after(number), spent) for number, spent in enumerate(seconds, 1))
+
+    def after_the_head(model: nn.Module, *given: Any) -> States:
+        *_, (state, spent) = run(k, None, None, model, *given)
+        own = copy.deepcopy(model)
+        own.load_state_dict(state)
+        yield from ((state, spent + seconds) for state, seconds in run(k, "*", None, own, *given))
+
+    def one_size(model: nn.Module, *given: Any) -> States:
+        *given, generator = given
+        problem, spent = OneSize(model, *given, layers="*", **settings(k, generator)), 0.0
+        for figures in newton(problem, steps):
+            spent += figures.seconds
+            yield {**model.state_dict(), **problem.state}, spent
+
+    def body(estimator: Any) -> Callable[..., States]:
+        return partial(run, k, "*", {"head": exact, "*": estimator})
+
+    return {
+        "head": partial(run, k, None, None),
+        "last block": partial(run, k, BLOCK, None),
+        "all": partial(run, k, "*", None),
+        "all, after the head": after_the_head,
+        "all, a fifth of the subset": partial(run, k // 5, "*", None),
+        "all, curvature of all examples": partial(run, None, "*", None),
+        "all, EKFAC damping 1e-4": body(EKFAC(1e-4)),
+        "all, EKFAC damping 1e-2": body(EKFAC(1e-2)),
+        "all, EKFAC damping 1e-1": body(EKFAC(1e-1)),
+        "all, KFAC": body(KFAC(1e-3)),
+        "all, Diagonal": body(Diagonal(1e-3)),
+        "all, one size for every layer": one_size,
+    }
+
+
+class Experiment:
+    def __init__(self, name: str, images: Data, out: Path, seeds: int):
+        self.name, self.images, self.out, self.seeds = name, images, out, seeds
+        self.recipe = RECIPES[name]
+        self.x, self.y = images.x_train, images.y_train
+
+    def trained(self, seed: int, without: int | None = None) -> nn.Module:
+        """Trained from scratch with a seed, or read from where it was kept."""
+        shape = tuple(self.x.shape[1:])
+        model = build(self.recipe.architecture, shape, len(self.images.classes), seed=seed)  # pyright: ignore
+        path = self.out / f"without-{without}-seed-{seed}.pt"
+        if path.exists():
+            model.load_state_dict(torch.load(path))
+            return model.eval()
+        keep = torch.arange(len(self.y)) if without is None else (self.y != without).nonzero()[:, 0]
+        r = self.recipe
+        train(model, self.x[keep], self.y[keep], epochs=r.epochs, lr=r.lr, weight_decay=r.weight_decay,
+              batch_size=r.batch_size, seed=seed, progress=False)  # fmt: skip
+        torch.save(model.state_dict(), path)
+        return model
+
+    def logits(self, model: nn.Module) -> Tensor:
+        return extract(model, self.images.x_test, batch_size=2048, progress=False).logits
+
+    def row(self, logits: Tensor, references: list[Tensor], removed: int) -> dict[str, float]:
+        found = measure(logits, self.images.y_test, removed)
+        gone = self.images.y_test == removed
+        for key, rows in (("KL", slice(None)), ("KL_retained", ~gone), ("KL_removed", gone)):
+            found[key] = fmean(divergence(reference[rows], logits[rows]) for reference in references)
+        return found
+
+
+def divergence(reference: Tensor, logits: Tensor) -> float:
+    """Mean over examples of KL(softmax(reference) ‖ softmax(logits)), in nats."""
+    p, q = reference.double().log_softmax(1), logits.double().log_softmax(1)
+    return float((p.exp() * (p - q)).sum(1).mean())
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=("digits", "fashion-mnist"))
+    parser.add_argument("--root", help="folder with the data set's files")
+    parser.add_argument("--examples", type=int, help="of the training set, the first so many")
+    parser.add_argument("--classes", type=int, nargs="+", default=[0, 3, 5, 8])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--share", type=float, default=0.1, help="of the training examples that carry the curvature")
+    parser.add_argument("--variants", nargs="+", help="names; default all")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--kept", type=Path, help="where the summary goes")
+    given = parser.parse_args(arguments)
+    images = load(given.data, given.root)
+    if given.examples is not None:
+        images = images._replace(x_train=images.x_train[: given.examples], y_train=images.y_train[: given.examples])
+    out = given.out or ROOT / "runs" / f"removal-layers-{given.data}"
+    out.mkdir(parents=True, exist_ok=True)
+    experiment = Experiment(given.data, images, out, given.seeds)
+    n = len(images.y_train)
+    data = images.x_train, images.y_train
+    table = removals(round(given.share * n), given.steps, experiment.recipe.weight_decay)
+    chosen = list(table) if given.variants is None else given.variants
+    settings = {
+        "data": given.data,
+        "examples": n,
+        "share": given.share,
+        "steps": given.steps,
+        "recipe": experiment.recipe._asdict(),
+    }
+    journal = Journal(out / "rows.jsonl", settings, resume=True)
+    runs: dict[tuple[str, int, int], list[dict[str, Any]]] = {run_of(run): run for run in journal.of_kind("run")}
+
+    for removed in given.classes:
+        references = [experiment.logits(experiment.trained(seed, removed)) for seed in range(given.seeds)]
+        members = (images.y_train == removed).nonzero()[:, 0]
+        for seed in range(given.seeds):
+            others = [reference for s, reference in enumerate(references) if s != seed]
+            model, moved = experiment.trained(seed), experiment.trained(seed)
+            base = {"class": removed, "seed": seed, "step": 0, "seconds": 0.0}
+            for name, logits, against in (
+                ("retrained, another seed", references[seed], others),
+                ("nothing removed", experiment.logits(model), references),
+            ):
+                runs[name, removed, seed] = [{"variant": name, **base, **experiment.row(logits, against, removed)}]
+            for name in chosen:
+                if (name, removed, seed) in runs:
+                    continue
+                run: list[dict[str, Any]] = []
+                generator = torch.Generator().manual_seed(1000 * removed + seed)
+                for step, (state, seconds) in enumerate(table[name](model, data, members, generator), 1):
+                    moved.load_state_dict(state)
+                    metrics = experiment.row(experiment.logits(moved), references, removed)
+                    run.append({"variant": name, **base, "step": step, "seconds": seconds, **metrics})
+                runs[run_of(run)] = run
+                journal.append("run", run)
+    results = {
+        "meta": {**settings, "classes": given.classes, "seeds": given.seeds, "n_test": len(images.y_test),
+                 "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                 "command": command(sys.argv[1:] if arguments is None else arguments),
+                 **environment(torch.device("cpu"))},
+        "summary": summarised([row for run in runs.values() for row in run if row["class"] in given.classes]),
+    }  # fmt: skip
+    kept = given.kept or ROOT / "benchmarks" / "results" / f"removal-layers-{given.data}.json"
+    write_whole(kept, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    return results
+
+
+def command(arguments: list[str]) -> str:
+    """As it may be repeated elsewhere: one machine's folders are left out."""
+    pairs = list(zip(arguments, ["", *arguments], strict=False))
+    kept = [w for w, before in pairs if w not in ("--out", "--kept") and before not in ("--out", "--kept")]
+    kept = ["DIR" if before == "--root" else w for w, before in zip(kept, ["", *kept], strict=False)]
+    return " ".join(["python benchmarks/removal_layers.py", *kept])
+
+
+def run_of(run: list[dict[str, Any]]) -> tuple[str, int, int]:
+    return run[0]["variant"], run[0]["class"], run[0]["seed"]
+
+
+def summarised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per variant and step: means over classes and seeds, and the standard deviation over seeds of the class means."""
+    cells: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["variant"], row["step"]), []).append(row)
+    summary = []
+    for (variant, step), cell in cells.items():
+        entry: dict[str, Any] = {"variant": variant, "step": step, "runs": len(cell)}
+        for metric in ("F1", "EA", "SA", "EL", "SL", "KL", "KL_retained", "KL_removed", "seconds"):
+            entry[metric] = fmean(row[metric] for row in cell)
+            seeds = sorted({row["seed"] for row in cell})
+            means = [fmean(row[metric] for row in cell if row["seed"] == seed) for seed in seeds]
+            entry[f"{metric}_std"] = stdev(means) if len(means) > 1 else None
+        summary.append(entry)
+    return summary
+
+
+if __name__ == "__main__":
+    for entry in main()["summary"]:
+        print(f"{entry['variant']:28s} {entry['step']} F1 {entry['F1']:.4f} KL {entry['KL']:.4f} "
+              f"retained {entry['KL_retained']:.4f} removed {entry['KL_removed']:.4f} "
+              f"{entry['seconds']:.1f} s ({entry['runs']} runs)")  # fmt: skip

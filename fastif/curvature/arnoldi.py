@@ -1,0 +1,213 @@
+"""Low-rank curvature from a Krylov space: the largest eigenpairs, found by products alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
+from fastif.curvature.network import FitData, JointCurvature, Shape
+from fastif.curvature.products import Layout, Matrix, Operator, check_matrix
+
+Product = Callable[[Tensor], Tensor]  # [m, P] → [m, P], symmetric
+_ROUNDING = 8.0  # units of rounding below which a direction counts as spanned already
+
+
+class Arnoldi(JointCurvature):
+    """(G_r + λI)⁻¹ with the `rank` largest eigenpairs of G = GGN or Hessian over all blocks: G_r = Q diag(θ) Qᵀ.
+
+    Arnoldi's method (Schioppa et al. 2022, arXiv 2112.03052), which for a symmetric matrix is Lanczos's: Rayleigh–Ritz
+    on the space that products span from `block` random vectors; so many that an eigenvalue may be that often repeated.
+    Within the span of Q a solve divides by θ + λ, outside of it by λ: what is left out counts as flat. Once fitted it
+    holds rank vectors and needs the data no longer. docs/math.md (20).
+
+    `eigenvalues`, `residuals`, `left_out` and `error` tell how good it is.
+
+    Args:
+        rank: pairs to keep.
+        damping: absolute λ > 0.
+        matrix: "ggn" or "hessian"; of the latter the pairs of largest magnitude would do harm where they are negative
+            beyond λ, which is refused.
+        tolerance: of the residuals, relative to the largest eigenvalue; the space grows until they are that small.
+        block: random vectors to start from.
+        max_steps: products with `block` vectors at most; default as many as span 4 rank + 4 block directions.
+        keep_graph: see `Operator`.
+    """
+
+    passes = 0
+
+    def __init__(
+        self,
+        rank: int = 32,
+        damping: float = 1e-3,
+        matrix: Matrix = "ggn",
+        *,
+        tolerance: float = 1e-3,
+        block: int = 4,
+        max_steps: int | None = None,
+        keep_graph: bool = False,
+    ):
+        check_damping(damping)
+        if damping == "auto" or damping == 0:
+            raise ValueError(f"Arnoldi: damping must be a number > 0, got {damping!r}: outside of the span it is all")
+        check_matrix("Arnoldi", matrix)
+        for name, value in (("rank", rank), ("block", block), ("max_steps", 1 if max_steps is None else max_steps)):
+            if value < 1:
+                raise ValueError(f"Arnoldi: {name} must be at least 1, got {value}")
+        if not tolerance > 0:
+            raise ValueError(f"Arnoldi: tolerance must be > 0, got {tolerance}")
+        self.rank, self.damping, self.tolerance, self.block = rank, damping, tolerance, block
+        self.matrix: Matrix = matrix
+        self.max_steps, self.keep_graph = max_steps, keep_graph
+        self._data: FitData | None = None
+        self._values: Tensor | None = None  # float64 [r]
+        self._vectors: Tensor | None = None  # [r, P]
+        self._residuals: Tensor | None = None  # float64 [r]
+        self._left_out: Tensor | None = None  # float64 []
+
+    def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
+        self._layout, self._data = Layout(shapes), data
+        self._values = self._vectors = self._residuals = self._left_out = None
+
+    def end(self, turn: int) -> None:
+        """Finds the eigenpairs. Raises NotPositiveDefinite where one is below −λ."""
+        del turn
+        assert self._data is not None
+        operator = Operator(self._data, self.matrix, keep_graph=self.keep_graph)
+        size = self._layout.size
+        generator = Generator().manual_seed(self._data.seed)
+        start = torch.randn(min(self.block, size), size, generator=generator, dtype=torch.float64)
+        steps = self.max_steps or -(-4 * (self.rank + self.block) // self.block)
+        found = krylov(operator, start.to(operator.device, operator.dtype), steps, self.rank, self.tolerance)
+        self._data = None
+        negative = found.values[: self.rank][found.values[: self.rank] <= -self.damping]
+        if len(negative):
+            raise NotPositiveDefinite(
+                f"Arnoldi: the {self.matrix} with damping {self.damping:g} has the negative eigenvalue "
+                f"{float(negative.min()):.3g}; damping {sufficient(float(negative.min())):g} would do, or matrix='ggn'"
+            )
+        self._values, self._residuals = found.values[: self.rank], found.residuals[: self.rank]
+        self._left_out = found.values[self.rank :].abs().amax() if len(found.values) > self.rank else torch.zeros(())
+        self._vectors = found.vectors
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """θ of the pairs that are kept, float64 [r], largest in magnitude first."""
+        return self._fitted(self._values)
+
+    @property
+    def residuals(self) -> Tensor:
+        """|G q − θ q| of each pair, float64 [r]."""
+        return self._fitted(self._residuals)
+
+    @property
+    def left_out(self) -> float:
+        """The largest eigenvalue found, in magnitude, of which no pair is kept."""
+        return float(self._fitted(self._left_out))
+
+    @property
+    def error(self) -> float:
+        """Of a solve, relative, at most, in the directions that are left out: left_out / (left_out + λ)."""
+        return self.left_out / (self.left_out + self.damping)
+
+    def _fitted(self, value: Tensor | None) -> Tensor:
+        if value is None:
+            raise ValueError("Arnoldi: not fitted; call Influence.fit first")
+        return value
+
+    def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(G_r + λI)⁻¹ rhs = rhs / λ + Q (1 / (θ + λ) − 1 / λ) Qᵀ rhs."""
+        flat, vectors = self._layout.flat(rhs), self._fitted(self._vectors)
+        inside = flat @ vectors.T
+        gain = (1 / (self.eigenvalues + self.damping) - 1 / self.damping).to(flat)
+        return self._layout.by_block(flat / self.damping + (inside * gain) @ vectors, rhs)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            "values": self.eigenvalues,
+            "vectors": self._fitted(self._vectors),
+            "residuals": self.residuals,
+            "left_out": self._fitted(self._left_out),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._values, self._vectors, self._residuals = state["values"], state["vectors"], state["residuals"]
+        self._left_out = state["left_out"]
+
+    def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
+        del tables
+        size = sum(math.prod(shape) for shape in shapes.values())
+        steps = self.max_steps or -(-4 * (self.rank + self.block) // self.block)
+        return min(self.rank, size) * size * item, min((steps + 3) * self.block, size) * size * item
+
+
+class Krylov(NamedTuple):
+    """Ritz pairs, largest magnitude first."""
+
+    values: Tensor  # float64 [k]
+    vectors: Tensor  # [min(k, wanted), P]: of the first ones
+    residuals: Tensor  # float64 [k], |A v − θ v|
+    lowest: float  # of all values
+
+
+def krylov(product: Product, start: Tensor, steps: int, wanted: int, tolerance: float) -> Krylov:
+    """Rayleigh–Ritz on span(S, A S, A² S, …) for S = start [b, P], by block Lanczos, kept orthogonal throughout.
+
+    Ends after `steps` products, when the `wanted` largest pairs have residuals within tolerance of the largest value,
+    or when the space is invariant.
+    """
+    basis = _orthonormal(start, start[:0])
+    rows = basis  # those that were added last
+    inner = torch.zeros(0, 0, dtype=torch.float64)  # Qᵀ A Q
+    values = shares = residuals = torch.zeros(0, dtype=torch.float64)
+    for _ in range(steps):
+        image = product(rows)
+        norm = float(image.double().norm(dim=1).max()) if len(image) else 0.0
+        coupling = (basis.double() @ image.double().T).cpu()  # [k, b]
+        k = len(basis)
+        grown = torch.zeros(k, k, dtype=torch.float64)
+        grown[: len(inner), : len(inner)] = inner
+        grown[:, k - len(rows) :] = coupling
+        grown[k - len(rows) :, :] = coupling.T
+        inner = grown
+        values, shares = torch.linalg.eigh(inner)
+        order = values.abs().argsort(descending=True)
+        values, shares = values[order], shares[:, order]
+        rest = image - (coupling.T.to(image) @ basis)
+        last = len(rows)
+        rows = _orthonormal(rest, basis, norm)
+        # A Q = Q inner + rest: a pair's residual is what `rest` adds to it.
+        outside = rest - (rest @ basis.T) @ basis
+        residuals = (shares[k - last :].T.to(outside) @ outside).double().norm(dim=1).cpu()
+        bound = tolerance * float(values.abs().max())
+        if len(rows) == 0 or (k > wanted and bool((residuals[:wanted] <= bound).all())):
+            break
+        basis = torch.cat([basis, rows])
+    vectors = shares[:, :wanted].T.to(basis) @ basis[: len(shares)]
+    return Krylov(values, vectors, residuals, float(values.min()))
+
+
+def _orthonormal(rows: Tensor, basis: Tensor, scale: float = 1.0) -> Tensor:
+    """An orthonormal basis of what `rows` add to the span of an orthonormal `basis`, those within rounding left out."""
+    floor = _ROUNDING * math.sqrt(rows.shape[1]) * torch.finfo(rows.dtype).eps * scale
+    kept = rows[:0]
+    for row in rows:
+        for _ in range(2):  # once is not enough for float arithmetic, twice is
+            for others in (basis, kept):
+                row = row - (others @ row) @ others
+        norm = float(row.double().norm())
+        if norm > floor:
+            row = row / norm
+            for others in (basis, kept):
+                row = row - (others @ row) @ others
+            kept = torch.cat([kept, (row / row.double().norm().to(row))[None]])
+    return kept
+
+
+def sufficient(lowest: float) -> float:
+    """A damping that outweighs the lowest eigenvalue found, with a margin, as a power of ten."""
+    return 10.0 ** math.ceil(math.log10(max(-1.2 * lowest, 1e-12)))

@@ -1,0 +1,125 @@
+"""Fitting: a network's curvature from the gradients of a weighted subset, pass by pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastif.capture import Capture
+from fastif.curvature import Curvature, ExactBlock
+from fastif.curvature.network import Alone, FitData, JointCurvature, NetworkCurvature, Together
+from fastif.data import picked
+from fastif.features import moved_to
+from fastif.losses import IGNORED, labels_in, labels_of, output_columns, per_sample
+from fastif.passes import Passes
+from fastif.subset import Subset
+
+Estimator = Curvature | JointCurvature
+
+
+def assigned(capture: Capture, curvature: Estimator | Mapping[str, Estimator]) -> NetworkCurvature:
+    """An estimator for every block: a copy of its own, or one for all that match its pattern.
+
+    Blocks that no pattern matches are no longer covered.
+    """
+    rules = dict(curvature) if isinstance(curvature, Mapping) else {"*": curvature}
+    for estimator in rules.values():
+        if not hasattr(estimator, "observe"):
+            raise TypeError(f"Influence: curvature must be an estimator or a mapping to them, got {estimator!r}")
+    members: dict[str, list[str]] = {pattern: [] for pattern in rules}
+    for name, block in list(capture.blocks.items()):
+        pattern = next((pattern for pattern in rules if fnmatchcase(name, pattern)), None)
+        if pattern is None:
+            capture.leave_out(block, "no pattern of curvature= matches its layer")
+        else:
+            members[pattern].append(name)
+    parts: dict[tuple[str, ...], JointCurvature] = {}
+    for pattern, names in members.items():
+        estimator = rules[pattern]
+        if isinstance(estimator, JointCurvature):
+            parts.update({tuple(names): estimator} if names else {})
+        elif getattr(estimator, "joint", False):
+            parts.update({tuple(names): Together(tuple(names), estimator)} if names else {})
+        else:
+            parts.update({(name,): Alone(name, estimator) for name in names})
+    if not parts:
+        raise ValueError(f"Influence: no pattern of curvature= matches a layer, got {', '.join(rules)}")
+    return NetworkCurvature(parts)
+
+
+def begun(assigned: NetworkCurvature, capture: Capture, data: FitData | None) -> NetworkCurvature:
+    """A copy that has learned nothing yet."""
+    curvature = NetworkCurvature({names: copy.deepcopy(part) for names, part in assigned.parts.items()})
+    curvature.begin({name: block.shape for name, block in capture.blocks.items()}, data)
+    return curvature
+
+
+def fit(passes: Passes, assigned: NetworkCurvature, train: Any, subset: Subset, seed: int) -> NetworkCurvature:
+    """The curvature of the examples of a subset, at the model's parameters as they are; it is running."""
+
+    def batches(subset: Subset) -> Iterator[tuple[Any, Any, Tensor]]:
+        for (x, y), places in picked(train, passes.batch_size, subset.indices):
+            yield moved_to(x, passes.device), moved_to(y, passes.device), subset.weights[places].to(passes.device)
+
+    data = FitData(passes.model, passes.loss, passes.capture.blocks, subset, batches, seed, passes.autocast)
+    curvature = begun(assigned, passes.capture, data)
+    for turn in range(max(1, curvature.passes)):
+        looking = curvature.open(turn)
+        generator = torch.Generator().manual_seed(seed)
+        total = -(-len(subset.indices) // passes.batch_size)
+        with tqdm(batches(subset), f"fit, pass {turn + 1}", total, disable=not passes.progress) as bar:
+            for number, (x, y, weights) in enumerate(bar):
+                passes.capture.batch = number
+                observe(passes, looking, x, y, weights, turn, generator)
+                if not looking.parts:
+                    break  # nothing to learn: the first batch was looked at for what `Capture` refuses
+        (looking if turn else curvature).end(turn)  # those that look at nothing end with pass 0 too
+    return curvature
+
+
+def observe(
+    passes: Passes,
+    curvature: NetworkCurvature,
+    x: Any,
+    y: Any,
+    weights: Tensor,
+    turn: int,
+    generator: torch.Generator,
+) -> None:
+    """Shows a batch to the estimators."""
+    if not passes.capture.checked:
+        passes.check(x, y)
+    forward = passes.forward(x)
+    batch = labels_in(x, y)
+    losses = per_sample(passes.loss, forward.outputs, batch, forward.n)
+    rest = dict(curvature.parts)
+    for names, part in curvature.parts.items():
+        estimator = part.estimator if isinstance(part, Alone | Together) else None
+        if not isinstance(estimator, ExactBlock) or estimator.fisher != "exact":
+            continue
+        softmax = isinstance(part, Alone) and passes.loss == "cross_entropy"
+        head = forward.head(names[0]) if softmax else None
+        if head is not None:
+            counted = labels_of(batch) != IGNORED
+            estimator.update(*head, weights=weights * counted)
+            del rest[names]
+        elif estimator.matrix == "hessian":
+            blocks = [passes.capture.blocks[name] for name in names]
+            estimator.observe_loss((losses * weights.to(losses)).sum(), blocks)
+            del rest[names]
+    for fisher in dict.fromkeys(part.fisher for part in rest.values()):
+        mine = NetworkCurvature({names: part for names, part in rest.items() if part.fisher == fisher})
+        if fisher == "empirical":
+            found = iter([forward.gradients(losses, keep=True)])
+        else:
+            columns = output_columns(passes.loss, forward.outputs, batch, forward.n, fisher, generator)
+            found = (forward.gradients(scores, column, keep=True) for scores, column in columns)
+        for column, gradients in enumerate(found):
+            mine.observe(gradients, weights, column, turn)
+            del gradients  # before those of the next column come

@@ -1,0 +1,189 @@
+"""Scoring: the products of preconditioned query gradients with training gradients, rectangle by rectangle."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastif.capture import dtype_of
+from fastif.curvature import Directions, Explicit, LowRank
+from fastif.curvature.network import NetworkCurvature
+from fastif.data import count
+from fastif.gradients import Gradients
+
+if TYPE_CHECKING:
+    from fastif.influence import Influence
+
+
+class Tile(NamedTuple):
+    """A rectangle of scores and where it stands."""
+
+    query: int  # first row
+    train: int  # first column
+    values: dict[str, Tensor]  # "" or, by layer, its name: [rows, columns]
+
+
+def tiles(
+    influence: Influence,
+    query: Any,
+    train: Any,
+    query_groups: Tensor | None = None,
+    rank: int | None = None,
+    by: str = "all",
+) -> Generator[Tile]:
+    """Rectangles of the scores: queries of a block × training examples of a batch."""
+    if query_groups is not None:
+        _check_groups("query_groups", query_groups, count(query, influence.passes.batch_size))
+    if rank is not None and rank < 1:
+        raise ValueError(f"scores: rank must be at least 1, got {rank}")
+    influence.rank_error = 0.0
+    share = influence.n * len(influence.at_checkpoints())
+    for checkpoint, curvature in influence.at_checkpoints():
+        with influence.passes.running(checkpoint):
+            for first, held in _query_blocks(influence, query, curvature, query_groups, rank, by == "token"):
+                for start, _, gradients in influence.passes.gradients(train, "scores"):
+                    parts = {}
+                    for name, g in gradients.items():
+                        dots = _by_position if by == "token" else _dots
+                        parts[name] = torch.cat([dots(each, g) for each in held[name]]).div_(share).cpu()
+                    if by == "token":
+                        _check_positions({name: g.positions for name, g in gradients.items()})
+                    del gradients  # before those of the next batch come
+                    yield Tile(first, start, parts if by == "layer" else {"": _added(parts.values())})
+                held.clear()  # before the next queries are held
+
+
+def assembled(
+    influence: Influence,
+    query: Any,
+    train: Any,
+    query_groups: Tensor | None = None,
+    groups: Tensor | None = None,
+    rank: int | None = None,
+    by: str = "all",
+) -> dict[str, Tensor]:
+    """The tiles put together, groups summed."""
+    rows = count(query, influence.passes.batch_size) if query_groups is None else int(query_groups.max()) + 1
+    columns = n = count(train, influence.passes.batch_size)
+    if groups is not None:
+        _check_groups("groups", groups, n)
+        columns = int(groups.max()) + 1
+    out: dict[str, Tensor] = {}
+    with closing(tiles(influence, query, train, query_groups, rank, by)) as made:  # the model is released in any case
+        for tile in made:
+            for key, values in tile.values.items():
+                if key not in out:
+                    out[key] = values.new_zeros((rows, columns, *values.shape[2:]))
+                if out[key].shape[2:] != values.shape[2:]:
+                    raise ValueError(
+                        f"scores_by_token: batches must have one number of positions, got {out[key].shape[2]} and "
+                        f"{values.shape[2]}; pad the examples to one length"
+                    )
+                place = out[key][tile.query : tile.query + len(values)]
+                if groups is None:
+                    place[:, tile.train : tile.train + values.shape[1]] += values
+                else:
+                    place.index_add_(1, groups[tile.train : tile.train + values.shape[1]].cpu(), values)
+    return out
+
+
+def _query_blocks(
+    influence: Influence,
+    query: Any,
+    curvature: NetworkCurvature,
+    groups: Tensor | None,
+    rank: int | None,
+    explicit: bool,
+) -> Iterator[tuple[int, dict[str, list[Directions]]]]:
+    """The query side for as many queries at a time as `memory` holds, with the first query's index."""
+    if groups is not None:
+        yield 0, _grouped_queries(influence, query, curvature, groups)
+        return
+    whole = sum(block.size for block in influence.capture.blocks.values()) * dtype_of(influence.model).itemsize
+    each = max(1, influence.memory // (4 * whole))  # making them takes some copies
+    first, held, used = 0, {name: [] for name in influence.capture.blocks}, 0
+    for start, n, gradients in influence.passes.gradients(query, "queries", influence.measurement):
+        for begin in range(0, n, each):
+            part = {name: g.rows(begin, begin + each) for name, g in gradients.items()}
+            made = _directions(influence, curvature, part, rank, explicit)
+            size = sum(directions.nbytes for directions in made.values())
+            del part
+            if used and used + size > influence.memory:
+                yield first, held
+                first, held, used = start + begin, {name: [] for name in influence.capture.blocks}, 0
+            for name, directions in made.items():
+                held[name].append(directions)
+            used += size
+    yield first, held
+
+
+def _directions(
+    influence: Influence,
+    curvature: NetworkCurvature,
+    gradients: Mapping[str, Gradients],
+    rank: int | None,
+    explicit: bool,
+) -> dict[str, Directions]:
+    if rank is None and not explicit:
+        return curvature.directions(gradients)
+    solved = curvature.solve({name: g.formed() for name, g in gradients.items()})
+    if rank is None:
+        return {name: Explicit(matrices) for name, matrices in solved.items()}
+    compressed = {name: LowRank.of(matrices, rank) for name, matrices in solved.items()}
+    influence.rank_error = max(influence.rank_error, *(directions.error for directions in compressed.values()))
+    return dict(compressed)
+
+
+def _grouped_queries(
+    influence: Influence, query: Any, curvature: NetworkCurvature, groups: Tensor
+) -> dict[str, list[Directions]]:
+    number = int(groups.max()) + 1
+    totals = {
+        name: torch.zeros((number, *block.shape), device=influence.device, dtype=dtype_of(influence.model))
+        for name, block in influence.capture.blocks.items()
+    }
+    for start, n, gradients in influence.passes.gradients(query, "queries", influence.measurement):
+        here = groups[start : start + n].to(influence.device)
+        for group in here.unique().tolist():
+            for name, g in gradients.items():
+                totals[name][group] += g.sum((here == group).to(influence.device))
+    return {name: [Explicit(solved)] for name, solved in curvature.solve(totals).items()}
+
+
+def _dots(directions: Directions, g: Gradients) -> Tensor:
+    return directions.dots(g)
+
+
+def _by_position(directions: Directions, g: Gradients) -> Tensor:
+    assert isinstance(directions, Explicit)
+    return g.by_position(directions.matrices)
+
+
+def _added(parts: Any) -> Tensor:
+    first, *rest = parts
+    for part in rest:
+        first += part
+    return first
+
+
+def _check_positions(positions: dict[str, int]) -> None:
+    most = max(positions.values())
+    for name, t in positions.items():
+        if t != most:
+            raise ValueError(
+                f"scores_by_token: layer {name!r} has {t} positions where others have {most}; leave it out with layers="
+            )
+
+
+def _check_groups(what: str, groups: Tensor, n: int) -> None:
+    if groups.dtype != torch.int64:
+        raise TypeError(f"scores: {what} must be int64, got {groups.dtype}")
+    if groups.shape != (n,) or (n and int(groups.min()) < 0):
+        raise ValueError(
+            f"scores: {what} must be [{n}] numbers >= 0, got shape {list(groups.shape)}, "
+            f"the smallest {int(groups.min()) if groups.numel() else None}"
+        )

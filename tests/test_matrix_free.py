@@ -1,0 +1,563 @@
+"""CG, LiSSA and Arnoldi: on dense matrices, and as estimators of a whole network."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fastif import CG, EKFAC, KFAC, Arnoldi, Diagonal, Diverged, ExactBlock, Influence, LiSSA, NotConverged
+from fastif import NotPositiveDefinite as Indefinite
+from fastif.curvature.arnoldi import krylov
+from fastif.curvature.cg import conjugate_gradients
+from fastif.curvature.lissa import drawn, largest, neumann
+from fastif.samplers import Subset
+from tests.networks import Apply
+from tests.problems import trained
+
+DAMPING = 1e-2
+
+
+def matrix(values, seed=0):
+    """Symmetric, with these eigenvalues."""
+    g = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=g, dtype=torch.float64))
+    return q @ torch.diag(torch.as_tensor(values, dtype=torch.float64)) @ q.T
+
+
+def rows(m, size, seed=1):
+    return torch.randn(m, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def cg(a, b, damping=0.0, tolerance=1e-10, max_steps=500, **options):
+    return conjugate_gradients(lambda v: v @ a.to(v), b, damping, tolerance=tolerance, max_steps=max_steps, **options)
+
+
+def residuals(a, x, b, damping=0.0):
+    left = b - x @ a - damping * x
+    return left.norm(dim=1) / b.norm(dim=1).clamp(min=1e-300)
+
+
+# ------------------------------------------------------------------------------------------------------------------- CG
+
+
+@given(
+    size=st.integers(1, 40),
+    m=st.integers(1, 5),
+    spread=st.floats(0, 6),
+    damping=st.sampled_from([0.0, 1e-3, 1.0]),
+    scale=st.sampled_from([1e-30, 1.0, 1e30]),
+    seed=st.integers(0, 99),
+)
+def test_cg_keeps_its_tolerance_and_tells_the_residual(size, m, spread, damping, scale, seed):
+    a = matrix(torch.logspace(-spread, 0, size), seed)
+    b = rows(m, size, seed) * scale
+    found = cg(a, b, damping, 1e-8, max_steps=40 * size + 40)
+    true = residuals(a, found.x, b, damping)
+    assert (true <= 1e-8 * 1.01).all()
+    assert torch.allclose(found.residuals, true, rtol=1e-2, atol=1e-10)
+
+
+def test_cg_takes_as_many_steps_as_there_are_different_eigenvalues():
+    a, b = matrix([1.0] * 10 + [2.0] * 10 + [5.0] * 10), rows(3, 30)
+    assert cg(a, b).steps == 3
+    assert torch.allclose(cg(a, b, 0.5).x, torch.linalg.solve(a + 0.5 * torch.eye(30, dtype=torch.float64), b.T).T)
+
+
+def test_cg_rows_do_not_see_one_another():
+    a, b = matrix(torch.logspace(-4, 0, 30)), rows(4, 30)
+    b[1] = 0
+    eigenvector = torch.linalg.eigh(a)[1][:, 0]
+    b[2] = eigenvector  # there after one step, and still from then on
+    together = cg(a, b)
+    assert not together.x[1].any()
+    assert together.residuals[1] == 0
+    for row in range(4):
+        alone = cg(a, b[row : row + 1])
+        assert torch.allclose(together.x[row], alone.x[0], rtol=1e-6, atol=1e-9 * float(alone.x.abs().max() + 1e-300))
+    assert cg(a, b[2:3]).steps == 1
+    assert cg(a, torch.zeros(2, 30, dtype=torch.float64)).steps == 0
+
+
+def test_a_preconditioner_saves_steps_and_changes_nothing():
+    scales = torch.logspace(0, 4, 50, dtype=torch.float64)
+    a = torch.diag(scales) + matrix(torch.rand(50))
+    b = rows(3, 50)
+    plain, helped = cg(a, b), cg(a, b, precondition=lambda r: r / a.diagonal())
+    assert helped.steps < plain.steps / 3
+    assert torch.allclose(helped.x, plain.x, rtol=1e-6, atol=1e-10)
+
+
+def test_cg_in_float32_begins_anew_where_the_recursion_lies_and_says_where_it_ends():
+    a, b = matrix(torch.logspace(-2, 0, 60)), rows(2, 60)
+    good = cg(a, b.float(), tolerance=1e-4, max_steps=2000)
+    assert (residuals(a, good.x.double(), b.float().double()) <= 1.1e-4).all()
+    least = cg(a, b.float(), tolerance=1e-14, max_steps=2000)
+    assert least.steps < 2000  # it stops where it comes no further
+    true = residuals(a.float().double(), least.x.double(), b.float().double())
+    assert (least.residuals > 1e-14).all()
+    assert (true < 1e-3).all()
+
+
+@pytest.mark.parametrize("lowest", [-1e-3, -0.3, -50.0])
+def test_cg_refuses_an_indefinite_matrix_with_the_damping_that_would_do(lowest):
+    a, b = matrix([lowest, *torch.linspace(0.5, 2, 19).tolist()]), rows(3, 20)
+    with pytest.raises(Indefinite, match=r"the hessian with damping 1e-05 is not positive .* or matrix='ggn'") as error:
+        cg(a, b, 1e-5, name="hessian")
+    advised = float(str(error.value).split("; damping ")[1].split()[0])
+    assert -lowest < advised <= -12 * lowest
+    assert (cg(a, b, advised).residuals <= 1e-10).all()
+
+
+def test_cg_refuses_nan():
+    with pytest.raises(ValueError, match="in step 1 the product of the matrix with a direction holds NaN"):
+        conjugate_gradients(lambda v: v * torch.nan, rows(2, 3), 1.0, tolerance=0.1, max_steps=3)
+    with pytest.raises(ValueError, match="right-hand side 1 holds NaN or Inf"):
+        cg(matrix([1.0, 2.0]), torch.tensor([[1.0, 2.0], [1.0, torch.inf]], dtype=torch.float64))
+
+
+# ---------------------------------------------------------------------------------------------------------------- LiSSA
+
+
+def repeated(a):
+    while True:
+        yield lambda v: v @ a
+
+
+def series(a, b, damping, scale, steps=20000, tolerance=1e-9, name="matrix"):
+    return neumann(repeated(a), b, damping, scale, steps=steps, tolerance=tolerance, whole=lambda v: v @ a, name=name)
+
+
+@pytest.mark.parametrize("scale", [1.2, 2.0, 10.0])  # half of the largest eigenvalue suffices: 2.1 / 2
+def test_the_series_converges_to_the_inverse(scale):
+    a, b = matrix(torch.linspace(0, 2, 30)), rows(3, 30)
+    b /= b.norm(dim=1, keepdim=True)
+    b[1] = 0
+    x, steps = series(a, b, 0.1, scale)
+    assert not x[1].any()
+    assert (residuals(a, x, b, 0.1)[[0, 2]] <= 1e-9).all()
+    assert steps <= 40 * scale / 0.1
+    alone, _ = series(a, b[2:], 0.1, scale)
+    assert torch.allclose(x[2:], alone, rtol=1e-8, atol=1e-12)
+
+
+def test_power_iteration_comes_close_from_below():
+    a = matrix([*torch.rand(40).tolist(), 1.3])
+    assert 0.95 * 1.3 < largest(repeated(a), rows(1, 41)) <= 1.3 + 1e-12
+    assert largest(repeated(-a), rows(1, 41)) == pytest.approx(largest(repeated(a), rows(1, 41)))
+    assert largest(repeated(0 * a), rows(1, 41)) == 0
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.4, 0.9])
+def test_a_divergent_series_is_stopped_with_the_scale_that_would_do(scale):
+    a, b = matrix(torch.linspace(0, 2, 30)), rows(2, 30)
+    b /= b.norm(dim=1, keepdim=True)
+    with pytest.raises(Diverged, match=rf"scale {scale:g} the series diverges .* would do, or 'auto'") as error:
+        series(a, b, 0.1, scale)
+    advised = float(str(error.value).split(": scale ")[1].split()[0])
+    assert 1.05 < advised < 4
+    x, _ = series(a, b, 0.1, advised)
+    assert (residuals(a, x, b, 0.1) <= 1e-9).all()
+
+
+def test_an_indefinite_matrix_is_told_from_a_small_scale():
+    a, b = matrix([-0.5, *torch.linspace(0.1, 2, 30).tolist()]), rows(2, 31)
+    with pytest.raises(Indefinite, match=r"the hessian with damping 0.1 is not positive definite.*eigenvalue") as error:
+        series(a, b / b.norm(dim=1, keepdim=True), 0.1, 3.0, name="hessian")
+    advised = float(str(error.value).split("; damping ")[1].split()[0])
+    assert advised == 1.0
+
+
+def test_draws_are_in_proportion_to_the_weights_and_carry_their_sum():
+    subset = Subset(torch.tensor([7, 3, 9]), torch.tensor([0.2, 0.0, 0.6], dtype=torch.float64))
+    g = torch.Generator().manual_seed(0)
+    total = torch.zeros(10, dtype=torch.float64)
+    for _ in range(500):
+        picked = drawn(subset, 4, g)
+        assert float(picked.weights.sum()) == pytest.approx(0.8)
+        total[picked.indices] += picked.weights
+    assert torch.allclose(total[[7, 3, 9]] / 500, subset.weights, atol=0.02)
+    assert total[3] == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- Krylov
+
+
+@pytest.mark.parametrize("block", [1, 3, 8])
+def test_ritz_pairs_are_eigenpairs(block):
+    values = [*(10 * 0.7**k for k in range(10)), *([1e-3] * 40)]
+    a = matrix(values)
+    found = krylov(lambda v: v @ a, rows(block, 50), 60, 6, 1e-9)
+    assert torch.allclose(found.values[:6], torch.tensor(values[:6], dtype=torch.float64), rtol=1e-8)
+    errors = (found.vectors @ a - found.values[:6, None] * found.vectors).norm(dim=1)
+    assert torch.allclose(errors, found.residuals[:6], atol=1e-12)
+    assert (found.residuals[:6] <= 1e-8).all()
+    assert torch.allclose(found.vectors @ found.vectors.T, torch.eye(6, dtype=torch.float64), atol=1e-12)
+
+
+def test_residuals_of_pairs_that_are_not_there_yet_are_true():
+    a = matrix(torch.linspace(0, 1, 50))
+    found = krylov(lambda v: v @ a, rows(2, 50), 5, 4, 1e-9)
+    errors = (found.vectors @ a - found.values[:4, None] * found.vectors).norm(dim=1)
+    assert (errors > 1e-3).any()
+    assert torch.allclose(errors, found.residuals[:4], rtol=1e-9)
+
+
+def test_repeated_eigenvalues_are_found_as_often_as_the_block_is_wide():
+    a = matrix([3.0] * 4 + [1.0] * 26)
+    found = krylov(lambda v: v @ a, rows(4, 30), 30, 6, 1e-9)
+    assert torch.allclose(found.values[:6], torch.tensor([3.0] * 4 + [1.0] * 2, dtype=torch.float64))
+    assert len(krylov(lambda v: v @ a, rows(1, 30), 30, 6, 1e-9).values) == 2  # the space of one vector is that small
+
+
+def test_a_space_that_products_do_not_leave_ends_the_search():
+    a = matrix([2.0, 1.0] + [0.0] * 18)
+    found = krylov(lambda v: v @ a, rows(4, 20), 99, 10, 1e-9)
+    assert len(found.values) <= 8
+    assert torch.allclose(found.values[:3], torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64), atol=1e-12)
+    assert (found.residuals < 1e-12).all()
+    zero = krylov(lambda v: 0 * v, rows(2, 5), 9, 1, 1e-9)
+    assert not zero.values.any()
+
+
+# --------------------------------------------------------------------------------------------------- whole networks
+
+
+def _words(m, ids):
+    return m.head(m.second(m.first(m.words(ids)).tanh()).tanh().mean(1))
+
+
+def network(name):
+    """A float64 model, data and the size of its blocks together."""
+    torch.manual_seed(0)
+    if name == "mlp":
+        model, x, y = trained()
+        return copy.deepcopy(model), (x, y)
+    layers = {"words": nn.Embedding(7, 4), "first": nn.Linear(4, 5), "second": nn.Linear(5, 4, bias=False)}
+    model = Apply(_words, **layers, head=nn.Linear(4, 3)).double()
+    return model, (torch.randint(0, 7, (24, 6)), torch.arange(24) % 3)
+
+
+def influence_of(model, curvature, **options):
+    return Influence(model, curvature=curvature, progress=False, **options)
+
+
+def answers(influence, data):
+    query = tuple(x[:5] for x in data)
+    change = influence.on_parameters(query)
+    few = tuple(x[:7] for x in data)
+    return [influence.scores(query, data), influence.self_influence(few), *change.values()]
+
+
+def close(got, want, tolerance):
+    for a, b in zip(got, want, strict=True):
+        assert float((a - b).norm()) <= tolerance * float(b.norm())
+
+
+@pytest.mark.parametrize("name", ["mlp", "words"])
+@pytest.mark.parametrize(
+    ("made", "tolerance"),
+    [
+        (CG(DAMPING, tolerance=1e-11), 1e-8),
+        (CG(DAMPING, tolerance=1e-11, keep_graph=True), 1e-8),
+        (CG(DAMPING, tolerance=1e-11, preconditioner=Diagonal(DAMPING)), 1e-8),
+        (CG(DAMPING, tolerance=1e-11, preconditioner=KFAC(DAMPING)), 1e-8),
+        (CG(DAMPING, tolerance=1e-11, preconditioner=EKFAC("auto", "monte_carlo")), 1e-8),
+        (LiSSA(0.5, tolerance=1e-5), 1e-4),
+        (LiSSA(0.5, tolerance=1e-7, keep_graph=True, scale=2.0), 1e-6),
+        (Arnoldi(200, DAMPING, tolerance=1e-9, block=16), 1e-8),
+    ],
+    ids=["cg", "cg, graph", "cg, diagonal", "cg, kfac", "cg, ekfac", "lissa", "lissa, graph", "arnoldi"],
+)
+def test_all_of_them_give_the_inverse_of_the_whole_matrix(name, made, tolerance):
+    model, data = network(name)
+    want = answers(influence_of(model, ExactBlock(made.damping, joint=True)).fit(data), data)
+    influence = influence_of(model, made, batch_size=50).fit(data)
+    close(answers(influence, data), want, tolerance)
+    part = answers(influence_of(model, ExactBlock(made.damping), layers="*").fit(data), data)
+    assert (part[0] - want[0]).norm() > 0.01 * want[0].norm()  # what layers have in common counts
+
+
+@pytest.mark.parametrize("made", [CG(DAMPING, tolerance=1e-10), Arnoldi(40, DAMPING, tolerance=1e-9, max_steps=15)])
+def test_weights_batches_and_memory_are_as_they_should_be(made):
+    model, data = network("words")
+    subset = Subset(torch.tensor([17, 0, 5, 9]), torch.tensor([0.3, 0.1, 0.2, 0.5]))
+    want = answers(influence_of(model, ExactBlock(DAMPING, joint=True)).fit(data, subset), data)
+    for batch_size, memory in ((3, 10000), (64, 1 << 20)):
+        influence = influence_of(model, made, batch_size=batch_size, memory=memory).fit(data, subset)
+        close(answers(influence, data), want, 1e-7)
+
+
+def test_a_subset_of_one_example():
+    model, data = network("mlp")
+    subset = Subset(torch.tensor([3]), torch.tensor([1.0]))
+    want = influence_of(model, ExactBlock(0.3, joint=True)).fit(data, subset).scores(data, data)
+    for made in (
+        CG(0.3, tolerance=1e-10),
+        LiSSA(0.3, tolerance=1e-6, keep_graph=True),
+        Arnoldi(5, 0.3, tolerance=1e-9),
+    ):
+        got = influence_of(model, made).fit(data, subset).scores(data, data)
+        assert float((got - want).norm()) <= 1e-5 * float(want.norm())
+
+
+def test_the_mean_over_drawn_matrices_goes_to_the_inverse():
+    points = rows(60, 6)
+    whole = points.T @ points / 60
+    b = rows(2, 6, seed=2)
+    b /= b.norm(dim=1, keepdim=True)
+    want = b @ torch.linalg.inv(whole + 0.3 * torch.eye(6, dtype=torch.float64))
+    errors = []
+    for steps in (30, 3000):
+        g = torch.Generator().manual_seed(0)
+
+        def matrices(g=g):
+            while True:
+                some = points[torch.randint(60, (10,), generator=g)]
+                yield lambda v, some=some: v @ some.T @ some / 10
+
+        x, taken = neumann(matrices(), b, 0.3, 4.0, steps=steps, tolerance=None, whole=lambda v: v @ whole, name="ggn")
+        assert taken == steps
+        errors.append(float((x - want).norm() / want.norm()))
+    assert errors[1] < 0.02 < errors[0]
+
+
+def test_stochastic_lissa_draws_by_seed_whatever_the_batches_and_the_memory():
+    model, data = network("mlp")
+    few = tuple(x[:3] for x in data)
+    made = LiSSA(0.5, steps=15, batch=12, repeats=2, tolerance=0.999)
+    first = influence_of(model, made).fit(data)
+    scores = first.scores(few, few)
+    assert first.curvature["0"].steps_taken == 30
+    again = influence_of(model, made, batch_size=5, memory=9000).fit(data)
+    assert torch.allclose(again.scores(few, few), scores, rtol=1e-8)
+    assert again.curvature["0"].scale_used == pytest.approx(first.curvature["0"].scale_used)
+    other = influence_of(model, made, seed=1).fit(data).scores(few, few)
+    assert not torch.allclose(other, scores, rtol=1e-4)
+    exact = influence_of(model, ExactBlock(0.5, joint=True)).fit(data).scores(few, few)
+    assert 1e-3 < float((scores - exact).norm() / exact.norm()) < 0.5
+
+
+def test_the_hessian_is_solved_with_or_refused():
+    model, data = network("words")
+    few = tuple(x[:3] for x in data)
+    with pytest.raises(Indefinite, match="damping 0.0001 is not positive definite.*matrix='ggn'") as error:
+        influence_of(model, CG(1e-4, "hessian")).fit(data).scores(few, few)
+    advised = float(str(error.value).split("; damping ")[1].split(",")[0].split()[0])
+    cg_scores = influence_of(model, CG(advised, "hessian", tolerance=1e-10)).fit(data).scores(few, few)
+    lissa = (
+        influence_of(model, LiSSA(advised, "hessian", tolerance=1e-6, steps=5000, keep_graph=True))
+        .fit(data)
+        .scores(few, few)
+    )
+    assert torch.allclose(lissa, cg_scores, rtol=1e-3, atol=1e-7)
+    whole = Arnoldi(200, advised, "hessian", block=16, tolerance=1e-9)
+    assert torch.allclose(influence_of(model, whole).fit(data).scores(few, few), cg_scores, rtol=1e-5, atol=1e-9)
+    with pytest.raises(Indefinite, match="Arnoldi: the hessian with damping 0.0001 has the negative eigenvalue -"):
+        influence_of(model, Arnoldi(200, 1e-4, "hessian", block=16)).fit(data)
+    with pytest.raises(Indefinite, match="LiSSA: the hessian with damping 0.0001 is not positive definite"):
+        influence_of(model, LiSSA(1e-4, "hessian", steps=3000, keep_graph=True)).fit(data).scores(few, few)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        CG(DAMPING, preconditioner=Diagonal(DAMPING)),
+        LiSSA(0.5),
+        Arnoldi(10, DAMPING),
+    ],
+    ids=lambda made: type(made).__name__,
+)
+def test_checkpoints_and_states(made):
+    model, data = network("mlp")
+    g = torch.Generator().manual_seed(1)
+    states = [
+        {k: v + 0.1 * torch.randn(v.shape, generator=g, dtype=v.dtype) for k, v in model.state_dict().items()}
+        for _ in range(2)
+    ]
+    influence = influence_of(model, made, checkpoints=states).fit(data)
+    parts = []
+    for state in states:
+        other = copy.deepcopy(model)
+        other.load_state_dict(state)
+        parts.append(influence_of(other, made).fit(data).scores(data, data))
+    assert torch.allclose(influence.scores(data, data), (parts[0] + parts[1]) / 2, rtol=1e-8, atol=1e-12)
+    loaded = influence_of(model, made, checkpoints=states).load_state_dict(influence.state_dict())
+    if isinstance(made, Arnoldi):
+        assert torch.equal(loaded.scores(data, data), influence.scores(data, data))
+    else:
+        with pytest.raises(ValueError, match=r"multiplies with the data's curvature, .* call fit\(train\)"):
+            loaded.scores(data, data)
+
+
+@pytest.mark.parametrize("made", [CG(DAMPING, preconditioner=KFAC(DAMPING)), LiSSA(0.5), Arnoldi(10, DAMPING)])
+def test_stored_scores_resume_and_plans_are_made(made, tmp_path, monkeypatch):
+    model, data = network("mlp")
+    monkeypatch.setattr("fastif.store.BLOCK_BYTES", 8 * 90 * 20)
+    influence = influence_of(model, made, batch_size=30).fit(data)
+    folder = tmp_path / "scores"
+    query = tuple(x[:40] for x in data)
+    stored = influence.scores(query, data, out=folder)
+    whole = stored.load()
+    assert torch.allclose(whole, influence.scores(query, data), rtol=1e-2, atol=1e-3 * float(whole.abs().max()))
+    removed = sorted(folder.glob("scores-*.npy"))[1]
+    removed.unlink()
+    again = influence_of(model, copy.deepcopy(made), batch_size=30).fit(data)
+    again = again.scores(query, data, out=folder, resume=True)
+    assert torch.equal(again.load(), whole)
+    assert "object at" not in again.settings["curvature"]
+    plan = influence.plan(data)
+    assert plan.layers["0"].curvature == type(made).__name__
+    assert plan.curvature_bytes == sum(v.nbytes for v in influence.state_dict().values() if v.dim() > 1)
+
+
+def test_low_rank_leaves_out_the_smallest_and_tells_how_much():
+    model, data = network("mlp")
+    exact = influence_of(model, ExactBlock(DAMPING, joint=True)).fit(data)
+    block = exact.curvature["0"].block.reshape(57, 57)
+    values, vectors = torch.linalg.eigh(block)
+    influence = influence_of(model, Arnoldi(6, DAMPING, tolerance=1e-9, max_steps=40)).fit(data)
+    found = influence.curvature["0"]
+    assert torch.allclose(found.eigenvalues, values.flip(0)[:6], rtol=1e-8)
+    assert found.left_out == pytest.approx(float(values[-7]), rel=1e-6)
+    assert (found.residuals <= 1e-8).all()
+    kept = vectors[:, -6:]
+    inverse = torch.linalg.inv(kept @ torch.diag(values[-6:]) @ kept.T + DAMPING * torch.eye(57, dtype=torch.float64))
+    eye = torch.eye(57, dtype=torch.float64)
+    shapes = {name: block.shape for name, block in influence.capture.blocks.items()}
+    split = dict(zip(shapes, eye.split([36, 21], 1), strict=True))
+    solved = found.solve({name: part.reshape(57, *shapes[name]) for name, part in split.items()})
+    got = torch.cat([solved[name].flatten(1) for name in shapes], 1)
+    assert torch.allclose(got, inverse, rtol=1e-6, atol=1e-7)
+    true = torch.linalg.inv(block + DAMPING * eye)
+    worst = float(torch.linalg.matrix_norm(got - true, 2) * DAMPING)
+    assert worst <= found.error * (1 + 1e-6)  # 1 / λ is the norm of what stands outside of the span
+    assert worst > 0.9 * found.error
+
+
+def test_repeated_eigenvalues_of_a_regression_are_kept():
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3).double(), torch.randn(20, 4, dtype=torch.float64)
+    data = x, torch.randn(20, 3, dtype=torch.float64)  # G = 2 I ⊗ A: every eigenvalue three times
+    want = Influence(model, "mse", ExactBlock(DAMPING, joint=True), progress=False).fit(data).scores(data, data)
+    made = Arnoldi(15, DAMPING, tolerance=1e-9)
+    got = Influence(model, "mse", made, progress=False).fit(data).scores(data, data)
+    assert torch.allclose(got, want, rtol=1e-7, atol=1e-10)
+
+
+def test_too_few_steps_are_warned_of_with_the_residual():
+    model, data = network("mlp")
+    few = tuple(x[:2] for x in data)
+    influence = influence_of(model, CG(DAMPING, tolerance=1e-9, max_steps=3)).fit(data)
+    with pytest.warns(NotConverged, match=r"CG: after 3 of 3 steps the residual is .* above the tolerance 1e-09"):
+        influence.scores(few, few)
+    assert influence.curvature["0"].steps_taken == 3
+    assert 1e-9 < influence.curvature["0"].residual < 1
+    with pytest.warns(NotConverged, match="LiSSA: after 5 steps the residual is .* more damping or CG would help"):
+        influence_of(model, LiSSA(DAMPING, steps=5)).fit(data).scores(few, few)
+    model.float()
+    single = tuple(x.float() if x.is_floating_point() else x for x in data)
+    with pytest.warns(NotConverged, match="it falls no longer, torch.float32 does not resolve less"):
+        influence_of(model, CG(DAMPING, tolerance=1e-12)).fit(single).scores(tuple(x[:9] for x in single), single)
+
+
+def test_the_true_residual_is_told_and_the_tolerance_obeyed():
+    model, data = network("words")
+    exact = influence_of(model, ExactBlock(DAMPING, joint=True)).fit(data).curvature["words"].block
+    exact = exact.reshape(len(exact) * exact.shape[1], -1)
+    for made in (CG(DAMPING, tolerance=1e-5), LiSSA(0.5, tolerance=1e-4)):
+        influence = influence_of(model, made).fit(data)
+        estimator = influence.curvature["words"]
+        shapes = {name: block.shape for name, block in influence.capture.blocks.items()}
+        rhs = {name: torch.randn(3, *shape, dtype=torch.float64) for name, shape in shapes.items()}
+        rhs["words"][1] = 0
+        solved = estimator.solve(rhs)
+        b, x = (torch.cat([v[name].flatten(1) for name in shapes], 1) for v in (rhs, solved))
+        true = residuals(exact, x, b, made.damping)
+        assert estimator.residual == pytest.approx(float(true.max()), rel=1e-6)
+        assert estimator.residual <= made.tolerance
+
+
+def test_kept_graphs_tell_their_bytes():
+    model, data = network("mlp")
+    few = tuple(x[:2] for x in data)
+    for made in (CG(DAMPING, keep_graph=True), LiSSA(0.5, keep_graph=True)):
+        influence = influence_of(model, made).fit(data)
+        influence.scores(few, few)
+        assert influence.curvature["0"].graph_bytes > data[0].nbytes
+
+
+def test_zero_gradients_stay_zero():
+    model, (x, y) = network("mlp")
+    y = y.clone()
+    y[0] = -100  # does not count: its gradient is zero
+    for made in (CG(DAMPING), LiSSA(0.5), Arnoldi(8, DAMPING)):
+        influence = influence_of(model, made).fit((x, y))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            scores = influence.scores((x[:1], y[:1]), (x, y))
+        assert scores.shape == (1, 90)
+        assert not scores.any()
+
+
+def test_a_mapping_may_give_some_layers_to_cg():
+    model, data = network("words")
+    made = {"words": Diagonal(DAMPING), "*": CG(DAMPING, tolerance=1e-10)}
+    got = influence_of(model, made).fit(data).scores_by_layer(data, data)
+    whole = {"words": Diagonal(DAMPING), "*": ExactBlock(DAMPING, joint=True)}
+    want = influence_of(model, whole).fit(data).scores_by_layer(data, data)
+    for name, scores in want.items():
+        assert torch.allclose(got[name], scores, rtol=1e-6, atol=1e-9), name
+
+
+def scores_with(estimator):
+    model, data = network("mlp")
+    return influence_of(model, estimator).fit(data).scores(data, data)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: CG(-1.0), "damping must be a finite number >= 0"),
+        (lambda: CG("auto"), "CG: damping must be a number, got 'auto'"),
+        (lambda: CG(matrix="fisher"), "CG: matrix must be 'ggn' or 'hessian', got 'fisher'"),
+        (lambda: CG(tolerance=0), r"CG: tolerance must be in \(0, 1\), got 0"),
+        (lambda: CG(max_steps=0), "CG: max_steps must be an integer >= 1, got 0"),
+        (lambda: LiSSA(0.0), "LiSSA: damping must be a number > 0, got 0.0"),
+        (lambda: LiSSA(-1.0), "damping must be a finite number >= 0"),
+        (lambda: LiSSA(steps=0), "LiSSA: steps must be an integer >= 1, got 0"),
+        (lambda: LiSSA(batch=0), "LiSSA: batch must be an integer >= 1, got 0"),
+        (lambda: LiSSA(scale=-2.0), "LiSSA: scale must be a finite number > 0 or 'auto', got -2.0"),
+        (lambda: LiSSA(repeats=3), "LiSSA: repeats=3 would do the same thing again without batch="),
+        (lambda: LiSSA(batch=3, keep_graph=True), "it goes with batch=None"),
+        (lambda: LiSSA().scale_used, "LiSSA: not fitted"),
+        (lambda: Arnoldi(0), "Arnoldi: rank must be at least 1, got 0"),
+        (lambda: Arnoldi(damping=0.0), "Arnoldi: damping must be a number > 0, got 0.0"),
+        (lambda: Arnoldi(max_steps=0), "Arnoldi: max_steps must be at least 1, got 0"),
+        (lambda: Arnoldi(tolerance=0), "Arnoldi: tolerance must be > 0, got 0"),
+        (lambda: Arnoldi().eigenvalues, "Arnoldi: not fitted"),
+        (
+            lambda: scores_with(LiSSA(batch=91)),
+            "LiSSA: batch must be at most the subset's k=90 examples, got 91",
+        ),
+        (
+            lambda: (
+                influence_of(network("mlp")[0], LiSSA(scale=1e-3))
+                .fit(network("mlp")[1])
+                .scores(*[network("mlp")[1]] * 2)
+            ),
+            "LiSSA: with scale 0.001 the series diverges in step 2.*would do, or 'auto'",
+        ),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_preconditioner_must_be_an_estimator():
+    with pytest.raises(TypeError, match="preconditioner must be an estimator of single blocks, got 'kfac'"):
+        CG(preconditioner="kfac")
