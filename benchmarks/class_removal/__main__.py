@@ -26,8 +26,8 @@ from fastif.journal import Journal, write_whole
 
 ROOT = Path(__file__).parents[2]
 OWN_SAMPLERS = {"random": samplers.random, "logit": samplers.logit, "leverage": samplers.leverage}
-METHODS = ("LiSSA", "head", "last block", "all", "head, then all")
-STEPS = {"head": 6, "last block": 3, "all": 3, "head, then all": 2}
+METHODS = ("LiSSA", "head", "last block", "all")
+STEPS = {"head": 6, "last block": 3, "all": 3}
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
@@ -87,16 +87,14 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
 
     setting = Setting(model, images, device, recipe.weight_decay, 256)
     lissa = LiSSA(setting, options.matrix, options.damping, options.iterations)
-    blocks = {"head": None, "last block": last_block(model), "all": "*", "head, then all": "*"}
+    blocks = {"head": None, "last block": last_block(model), "all": "*"}
 
     def job(method: str, sampler: str, k: int, c: int, seed: int) -> Removed:
         members = (images.y_train == c).nonzero()[:, 0]
         drawn = seed * 1_000_003 + c
         if method == "LiSSA":
             return lissa(members, SAMPLERS[sampler], k, drawn)
-        own = OWN_SAMPLERS[sampler]
-        first = newton(setting, members, None, STEPS["head"], own, k, drawn) if "then" in method else None
-        return newton(setting, members, blocks[method], STEPS[method], own, k, drawn, first)
+        return newton(setting, members, blocks[method], STEPS[method], OWN_SAMPLERS[sampler], k, drawn)
 
     budgets = {"LiSSA": options.m} | {name: [round(share * n) for share in options.shares] for name in blocks}
     names = {"LiSSA": SAMPLERS if hasattr(fastif, "LiSSA") else {}} | dict.fromkeys(blocks, OWN_SAMPLERS)

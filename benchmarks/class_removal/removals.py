@@ -100,23 +100,10 @@ class LiSSA:
         return total / len(y) + 0.5 * self.setting.weight_decay * decay
 
 
-def newton(
-    setting: Setting,
-    removed: Tensor,
-    layers: Any,
-    steps: int,
-    sampler: Any,
-    k: int,
-    seed: int,
-    first: Removed | None = None,
-) -> Removed:
-    """fastif's way: subsampled Newton steps on the retained objective, `fastif.remove`; from where `first` has led."""
-    model, seconds, peaks = setting.model, 0.0, []
-    if first is not None:
-        model, seconds, peaks = copy.deepcopy(model), first.seconds, [first.peak_bytes]
-        model.load_state_dict(first.state)
+def newton(setting: Setting, removed: Tensor, layers: Any, steps: int, sampler: Any, k: int, seed: int) -> Removed:
+    """fastif's way: subsampled Newton steps on the retained objective, `fastif.remove`."""
     removal = remove(
-        model,
+        setting.model,
         setting.data,
         removed,
         layers=layers,
@@ -128,9 +115,9 @@ def newton(
         generator=torch.Generator().manual_seed(seed),
         progress=False,
     )
-    seconds += sum(step.seconds for step in removal.history)
-    known = [peak for peak in (*peaks, *(step.peak_bytes for step in removal.history)) if peak is not None]
-    return Removed(removal.state_dict, seconds, max(known, default=None), None)
+    peaks = [step.peak_bytes for step in removal.history if step.peak_bytes is not None]
+    seconds = sum(step.seconds for step in removal.history)
+    return Removed(removal.state_dict, seconds, max(peaks, default=None), None)
 
 
 def last_block(model: nn.Module) -> list[str]:
