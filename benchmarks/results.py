@@ -3,7 +3,9 @@
 python benchmarks/results.py keep runs/fashion-mnist/results.json class-removal-fashion-mnist
 python benchmarks/results.py keep runs/bench.json cpu
 python benchmarks/results.py keep runs/kcenter.json kcenter-cpu
-python benchmarks/results.py tables          # rewrites README.md and docs/kcenter.md between markers; pictures
+python benchmarks/results.py keep runs/mislabel/results.json mislabel
+python benchmarks/results.py keep runs/lds/results.json lds
+python benchmarks/results.py tables          # rewrites README.md and the pages in docs between markers; pictures
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "kcenter.md", ROOT / "docs" / "removal.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("kcenter", "removal", "evaluation")))
 SAMPLERS = ("logit", "leverage", "random", "stratified", "k_center", "certified", "intermediate_distance", "prefix")
 
 
@@ -33,7 +36,7 @@ def keep(source: Path, name: str) -> None:
         ]
         kept = ["DIR" if before == "--root" else w for w, before in zip(kept, ["", *kept], strict=False)]
         results["meta"]["command"] = " ".join(["fastif", *kept])
-    else:
+    elif "benchmarks" in results:
         results.pop("commit_info", None)
         for benchmark in results["benchmarks"]:
             benchmark.pop("options", None)
@@ -205,6 +208,81 @@ def influence_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def mislabel_table(name: str) -> str:
+    results = json.loads((KEPT / f"{name}.json").read_text())
+    meta, kinds = results["meta"], results["meta"]["labels"]
+    cells: dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]] = {}
+    for row in results["detection"]:
+        what, sampler, share, _ = row["contender"]
+        cells.setdefault((what, sampler, share), {}).setdefault(row["labels"], []).append(row)
+    wrong = {labels: next(row["wrong"] for row in results["detection"] if row["labels"] == labels) for labels in kinds}
+    heads = " | ".join(f"`{labels}`: AUC | wrong among the top tenth" for labels in kinds)
+    lines = [f"| suspicion | curvature from | {heads} | CPU s |", "|---|---|" + "---|---|" * len(kinds) + "---|"]
+    for (what, sampler, share), found in cells.items():
+        shown = {"head": "self-influence, head", "all layers": "self-influence, all layers"}.get(what, what)
+        source = f"{share} `{sampler}`" if sampler else {"100%": "all"}.get(share, "")
+        figures = []
+        for labels in kinds:
+            rows = found[labels]
+            aucs = [row["auc"] for row in rows]
+            spread = f" ± {stdev(aucs):.4f}" if len(aucs) > 1 else ""
+            figures.append(f"{fmean(aucs):.4f}{spread} | {fmean(row['precision'] for row in rows):.1%}")
+        seconds = min(row["cpu_seconds"] for rows in found.values() for row in rows)
+        lines.append(f"| {shown} | {source} | {' | '.join(figures)} | {seconds:.1f} |")
+    shares = ", ".join(f"{share:.1%} of `{labels}`" for labels, share in wrong.items())
+    accuracies = ", ".join(f"{share:.1%} with `{labels}`" for labels, share in meta["test_accuracy"].items())
+    lines += [
+        "",
+        f"{meta['n']:,} images of CIFAR-10, a CNN trained on their CIFAR-10N labels for {meta['epochs']} epochs (test "
+        f"accuracy {accuracies}); by chance the AUC is 0.5 and the tenth holds the share of wrong labels, "
+        f"{shares}. Damping {meta['damping']:g}; ± is the standard deviation over the sampler's seeds. "
+        f"{meta['device']}, {meta['threads']} thread, torch {meta['versions']['torch']}. "
+        "Made by `python benchmarks/mislabel_detection.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def lds_table(name: str) -> str:
+    results = json.loads((KEPT / f"{name}.json").read_text())
+    models = results["meta"]["models"]
+    cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in results["lds"]:
+        cells.setdefault(row["contender"], {}).setdefault(row["model"], []).append(row)
+    heads = " | ".join(f"{model}: LDS | LOO | CPU s" for model in models)
+    lines = [f"| | {heads} |", "|---|" + "---|---|---|" * len(models)]
+    for contender, found in cells.items():
+        figures = []
+        for model in models:
+            rows = found.get(model, [])
+            finite = [row for row in rows if row["lds"] is not None]
+            if not finite:
+                figures.append("not finite | | " if rows else "– | – | –")
+                continue
+            lds = max((row["lds"] for row in finite), key=lambda value: value["mean"])
+            loo = max(row["loo"]["mean"] for row in finite)
+            seconds = min(row["cpu_seconds"] for row in rows)
+            half = (lds["high"] - lds["low"]) / 2
+            figures.append(f"{lds['mean']:.3f} ± {half:.3f} | {loo:.3f} | {seconds:.2f}")
+        lines.append(f"| {contender} | {' | '.join(figures)} |")
+    sizes = "; ".join(
+        f"{model}: {facts['parameters']:,} parameters, {facts['seeds']} seed{'s' if facts['seeds'] > 1 else ''} a set, "
+        f"{facts['accuracy']:.0%} of the queries right"
+        for model, facts in models.items()
+    )
+    facts = next(iter(models.values()))
+    meta = results["meta"]
+    lines += [
+        "",
+        f"{facts['n']:,} training examples, {facts['queries']} queries, {facts['subsets']} halves of the data, "
+        f"{facts['left_out']} examples left out. {sizes}. LDS ± half of its 95 % interval over the queries; LOO: "
+        "Spearman's correlation with leaving single examples out. Of the dampings 0.001, 0.01 and 0.1 the best for "
+        "each figure, contender by contender; CPU seconds of the fastest, fit and scores. –: blocks too large. "
+        f"{meta['device']}, {meta['threads']} thread, torch {meta['versions']['torch']}. "
+        "Made by `python benchmarks/lds.py`.",
+    ]
+    return "\n".join(lines)
+
+
 def growth_picture(name: str, path: Path) -> None:
     """Time (and memory, where it was taken) against each size, one column each, from the kept NAME.json."""
     import matplotlib
@@ -255,6 +333,8 @@ def with_tables(page: str) -> str:
             "removal-layers": removal_layers_table,
             "kcenter": kcenter_table,
             "influence": influence_table,
+            "mislabel": mislabel_table,
+            "lds": lds_table,
         }
         make = next((make for kind, make in kinds.items() if name.startswith(kind)), benchmark_table)
         return f"<!-- table: {name} -->\n{make(name)}\n<!-- end -->"

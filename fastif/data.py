@@ -1,4 +1,4 @@
-"""Data: readers for the three image sets of the experiments, and one way to walk through anything that holds examples.
+"""Data: readers for the image sets of the experiments, and one way to walk through anything that holds examples.
 
 An example's index is its place in the training data. Everything in fastif (subsets, scores, removals) speaks in such
 indices, so `as_loader` accepts only data that comes in the same order each time.
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 
 NAMES = ("digits", "fashion-mnist", "cifar10")
+HUMAN_LABELS = ("aggre", "random1", "random2", "random3", "worse")
 
 
 class Data(NamedTuple):
@@ -122,9 +123,7 @@ _STREAM_OF_ACTIVITY = np.searchsorted([1, 2, 4, 6, 9, 13, 18, 24, 32, 44, 60, 85
 
 
 def _cifar10(root: Path) -> Data:
-    names = [f"shard{number}.npz" for number in range(3)]
-    folder = _folder_with(root, "cifar10", names, need=any)
-    shards = [_read_shard(folder / name) for name in names if (folder / name).is_file()]
+    shards = [_read_shard(path) for path in _shards(root)]
     x: list[Tensor] = []
     y: list[Tensor] = []
     for flag in (0, 1):
@@ -135,6 +134,12 @@ def _cifar10(root: Path) -> Data:
         x.append(_normalised(torch.from_numpy(images), _CIFAR_MEAN, _CIFAR_STD))
         y.append(torch.from_numpy(labels.astype(np.int64)))
     return Data(x[0], y[0], x[1], y[1], tuple(_CIFAR_CLASSES.split()))
+
+
+def _shards(root: Path) -> list[Path]:
+    names = [f"shard{number}.npz" for number in range(3)]
+    folder = _folder_with(root, "cifar10", names, need=any)
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def _read_shard(path: Path) -> dict[str, np.ndarray]:
@@ -192,6 +197,38 @@ def _predict(plane: np.ndarray, row: int, column: int) -> tuple[np.ndarray, np.n
     ahead = plane[row - 1, column + 1] if row and column < 31 else up
     guess = np.clip(left + up - corner, np.minimum(up, left), np.maximum(up, left))
     return guess, np.abs(left - corner) + np.abs(up - corner) + np.abs(up - ahead)
+
+
+def human_labels(kind: str, root: str | Path) -> Tensor:
+    """CIFAR-10N (Wei et al. 2022): what people called the training images of `load("cifar10", root)`, int64 [n].
+
+    "worse" has a wrong label wherever one of three people was wrong (40 % of all), "aggre" is their majority (9 %),
+    "random1" to "random3" are one of them each (17 to 18 %); wrong is what differs from `load(...).y_train`. Read from
+    `labels.npz` in `root` or `root/cifar10n`, for the shards that there are in `root` or `root/cifar10`.
+
+    Raises FileNotFoundError and ValueError as `load` does, ValueError also where its clean labels are not CIFAR-10's.
+    """
+    if kind not in HUMAN_LABELS:
+        raise ValueError(f"human_labels: kind must be one of {', '.join(HUMAN_LABELS)}, got {kind!r}")
+    root = Path(root)
+    path = _folder_with(root, "cifar10n", ["labels.npz"]) / "labels.npz"
+    labels, clean = _arrays(path, "CIFAR-10N", kind, "clean")
+    _check_labels(labels, 10, path)
+    parts = [_arrays(shard, "a CIFAR-10 shard", "i", "y", "test") for shard in _shards(root)]
+    official, known = (np.concatenate([part[place][part[2] == 0] for part in parts]) for place in (0, 1))
+    if len(labels) != len(clean) or int(official.max()) >= len(labels) or (clean[official] != known).any():
+        raise ValueError(f"{path} does not fit the CIFAR-10 in {root}: its clean labels are others")
+    return torch.from_numpy(labels[np.sort(official)].astype(np.int64))
+
+
+def _arrays(path: Path, what: str, *names: str) -> list[np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return [stored[name] for name in names]
+    except KeyError as error:
+        raise ValueError(f"{path} is not {what}: it lacks the array {error.args[0]}") from error
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- shared

@@ -89,7 +89,7 @@ def share(k: int, results: Results) -> str:
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
-def _figure(columns: int, rows: int, width: float, height: float, **subplot: Any) -> tuple[Any, Any]:
+def new_figure(columns: int, rows: int, width: float, height: float, **subplot: Any) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -104,7 +104,7 @@ def _figure(columns: int, rows: int, width: float, height: float, **subplot: Any
     return figure, axes
 
 
-def _png(figure: Any) -> bytes:
+def png_of(figure: Any) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", facecolor="white")
     return stream.getvalue()
@@ -137,7 +137,7 @@ def radar(results: Results) -> bytes:
     angles = [2 * math.pi * position / len(axes_used) for position in range(len(axes_used))]
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
-    figure, axes = _figure(columns, rows, 2.5 * columns + 0.4, 2.75 * rows + 0.3, subplot_kw={"projection": "polar"})
+    figure, axes = new_figure(columns, rows, 2.5 * columns + 0.4, 2.75 * rows + 0.3, subplot_kw={"projection": "polar"})
 
     def radii(name: str) -> list[float]:
         values = []
@@ -166,7 +166,7 @@ def radar(results: Results) -> bytes:
         ax.set_title(_words(name), fontsize=10.5, color=colour, fontweight="bold")
     for ax in list(axes.flat)[len(names) :]:
         ax.set_visible(False)
-    return _png(figure)
+    return png_of(figure)
 
 
 def _positive(value: float | None) -> bool:
@@ -178,7 +178,7 @@ def bars(results: Results) -> bytes:
     names, budgets, step = samplers_of(results), budgets_of(results), last_step(results)
     thickness = 0.8 / len(budgets)
     height = 1.2 + len(names) * (0.2 + 0.2 * len(budgets))
-    figure, axes = _figure(3, 1, 10.4, height, sharey=True)
+    figure, axes = new_figure(3, 1, 10.4, height, sharey=True)
     lines = {"original model": ":", "head retrained to convergence": "-", "whole network retrained": "--"}
     for ax, (metric, direction) in zip(axes[0], (("F1", "high"), ("SL", "high"), ("EL", "low")), strict=True):
         for row, name in enumerate(names):
@@ -201,14 +201,14 @@ def bars(results: Results) -> bytes:
         ax.grid(False, axis="y")
     axes[0][0].invert_yaxis()
     _legend(figure, axes[0][0])
-    return _png(figure)
+    return png_of(figure)
 
 
 def budget(results: Results) -> bytes:
     """F1 against the budget, after the second and after the last step."""
     names, budgets, last = samplers_of(results), budgets_of(results), last_step(results)
     shown = sorted({min(2, last), last})
-    figure, axes = _figure(len(shown), 1, 10.4 if len(shown) > 1 else 6, 4.6, sharey=True)
+    figure, axes = new_figure(len(shown), 1, 10.4 if len(shown) > 1 else 6, 4.6, sharey=True)
     target = fmean(entry["F1"] for entry in results["retrained_head"])
     for ax, step in zip(axes[0], shown, strict=True):
         ax.axhline(target, color="#222222", linewidth=1.2, label="head retrained")
@@ -225,13 +225,13 @@ def budget(results: Results) -> bytes:
     low, high = axes[0][0].get_ylim()
     axes[0][0].set_ylim(min(low, high - 0.04), high)  # noise over a smaller range would look like a trend
     _legend(figure, axes[0][0])
-    return _png(figure)
+    return png_of(figure)
 
 
 def steps(results: Results) -> bytes:
     """F1 and the excess of the retained objective (log scale) against the step, a row of panels per budget."""
     names, budgets, last = samplers_of(results), budgets_of(results), last_step(results)
-    figure, axes = _figure(2, len(budgets), 10.4, 3.3 * len(budgets) + 0.8, sharex=True)
+    figure, axes = new_figure(2, len(budgets), 10.4, 3.3 * len(budgets) + 0.8, sharex=True)
     target = fmean(entry["F1"] for entry in results["retrained_head"])
     start = fmean(entry["F1"] for entry in results["original"])
     begin = fmean(
@@ -257,7 +257,7 @@ def steps(results: Results) -> bytes:
         ax.set_xticks(range(last + 1))
         ax.set_xlabel("step (0: before removal)")
     _legend(figure, axes[0][0])
-    return _png(figure)
+    return png_of(figure)
 
 
 _FIGURES: dict[str, Callable[[Results], bytes]] = {"radar": radar, "bars": bars, "budget": budget, "steps": steps}
@@ -347,11 +347,7 @@ def page(results: Results, figures: Mapping[str, bytes]) -> str:
         "k": f"k = {share(budgets_of(results)[0], results)}",
         "lines": "; ".join(lines[name] for name, _ in references(results)),
     }
-    shown = "".join(
-        f'<figure><img alt="{_text(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        f"<figcaption>{_text(_CAPTIONS[name].format(**words))}</figcaption></figure>"
-        for name, png in figures.items()
-    )
+    shown = "".join(picture(name, png, _CAPTIONS[name].format(**words)) for name, png in figures.items())
     last = last_step(results)
     seeds = len(meta["seeds"])
     lead = (
@@ -360,20 +356,33 @@ def page(results: Results, figures: Mapping[str, bytes]) -> str:
         f"{meta['n_train']:,} training and {meta['n_test']:,} held-out examples."
     )
     body = (
-        f"<h1>{_text(title)}</h1><p class=lead>{_text(lead)}</p>{_tiles(results)}"
-        f"<h2>How to read this</h2><p>{_text(_READING)}</p>"
+        f"<h1>{text_of(title)}</h1><p class=lead>{text_of(lead)}</p>{_tiles(results)}"
+        f"<h2>How to read this</h2><p>{text_of(_READING)}</p>"
         f"<h2>After step {last}</h2>{_summary_table(results, [last])}"
-        f"<p>{_text(_BELOW_TABLE)}</p>"
+        f"<p>{text_of(_BELOW_TABLE)}</p>"
         f"<h2>Figures</h2>{shown}"
         f"<h2>Class by class</h2>{_class_table(results)}"
         f"<details><summary>Every step</summary>{_summary_table(results, range(1, last + 1))}</details>"
-        f"<h2>What the words mean</h2>{_facts(meta['definitions'])}"
-        f"<h2>How it was made</h2>{_facts({key: meta[key] for key in meta if key != 'definitions'})}"
+        f"<h2>What the words mean</h2>{facts_table(meta['definitions'])}"
+        f"<h2>How it was made</h2>{facts_table({key: meta[key] for key in meta if key != 'definitions'})}"
     )
+    return document(title, body)
+
+
+def document(title: str, body: str) -> str:
+    """A page with the report's style; `body` is HTML."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{_STYLE}</style></head><body><main>{body}</main></body></html>\n"
+        f"<title>{text_of(title)}</title><style>{_STYLE}</style></head><body><main>{body}</main></body></html>\n"
+    )
+
+
+def picture(name: str, png: bytes, caption: str) -> str:
+    """A figure that the page holds within itself."""
+    return (
+        f'<figure><img alt="{text_of(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        f"<figcaption>{text_of(caption)}</figcaption></figure>"
     )
 
 
@@ -384,7 +393,7 @@ def _tiles(results: Results) -> str:
     tiles.append((cell(results, best, k, last)["F1_mean"], f"F1, {_words(best)}, k = {share(k, results)}"))
     return (
         "<div class=tiles>"
-        + "".join(f"<div class=tile><b>{value:.4f}</b><span>{_text(words)}</span></div>" for value, words in tiles)
+        + "".join(f"<div class=tile><b>{value:.4f}</b><span>{text_of(words)}</span></div>" for value, words in tiles)
         + "</div>"
     )
 
@@ -396,7 +405,7 @@ def _summary_table(results: Results, steps: Iterable[int]) -> str:
     if len(steps) == 1:
         for words, entries in references(results):
             means = [f"{fmean(entry[metric] for entry in entries):.4f}" for metric in METRICS]
-            rows.append(("reference", [_text(words), "", *means, "", "", ""]))
+            rows.append(("reference", [text_of(words), "", *means, "", "", ""]))
     for k in budgets_of(results):
         for name in samplers_of(results):
             for step in steps:
@@ -406,8 +415,8 @@ def _summary_table(results: Results, steps: Iterable[int]) -> str:
                 values = [_mean(entry, metric, 4, spread=metric in spread) for metric in METRICS]
                 excess = f"{entry['excess_mean']:.1e}"
                 cost = [_ratio(entry, "RTE", 1e3, 1), _ratio(entry, "ME", 2**-20, 1)]
-                rows.append(("", [_text(_words(name)), share(k, results), *at, *values, excess, *cost]))
-    return _table([(name, _UNITS.get(name, "")) for name in head], rows)
+                rows.append(("", [text_of(_words(name)), share(k, results), *at, *values, excess, *cost]))
+    return table([(name, _UNITS.get(name, "")) for name in head], rows)
 
 
 def _mean(entry: Mapping[str, Any], metric: str, digits: int, *, spread: bool) -> str:
@@ -430,15 +439,15 @@ def _class_table(results: Results) -> str:
         shown = f"{label}: {names[label]}" if names and names[label] != str(label) else str(label)
         for words, entries in references(results):
             entry = entries[number]
-            first = _text(shown) if entries is results["original"] else ""
+            first = text_of(shown) if entries is results["original"] else ""
             style = "reference" if entries is results["original"] else ""
-            rows.append((style, [first, _text(words), *(f"{entry[metric]:.4f}" for metric in METRICS)]))
-    return _table([("removed class", ""), ("", ""), *((m, _UNITS[m]) for m in METRICS)], rows, style="classes")
+            rows.append((style, [first, text_of(words), *(f"{entry[metric]:.4f}" for metric in METRICS)]))
+    return table([("removed class", ""), ("", ""), *((m, _UNITS[m]) for m in METRICS)], rows, style="classes")
 
 
-def _table(head: Sequence[tuple[str, str]], rows: Iterable[tuple[str, Sequence[str]]], style: str = "") -> str:
+def table(head: Sequence[tuple[str, str]], rows: Iterable[tuple[str, Sequence[str]]], style: str = "") -> str:
     """A table from (title, unit) pairs and rows (css class, cells); cells are HTML."""
-    titles = "".join(f"<th>{_text(name)}<small>{_text(unit)}</small></th>" for name, unit in head)
+    titles = "".join(f"<th>{text_of(name)}<small>{text_of(unit)}</small></th>" for name, unit in head)
     lines = "".join(
         f'<tr class="{kind}">' + "".join(f"<td>{value}</td>" for value in cells) + "</tr>" for kind, cells in rows
     )
@@ -447,8 +456,8 @@ def _table(head: Sequence[tuple[str, str]], rows: Iterable[tuple[str, Sequence[s
     )
 
 
-def _facts(facts: Mapping[str, Any]) -> str:
-    rows = [("", [_text(name), _text(_plain(value))]) for name, value in facts.items()]
+def facts_table(facts: Mapping[str, Any]) -> str:
+    rows = [("", [text_of(name), text_of(_plain(value))]) for name, value in facts.items()]
     lines = "".join("<tr>" + "".join(f"<td>{value}</td>" for value in cells) + "</tr>" for _, cells in rows)
     return f"<div class=table><table class=facts><tbody>{lines}</tbody></table></div>"
 
@@ -461,5 +470,5 @@ def _plain(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _text(value: str) -> str:
+def text_of(value: str) -> str:
     return html.escape(str(value))

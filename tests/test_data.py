@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 
-from fastif.data import NAMES, as_loader, batch_lengths, load, picked
+from fastif.data import HUMAN_LABELS, NAMES, as_loader, batch_lengths, human_labels, load, picked
 
 FASHION = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 
@@ -225,6 +225,61 @@ def test_one_real_shard_of_cifar10(tmp_path):
     assert data.y_train.bincount().tolist() == [1500] * 10
     # Natural images: neighbouring pixels differ little. A decoder that slips by one value shows noise here.
     assert float((data.x_train[:, :, 1:] - data.x_train[:, :, :-1]).abs().mean()) < 0.3
+
+
+@pytest.fixture
+def cifar_n(cifar):
+    """The shards of `cifar`, whose training rows are the official 2, 3, 5, and human labels of six images."""
+    root, _ = cifar
+    clean = np.int8([4, 4, 7, 0, 4, 3])
+    arrays = {"clean": clean, **{kind: (clean + place) % 10 for place, kind in enumerate(HUMAN_LABELS, 1)}}
+    (root / "cifar10n").mkdir()
+    np.savez(root / "cifar10n" / "labels.npz", **arrays)
+    return root, arrays
+
+
+def test_human_labels_are_in_the_order_of_the_images(cifar_n):
+    root, _ = cifar_n
+    for place, kind in enumerate(HUMAN_LABELS, 1):
+        labels = human_labels(kind, root)
+        assert labels.dtype == torch.int64
+        assert labels.tolist() == [(y + place) % 10 for y in load("cifar10", root).y_train.tolist()]
+
+
+def test_human_labels_that_do_not_fit_are_refused(cifar_n):
+    root, arrays = cifar_n
+    path = root / "cifar10n" / "labels.npz"
+    with pytest.raises(ValueError, match="kind must be one of aggre, .* got 'clean'"):
+        human_labels("clean", root)
+    for change, words in (
+        ({"clean": arrays["clean"] ^ 1}, "its clean labels are others"),
+        ({name: array[:5] for name, array in arrays.items()}, "its clean labels are others"),
+        ({"worse": np.int8([0, 0, 10, 0, 0, 0])}, "labels run from 0 to 10"),
+        ({"worse": np.int8([0, -1, 1, 0, 0, 0])}, "labels run from -1 to 1"),
+    ):
+        np.savez(path, **{**arrays, **change})
+        with pytest.raises(ValueError, match=rf"labels\.npz .*{words}"):
+            human_labels("worse", root)
+    np.savez(path, clean=arrays["clean"])
+    with pytest.raises(ValueError, match="is not CIFAR-10N: it lacks the array worse"):
+        human_labels("worse", root)
+    path.write_bytes(b"PK nothing")
+    with pytest.raises(ValueError, match=r"labels\.npz is damaged"):
+        human_labels("worse", root)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"labels\.npz"):
+        human_labels("worse", root)
+
+
+def test_the_real_cifar10n(tmp_path):
+    root = real_data("cifar10n")
+    (tmp_path / "shard0.npz").symlink_to(root / "cifar10" / "shard0.npz")
+    (tmp_path / "labels.npz").symlink_to(root / "cifar10n" / "labels.npz")
+    with np.load(tmp_path / "shard0.npz") as shard:
+        order = shard["i"][shard["test"] == 0].argsort()
+        y = torch.from_numpy(shard["y"][shard["test"] == 0][order].astype(np.int64))
+    assert float((human_labels("worse", tmp_path) != y).float().mean()) == pytest.approx(0.4021, abs=0.01)
+    assert float((human_labels("aggre", tmp_path) != y).float().mean()) == pytest.approx(0.0901, abs=0.01)
 
 
 # ----------------------------------------------------------------------------------------------------------- as_loader

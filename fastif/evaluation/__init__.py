@@ -1,5 +1,31 @@
 """Experiments: how well do influence functions predict what retraining would have given?"""
 
 from fastif.evaluation.class_removal import class_removal
+from fastif.evaluation.correlation import Interval
+from fastif.evaluation.counterfactual import Brittleness, Counterfactual, brittleness, subset_counterfactual
+from fastif.evaluation.lds import LDS, linear_datamodeling_score, random_subsets
+from fastif.evaluation.leave_out import Agreement, LeftOut, agreement, leave_group_out, leave_one_out
+from fastif.evaluation.mislabel import Detection, mislabel_detection
+from fastif.evaluation.retraining import Retrained, retrain, without
 
-__all__ = ["class_removal"]
+__all__ = [
+    "LDS",
+    "Agreement",
+    "Brittleness",
+    "Counterfactual",
+    "Detection",
+    "Interval",
+    "LeftOut",
+    "Retrained",
+    "agreement",
+    "brittleness",
+    "class_removal",
+    "leave_group_out",
+    "leave_one_out",
+    "linear_datamodeling_score",
+    "mislabel_detection",
+    "random_subsets",
+    "retrain",
+    "subset_counterfactual",
+    "without",
+]

@@ -1,0 +1,316 @@
+"""Retraining: what the queries' measurements really are once examples are gone. Every other evaluation rests on it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pickle
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastif.data import as_loader, batch_length
+from fastif.evaluation.class_removal import check_seeds
+from fastif.features import call, moved_to
+from fastif.journal import Journal, fingerprint, refuse_differences, write_whole
+from fastif.losses import Loss, Measurement, check_loss, check_measurement, labels_in, measured
+
+TrainFn = Callable[[Tensor, int], nn.Module]
+
+
+class Retrained(NamedTuple):
+    """The queries' measurements under networks that were trained on parts of the data."""
+
+    kept: list[Tensor]  # int64: the examples that each network was trained on, ascending
+    seeds: list[int]
+    values: Tensor  # float64 [sets, seeds, q]
+    seconds: Tensor  # float64 [sets, seeds]: wall clock of each retraining
+
+
+def retrain(
+    train_fn: TrainFn,
+    kept: Iterable[Tensor],
+    query: Any,
+    *,
+    loss: Loss = "cross_entropy",
+    measurement: Measurement = "loss",
+    seeds: int | Iterable[int] = 1,
+    processes: int = 1,
+    threads: int = 1,
+    batch_size: int = 256,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Retrained:
+    """Trains a network on each set of examples with each seed, and measures the queries on it.
+
+    Args:
+        train_fn: (indices int64 ascending, seed) → the network trained on these examples alone. torch's global
+            generator is seeded with `seed` before each call and is afterwards what it was; other randomness is
+            train_fn's own to seed. With processes > 1 it must be picklable: a function of a module, or a
+            `functools.partial` of one that holds the data.
+        kept: for each retraining the examples that stay, int64, distinct, at least one.
+        query: labelled data as `fastif.data.as_loader` takes it.
+        loss, measurement: what is measured of each query, as for `fastif.Influence`.
+        seeds: a number of seeds or the seeds; every set is trained with each.
+        processes: networks trained at a time, each in a process of its own where there are several. A script that
+            asks for several needs the guard `if __name__ == "__main__":`.
+        threads: CPU threads of each retraining. It does not follow `processes`, because sums may round differently
+            with other numbers of threads: so the same bits come out whatever the number of processes.
+        out: a folder that keeps what is finished, retraining by retraining; all of it is then in `retrained.json`.
+        resume: take from `out` what is there, of an interrupted job or of a finished one. Refused where the sets, the
+            seeds, the queries or train_fn (its name, and the tensors and numbers that a partial holds) are others.
+
+    Raises ValueError for a set that is empty, repeats an index or holds a negative one, for a measurement that is not
+    finite, with set, seed and query; TypeError for a train_fn that returns no nn.Module, or cannot be pickled.
+    """
+    check_loss(loss)
+    check_measurement(measurement, loss)
+    if not callable(train_fn):
+        raise TypeError(f"retrain: train_fn must be a function (indices, seed) -> nn.Module, got {train_fn!r}")
+    if isinstance(query, Iterator):
+        raise ValueError("retrain: query is an iterator, empty after one pass; pass a list, a Dataset or a DataLoader")
+    for name, value in (("processes", processes), ("threads", threads)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"retrain: {name} must be an integer >= 1, got {value!r}")
+    seeds = check_seeds(seeds)
+    kept = [_checked(number, indices) for number, indices in enumerate(kept)]
+    if not kept:
+        raise ValueError("retrain: there must be at least one set to train on")
+    job = _Job(train_fn, query, loss, measurement, batch_size)
+    settings = {
+        "train_fn": described(train_fn),
+        "kept": fingerprint(kept),
+        "sets": len(kept),
+        "seeds": seeds,
+        "query": fingerprint(part for x, y in as_loader(query, batch_size) for part in _tensors((x, y))),
+        "loss": described(loss),
+        "measurement": described(measurement),
+        "threads": threads,
+    }
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if resume and (records := _finished(folder, settings)):
+            return _assembled(kept, seeds, records)
+    journal = Journal(None if folder is None else folder / "retrained.jsonl", settings, resume)
+    records = list(journal.of_kind("retrained"))
+    done = {(record["set"], record["seed"]) for record in records}
+    todo = [(number, seed) for seed in seeds for number in range(len(kept)) if (number, seed) not in done]
+    runs = job.one_by_one if processes == 1 else partial(job.side_by_side, processes=processes)
+    bar = tqdm(total=len(kept) * len(seeds), initial=len(done), desc="retrain", unit="network", disable=not progress)
+    with bar:
+        for number, seed, values, seconds in runs([(number, kept[number], seed) for number, seed in todo], threads):
+            records.append({"set": number, "seed": seed, "values": values, "seconds": seconds})
+            journal.append("retrained", records[-1])
+            bar.update()
+    if folder is not None:
+        write_whole(folder / "retrained.json", json.dumps({"settings": settings, "retrained": records}))
+        journal.finish()
+    return _assembled(kept, seeds, records)
+
+
+def without(n: int, removed: Iterable[int] | Tensor) -> Tensor:
+    """The examples of [0, n) that stay when `removed` go, ascending.
+
+    >>> without(5, [3, 1])
+    tensor([0, 2, 4])
+
+    Raises ValueError for an index outside [0, n) or named twice, and where nothing stays.
+    """
+    gone = torch.as_tensor(removed if isinstance(removed, Tensor) else list(removed)).detach().cpu().reshape(-1)
+    if len(gone) and (gone.is_floating_point() or gone.dtype == torch.bool):
+        raise TypeError(f"without: indices must be integers, got {gone.dtype}")
+    gone = gone.long()
+    outside = gone[(gone < 0) | (gone >= n)]
+    if len(outside):
+        raise ValueError(f"without: indices must be in [0, n={n}), got {int(outside[0])}")
+    values, counts = gone.unique(return_counts=True)
+    if len(values) < len(gone):
+        raise ValueError(f"without: index {int(values[counts > 1][0])} is removed twice")
+    if len(gone) == n:
+        raise ValueError(f"without: all n={n} examples are removed, nothing stays to train on")
+    stays = torch.ones(n, dtype=torch.bool)
+    stays[gone] = False
+    return stays.nonzero()[:, 0]
+
+
+Task = tuple[int, Tensor, int]  # number of the set, the examples kept, seed
+Run = tuple[int, int, list[float], float]  # number of the set, seed, measurements, seconds
+
+
+class _Job(NamedTuple):
+    """All that a process needs besides the indices and the seed."""
+
+    train_fn: TrainFn
+    query: Any
+    loss: Any
+    measurement: Any
+    batch_size: int
+
+    def run(self, number: int, kept: Tensor, seed: int) -> Run:
+        began = time.perf_counter()
+        torch.manual_seed(seed)
+        with torch.enable_grad():
+            model = self.train_fn(kept, seed)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"retrain: train_fn must return an nn.Module, got {type(model).__name__}")
+        values = self.measured(model)
+        broken = (~values.isfinite()).nonzero()
+        if len(broken):
+            query = int(broken[0])
+            raise ValueError(
+                f"retrain: the network of set {number}, seed {seed} gives query {query} a measurement of "
+                f"{float(values[query])}; it must be finite"
+            )
+        return number, seed, values.tolist(), time.perf_counter() - began
+
+    def measured(self, model: nn.Module) -> Tensor:
+        """[q], float64 on the CPU, in eval mode."""
+        model.eval()
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        values: list[Tensor] = []
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            for x, y in as_loader(self.query, self.batch_size):
+                n, x, y = batch_length(x), moved_to(x, device), moved_to(y, device)
+                found = measured(self.measurement, self.loss, call(model, x), labels_in(x, y), n)
+                values.append(found.detach().double().cpu())
+        return torch.cat(values)
+
+    def one_by_one(self, tasks: Sequence[Task], threads: int) -> Iterator[Run]:
+        with _with_threads(threads), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            for task in tasks:
+                yield self.run(*task)
+
+    def side_by_side(self, tasks: Sequence[Task], threads: int, processes: int) -> Iterator[Run]:
+        """In spawned processes. Tensors travel by value: sharing them would need /dev/shm to hold the data."""
+        try:
+            pickled = pickle.dumps(self)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise TypeError(
+                f"retrain: with processes={processes} train_fn, query, loss and measurement must be picklable "
+                f"(functions of a module, not lambdas): {error}"
+            ) from error
+        pool = ProcessPoolExecutor(
+            min(processes, max(1, len(tasks))), multiprocessing.get_context("spawn"), _begin, (pickled, threads)
+        )
+        try:
+            futures = [pool.submit(_work, number, kept.numpy(), seed) for number, kept, seed in tasks]
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "retrain: a process ended before its work: killed (out of memory?), or started from a script without "
+                'the guard if __name__ == "__main__":, or from one where train_fn cannot be imported; see stderr'
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_job: _Job | None = None  # of a spawned process
+
+
+def _begin(pickled: bytes, threads: int) -> None:
+    global _job
+    torch.set_num_threads(threads)
+    _job = pickle.loads(pickled)
+
+
+def _work(number: int, kept: np.ndarray, seed: int) -> Run:
+    assert _job is not None
+    return _job.run(number, torch.from_numpy(kept), seed)
+
+
+@contextmanager
+def _with_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _checked(number: int, indices: Tensor) -> Tensor:
+    """The examples of a set, ascending."""
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1:
+        got = f"{indices.dtype} {list(indices.shape)}" if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(f"retrain: set {number} must be indices, int64 [k], got {got}")
+    if not len(indices):
+        raise ValueError(f"retrain: set {number} keeps no example")
+    indices = indices.detach().cpu().sort().values
+    if int(indices[0]) < 0:
+        raise ValueError(f"retrain: indices must be >= 0, set {number} has {int(indices[0])}")
+    twice = indices[1:][indices[1:] == indices[:-1]]
+    if len(twice):
+        raise ValueError(f"retrain: indices must be distinct, set {number} has {int(twice[0])} twice")
+    return indices
+
+
+def _assembled(kept: list[Tensor], seeds: list[int], records: list[dict[str, Any]]) -> Retrained:
+    found = {(record["set"], record["seed"]): record for record in records}
+    ordered = [[found[number, seed] for seed in seeds] for number in range(len(kept))]
+    values = torch.tensor([[record["values"] for record in row] for row in ordered], dtype=torch.float64)
+    seconds = torch.tensor([[record["seconds"] for record in row] for row in ordered], dtype=torch.float64)
+    return Retrained(kept, seeds, values, seconds)
+
+
+def _finished(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The records of the job with these settings, where it has been finished there; else none."""
+    path = folder / "retrained.json"
+    if (folder / "retrained.jsonl").exists() or not path.exists():
+        return []
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        found, records = dict(stored["settings"]), list(stored["retrained"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a file of retrain: {error!r}") from error
+    refuse_differences(path, found, settings)
+    return records
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
+
+
+def described(value: Any, depth: int = 4) -> Any:
+    """Words, numbers and fingerprints that tell one function, with what it holds, from another; JSON.
+
+    >>> described(partial(sorted, reverse=True))
+    ['sorted', [], {'reverse': True}]
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Tensor | np.ndarray):
+        return fingerprint([torch.as_tensor(value)])
+    if isinstance(value, nn.Module):
+        return [type(value).__qualname__, fingerprint(value.state_dict().values())]
+    if depth == 0:
+        return type(value).__qualname__
+    below = partial(described, depth=depth - 1)
+    if isinstance(value, partial):
+        return [below(value.func), [below(v) for v in value.args], {k: below(v) for k, v in value.keywords.items()}]
+    if isinstance(value, Mapping):
+        return {str(k): below(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [below(v) for v in value]
+    if hasattr(value, "__qualname__"):
+        held = [below(cell.cell_contents) for cell in getattr(value, "__closure__", None) or ()]
+        return [value.__qualname__, held] if held else value.__qualname__
+    if hasattr(value, "__dict__"):
+        return [type(value).__qualname__, {k: below(v) for k, v in vars(value).items()}]
+    return repr(value)

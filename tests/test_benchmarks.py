@@ -1,0 +1,69 @@
+"""The experiments of docs/evaluation.md run at a small scale, go on where they were cut off, and fill their tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import lds, mislabel_detection, results
+from fastif import evaluation
+from tests.test_data import real_data, write_shard
+
+
+def test_mislabel_detection_runs_and_resumes(tmp_path, monkeypatch):
+    draw = np.random.default_rng(0)
+    clean = draw.integers(0, 10, 80)
+    images = (clean[:, None, None, None] * 20 + draw.integers(0, 50, (80, 3, 32, 32))).astype(np.uint8)
+    write_shard(tmp_path / "shard0.npz", images, clean.tolist(), list(range(80)), [0] * 64 + [1] * 16)
+    worse = np.where(np.arange(80) % 4 == 0, (clean + 1) % 10, clean)
+    np.savez(tmp_path / "labels.npz", clean=clean.astype(np.int8), worse=worse.astype(np.int8))
+    monkeypatch.setattr(mislabel_detection, "SHARES", ("20%",))
+    monkeypatch.setattr(mislabel_detection, "SEEDS", 2)
+    options = dict(root=tmp_path, n=60, epochs=4, labels="worse", out=tmp_path / "a")
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    made = mislabel_detection.main(arguments)["detection"]
+    names = [tuple(row["contender"]) for row in made]
+    assert len(set(names)) == len(names) == 3 + 2 + 5 * 2 + 2
+    again = {tuple(row["contender"]): row for row in made}
+    assert again["loss", "", "", 0]["auc"] != again["head", "", "100%", 0]["auc"]
+    # A job that was cut off after three rows: these are kept, the others come out alike.
+    kept = [json.dumps({"row": {**row, "cpu_seconds": -1}}) for row in made[:3]]
+    settings = {"n": 60, "epochs": 4, "labels": ["worse"], "damping": mislabel_detection.DAMPING}
+    (tmp_path / "a" / "rows.jsonl").write_text("\n".join([json.dumps({"settings": settings}), *kept, ""]))
+    resumed = mislabel_detection.main(arguments)["detection"]
+    assert [row["cpu_seconds"] == -1 for row in resumed] == [True] * 3 + [False] * (len(made) - 3)
+    assert [row["auc"] for row in resumed] == [row["auc"] for row in made]
+    stored = tmp_path / "a" / "results.json"
+    monkeypatch.setattr(results, "KEPT", tmp_path)
+    results.keep(stored, "mislabel")
+    assert results.mislabel_table("mislabel").count("\n| ") == 3 + 2 + 5 + 2
+
+
+def test_lds_runs_and_its_table_is_whole(tmp_path, monkeypatch):
+    root = real_data("fashion_mnist")
+    monkeypatch.setattr(lds, "DAMPINGS", (1e-2,))
+    options = dict(root=root, n=120, queries=4, subsets=3, out=tmp_path / "a")
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    made = lds.main([*arguments, "--left-out", "2", "--models", "digits", "--contenders", "fastif"])["lds"]
+    ours = [name for name in lds.CONTENDERS if name.startswith("fastif")]
+    assert [row["contender"] for row in made] == [name for name in ours for _ in range(2)]  # two models of digits
+    assert all(-1 <= row["lds"]["mean"] <= 1 for row in made)
+    monkeypatch.setattr(results, "KEPT", tmp_path)
+    results.keep(tmp_path / "a" / "results.json", "lds")
+    assert results.lds_table("lds").count("\n| fastif") == len(ours)
+
+
+def test_scores_that_are_not_finite_are_told_and_not_judged():
+    retrained = evaluation.Retrained([], [], torch.zeros(0), torch.zeros(0))
+    left_out = evaluation.LeftOut([], torch.zeros(0), torch.zeros(0), None)
+    found = lds.judged(torch.full((2, 3), torch.nan), retrained, left_out)
+    assert found == {"lds": None, "loo": None, "loo_pearson": None}
+
+
+def test_tables_are_those_of_the_results():
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    assert results.with_tables(page) == page
+    assert page.count("<!-- table:") == 2
