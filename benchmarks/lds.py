@@ -1,7 +1,9 @@
 """Which scores predict retraining? LDS and leave-one-out of fastif, kronfluence and dattri on the same networks.
 
-FASTIF_DATA=folder python benchmarks/lds.py       # about 10 CPU minutes; goes on where it was cut off
+FASTIF_DATA=folder python benchmarks/lds.py       # goes on where it was cut off
 python benchmarks/results.py keep runs/lds/results.json lds
+
+Retraining takes a few CPU minutes, CG and LiSSA of all contenders about ten, everything else two.
 
 Every contender explains the same network (seed 0, all data) and is judged by the same retrainings: 100 halves of the
 data, and 40 single examples left out. Curvature is damped by each of three numbers, the same for all; the table shows
