@@ -276,7 +276,7 @@ def lds_table(name: str) -> str:
         f"{facts['n']:,} training examples, {facts['queries']} queries, {facts['subsets']} halves of the data, "
         f"{facts['left_out']} examples left out. {sizes}. LDS ± half of its 95 % interval over the queries; LOO: "
         "Spearman's correlation with leaving single examples out. Of the dampings 0.001, 0.01 and 0.1 the best for "
-        "each figure, contender by contender; CPU seconds of the fastest, fit and scores. –: blocks too large. "
+        "each figure, contender by contender; CPU seconds of the fastest, fit and scores. –: not run, too large. "
         f"{meta['device']}, {meta['threads']} thread, torch {meta['versions']['torch']}. "
         "Made by `python benchmarks/lds.py`.",
     ]
