@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import importlib
 import io
 import json
 import logging
@@ -266,6 +267,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     given = parser.parse_args(arguments)
     if given.root is None:
         parser.error("--root or FASTIF_DATA must name the folder with the data")
+    # Not within the first one's time:
+    for peer in ("kronfluence.analyzer", "dattri.algorithm.influence_function", "dattri.algorithm.trak"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(peer)
     given.out.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(given, name) for name in ("n", "queries", "subsets", "left_out", "models", "contenders")}
     journal = Journal(given.out / "rows.jsonl", settings, resume=True)
