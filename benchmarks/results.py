@@ -147,26 +147,33 @@ def removal_layers_table(name: str) -> str:
     meta, cells = results["meta"], {(row["variant"], row["step"]): row for row in results["summary"]}
     shown = [step for step in (1, 2, 3, 4, 6) if step <= meta["steps"]]
     lines = [
-        "| what moves | F1 after 3 steps | KL, retained classes | KL, removed class | "
+        "| what moves | F1 after 2 | F1 after 3 | "
         + " | ".join(f"KL after {step}" for step in shown)
-        + " | seconds per step |",
-        "|---" * (5 + len(shown)) + "|",
+        + " | KL after 3, against the head | of retained classes | of the removed class | seconds per step |",
+        "|---" * (7 + len(shown)) + "|",
     ]
     for variant in dict.fromkeys(row["variant"] for row in results["summary"]):
-        row = cells.get((variant, 3)) or cells[variant, 0]
-        entries = [f"{row['F1']:.4f}", f"{row['KL_retained']:.4f}", f"{row['KL_removed']:.3f}"]
-        if row["step"] == 0:
-            lines.append(f"| *{variant}* | {' | '.join(entries)} | {row['KL']:.4f} |" + " |" * len(shown))
+        if (variant, 0) in cells:
+            row = cells[variant, 0]
+            parts = f"{row['KL_retained']:.4f} | {row['KL_removed']:.3f}"
+            lines.append(
+                f"| *{variant}* | {row['F1']:.4f} | | {row['KL']:.4f}" + " |" * (len(shown) + 1) + f" {parts} | |"
+            )
             continue
-        course = [f"{cells[variant, step]['KL']:.4f} ± {cells[variant, step]['KL_std']:.4f}" for step in shown]
-        lines.append(f"| {variant} | {' | '.join((*entries, *course))} | {row['seconds'] / 3:.2g} |")
+        two, row = cells[variant, 2], cells[variant, 3]
+        course = " | ".join(f"{cells[variant, step]['KL']:.4f}" for step in shown)
+        against = "" if variant == "head" else f"{row['KL_to_head']:+.4f} ± {row['KL_to_head_error']:.4f}"
+        lines.append(
+            f"| {variant} | {two['F1']:.4f} | {row['F1']:.4f} | {course} | {against} | {row['KL_retained']:.4f} "
+            f"| {row['KL_removed']:.3f} | {row['seconds'] / 3:.2g} |"
+        )
     return "\n".join(
         [
             *lines,
             "",
-            f"Means over classes {', '.join(map(str, meta['classes']))} and {meta['seeds']} trained networks, ± the "
-            f"standard deviation over the networks; {meta['examples']:,} training examples, {meta['n_test']:,} held "
-            "out; "
+            f"Means over classes {', '.join(map(str, meta['classes']))} and {meta['seeds']} trained networks; "
+            "against the head after its last step: difference of KL, run by run, ± its standard error; its parts are "
+            f"those after 3 steps. {meta['examples']:,} training examples, {meta['n_test']:,} held out; "
             f"{meta['device']}, {meta['threads']} thread{'s' if meta['threads'] > 1 else ''} of a busy machine, torch "
             f"{meta['versions']['torch']}, {meta['date'][:10]}. Made by `{meta['command']}`.",
         ]

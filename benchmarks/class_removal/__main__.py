@@ -116,8 +116,9 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
             rows[key] = {**row, "failed": str(error)}
         else:
             moved.load_state_dict({name: value.to(device) for name, value in removal.state.items()})
-            costs = {"RTE": removal.seconds, "ME": removal.peak_bytes, "step_size": removal.step_size}
-            rows[key] = {**row, **measured(moved, key[3]), **costs}
+            costs = {"RTE": removal.seconds, "ME": removal.peak_bytes}
+            lissa_only = {"step_size": removal.step_size, "converged": removal.converged}
+            rows[key] = {**row, **measured(moved, key[3]), **costs, **lissa_only}
         journal.append("row", rows[key])
 
     meta = {**settings, "classes": options.classes, "seeds": options.seeds, "n_test": len(images.y_test),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,7 +33,8 @@ class Removed(NamedTuple):
     state: dict[str, Tensor]
     seconds: float
     peak_bytes: int | None
-    step_size: float | None  # of LiSSA's one step
+    step_size: float | None = None  # of LiSSA's one step
+    converged: bool | None = None  # whether its series did
 
 
 class Setting(NamedTuple):
@@ -73,7 +75,8 @@ class LiSSA:
         kept = kept.nonzero()[:, 0]
         retained = {name: values[kept] for name, values in self.seen.items()}
         series = Series(self.damping + weight_decay, self.matrix, steps=self.iterations, keep_graph=True)  # pyright: ignore
-        with Measure(device) as work:
+        with warnings.catch_warnings(record=True) as said, Measure(device) as work:
+            warnings.simplefilter("always")  # of a series that did not converge
             drawn = draw(partial(sampler, k=m), **retained, generator=torch.Generator().manual_seed(seed))
             subset = Subset(kept[drawn.indices], drawn.weights * (len(kept) / n))
             influence = Influence(model, curvature=series, device=device, batch_size=batch_size, progress=False)
@@ -83,7 +86,7 @@ class LiSSA:
         for size in STEP_SIZES:
             moved.load_state_dict(self._moved(change, size / n))
             best = min(best, (self._objective(moved, kept), size))
-        return Removed(self._moved(change, best[1] / n), work.seconds, work.peak_bytes, best[1])
+        return Removed(self._moved(change, best[1] / n), work.seconds, work.peak_bytes, best[1], not said)
 
     def _moved(self, change: dict[str, Tensor], size: float) -> dict[str, Tensor]:
         state = self.setting.model.state_dict()
@@ -117,7 +120,7 @@ def newton(setting: Setting, removed: Tensor, layers: Any, steps: int, sampler: 
     )
     peaks = [step.peak_bytes for step in removal.history if step.peak_bytes is not None]
     seconds = sum(step.seconds for step in removal.history)
-    return Removed(removal.state_dict, seconds, max(peaks, default=None), None)
+    return Removed(removal.state_dict, seconds, max(peaks, default=None))
 
 
 def last_block(model: nn.Module) -> list[str]:
