@@ -63,7 +63,7 @@ class ExactBlock:
             raise ValueError(f"ExactBlock: matrix must be 'ggn', 'hessian' or 'empirical_fisher', got {matrix!r}")
         self.damping: float | Literal["auto"] = damping
         self.matrix, self.name, self.joint = matrix, name, joint
-        self._shape: tuple[int, ...] = ()  # [g, o, d] of a layer that is given by its gradients
+        self._shape = 0, 0, 0  # g, o, d of a layer that is given by its gradients
         self._forget()
 
     passes = 1
