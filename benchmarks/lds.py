@@ -1,7 +1,9 @@
 """Which scores predict retraining? LDS and leave-one-out of fastif, kronfluence and dattri on the same networks.
 
-FASTIF_DATA=folder python benchmarks/lds.py       # about 10 CPU minutes; goes on where it was cut off
+FASTIF_DATA=folder python benchmarks/lds.py       # goes on where it was cut off
 python benchmarks/results.py keep runs/lds/results.json lds
+
+Retraining takes a few CPU minutes, CG and LiSSA of all contenders about ten, everything else two.
 
 Every contender explains the same network (seed 0, all data) and is judged by the same retrainings: 100 halves of the
 data, and 40 single examples left out. Curvature is damped by each of three numbers, the same for all; the table shows
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import importlib
 import io
 import json
 import logging
@@ -264,6 +267,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     given = parser.parse_args(arguments)
     if given.root is None:
         parser.error("--root or FASTIF_DATA must name the folder with the data")
+    # Not within the first one's time:
+    for peer in ("kronfluence.analyzer", "dattri.algorithm.influence_function", "dattri.algorithm.trak"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(peer)
     given.out.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(given, name) for name in ("n", "queries", "subsets", "left_out", "models", "contenders")}
     journal = Journal(given.out / "rows.jsonl", settings, resume=True)

@@ -102,18 +102,19 @@ def remove(
             known). Default the head, whose steps are computed on its features, in one pass through the model; others
             need some passes per step. Normalisation layers run in eval mode, and buffers stay as they are.
         curvature: an estimator or a mapping to them, as `fastif.Influence` takes them; `weight_decay` and `damping`
-            are added to what they are damped by. Default the exact block for the head and EK-FAC for the rest.
+            are added to the numbers that they are damped by. Default the exact block for the head and
+            EKFAC(damping="auto") for the rest.
         subset: which retained examples carry the curvature: None for all; a sampler with its k bound, such as
             `functools.partial(samplers.logit, k=500)`, drawn afresh from the retained data in each step; or anything
             with `indices` (counted in `train`) and `weights`: its removed examples are left out, the other weights
             unchanged.
-        steps: at most so many; fewer where F stops falling. Layers below the head: three or four (docs/removal.md).
+        steps: at most so many; fewer where F stops falling.
         damping: absolute λ >= 0, added to the diagonal of the curvature beside weight_decay, not to F.
         weight_decay: of the training; it also makes F's optimum finite where a whole class is removed.
         line_search: of the head, take the best of the steps ⅛, ¼, ½, 1, 2, 4 by F; where none lowers F (a small subset
             can underrate the curvature by far), halve ⅛ until one does. Of other layers, take the combination of the
-            layers' Newton steps and of the last step that minimises the subset's quadratic model of F, damped until F
-            falls (docs/math.md (13)). False: full steps along
+            layers' steps (as without line search) and of the last step that minimises the subset's quadratic model of
+            F, damped until F falls (docs/math.md (13)). False: full steps along
             −(G + (weight_decay + damping) I)⁻¹ (∇F(θ) − ∇F_all(θ̂)), where F_all is the objective with all data and θ̂
             the trained parameters, taken as its optimum. The first step is then docs/math.md (3) exactly, since
             ∇F_all(θ̂) − ∇F(θ̂) = (1/n) Σ_{i removed} ∇ℓ_i.

@@ -29,8 +29,9 @@ class RetainedNetwork:
     """F, its gradient and its curvature for the layers of a network that an `Influence` covers.
 
     The network is a copy of the model in eval mode, and its parameters are θ: normalisation layers use the statistics
-    that they have, and buffers stay. A step is the best combination, by the quadratic model of F with the subset's GGN
-    over all layers at once, of every layer's own Newton step and of the step before: estimators that know each layer
+    that they have, and buffers stay. Every layer's own Newton step answers the removal alone: what was left of the full
+    objective's gradient when training ended is subtracted. A step is the best combination of them and of the step
+    before, by the quadratic model of F with the subset's GGN over all layers at once: estimators that know each layer
     by itself leave it to these few numbers how layers act on one another. The model is trusted as far as it foretells
     how F falls (Levenberg–Marquardt). docs/math.md (13).
     """
@@ -60,7 +61,7 @@ class RetainedNetwork:
             self.model.to(device)
         name, self._head = find_head(self.model, head)
         if curvature is None:
-            curvature = {name or "model": ExactBlock(0.0), "*": EKFAC(1e-3)}
+            curvature = {name or "model": ExactBlock(0.0), "*": EKFAC("auto")}
         self._influence = Influence(
             self.model,
             curvature=_damped(curvature, weight_decay + damping),
@@ -86,7 +87,7 @@ class RetainedNetwork:
             chosen = check_subset(subset, n)
             self._fixed = Subset(self.kept[(without := without_removed(chosen, kept)).indices], without.weights)
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # features, logits, labels at the current parameters
-        self._shift: dict[Tensor, Tensor] = {}
+        self._shift: dict[Tensor, Tensor] = {}  # ∇F_all at the trained parameters
         self._last: Matrices = {}  # the step before
         self._trust = _TRUST
 
@@ -108,7 +109,7 @@ class RetainedNetwork:
                 raise ValueError(f"remove: the retained objective is {self.objective} at the trained parameters")
         self._gradient = {p: g / self.n + self.weight_decay * p.detach() for p, g in sums.items()}
         norm = sum(float(g.square().sum()) for g in self._gradient.values()) ** 0.5
-        if not self._line_search and not self._shift:
+        if not self._shift:  # of the trained parameters
             _, removed = self._summed(self.removed)
             self._shift = {p: g + removed[p] / self.n for p, g in self._gradient.items()}
         return norm
@@ -159,8 +160,8 @@ class RetainedNetwork:
     # ------------------------------------------------------------------------------------------------- steps and model
 
     def _newton_steps(self) -> Matrices:
-        """−(G + (γ + λ)I)⁻¹ ∇F, by block."""
-        moved = {p: g - self._shift[p] for p, g in self._gradient.items()} if self._shift else self._gradient
+        """−(G + (γ + λ)I)⁻¹ (∇F(θ) − ∇F_all(θ̂)), by block."""
+        moved = {p: g - self._shift[p] for p, g in self._gradient.items()}
         solved = self._influence.solve({name: moved[p].to(p.dtype) for p, name in self.parameters.items()})
         return self._matrices({p: -solved[name] for p, name in self.parameters.items()})
 
@@ -256,7 +257,9 @@ class RetainedNetwork:
     def _labels(self) -> Tensor:
         if self._seen is not None:
             return self._seen[2]
-        return torch.cat([labels_of(labels_in(x, y)).cpu() for (x, y), _ in picked(self._train, 1024, self.kept)])
+        return torch.cat(
+            [labels_of(labels_in(x, y)).cpu() for (x, y), _ in picked(self._train, self._batch_size, self.kept)]
+        )
 
 
 def damped_minimum(slopes: Tensor, hessian: Tensor, damping: float) -> Tensor:

@@ -163,6 +163,22 @@ def test_gradient_and_the_model_along_directions_are_the_dense_ones(images):
     assert torch.allclose(hessian_along, d @ curvature @ d.T, rtol=1e-9, atol=1e-15)
 
 
+def test_layers_steps_are_those_of_formula_3_with_line_search_too(images):
+    """What the search combines answers the removal alone, however far from its optimum the training ended."""
+    model, x, y = images
+    names = [name for name, _ in model.named_parameters()]
+    _, removed, _, curvature = dense(model, x, y, names, kept_of(60))
+    curvature.diagonal().add_(WEIGHT_DECAY + 0.02)
+    problem = RetainedNetwork(
+        model, (x, y), REMOVED, layers="*", curvature=ExactBlock(0.02, joint=True), weight_decay=WEIGHT_DECAY
+    )
+    problem.gradient()
+    problem.curvature()
+    before = flat(problem.state)
+    problem._move(problem._newton_steps())
+    assert torch.allclose(flat(problem.state) - before, torch.linalg.solve(curvature, removed), atol=1e-12)
+
+
 def test_damped_minimum_is_the_minimum():
     g = torch.Generator().manual_seed(0)
     root = torch.randn(4, 4, generator=g, dtype=torch.float64)
@@ -281,6 +297,29 @@ def test_neither_batches_nor_their_loader_change_the_steps(images):
     ]
     for run in runs[1:]:
         assert torch.allclose(flat(run.history[-1].parameters), flat(runs[0].history[-1].parameters), atol=1e-9)
+
+
+class Keywords(nn.Module):
+    """A model as transformers' are: keyword arguments in, a mapping with logits out."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, *, inputs, labels=None):
+        return {"logits": self.body(inputs)}
+
+
+def test_batches_may_be_mappings(problem):
+    batches = [
+        {"inputs": x, "labels": y} for x, y in zip(problem.x.split(40), problem.y.split(40), strict=True)
+    ]  # 40, 40, 10
+    settings = dict(layers="*", subset=partial(samplers.logit, k=20), steps=2, batch_size=40, **QUIET)
+    generators = [torch.Generator().manual_seed(2) for _ in range(2)]
+    plain = remove(problem.model, (problem.x, problem.y), REMOVED, generator=generators[0], **settings)
+    keywords = remove(Keywords(problem.model), batches, REMOVED, generator=generators[1], **settings)
+    assert torch.allclose(flat(keywords.history[-1].parameters), flat(plain.history[-1].parameters), atol=1e-12)
+    assert keywords.state_dict.keys() == {f"body.{key}" for key in plain.state_dict}
 
 
 def test_same_generator_same_bits(problem):

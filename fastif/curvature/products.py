@@ -121,7 +121,8 @@ class Operator:
 
     def _bytes_of_an_example(self, x: Any) -> int:
         """What a forward pass keeps of an example on the CPU; 0 elsewhere and where examples may depend on others."""
-        if self.device.type != "cpu" or any(module.training for module in self._modules):
+        mixing = (m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self._modules)
+        if self.device.type != "cpu" or any(mixing):
             return 0
         own = {p.untyped_storage().data_ptr() for p in self.data.model.parameters()}
         with torch.enable_grad(), _counting() as kept:

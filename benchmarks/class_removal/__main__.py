@@ -1,0 +1,148 @@
+"""One command, resumable: python -m benchmarks.class_removal --root DIR [--device cuda] ...; see README.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import fastif
+from benchmarks.class_removal.networks import network, sha256
+from benchmarks.class_removal.removals import SAMPLERS, LiSSA, Removed, Setting, last_block, newton
+from benchmarks.class_removal.report import summarised, write_report
+from fastif import extract, samplers
+from fastif.data import load
+from fastif.evaluation.class_removal import environment
+from fastif.evaluation.metrics import measure
+from fastif.evaluation.training import RECIPES
+from fastif.journal import Journal, write_whole
+
+ROOT = Path(__file__).parents[2]
+OWN_SAMPLERS = {"random": samplers.random, "logit": samplers.logit, "leverage": samplers.leverage}
+METHODS = ("LiSSA", "head", "last block", "all")
+STEPS = {"head": 6, "last block": 3, "all": 3}
+
+
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.class_removal", description=__doc__)
+    parser.add_argument("--data", choices=("cifar10", "fashion-mnist", "digits"), default="cifar10")
+    parser.add_argument("--root", help="folder with the data set's files")
+    parser.add_argument("--examples", type=int, help="of the training set, the first so many; default all")
+    parser.add_argument("--width", type=float, default=1.0, help="factor on the network's channels")
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=512, help="of training")
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--classes", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--m", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048], help="LiSSA's examples")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.005, 0.01, 0.05, 0.2], help="fastif's examples")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--matrix", choices=("hessian", "ggn"), default="ggn", help="of LiSSA")
+    parser.add_argument("--damping", type=float, default=1e-2, help="of LiSSA, beside the weight decay")
+    parser.add_argument("--iterations", type=int, default=1000, help="of LiSSA, at most")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="default runs/class-removal-DATA-WIDTH")
+    return parser.parse_args(given)
+
+
+def main(given: list[str] | None = None) -> dict[str, Any]:
+    options = arguments(given)
+    device = torch.device(options.device)
+    images = load(options.data, options.root)
+    if options.examples is not None:
+        images = images._replace(x_train=images.x_train[: options.examples], y_train=images.y_train[: options.examples])
+    recipe = RECIPES[options.data]._replace(
+        width=options.width, epochs=options.epochs, batch_size=options.batch_size, lr=options.lr
+    )
+    out = options.out or ROOT / "runs" / f"class-removal-{options.data}-{options.width:g}"
+    out.mkdir(parents=True, exist_ok=True)
+    n = len(images.y_train)
+    settings = {"data": options.data, "examples": n, "recipe": recipe._asdict(), "matrix": options.matrix,
+                "damping": options.damping, "iterations": options.iterations}  # fmt: skip
+    journal = Journal(out / "rows.jsonl", settings, resume=True)
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {_key(row): row for row in journal.of_kind("row")}
+
+    model = network(out / "all.safetensors", recipe, options.data, images, torch.arange(n), device)
+    held_out = images.x_test, images.y_test
+    moved = network(out / "all.safetensors", recipe, options.data, images, torch.arange(n), device)
+
+    def measured(network: nn.Module, removed: int) -> dict[str, float]:
+        return measure(extract(network, held_out, device=device, progress=False).logits, images.y_test, removed)
+
+    hashes = {"all": sha256(out / "all.safetensors")}
+    references: list[dict[str, Any]] = []
+    for c in options.classes:
+        references.append({"method": "nothing removed", "class": c, **measured(model, c)})
+        path, keep = out / f"without-{c}.safetensors", (images.y_train != c).nonzero()[:, 0]
+        retrained = network(path, recipe, options.data, images, keep, device)
+        references.append({"method": "retrained", "class": c, **measured(retrained, c)})
+        hashes[f"without-{c}"] = sha256(path)
+
+    setting = Setting(model, images, device, recipe.weight_decay, 256)
+    lissa = LiSSA(setting, options.matrix, options.damping, options.iterations)
+    blocks = {"head": None, "last block": last_block(model), "all": "*"}
+
+    def job(method: str, sampler: str, k: int, c: int, seed: int) -> Removed:
+        members = (images.y_train == c).nonzero()[:, 0]
+        drawn = seed * 1_000_003 + c
+        if method == "LiSSA":
+            return lissa(members, SAMPLERS[sampler], k, drawn)
+        return newton(setting, members, blocks[method], STEPS[method], OWN_SAMPLERS[sampler], k, drawn)
+
+    budgets = {"LiSSA": options.m} | {name: [round(share * n) for share in options.shares] for name in blocks}
+    names = {"LiSSA": SAMPLERS if hasattr(fastif, "LiSSA") else {}} | dict.fromkeys(blocks, OWN_SAMPLERS)
+    # Methods in the innermost place: what slows the machine for a while slows them all.
+    jobs = [
+        (method, sampler, k, c, seed)
+        for seed in range(options.seeds)
+        for c in options.classes
+        for method in options.methods
+        for k in budgets[method]
+        for sampler in names[method]
+    ]
+    for key in (bar := tqdm([key for key in jobs if key not in rows], unit="run")):
+        bar.set_description(", ".join(map(str, key[:3])))
+        row: dict[str, Any] = dict(zip(("method", "sampler", "k", "class", "seed"), key, strict=True))
+        try:
+            removal = job(*key)
+        except ValueError as error:  # a series that diverges is a result, too
+            rows[key] = {**row, "failed": str(error)}
+        else:
+            moved.load_state_dict({name: value.to(device) for name, value in removal.state.items()})
+            costs = {"RTE": removal.seconds, "ME": removal.peak_bytes, "step_size": removal.step_size}
+            rows[key] = {**row, **measured(moved, key[3]), **costs}
+        journal.append("row", rows[key])
+
+    meta = {**settings, "classes": options.classes, "seeds": options.seeds, "n_test": len(images.y_test),
+            "parameters": sum(p.numel() for p in model.parameters()), "sha256": hashes, "steps": STEPS,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": _command(sys.argv[1:] if given is None else given), **environment(device)}  # fmt: skip
+    asked = [rows[key] for key in jobs]
+    results = {"meta": meta, "references": references, "summary": summarised(asked), "rows": asked}
+    write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_report(results, out)
+    return results
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["method"], row["sampler"], row["k"], row["class"], row["seed"]
+
+
+def _command(words: list[str]) -> str:
+    """As it may be repeated elsewhere: one machine's folders are left out."""
+    kept: list[str] = []
+    for word, before in zip(words, ["", *words], strict=False):
+        if word != "--out" and before != "--out":
+            kept.append("DIR" if before == "--root" else word)
+    return " ".join(["python -m benchmarks.class_removal", *kept])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Figures and tables of the experiment: radar, metrics and their spread against the sample size, cost at equal F1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from fastif.journal import write_whole
+
+METRICS = ("EA", "EL", "SA", "SL", "F1", "RTE", "ME")
+_AXES = (("F1", True), ("SL", True), ("EL", False), ("RTE", False), ("ME", False))  # True: better high
+_COLOURS = ("#8a8a8a", "#cc79a7", "#d55e00", "#56b4e9", "#0072b2", "#009e73", "#e69f00", "#332288", "#117733")
+
+
+def summarised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per method, sampler and k: means, and the standard deviation (n − 1) over seeds of the mean over classes.
+
+    Runs that failed are counted and left out.
+    """
+    cells: dict[tuple[str, str, int], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["method"], row["sampler"], row["k"]), []).append(row)
+    summary: list[dict[str, Any]] = []
+    for (method, sampler, k), cell in cells.items():
+        good = [row for row in cell if "failed" not in row]
+        entry: dict[str, Any] = {"method": method, "sampler": sampler, "k": k, "runs": len(good)}
+        entry["failed"] = len(cell) - len(good)
+        for metric in METRICS:
+            known = [row for row in good if row[metric] is not None]
+            seeds = sorted({row["seed"] for row in known})
+            means = [fmean(row[metric] for row in known if row["seed"] == seed) for seed in seeds]
+            entry[metric] = fmean(row[metric] for row in known) if known else None
+            entry[f"{metric}_std"] = stdev(means) if len(means) > 1 else None
+        summary.append(entry)
+    return summary
+
+
+def write_report(results: Mapping[str, Any], out: Path) -> None:
+    """Writes tables.md, radar.png, sizes.png and spread.png to the folder `out`."""
+    write_whole(out / "tables.md", tables(results))
+    shown = [entry for entry in results["summary"] if entry["runs"]]
+    _radar(shown, out / "radar.png")
+    _against_size(shown, [(metric, metric) for metric in METRICS], out / "sizes.png")
+    _against_size(shown, [(f"{metric}_std", f"std of {metric}") for metric in METRICS], out / "spread.png")
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """Every method at every size, and each against LiSSA with a random sample at its largest m."""
+    meta = results["meta"]
+    lines = ["| method | sampler | k | F1 | EA | EL | SA | SL | seconds | MiB | failed |", "|---" * 11 + "|"]
+    for name in ("nothing removed", "retrained"):
+        cell = [row for row in results["references"] if row["method"] == name]
+        means = {metric: fmean(row[metric] for row in cell) for metric in METRICS[:5]}
+        lines.append(f"| *{name}* | | | {means['F1']:.4f} | {_four(means)} | | | |")
+    for entry in results["summary"]:
+        if not entry["runs"]:
+            lines.append(
+                f"| {entry['method']} | {entry['sampler']} | {entry['k']} |" + " |" * 7 + f" {entry['failed']} |"
+            )
+            continue
+        spread = "" if entry["F1_std"] is None else f" ± {entry['F1_std']:.4f}"
+        memory = "" if entry["ME"] is None else f"{entry['ME'] / 2**20:.0f}"
+        lines.append(
+            f"| {entry['method']} | {entry['sampler']} | {entry['k']:,} | {entry['F1']:.4f}{spread} | {_four(entry)} "
+            f"| {entry['RTE']:.3g} | {memory} | {entry['failed'] or ''} |"
+        )
+    lines += ["", *_at_equal_f1(results["summary"]), ""]
+    lines.append(
+        f"{meta['parameters']:,} parameters (width {meta['recipe']['width']:g}, {meta['recipe']['epochs']} epochs), "
+        f"{meta['examples']:,} training examples; means over classes {', '.join(map(str, meta['classes']))} and "
+        f"{meta['seeds']} seeds, ± the standard deviation over seeds; LiSSA with the {meta['matrix']}; "
+        f"{meta['device']}, torch {meta['versions']['torch']}, {meta['date'][:10]}. Made by `{meta['command']}`."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _four(values: Mapping[str, Any]) -> str:
+    return " | ".join(f"{values[metric]:.4f}" for metric in METRICS[:4])
+
+
+def _at_equal_f1(summary: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each method and sampler, the cheapest size whose F1 is at least that of LiSSA, random, at its largest m."""
+    baseline = [e for e in summary if (e["method"], e["sampler"]) == ("LiSSA", "random") and e["runs"]]
+    if not baseline:
+        return ["No run of LiSSA with a random sample: nothing to compare costs with."]
+    base = max(baseline, key=lambda entry: entry["k"])
+    lines = [
+        f"Against LiSSA with {base['k']:,} random examples, F1 {base['F1']:.4f}, {base['RTE']:.3g} s, at the "
+        "smallest time that reaches this F1:",
+        "",
+        "| method | sampler | k | F1 | time | memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method, sampler in dict.fromkeys((entry["method"], entry["sampler"]) for entry in summary):
+        reach = [
+            e
+            for e in summary
+            if (e["method"], e["sampler"]) == (method, sampler) and e["runs"] and e["F1"] >= base["F1"]
+        ]
+        if not reach:
+            lines.append(f"| {method} | {sampler} | | never | | |")
+            continue
+        best = min(reach, key=lambda entry: entry["RTE"])
+        memory = f"{best['ME'] / base['ME'] - 1:+.1%}" if best["ME"] and base["ME"] else ""
+        time = f"{best['RTE'] / base['RTE'] - 1:+.1%}"
+        lines.append(f"| {method} | {sampler} | {best['k']:,} | {best['F1']:.4f} | {time} | {memory} |")
+    return lines
+
+
+def _names(entry: Mapping[str, Any]) -> str:
+    return f"{entry['method']}, {entry['sampler']}"
+
+
+def _new_figure(columns: int, rows: int, **options: Any) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.1 * columns, 2.9 * rows + 1), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _radar(summary: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Every method and sampler at its largest size, on each axis as a share of the best."""
+    largest = {_names(entry): entry for entry in sorted(summary, key=lambda entry: entry["k"])}
+    axes_used = [(m, high) for m, high in _AXES if all(entry[m] for entry in largest.values())]
+    columns = min(4, len(largest))
+    figure, axes = _new_figure(columns, -(-len(largest) // columns), subplot_kw={"projection": "polar"})
+    angles = [2 * math.pi * i / len(axes_used) for i in range(len(axes_used))]
+    for ax, (name, entry) in zip(axes.flat, largest.items(), strict=False):
+        radii = []
+        for metric, high in axes_used:
+            every = [other[metric] for other in largest.values()]
+            radii.append(entry[metric] / max(every) if high else min(every) / entry[metric])
+        ax.plot([*angles, *angles[:1]], [*radii, *radii[:1]], color="#0072b2")
+        ax.fill(angles, radii, color="#0072b2", alpha=0.2)
+        ax.set_ylim(0, 1.05)
+        ax.set_yticks([0.5, 1], labels=[])
+        ax.set_xticks(angles, labels=[metric for metric, _ in axes_used], fontsize=8)
+        ax.set_title(f"{name}, {entry['k']:,}", fontsize=8)
+    for ax in list(axes.flat)[len(largest) :]:
+        ax.set_visible(False)
+    figure.savefig(path)
+
+
+def _against_size(summary: Sequence[Mapping[str, Any]], panels: Sequence[tuple[str, str]], path: Path) -> None:
+    """Metrics against the number of examples that carry the curvature, with their standard deviations."""
+    figure, axes = _new_figure(4, -(-len(panels) // 4))
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in summary:
+        lines.setdefault(_names(entry), []).append(entry)
+    for ax, (metric, title) in zip(axes.flat, panels, strict=False):
+        for number, (name, entries) in enumerate(lines.items()):
+            known = sorted((e for e in entries if e[metric] is not None), key=lambda entry: entry["k"])
+            spread = [entry.get(f"{metric}_std") or 0.0 for entry in known]
+            style = "o-" if name.startswith("LiSSA") else "s--"
+            ax.errorbar([e["k"] for e in known], [e[metric] for e in known], spread, fmt=style, markersize=3, capsize=2,
+                        color=_COLOURS[number % len(_COLOURS)], linewidth=1, label=name)  # fmt: skip
+        ax.set_xscale("log")
+        ax.set_title(title, fontsize=9)
+        if metric in ("RTE", "ME"):
+            ax.set_yscale("log")
+    for ax in list(axes.flat)[len(panels) :]:
+        ax.set_visible(False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
+    figure.savefig(path)

@@ -1,0 +1,134 @@
+"""The smallest form of benchmarks/class_removal: it runs, it can be cut off, and its tables are those of its rows."""
+
+import json
+
+import pytest
+import torch
+
+import fastif
+from benchmarks.class_removal import __main__ as experiment
+from benchmarks.class_removal import networks
+from benchmarks.class_removal.report import summarised, tables
+from fastif.data import Data
+from fastif.evaluation.training import Recipe
+
+pytest.importorskip("safetensors")
+CPU = torch.device("cpu")
+SMALL = ["--data", "digits", "--examples", "300", "--width", "0.25", "--epochs", "4", "--batch-size", "32"]
+RUNS = ["--classes", "3", "--seeds", "2", "--shares", "0.1", "--methods", "head", "all"]
+
+
+def blobs():
+    draw = torch.Generator().manual_seed(0)
+    y = torch.arange(80) % 4
+    x = torch.randn(80, 1, 8, 8, generator=draw) + y[:, None, None, None]
+    return Data(x, y, x, y, tuple("abcd"))
+
+
+RECIPE = Recipe("cnn", 0.25, 3, 0.05, 16, 5e-4, 0)
+
+
+class Killed(Exception): ...
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10"])  # without and with shifts and flips
+def test_training_that_was_cut_off_ends_with_the_same_network(tmp_path, monkeypatch, data):
+    images, everything = blobs(), torch.arange(80)
+    whole = networks.network(tmp_path / "whole.safetensors", RECIPE, data, images, everything, CPU)
+    save = torch.save
+
+    def dies_after_two_epochs(state, file):
+        save(state, file)
+        if state["epochs"] == 2:
+            raise Killed
+
+    path = tmp_path / "again.safetensors"
+    monkeypatch.setattr(torch, "save", dies_after_two_epochs)
+    with pytest.raises(Killed):
+        networks.network(path, RECIPE, data, images, everything, CPU)
+    assert not path.exists()
+    assert json.dumps(sorted(p.name for p in tmp_path.iterdir())).count("again") == 1  # the first epoch's state
+    monkeypatch.setattr(torch, "save", save)
+    again = networks.network(path, RECIPE, data, images, everything, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.safetensors", "whole.safetensors"]
+    assert networks.sha256(path) == networks.sha256(tmp_path / "whole.safetensors")
+    read = networks.network(path, RECIPE, data, images, everything, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), read.parameters(), strict=True))
+    with pytest.raises(ValueError, match="epochs is 3, expected 4"):
+        networks.network(path, RECIPE._replace(epochs=4), data, images, everything, CPU)
+
+
+def test_augmentation_shifts_and_flips():
+    x = torch.arange(2.0 * 3 * 16 * 16).view(2, 3, 16, 16) + 1
+    out = torch.cat([networks._augmented(x, torch.Generator().manual_seed(seed)) for seed in range(20)])
+    assert out.shape == (40, 3, 16, 16)
+    inner = out[:, :, 2:-2, 2:-2]
+    rows, columns = inner.diff(dim=2), inner.diff(dim=3)
+    assert bool((rows[rows.abs() < 100] == 16).all())  # the next row of the same image
+    assert set(columns.unique().tolist()) == {-1.0, 1.0}  # flipped, and not
+    assert bool((out == 0).any())  # the border
+
+
+def test_the_experiment_runs_and_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
+    runs = [*RUNS, *(["LiSSA", "--m", "16", "--iterations", "5"] if hasattr(fastif, "LiSSA") else [])]
+    taken = []
+    newton = experiment.newton
+
+    def dies(*given):
+        taken.append(given)
+        if len(taken) == 4:
+            raise Killed
+        return newton(*given)
+
+    monkeypatch.setattr(experiment, "newton", dies)
+    with pytest.raises(Killed):
+        experiment.main([*SMALL, *runs, "--out", str(tmp_path)])
+    before = (tmp_path / "rows.jsonl").read_text().splitlines()
+    results = experiment.main([*SMALL, *runs, "--out", str(tmp_path)])
+    assert (tmp_path / "rows.jsonl").read_text().splitlines()[: len(before)] == before
+    assert len(taken) == 4 + 12 - 3
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert results["meta"]["command"].endswith(" ".join([*SMALL, *runs]))
+    for name, digest in results["meta"]["sha256"].items():
+        assert networks.sha256(tmp_path / f"{name}.safetensors") == digest
+    names = {entry["method"] for entry in results["summary"]}
+    assert names == {"head", "all"} | ({"LiSSA"} if hasattr(fastif, "LiSSA") else set())
+    original, retrained = results["references"]
+    for row in results["rows"]:
+        if "failed" not in row:
+            assert row["RTE"] > 0
+            if row["method"] == "head":
+                assert row["SA"] < original["SA"]
+    assert retrained["SA"] == 0
+    for name in ("radar.png", "sizes.png", "spread.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "tables.md").read_text() == tables(results)
+    with pytest.raises(ValueError, match="other settings"):
+        experiment.main([*SMALL, *runs, "--damping", "0.5", "--out", str(tmp_path)])
+
+
+def row(method, k, seed, f1, seconds, c=0):
+    return {"method": method, "sampler": "random", "k": k, "class": c, "seed": seed, "F1": f1, "RTE": seconds,
+            "ME": 2**20 * k, "EA": 0.9, "EL": 0.1, "SA": 0.0, "SL": 9.0}  # fmt: skip
+
+
+def test_summary_and_costs_at_equal_f1_by_hand():
+    rows = [
+        row("LiSSA", 8, s, f1, 4.0, c) for s, pair in ((0, (0.6, 0.8)), (1, (0.7, 0.9))) for c, f1 in enumerate(pair)
+    ]
+    failed = {"method": "LiSSA", "sampler": "logit", "k": 8, "class": 0, "seed": 0, "failed": "diverged"}
+    rows += [failed, row("head", 1, 0, 0.7, 0.5), row("head", 2, 0, 0.8, 1.0), row("all", 2, 0, 0.1, 1.0)]
+    summary = summarised(rows)
+    assert summary[0]["F1"] == pytest.approx(0.75)
+    assert summary[0]["F1_std"] == pytest.approx(0.1 / 2**0.5)
+    assert (summary[0]["runs"], summary[1]["runs"], summary[1]["failed"]) == (4, 0, 1)
+    meta = {"parameters": 5, "recipe": {"width": 1.0, "epochs": 2}, "examples": 9, "classes": [0], "seeds": 2,
+            "matrix": "ggn", "device": "x", "versions": {"torch": "2"}, "date": "2026-01-01",
+            "command": "c"}  # fmt: skip
+    names = ("nothing removed", "retrained")
+    references = [{**row("", 0, 0, 0.5, 0.0), "method": name} for name in names]
+    page = tables({"meta": meta, "references": references, "summary": summary, "rows": rows})
+    assert "| head | random | 2 | 0.8000 | -75.0% | -75.0% |" in page
+    assert "| all | random | | never | | |" in page
+    assert "| LiSSA | logit | | never | | |" in page
