@@ -19,7 +19,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 OUT     ?= runs/demo
 
-.PHONY: demo test lint bench bench-kcenter bench-influence results cuda-check arm-check gpu-check clean
+.PHONY: demo test lint bench bench-kcenter bench-influence bench-blocks results cuda-check arm-check gpu-check clean
 
 demo: build/ready  ## remove each class of the digits from a small CNN, compare samplers with retraining
 	$(PY) -m fastif class-removal --out $(OUT)
@@ -45,6 +45,12 @@ bench-kcenter: build/ready  ## every k-center peer, growth with n, d and k, 10 m
 bench-influence: build/ready  ## EK-FAC against kronfluence and dattri, growth with n, q and width; FASTIF_DATA=folder
 	OMP_NUM_THREADS=1 FASTIF_BENCH_SCALE=$${FASTIF_BENCH_SCALE:-0.4} $(PY) -m pytest benchmarks/bench_influence.py --benchmark-enable -s --benchmark-json runs/influence.json
 	$(PY) benchmarks/results.py keep runs/influence.json influence-cpu
+	$(PY) benchmarks/results.py tables
+
+bench-blocks: build/ready  ## exact blocks and their factors, whole sizes, against torch, torch.func and curvlinops; FASTIF_DATA=folder
+	FASTIF_BENCH=all $(PY) -m pytest benchmarks/bench_ggn_block.py benchmarks/bench_cholesky.py --benchmark-enable -s \
+	  --benchmark-json runs/blocks.json
+	$(PY) benchmarks/results.py keep runs/blocks.json blocks-cpu
 	$(PY) benchmarks/results.py tables
 
 results: build/ready  ## README's tables from scratch, about an hour: make results DATA=folder-with-fashion-mnist
@@ -86,7 +92,8 @@ build/ready: $(SOURCES) $(SETUP)
 .venv/test: .venv/ready
 	.venv/bin/pip install -q $(TORCH) pytest-cov scipy einops einconv opt-einsum linear_operator accelerate transformers opacus==1.6.0
 	@# Without dependencies: they ask for torchvision and use none of it here; one built for another torch breaks transformers.
-	.venv/bin/pip install -q --no-deps curvlinops-for-pytorch==3.0.1 backpack-for-pytorch unfoldNd kronfluence==1.0.1 dattri==0.3.0 captum==0.9.0
+	.venv/bin/pip install -q --no-deps curvlinops-for-pytorch==3.0.1 backpack-for-pytorch unfoldNd kronfluence==1.0.1 dattri==0.3.0 captum==0.9.0 \
+	  laplace-torch==0.3 asdfghjkl==0.1a4 torchmetrics==1.9.0 lightning-utilities==0.15.3
 	@touch $@
 
 .venv/lint: .venv/ready

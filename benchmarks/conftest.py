@@ -75,7 +75,8 @@ def race(benchmark, limits, capsys):
         )
         with capsys.disabled():
             share = floor / best["fastif"]
-            print(f"\n{benchmark.name}: fastif {best['fastif']:.4g} s, {share:.0%} of the machine's limit")
+            of_limit = f", {share:.0%} of the machine's limit" if share else ""
+            print(f"\n{benchmark.name}: fastif {best['fastif']:.4g} s{of_limit}")
             for name in peers:
                 wall, processor = best[name] / best["fastif"], cpu[name] / cpu["fastif"]
                 print(f"  {wall:8.2f} x, {processor:.2f} x processor time  {name} ({best[name]:.4g} s)")

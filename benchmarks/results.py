@@ -88,7 +88,8 @@ def benchmark_table(name: str) -> str:
         extra: dict[str, Any] = benchmark["extra_info"]
         peers = "<br>".join(f"{ratio:.1f}× {peer}" for peer, ratio in extra["ratio"].items())
         label = benchmark["name"].removeprefix("test_")
-        lines.append(f"| `{label}` | {extra['seconds']['fastif']:.3g} | {extra['share_of_limit']:.0%} | {peers} |")
+        share = f"{extra['share_of_limit']:.0%}" if extra["share_of_limit"] else ""
+        lines.append(f"| `{label}` | {extra['seconds']['fastif']:.3g} | {share} | {peers} |")
     machine = results["machine_info"]
     limits = results["benchmarks"][0]["extra_info"]
     lines += [
@@ -96,7 +97,7 @@ def benchmark_table(name: str) -> str:
         f"{machine['cpu'].get('brand_raw', 'CPU')}, {machine['threads']} threads, {machine['build']['isa']}, torch "
         f"{machine['torch']}, {results['datetime'][:10]}; the limit is what the same run measured: "
         f"{limits['bytes_per_second'] / 1e9:.0f} GB/s read, {limits['flops_per_second'] / 1e9:.0f} GFLOP/s in float32 "
-        "matrix products. Made by `make bench`.",
+        f"matrix products. Made by `make {'bench-blocks' if name.startswith('blocks') else 'bench'}`.",
     ]
     return "\n".join(lines)
 

@@ -430,7 +430,7 @@ def test_a_singular_layer_is_named_when_it_is_fitted(estimator, message):
         (lambda: influence_of("mlp", KFAC(), memory=0), "memory must be at least 1 byte, got 0"),
         (
             lambda: influence_of("mlp", ExactBlock(1e-3, "hessian")).fit(problem("mlp").data),
-            "matrix='hessian' is available for the head, .*; '0' is none",
+            "its smallest eigenvalue about -.*, and Cholesky needs definiteness; damping 1 would do",
         ),
     ],
 )
