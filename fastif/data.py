@@ -380,7 +380,12 @@ def rows_of(x: Any, rows: Tensor) -> Any:
 
 
 def count(data: Any, batch_size: int = 256) -> int:
-    """Examples of whatever `as_loader` takes; walks through data that does not know its length."""
+    """Examples of whatever `as_loader` takes; walks through data that does not know its length.
+
+    Raises TypeError for an iterator: walked through once, it would be empty afterwards.
+    """
+    if isinstance(data, Iterator):
+        raise TypeError(f"data can be walked through only once ({type(data).__name__}); pass a list of batches")
     loader = as_loader(data, batch_size)  # refuses what has no fixed order
     dataset = getattr(data, "dataset", data)
     if isinstance(dataset, Dataset) and hasattr(dataset, "__len__"):

@@ -295,9 +295,12 @@ class Influence:
         return total / (self.n * len(self._fitted))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that `fit` learned, as tensors: safetensors or torch.save keep it."""
+        """All that `fit` learned, as tensors: safetensors or torch.save keep it.
+
+        `CG` and `LiSSA` learn nothing that could be kept: they have to be fitted again.
+        """
         _ = self.curvature  # refuses what is not fitted
-        state = {"n": torch.tensor(self.n)}
+        state = {"n": torch.tensor(self.n), "blocks": self._described()}
         for number, curvature in enumerate(self._fitted):
             state.update(curvature.state_dict(f"{number}/"))
         return state
@@ -305,16 +308,27 @@ class Influence:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> Influence:
         """Takes what `state_dict` gave an Influence of the same model and arguments; refuses what does not fit."""
         fitted: list[NetworkCurvature] = []
-        left = set(state) - {"n"}
+        if "n" not in state or "blocks" not in state:
+            raise ValueError("load_state_dict: the state is another model's: no n and blocks")
+        if not torch.equal(state["blocks"].cpu(), self._described()):
+            theirs, ours = (bytes(blocks.tolist()).decode() for blocks in (state["blocks"], self._described()))
+            raise ValueError(f"load_state_dict: the state is of other blocks: of {theirs}, not of {ours}")
+        left = set(state) - {"n", "blocks"}
         for number in range(len(self.checkpoints or [None])):
             own = {key: state[key].to(self.device) for key in left if key.startswith(f"{number}/")}
             left -= own.keys()
             fitted.append(begun(self.parts, self.capture, None))
             fitted[-1].load_state_dict(own, f"{number}/")
-        if left or "n" not in state:
-            raise ValueError(f"load_state_dict: the state is another model's: {min(left) if left else 'no n'}")
+        if left:
+            raise ValueError(f"load_state_dict: the state is another model's: {min(left)}")
         self._fitted, self.n = fitted, int(state["n"])
         return self
+
+    def _described(self) -> Tensor:
+        """Every block, its shape and its kind of estimator, as bytes of a text."""
+        kinds = {name: type(estimator).__name__ for name, estimator in self.parts.by_block.items()}
+        blocks = (f"{name} {list(block.shape)} {kinds[name]}" for name, block in self.capture.blocks.items())
+        return torch.tensor(list("; ".join(blocks).encode()), dtype=torch.uint8)
 
     def at_checkpoints(self) -> list[tuple[Mapping[str, Tensor] | None, NetworkCurvature]]:
         """Every checkpoint (None: the model as it is) with what was fitted there."""

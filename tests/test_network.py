@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastif import EKFAC, ExactBlock, Influence
+from fastif import CG, EKFAC, KFAC, ExactBlock, Influence, RandomProjection
 from fastif.capture import Capture
 from fastif.curvature.network import JointCurvature
 from tests.networks import LAYERS
@@ -132,3 +132,26 @@ def test_a_joint_estimator_gets_its_blocks_and_the_data_of_the_fit():
     plain = Influence(model, curvature=Scaled(), layers="0", progress=False).fit(data)
     assert torch.allclose(by_layer["0"], plain.scores(data, data) * 2 / 3)
     assert influence.plan(data).layers["0"].curvature == "Scaled"
+
+
+def test_a_state_of_other_blocks_or_signs_is_refused():
+    data = batch()
+    state = Influence(small(), curvature=EKFAC(DAMPING), progress=False).fit(data).state_dict()
+    wider = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3, bias=False)).double()
+    with pytest.raises(ValueError, match=r"of other blocks: of 0 \[1, 3, 5\] EKFAC; .*, not of 0 \[1, 5, 5\] EKFAC"):
+        Influence(wider, curvature=EKFAC(DAMPING), progress=False).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"of other blocks: .* EKFAC, not of .* KFAC"):
+        Influence(small(), curvature=KFAC(DAMPING), progress=False).load_state_dict(state)
+    Influence(small(), curvature=EKFAC(2 * DAMPING), progress=False).load_state_dict(state)  # damping comes later
+    state = Influence(small(), curvature=RandomProjection(8), progress=False).fit(data).state_dict()
+    with pytest.raises(ValueError, match=r"the state is of dimension=8, seed=0, not of dimension=8, seed=5"):
+        Influence(small(), curvature=RandomProjection(8, seed=5), progress=False).load_state_dict(state)
+
+
+@pytest.mark.parametrize("curvature", [ExactBlock(DAMPING), CG(DAMPING)], ids=lambda c: type(c).__name__)
+def test_data_that_can_be_walked_through_only_once_are_refused(curvature):
+    influence = Influence(small(), curvature=curvature, progress=False)
+    with pytest.raises(TypeError, match="only once"):
+        influence.fit(iter([batch()]))
+    with pytest.raises(TypeError, match="only once"):
+        influence.fit(batch()).scores(batch(), iter([batch()]))

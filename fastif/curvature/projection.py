@@ -145,9 +145,15 @@ class RandomProjection(JointCurvature):
         return {name: Projected(solved, self, name, len(gradients)) for name in gradients}
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"moment": self.moment}
+        return {"moment": self.moment, "signs": torch.tensor([self.dimension, self.seed])}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        dimension, seed = state["signs"].tolist()
+        if (dimension, seed) != (self.dimension, self.seed):
+            raise ValueError(
+                f"RandomProjection: the state is of dimension={dimension}, seed={seed}, not of "
+                f"dimension={self.dimension}, seed={self.seed}"
+            )
         self._moment, self._factor = state["moment"], None
 
     def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
