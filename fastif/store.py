@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fastif._version import __version__
 from fastif.capture import dtype_of
 from fastif.data import Batch, as_loader, batch_lengths, indexable, picked
-from fastif.journal import fingerprint, refuse_differences, remove_partial, whole, write_whole
+from fastif.journal import fingerprint, refuse_differences, remove_partial, tensors_in, whole, write_whole
 from fastif.scoring import tiles
 
 if TYPE_CHECKING:
@@ -358,15 +358,7 @@ def _described(function: str | Callable[..., Any]) -> str:
 
 
 def _first_batch(data: Any, batch_size: int) -> str:
-    return fingerprint(_tensors(next(iter(as_loader(data, batch_size)))))
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping | list | tuple):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(part)
+    return fingerprint(tensors_in(next(iter(as_loader(data, batch_size)))))
 
 
 # ------------------------------------------------------------------------------------------------------------- borders

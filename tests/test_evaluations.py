@@ -157,6 +157,8 @@ def test_a_killed_job_goes_on_where_it_stopped(tmp_path):
     resumed = retrain(again := DiesAfter(2), SETS, NET_QUERY, resume=True, **settings)
     assert again.calls == 0
     assert torch.equal(whole.values, resumed.values)
+    with pytest.raises(ValueError, match=r"retrained\.json holds a finished job; resume it, or remove the file"):
+        retrain(DiesAfter(2), SETS, NET_QUERY, **settings)
     again.calls = 2  # as it was when the job began
     finished = retrain(again, SETS, NET_QUERY, resume=True, **settings)
     assert again.calls == 2
@@ -191,6 +193,13 @@ def test_a_damaged_file_is_named(tmp_path):
 def no_module(kept: Tensor, seed: int) -> None: ...
 
 
+def hidden(kept: Tensor, seed: int, steps: int) -> nn.Module:
+    return few_steps(kept, seed, X, Y, steps)
+
+
+hidden = partial(hidden, steps=1)  # the function cannot be found by its name any more
+
+
 def broken(kept: Tensor, seed: int) -> nn.Module:
     model = NET(kept, seed)
     with torch.no_grad():
@@ -211,6 +220,11 @@ def broken(kept: Tensor, seed: int) -> nn.Module:
         (dict(train_fn=broken), ValueError, "set 0, seed 0 gives query 0 a measurement of nan"),
         (dict(train_fn=3), TypeError, "train_fn must be a function"),
         (dict(train_fn=lambda kept, seed: None, processes=2), TypeError, "picklable"),
+        (
+            dict(train_fn=hidden, processes=2),
+            TypeError,
+            r"each under its own name there: `f = partial\(f, ...\)` hides f",
+        ),
         (dict(query=iter([NET_QUERY])), ValueError, "query is an iterator"),
         (dict(processes=0), ValueError, "processes must be an integer >= 1, got 0"),
         (dict(threads=1.5), ValueError, "threads must be"),
