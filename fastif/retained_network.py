@@ -219,8 +219,9 @@ class RetainedNetwork:
         hook = self._head.register_forward_hook(lambda _module, _args, output: calls.append(output.detach().clone()))
         try:
             with self._capture.attached():
-                for x, _, _ in self._batches(self.kept[:1]):
-                    logits = logits_of(self._capture.forward(x).outputs).detach()
+                (logits,) = (
+                    logits_of(self._capture.forward(x).outputs).detach() for x, _, _ in self._batches(self.kept[:1])
+                )
         finally:
             hook.remove()
         same = len(calls) == 1 and calls[0].shape == logits.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from fastif.evaluation import (
     without,
 )
 from fastif.evaluation.correlation import interval, pearson, ranks, spearman
-from fastif.evaluation.retraining import described
+from fastif.journal import described
 from tests.problems import clusters
 
 N, QUERIES, PENALTY = 60, 8, 0.05
@@ -223,7 +224,7 @@ def broken(kept: Tensor, seed: int) -> nn.Module:
         (
             dict(train_fn=hidden, processes=2),
             TypeError,
-            r"each under its own name there: `f = partial\(f, ...\)` hides f",
+            r"`f = partial\(f, ...\)` hides f",
         ),
         (dict(query=iter([NET_QUERY])), ValueError, "query is an iterator"),
         (dict(processes=0), ValueError, "processes must be an integer >= 1, got 0"),
@@ -261,7 +262,20 @@ def test_described_tells_what_a_function_holds():
     assert described(closed(X)) != described(closed(X + 1))
     assert described(closed(X)) == described(closed(X.clone()))
     assert described(nn.Linear(2, 2)) != described(nn.Linear(2, 2))
-    json.dumps(described({"a": [1, 2.5, (None, NET)], "b": DiesAfter(1), "c": nn.ReLU, "d": X.numpy()}))
+    assert described(partial(few_steps, steps=1)) != described(partial(few_steps, steps=2))
+    assert described(no_module) != described(few_steps)
+    json.dumps(
+        described(
+            {
+                "ufunc": np.add,
+                "method": X.sum,
+                "a": [1, 2.5, (None, NET)],
+                "b": DiesAfter(1),
+                "c": nn.ReLU,
+                "d": X.numpy(),
+            }
+        )
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ leave out

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fastif.data import as_loader, batch_length
 from fastif.evaluation.class_removal import check_seeds
 from fastif.features import call, moved_to
-from fastif.journal import Journal, fingerprint, refuse_differences, tensors_in, write_whole
+from fastif.journal import Journal, described, fingerprint, refuse_differences, tensors_in, write_whole
 from fastif.losses import Loss, Measurement, check_loss, check_measurement, labels_in, measured
 
 TrainFn = Callable[[Tensor, int], nn.Module]
@@ -70,7 +70,7 @@ def retrain(
         out: a folder that keeps what is finished, retraining by retraining; all of it is then in `retrained.json`.
             Without resume, a folder that holds a job is refused.
         resume: take from `out` what is there, of an interrupted job or of a finished one. Refused where the sets, the
-            seeds, the queries or train_fn (its name, and the tensors and numbers that a partial holds) are others.
+            seeds, the queries or train_fn (its source, and the tensors and numbers that a partial holds) are others.
 
     Raises ValueError for a set that is empty, repeats an index or holds a negative one, for a measurement that is not
     finite, with set, seed and query; TypeError for a train_fn that returns no nn.Module, or cannot be pickled.
@@ -281,32 +281,3 @@ def _finished(folder: Path, settings: Mapping[str, Any], resume: bool) -> list[d
         raise ValueError(f"{path} is not a file of retrain: {error!r}") from error
     refuse_differences(path, found, settings)
     return records
-
-
-def described(value: Any, depth: int = 4) -> Any:
-    """Words, numbers and fingerprints that tell one function, with what it holds, from another; JSON.
-
-    >>> described(partial(sorted, reverse=True))
-    ['sorted', [], {'reverse': True}]
-    """
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, Tensor | np.ndarray):
-        return fingerprint([torch.as_tensor(value)])
-    if isinstance(value, nn.Module):
-        return [type(value).__qualname__, fingerprint(value.state_dict().values())]
-    if depth == 0:
-        return type(value).__qualname__
-    below = partial(described, depth=depth - 1)
-    if isinstance(value, partial):
-        return [below(value.func), [below(v) for v in value.args], {k: below(v) for k, v in value.keywords.items()}]
-    if isinstance(value, Mapping):
-        return {str(k): below(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [below(v) for v in value]
-    if hasattr(value, "__qualname__"):
-        held = [below(cell.cell_contents) for cell in getattr(value, "__closure__", None) or ()]
-        return [value.__qualname__, held] if held else value.__qualname__
-    if hasattr(value, "__dict__"):
-        return [type(value).__qualname__, {k: below(v) for k, v in vars(value).items()}]
-    return repr(value)
