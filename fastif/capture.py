@@ -34,7 +34,7 @@ class Capture:
             MultiheadAttention, the Conv1D of transformers; layers that are used several times and weights that several
             layers share too.
         layers: names of modules or blocks ("attn.q_proj") or patterns of them (as in `fnmatch`: "encoder.*"); default
-            all.
+            all, whether their parameters require gradients or not: leave frozen ones out with layers=.
 
     Raises ValueError for a pattern that names no layer and for a model without any that is known.
 

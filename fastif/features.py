@@ -35,9 +35,10 @@ def extract(
     """Features, logits and labels of all examples: one pass in eval mode, without gradients, streamed to the CPU.
 
     `data` is whatever `fastif.data.as_loader` takes: a DataLoader that does not shuffle, a Dataset, tensors (x, y) or
-    x alone. `head` names the linear layer whose output is the model's output; without it, the last nn.Linear of
-    `model.named_modules()`. Batches go to `device`, by default that of the head; where the model is elsewhere it is
-    moved there and back. Whatever happens, the model is left as it was: training flags, hooks and device.
+    x alone; a batch that is a mapping has its labels under "labels". `head` names the linear layer whose output is the
+    model's output; without it, the last nn.Linear of `model.named_modules()`. Batches go to `device`, by default that
+    of the head; where the model is elsewhere it is moved there and back. Whatever happens, the model is left as it was:
+    training flags, hooks and device.
 
     Raises ValueError for a head that is not there, is not the model's last operation, or runs more than once per
     forward pass, or on anything but one row per example; for features or logits that are NaN or Inf and labels outside
@@ -78,6 +79,7 @@ def extract(
                 batch_features, batch_logits = _checked(name, calls, output, x, n)
                 features.append(batch_features)
                 logits.append(batch_logits)
+                y = x.get("labels") if y is None and isinstance(x, Mapping) else y
                 labels.append(None if y is None else _checked_labels(y, len(batch_logits), batch_logits.shape[1], n))
                 n += len(batch_logits)
         finally:

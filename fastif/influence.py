@@ -46,7 +46,8 @@ class Influence:
         curvature: an estimator of single layers (`ExactBlock`, `KFAC`, `EKFAC`, `Diagonal`, `DataInf`, `Identity`) or
             of all together (`CG`, `LiSSA`, `Arnoldi`, `RandomProjection`, `ExactBlock` with joint=True), or a mapping
             from patterns of layer names to estimators, the first match counts. They are copied. Default ExactBlock().
-        layers: names or patterns of the layers whose parameters may move (see `Capture`). Default all that are known;
+        layers: names or patterns of the layers whose parameters may move (see `Capture`), whether they require
+            gradients or not: leave frozen ones out by naming the others. Default all that are known;
             for a lone ExactBlock, which holds the square of what it covers, the head: the last nn.Linear
             (with joint=True all).
         measurement: what is asked of queries: "loss", "margin", "log_odds", or a function (outputs, batch) → [q].

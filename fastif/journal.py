@@ -2,15 +2,18 @@
 that appear whole or not at all."""
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Journal:
@@ -69,27 +72,27 @@ def refuse_differences(path: Path, found: Mapping[str, Any], settings: Mapping[s
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Where to write a file that shall appear at `path` whole or not at all: it is moved there when the block ends."""
-    partial = path.with_name(f".{os.getpid()}-{path.name}")
+    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        yield partial
-        with partial.open("rb+") as file:
+        yield unfinished
+        with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
-        partial.replace(path)
+        unfinished.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that appears whole or not at all."""
-    with whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    with whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def remove_partial(folder: Path, pattern: str) -> None:
     """Removes what a process that was killed left of files that match the pattern."""
-    for partial in folder.glob(f".*-{pattern}"):
-        if partial.name[1:].partition("-")[0].isdecimal():
-            partial.unlink(missing_ok=True)
+    for unfinished in folder.glob(f".*-{pattern}"):
+        if unfinished.name[1:].partition("-")[0].isdecimal():
+            unfinished.unlink(missing_ok=True)
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
@@ -99,6 +102,53 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def described(value: Any, depth: int = 4) -> Any:
+    """Words, numbers and fingerprints that tell one function, by its source and what it holds, from another; JSON.
+
+    >>> described(partial(sorted, reverse=True))
+    ['builtins.sorted (no source)', [], {'reverse': True}]
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Tensor | np.ndarray):
+        return fingerprint([torch.as_tensor(value)])
+    if isinstance(value, nn.Module):
+        return [repr(value), fingerprint(value.state_dict().values())]
+    if depth == 0:
+        return _sourced(type(value))
+    below = partial(described, depth=depth - 1)
+    if isinstance(value, partial):
+        return [below(value.func), [below(v) for v in value.args], {k: below(v) for k, v in value.keywords.items()}]
+    if isinstance(value, Mapping):
+        return {str(k): below(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [below(v) for v in value]
+    if hasattr(value, "__qualname__"):
+        held = [below(cell.cell_contents) for cell in getattr(value, "__closure__", None) or ()]
+        return [_sourced(value), held] if held else _sourced(value)
+    if hasattr(value, "__dict__"):
+        return [_sourced(type(value)), {k: below(v) for k, v in vars(value).items()}]
+    return repr(value)
+
+
+def _sourced(kind: Any) -> str:
+    """The name of a function or a class, and a hash of its source."""
+    try:
+        source = hashlib.sha256(inspect.getsource(kind).encode()).hexdigest()[:16]
+    except (OSError, TypeError):
+        source = "no source"
+    return f"{kind.__module__}.{kind.__qualname__} ({source})"
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of nested mappings, lists and tuples, in their order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(part)
 
 
 def _short(value: Any) -> str:

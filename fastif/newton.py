@@ -1,6 +1,7 @@
 """Newton steps, one after another, on whatever problem brings an objective, its gradient, its curvature and a step.
 
-`fastif.retained` has the problems: the head of a classifier, and any layers of a network. docs/math.md (13).
+The problems are `fastif.retained_head`'s, the head of a classifier, and `fastif.retained_network`'s, any layers of a
+network. docs/math.md (13).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ a search on F itself. θ is the head or any layers. No held-out example takes pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from fastif.curvature.cholesky import check_damping
 from fastif.features import extract, find_head
 from fastif.newton import Figures, newton
 from fastif.retained_head import RetainedHead, without_removed
-from fastif.retained_network import RetainedNetwork
+from fastif.retained_network import RetainedNetwork, Sampler
 from fastif.samplers import Subset, check_subset, draw
 
 
@@ -71,9 +71,6 @@ class Removal(NamedTuple):
         return {**self.state_dict, **{key: value.clone() for key, value in self.moved[step].items()}}
 
 
-Sampler = Callable[..., Any]
-
-
 def remove(
     model: nn.Module,
     train: Any,
@@ -99,11 +96,13 @@ def remove(
         train: the data it was trained on with labels, as `fastif.data.as_loader` takes it.
         indices: int64 [r], the examples to remove, counted in the order of `train`.
         layers: names or patterns of the layers that may move, as `fastif.Influence` takes them ("*": all that are
-            known). Default the head, whose steps are computed on its features, in one pass through the model; others
-            need some passes per step. Normalisation layers run in eval mode, and buffers stay as they are.
-        curvature: an estimator or a mapping to them, as `fastif.Influence` takes them; `weight_decay` and `damping`
-            are added to the numbers that they are damped by. Default the exact block for the head and
-            EKFAC(damping="auto") for the rest.
+            known, frozen ones too). Default the head, whose steps are computed on its features, in one pass through the
+            model; others need some passes per step. Normalisation layers run in eval mode, and buffers stay as they
+            are.
+        curvature: an estimator or a mapping to them, as `fastif.Influence` takes them: layers that no pattern of a
+            mapping matches stay. `weight_decay` and `damping` are added to the numbers that estimators are damped by;
+            damping="auto" finds its own, to which weight_decay is not added and beside which damping > 0 is refused.
+            Default the exact block for the head and EKFAC(damping="auto") for the rest.
         subset: which retained examples carry the curvature: None for all; a sampler with its k bound, such as
             `functools.partial(samplers.logit, k=500)`, drawn afresh from the retained data in each step; or anything
             with `indices` (counted in `train`) and `weights`: its removed examples are left out, the other weights
@@ -119,10 +118,10 @@ def remove(
             the trained parameters, taken as its optimum. The first step is then docs/math.md (3) exactly, since
             ∇F_all(θ̂) − ∇F(θ̂) = (1/n) Σ_{i removed} ∇ℓ_i.
         head, batch_size, device, progress: as in `fastif.extract`.
-        generator: for samplers that draw.
+        generator: for samplers that draw; default torch's global one, so that runs differ unless it is seeded.
 
-    Raises ValueError for indices out of range, repeated or all there are, for missing labels, and what `extract`,
-    `Influence`, the sampler and the curvature raise.
+    Raises ValueError for indices out of range, repeated or all there are, for missing labels, for damping > 0 beside an
+    "auto", and what `extract`, `Influence`, the sampler and the curvature raise.
     """
     _check_settings(steps, damping)
     name, layer = find_head(model, head)
@@ -133,7 +132,7 @@ def remove(
             raise ValueError("remove: the training data has no labels")
         place = layer.weight.device if device is None else torch.device(device)
         prefix = f"{name}." if name else ""
-        moving = {f"{prefix}{key}": p.detach() for key, p in layer.named_parameters()}
+        moving = {f"{prefix}{key}": p.detach().clone() for key, p in layer.named_parameters()}
         taken = head_steps(
             features.to(place),
             labels.to(place),

@@ -15,7 +15,7 @@ from fastif.curvature import EKFAC, ExactBlock
 from fastif.data import batch_length, count, picked
 from fastif.features import call, find_head, moved_to
 from fastif.influence import Influence
-from fastif.losses import labels_in, labels_of, output_columns, per_sample
+from fastif.losses import labels_in, labels_of, logits_of, output_columns, per_sample
 from fastif.retained_head import SMALLEST_STEP, check_removed, check_weight_decay, without_removed
 from fastif.samplers import Subset, check_subset, draw
 
@@ -60,11 +60,12 @@ class RetainedNetwork:
         if device is not None:
             self.model.to(device)
         name, self._head = find_head(self.model, head)
+        self._head_name = name or "model"
         if curvature is None:
-            curvature = {name or "model": ExactBlock(0.0), "*": EKFAC("auto")}
+            curvature = {self._head_name: ExactBlock(0.0), "*": EKFAC("auto")}
         self._influence = Influence(
             self.model,
-            curvature=_damped(curvature, weight_decay + damping),
+            curvature=_damped(curvature, weight_decay, damping),
             layers=layers,
             batch_size=batch_size,
             progress=False,
@@ -101,6 +102,8 @@ class RetainedNetwork:
         return {name: parameter.detach().clone() for parameter, name in self.parameters.items()}
 
     def gradient(self) -> float:
+        if not self._shift:
+            self._check_model()
         with self._noting():
             loss, sums = self._summed(self.kept)
         if math.isnan(self.objective):  # the first step; later ones know it from their search
@@ -210,6 +213,25 @@ class RetainedNetwork:
             for (x, y), places in picked(self._train, self._batch_size, indices):
                 yield moved_to(x, self.device), moved_to(y, self.device), places
 
+    def _check_model(self) -> None:
+        """Refuses, on one example, layers that are not called (`Capture` does) and a head that is not the last one."""
+        calls: list[Tensor] = []
+        hook = self._head.register_forward_hook(lambda _module, _args, output: calls.append(output.detach().clone()))
+        try:
+            with self._capture.attached():
+                (logits,) = (
+                    logits_of(self._capture.forward(x).outputs).detach() for x, _, _ in self._batches(self.kept[:1])
+                )
+        finally:
+            hook.remove()
+        same = len(calls) == 1 and calls[0].shape == logits.shape
+        if not same or not torch.allclose(calls[0].to(logits), logits, rtol=0.0, atol=0.0, equal_nan=True):
+            raise ValueError(
+                f"remove: the head {self._head_name!r} is not the last operation of the model: it runs {len(calls)} "
+                "times, and its last output must be the model's; name the last layer with head=, and let the model "
+                "return logits"
+            )
+
     def _losses(self, x: Any, y: Any) -> Tensor:
         batch = labels_in(x, y)
         if batch is None:
@@ -279,11 +301,17 @@ def _combined(directions: Iterable[Matrices], sizes: list[float]) -> Matrices:
     return out
 
 
-def _damped(curvature: Any | Mapping[str, Any], more: float) -> Any:
-    """Copies of the estimators, damped by so much more ("auto" finds its own)."""
+def _damped(curvature: Any | Mapping[str, Any], weight_decay: float, damping: float) -> Any:
+    """Copies of the estimators, damped by so much more. "auto" finds its own, and a damping beside it is refused."""
     if isinstance(curvature, Mapping):
-        return {pattern: _damped(estimator, more) for pattern, estimator in curvature.items()}
+        return {pattern: _damped(estimator, weight_decay, damping) for pattern, estimator in curvature.items()}
     estimator = copy.deepcopy(curvature)
-    if isinstance(getattr(estimator, "damping", None), float | int):
-        estimator.damping += more
+    own = getattr(estimator, "damping", None)
+    if own == "auto" and damping > 0:
+        raise ValueError(
+            f"remove: damping is added to numbers, got damping={damping} beside {type(estimator).__name__}"
+            "(damping='auto'); give curvature= a number"
+        )
+    if isinstance(own, float | int):
+        estimator.damping += weight_decay + damping
     return estimator

@@ -36,8 +36,6 @@ def tiles(
     by: str = "all",
 ) -> Generator[Tile]:
     """Rectangles of the scores: queries of a block × training examples of a batch."""
-    if query_groups is not None:
-        _check_groups("query_groups", query_groups, count(query, influence.passes.batch_size))
     if rank is not None and rank < 1:
         raise ValueError(f"scores: rank must be at least 1, got {rank}")
     influence.rank_error = 0.0
@@ -67,7 +65,10 @@ def assembled(
     by: str = "all",
 ) -> dict[str, Tensor]:
     """The tiles put together, groups summed."""
-    rows = count(query, influence.passes.batch_size) if query_groups is None else int(query_groups.max()) + 1
+    rows = count(query, influence.passes.batch_size)
+    if query_groups is not None:
+        _check_groups("query_groups", query_groups, rows)
+        rows = int(query_groups.max()) + 1
     columns = n = count(train, influence.passes.batch_size)
     if groups is not None:
         _check_groups("groups", groups, n)
@@ -180,8 +181,9 @@ def _check_positions(positions: dict[str, int]) -> None:
 
 
 def _check_groups(what: str, groups: Tensor, n: int) -> None:
-    if groups.dtype != torch.int64:
-        raise TypeError(f"scores: {what} must be int64, got {groups.dtype}")
+    if not isinstance(groups, Tensor) or groups.dtype != torch.int64:
+        got = groups.dtype if isinstance(groups, Tensor) else type(groups).__name__
+        raise TypeError(f"scores: {what} must be an int64 tensor [{n}], got {got}")
     if groups.shape != (n,) or (n and int(groups.min()) < 0):
         raise ValueError(
             f"scores: {what} must be [{n}] numbers >= 0, got shape {list(groups.shape)}, "

@@ -13,21 +13,20 @@ from __future__ import annotations
 import inspect
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from hashlib import sha256
 from itertools import accumulate, chain, pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastif._version import __version__
 from fastif.capture import dtype_of
 from fastif.data import Batch, as_loader, batch_lengths, indexable, picked
-from fastif.journal import fingerprint, refuse_differences, remove_partial, whole, write_whole
+from fastif.journal import described, fingerprint, refuse_differences, remove_partial, tensors_in, whole, write_whole
 from fastif.scoring import tiles
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ class ScoreFolder:
     >>> from fastif import Diagonal, Influence
     >>> _ = torch.manual_seed(0)
     >>> train = torch.randn(8, 2), torch.arange(8) % 3
-    >>> influence = Influence(nn.Linear(2, 3), curvature=Diagonal(), progress=False).fit(train)
+    >>> influence = Influence(torch.nn.Linear(2, 3), curvature=Diagonal(), progress=False).fit(train)
     >>> with TemporaryDirectory() as folder:
     ...     _ = influence.scores(train, train, out=folder)
     ...     ScoreFolder(folder)[2:4, 5].shape
@@ -301,7 +300,7 @@ def settings_of(influence: Influence, query: Any, train: Any, rank: int | None) 
         "q": sum(lengths[0]),
         "n": sum(lengths[1]),
         **fit_settings(influence, train),
-        "measurement": _described(influence.measurement),
+        "measurement": described(influence.measurement),
         "rank": rank,
         "curvature state": fingerprint(influence.state_dict().values()),
         "query": _first_batch(query, influence.passes.batch_size),
@@ -319,7 +318,7 @@ def fit_settings(influence: Influence, train: Any) -> dict[str, Any]:
     for name, estimator in influence.parts.by_block.items():
         covered.setdefault(_curvature(estimator), []).append(name)
     return {
-        "loss": _described(influence.passes.loss),
+        "loss": described(influence.passes.loss),
         "curvature": "; ".join(f"{estimator} of {', '.join(names)}" for estimator, names in covered.items()),
         "checkpoints": None if checkpoints is None else len(checkpoints),
         "model": fingerprint(t for state in states for t in state.values() if isinstance(t, Tensor)),
@@ -343,30 +342,8 @@ def _curvature(estimator: Any) -> str:
     return f"{type(estimator).__name__}({', '.join(f'{n}={text}' for n, text in zip(names, texts, strict=True))})"
 
 
-def _described(function: str | Callable[..., Any]) -> str:
-    """A name, or of a function its name and a hash of its source."""
-    if isinstance(function, str):
-        return function
-    if isinstance(function, nn.Module):
-        return repr(function)
-    kind = function if hasattr(function, "__qualname__") else type(function)
-    try:
-        source = sha256(inspect.getsource(kind).encode()).hexdigest()[:16]
-    except (OSError, TypeError):
-        source = "no source"
-    return f"{kind.__module__}.{kind.__qualname__} ({source})"
-
-
 def _first_batch(data: Any, batch_size: int) -> str:
-    return fingerprint(_tensors(next(iter(as_loader(data, batch_size)))))
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping | list | tuple):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(part)
+    return fingerprint(tensors_in(next(iter(as_loader(data, batch_size)))))
 
 
 # ------------------------------------------------------------------------------------------------------------- borders

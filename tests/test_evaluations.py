@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from fastif.evaluation import (
     without,
 )
 from fastif.evaluation.correlation import interval, pearson, ranks, spearman
-from fastif.evaluation.retraining import described
+from fastif.journal import described
 from tests.problems import clusters
 
 N, QUERIES, PENALTY = 60, 8, 0.05
@@ -157,6 +158,8 @@ def test_a_killed_job_goes_on_where_it_stopped(tmp_path):
     resumed = retrain(again := DiesAfter(2), SETS, NET_QUERY, resume=True, **settings)
     assert again.calls == 0
     assert torch.equal(whole.values, resumed.values)
+    with pytest.raises(ValueError, match=r"retrained\.json holds a finished job; resume it, or remove the file"):
+        retrain(DiesAfter(2), SETS, NET_QUERY, **settings)
     again.calls = 2  # as it was when the job began
     finished = retrain(again, SETS, NET_QUERY, resume=True, **settings)
     assert again.calls == 2
@@ -191,6 +194,13 @@ def test_a_damaged_file_is_named(tmp_path):
 def no_module(kept: Tensor, seed: int) -> None: ...
 
 
+def hidden(kept: Tensor, seed: int, steps: int) -> nn.Module:
+    return few_steps(kept, seed, X, Y, steps)
+
+
+hidden = partial(hidden, steps=1)  # the function cannot be found by its name any more
+
+
 def broken(kept: Tensor, seed: int) -> nn.Module:
     model = NET(kept, seed)
     with torch.no_grad():
@@ -211,6 +221,11 @@ def broken(kept: Tensor, seed: int) -> nn.Module:
         (dict(train_fn=broken), ValueError, "set 0, seed 0 gives query 0 a measurement of nan"),
         (dict(train_fn=3), TypeError, "train_fn must be a function"),
         (dict(train_fn=lambda kept, seed: None, processes=2), TypeError, "picklable"),
+        (
+            dict(train_fn=hidden, processes=2),
+            TypeError,
+            r"`f = partial\(f, ...\)` hides f",
+        ),
         (dict(query=iter([NET_QUERY])), ValueError, "query is an iterator"),
         (dict(processes=0), ValueError, "processes must be an integer >= 1, got 0"),
         (dict(threads=1.5), ValueError, "threads must be"),
@@ -247,7 +262,20 @@ def test_described_tells_what_a_function_holds():
     assert described(closed(X)) != described(closed(X + 1))
     assert described(closed(X)) == described(closed(X.clone()))
     assert described(nn.Linear(2, 2)) != described(nn.Linear(2, 2))
-    json.dumps(described({"a": [1, 2.5, (None, NET)], "b": DiesAfter(1), "c": nn.ReLU, "d": X.numpy()}))
+    assert described(partial(few_steps, steps=1)) != described(partial(few_steps, steps=2))
+    assert described(no_module) != described(few_steps)
+    json.dumps(
+        described(
+            {
+                "ufunc": np.add,
+                "method": X.sum,
+                "a": [1, 2.5, (None, NET)],
+                "b": DiesAfter(1),
+                "c": nn.ReLU,
+                "d": X.numpy(),
+            }
+        )
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ leave out

@@ -291,6 +291,9 @@ def test_layers_tokens_and_groups_add_up():
     both = influence.scores(query, data, groups=groups, query_groups=query_groups)
     want = torch.stack([by_query[:, groups == group].sum(1) for group in range(4)], 1)
     assert torch.allclose(both, want, rtol=1e-9, atol=1e-14)
+    for name in ("groups", "query_groups"):
+        with pytest.raises(TypeError, match=rf"scores: {name} must be an int64 tensor \[\d+\], got list"):
+            influence.scores(query, data, **{name: [0] * (N if name == "groups" else 5)})
     with pytest.raises(ValueError, match="layer 'head' has 1 positions where others have 6; leave it out"):
         influence.scores_by_token(query, data)
 

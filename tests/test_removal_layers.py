@@ -322,6 +322,29 @@ def test_batches_may_be_mappings(problem):
     assert keywords.state_dict.keys() == {f"body.{key}" for key in plain.state_dict}
 
 
+def test_the_heads_batches_may_be_mappings_with_labels(problem):
+    class Named(nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body = body
+
+        def forward(self, inputs):
+            return self.body(inputs)
+
+    batches = [{"inputs": x, "labels": y} for x, y in zip(problem.x.split(40), problem.y.split(40), strict=True)]
+    plain = remove(problem.model, (problem.x, problem.y), REMOVED, steps=2, **QUIET)
+    named = remove(Named(problem.model), batches, REMOVED, steps=2, **QUIET)
+    assert torch.allclose(named.history[-1].weight, plain.history[-1].weight, atol=1e-12)
+
+
+def test_layers_that_no_pattern_of_curvature_matches_stay(problem):
+    removal = remove(
+        *(problem.model, (problem.x, problem.y), REMOVED), layers="*", curvature={"0": EKFAC(1e-3)}, steps=1, **QUIET
+    )
+    assert list(removal.history[0].parameters) == ["0.weight", "0.bias"]
+    assert torch.equal(removal.state_dict["2.weight"], problem.model[2].weight)
+
+
 def test_same_generator_same_bits(problem):
     first, second = (
         remove(
@@ -365,6 +388,19 @@ def test_undo_and_any_step(problem, layers):
     assert torch.equal(removal.after(0)["2.weight"], before["2.weight"])
     with pytest.raises(ValueError, match=r"step must be in \[0, 3\], got 4"):
         removal.after(4)
+
+
+@pytest.mark.parametrize("layers", [None, "*"])
+def test_undo_after_the_model_has_taken_the_removal_on(problem, layers):
+    model, before = copy.deepcopy(problem.model), copy.deepcopy(problem.model.state_dict())
+    removal = remove(model, (problem.x, problem.y), REMOVED, layers=layers, steps=1, **QUIET)
+    model.load_state_dict(removal.state_dict)
+    assert not torch.equal(model[2].weight, before["2.weight"])
+    model.load_state_dict(removal.after(0))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        model[2].weight.zero_()
+    assert torch.equal(removal.after(0)["2.weight"], before["2.weight"])
 
 
 def test_shared_weights_move_under_all_their_names():
@@ -417,6 +453,8 @@ ONE = torch.tensor([1])
         ((X, Y), ONE, {"layers": ["2", "1"]}, "'1' names no layer"),
         ((X, Y), ONE, {"steps": 0}, "steps must be at least 1, got 0"),
         ((X, Y), ONE, {"damping": "auto"}, "damping must be a number, got 'auto'"),
+        ((X, Y), ONE, {"damping": 0.1}, r"got damping=0.1 beside EKFAC\(damping='auto'\)"),
+        ((X, Y), ONE, {"damping": 0.1, "curvature": KFAC("auto")}, r"got damping=0.1 beside KFAC\(damping='auto'\)"),
         ((X, Y), ONE, {"damping": -1.0}, "damping must be a finite number >= 0"),
         ((X, Y), ONE, {"weight_decay": -1.0}, "weight_decay must be a finite number >= 0, got -1.0"),
         ((X, Y), ONE, {"weight_decay": 0.0, "curvature": EKFAC(0.0)}, "singular: .* would do"),
@@ -428,6 +466,30 @@ ONE = torch.tensor([1])
 def test_bad_input(problem, data, indices, change, message):
     with pytest.raises(ValueError, match=message):
         remove(problem.model, data, indices, progress=False, **{"layers": "*", **change})
+
+
+class Scaled(nn.Module):
+    """A head that is not the last operation, and a layer that is never called."""
+
+    def __init__(self, body, scale=1.0, unused=None):
+        super().__init__()
+        self.unused, self.body, self.scale = unused, body, scale
+
+    def forward(self, x):
+        return self.body(x).mul_(self.scale)
+
+
+@pytest.mark.parametrize("layers", [None, "*", "body.0"])
+def test_a_head_that_is_not_the_last_operation_is_refused(problem, layers):
+    with pytest.raises(ValueError, match=r"the head 'body.2' is not the last operation of the model"):
+        remove(Scaled(problem.model, 0.5), (problem.x, problem.y), REMOVED, layers=layers, **QUIET)
+    assert remove(Scaled(problem.model), (problem.x, problem.y), REMOVED, layers=layers, steps=1, **QUIET).history
+
+
+def test_a_layer_that_is_not_called_is_refused_by_name(problem):
+    model = Scaled(problem.model, unused=nn.Linear(2, 2).double())
+    with pytest.raises(ValueError, match=r"capture: layer 'unused' was not called in the forward pass; leave it out"):
+        remove(model, (problem.x, problem.y), REMOVED, layers="*", **QUIET)
 
 
 def test_dropout_does_not_act(problem):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fastif.data import as_loader, batch_length
 from fastif.evaluation.class_removal import check_seeds
 from fastif.features import call, moved_to
-from fastif.journal import Journal, fingerprint, refuse_differences, write_whole
+from fastif.journal import Journal, described, fingerprint, refuse_differences, tensors_in, write_whole
 from fastif.losses import Loss, Measurement, check_loss, check_measurement, labels_in, measured
 
 TrainFn = Callable[[Tensor, int], nn.Module]
@@ -68,8 +68,9 @@ def retrain(
         threads: CPU threads of each retraining. It does not follow `processes`, because sums may round differently
             with other numbers of threads: so the same bits come out whatever the number of processes.
         out: a folder that keeps what is finished, retraining by retraining; all of it is then in `retrained.json`.
+            Without resume, a folder that holds a job is refused.
         resume: take from `out` what is there, of an interrupted job or of a finished one. Refused where the sets, the
-            seeds, the queries or train_fn (its name, and the tensors and numbers that a partial holds) are others.
+            seeds, the queries or train_fn (its source, and the tensors and numbers that a partial holds) are others.
 
     Raises ValueError for a set that is empty, repeats an index or holds a negative one, for a measurement that is not
     finite, with set, seed and query; TypeError for a train_fn that returns no nn.Module, or cannot be pickled.
@@ -93,7 +94,7 @@ def retrain(
         "kept": fingerprint(kept),
         "sets": len(kept),
         "seeds": seeds,
-        "query": fingerprint(part for x, y in as_loader(query, batch_size) for part in _tensors((x, y))),
+        "query": fingerprint(part for x, y in as_loader(query, batch_size) for part in tensors_in((x, y))),
         "loss": described(loss),
         "measurement": described(measurement),
         "threads": threads,
@@ -101,7 +102,7 @@ def retrain(
     folder = None if out is None else Path(out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        if resume and (records := _finished(folder, settings)):
+        if records := _finished(folder, settings, resume):
             return _assembled(kept, seeds, records)
     journal = Journal(None if folder is None else folder / "retrained.jsonl", settings, resume)
     records = list(journal.of_kind("retrained"))
@@ -199,7 +200,8 @@ class _Job(NamedTuple):
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise TypeError(
                 f"retrain: with processes={processes} train_fn, query, loss and measurement must be picklable "
-                f"(functions of a module, not lambdas): {error}"
+                "(functions of a module, not lambdas, each under its own name there: `f = partial(f, ...)` hides f): "
+                f"{error}"
             ) from error
         pool = ProcessPoolExecutor(
             min(processes, max(1, len(tasks))), multiprocessing.get_context("spawn"), _begin, (pickled, threads)
@@ -265,11 +267,13 @@ def _assembled(kept: list[Tensor], seeds: list[int], records: list[dict[str, Any
     return Retrained(kept, seeds, values, seconds)
 
 
-def _finished(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _finished(folder: Path, settings: Mapping[str, Any], resume: bool) -> list[dict[str, Any]]:
     """The records of the job with these settings, where it has been finished there; else none."""
     path = folder / "retrained.json"
     if (folder / "retrained.jsonl").exists() or not path.exists():
         return []
+    if not resume:
+        raise ValueError(f"{path} holds a finished job; resume it, or remove the file")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         found, records = dict(stored["settings"]), list(stored["retrained"])
@@ -277,40 +281,3 @@ def _finished(folder: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]
         raise ValueError(f"{path} is not a file of retrain: {error!r}") from error
     refuse_differences(path, found, settings)
     return records
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
-
-
-def described(value: Any, depth: int = 4) -> Any:
-    """Words, numbers and fingerprints that tell one function, with what it holds, from another; JSON.
-
-    >>> described(partial(sorted, reverse=True))
-    ['sorted', [], {'reverse': True}]
-    """
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, Tensor | np.ndarray):
-        return fingerprint([torch.as_tensor(value)])
-    if isinstance(value, nn.Module):
-        return [type(value).__qualname__, fingerprint(value.state_dict().values())]
-    if depth == 0:
-        return type(value).__qualname__
-    below = partial(described, depth=depth - 1)
-    if isinstance(value, partial):
-        return [below(value.func), [below(v) for v in value.args], {k: below(v) for k, v in value.keywords.items()}]
-    if isinstance(value, Mapping):
-        return {str(k): below(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [below(v) for v in value]
-    if hasattr(value, "__qualname__"):
-        held = [below(cell.cell_contents) for cell in getattr(value, "__closure__", None) or ()]
-        return [value.__qualname__, held] if held else value.__qualname__
-    if hasattr(value, "__dict__"):
-        return [type(value).__qualname__, {k: below(v) for k, v in vars(value).items()}]
-    return repr(value)
