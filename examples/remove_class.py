@@ -38,7 +38,8 @@ shares = {"as trained": right(model)}
 
 began = time.perf_counter()
 subset = partial(fastif.samplers.logit, k=len(x) // 10)  # the curvature of each step comes from a tenth of the data
-removal = fastif.remove(model, (x, y), gone.nonzero()[:, 0], subset=subset, weight_decay=5e-4)
+draw = torch.Generator().manual_seed(0)
+removal = fastif.remove(model, (x, y), gone.nonzero()[:, 0], subset=subset, weight_decay=5e-4, generator=draw)
 model.load_state_dict(removal.state_dict)
 shares["removed"] = right(model)
 print(f"removed {int(gone.sum())} images in {len(removal.history)} steps, {time.perf_counter() - began:.2f} s")
