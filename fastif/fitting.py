@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fastif.capture import Capture
 from fastif.curvature import Curvature, ExactBlock
-from fastif.curvature.network import Alone, FitData, JointCurvature, NetworkCurvature, Together
+from fastif.curvature.network import Alone, FitData, JointCurvature, NetworkCurvature, Together, check_estimator
 from fastif.data import picked
 from fastif.features import moved_to
 from fastif.losses import IGNORED, labels_in, labels_of, output_columns, per_sample
@@ -30,8 +30,7 @@ def assigned(capture: Capture, curvature: Estimator | Mapping[str, Estimator]) -
     """
     rules = dict(curvature) if isinstance(curvature, Mapping) else {"*": curvature}
     for estimator in rules.values():
-        if not hasattr(estimator, "observe"):
-            raise TypeError(f"Influence: curvature must be an estimator or a mapping to them, got {estimator!r}")
+        check_estimator("Influence: curvature must be an estimator or a mapping to them", estimator)
     members: dict[str, list[str]] = {pattern: [] for pattern in rules}
     for name, block in list(capture.blocks.items()):
         pattern = next((pattern for pattern in rules if fnmatchcase(name, pattern)), None)

@@ -561,3 +561,14 @@ def test_bad_input(call, message):
 def test_a_preconditioner_must_be_an_estimator():
     with pytest.raises(TypeError, match="preconditioner must be an estimator of single blocks, got 'kfac'"):
         CG(preconditioner="kfac")
+    with pytest.raises(TypeError, match=r"of single blocks, got the class KFAC; call it: KFAC\(\)"):
+        CG(preconditioner=KFAC)
+    for joint in (CG(), Arnoldi(), ExactBlock(joint=True)):
+        with pytest.raises(TypeError, match=f"of single blocks, got {type(joint).__name__}, which is one of all"):
+            CG(preconditioner=joint)
+
+
+@pytest.mark.parametrize("made", [EKFAC, {"*": EKFAC}])
+def test_a_class_is_no_estimator(made):
+    with pytest.raises(TypeError, match=r"Influence: curvature must be .*, got the class EKFAC; call it: EKFAC\(\)"):
+        influence_of(nn.Linear(2, 2), made)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastif.curvature.arnoldi import Product, krylov, sufficient
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
-from fastif.curvature.network import FitData, JointCurvature, Shape
+from fastif.curvature.network import FitData, JointCurvature, Shape, check_estimator
 from fastif.curvature.products import Layout, Matrix, Operator, check_matrix
 from fastif.gradients import Gradients
 from fastif.losses import Fisher
@@ -61,8 +61,13 @@ class CG(JointCurvature):
             raise ValueError("CG: damping must be a number, got 'auto'")
         check_matrix("CG", matrix)
         check_iterations("CG", tolerance, max_steps=max_steps)
-        if preconditioner is not None and not hasattr(preconditioner, "observe"):
-            raise TypeError(f"CG: preconditioner must be an estimator of single blocks, got {preconditioner!r}")
+        if preconditioner is not None:
+            check_estimator("CG: preconditioner must be an estimator of single blocks", preconditioner)
+            if isinstance(preconditioner, JointCurvature) or getattr(preconditioner, "joint", False):
+                raise TypeError(
+                    f"CG: preconditioner must be an estimator of single blocks, got {type(preconditioner).__name__}, "
+                    "which is one of all blocks together"
+                )
         self.damping, self.tolerance, self.max_steps = damping, tolerance, max_steps
         self.matrix: Matrix = matrix
         self.preconditioner, self.keep_graph = preconditioner, keep_graph

@@ -168,6 +168,14 @@ class Together(JointCurvature):
         return Formed(torch.cat([gradients[name].formed().flatten(1) for name in self.names], 1)[:, None, None])
 
 
+def check_estimator(rule: str, estimator: Any) -> None:
+    """Raises TypeError for what is no estimator, and for the class of one."""
+    if isinstance(estimator, type) and hasattr(estimator, "observe"):
+        raise TypeError(f"{rule}, got the class {estimator.__name__}; call it: {estimator.__name__}()")
+    if not hasattr(estimator, "observe"):
+        raise TypeError(f"{rule}, got {estimator!r}")
+
+
 class NetworkCurvature:
     """The estimators of a network's blocks: what `Influence` fits and solves with."""
 
