@@ -438,6 +438,21 @@ def test_low_rank_leaves_out_the_smallest_and_tells_how_much():
     assert worst > 0.9 * found.error
 
 
+def test_too_small_a_space_is_warned_of_and_not_taken_for_the_whole():
+    model, data = network("mlp")
+    with pytest.warns(NotConverged, match=r"Arnoldi: after 2 steps 2 of rank=6 pairs .* residual is 0\.\d+ of"):
+        influence = influence_of(model, Arnoldi(6, DAMPING, block=1, max_steps=2)).fit(data)
+    found = influence.curvature["0"]
+    assert found.left_out == float("inf")
+    assert found.error == 1
+    with pytest.warns(NotConverged, match="Arnoldi: after 3 steps 2 of rank=2 pairs are there"):
+        influence = influence_of(model, Arnoldi(2, DAMPING, block=1, max_steps=3, tolerance=1e-9)).fit(data)
+    assert 0 < influence.curvature["0"].error < 1
+    whole = influence_of(model, Arnoldi(200, DAMPING, block=16)).fit(data).curvature["0"]  # all of it: none is left
+    assert whole.error == whole.left_out == 0
+    assert whole.state_dict()["left_out"].dtype == torch.float64
+
+
 def test_repeated_eigenvalues_of_a_regression_are_kept():
     torch.manual_seed(0)
     model, x = nn.Linear(4, 3).double(), torch.randn(20, 4, dtype=torch.float64)
@@ -513,6 +528,11 @@ def test_a_mapping_may_give_some_layers_to_cg():
         assert torch.allclose(got[name], scores, rtol=1e-6, atol=1e-9), name
 
 
+def unfitted(estimator):
+    estimator.begin({"0": (1, 2, 3)}, None)
+    return estimator
+
+
 def scores_with(estimator):
     model, data = network("mlp")
     return influence_of(model, estimator).fit(data).scores(data, data)
@@ -534,10 +554,13 @@ def scores_with(estimator):
         (lambda: LiSSA(repeats=3), "LiSSA: repeats=3 would do the same thing again without batch="),
         (lambda: LiSSA(batch=3, keep_graph=True), "it goes with batch=None"),
         (lambda: LiSSA().scale_used, "LiSSA: not fitted"),
-        (lambda: Arnoldi(0), "Arnoldi: rank must be at least 1, got 0"),
+        (lambda: Arnoldi(0), "Arnoldi: rank must be an integer >= 1, got 0"),
         (lambda: Arnoldi(damping=0.0), "Arnoldi: damping must be a number > 0, got 0.0"),
-        (lambda: Arnoldi(max_steps=0), "Arnoldi: max_steps must be at least 1, got 0"),
-        (lambda: Arnoldi(tolerance=0), "Arnoldi: tolerance must be > 0, got 0"),
+        (lambda: Arnoldi(max_steps=0), "Arnoldi: max_steps must be an integer >= 1, got 0"),
+        (lambda: Arnoldi(2.5), "Arnoldi: rank must be an integer >= 1, got 2.5"),
+        (lambda: Arnoldi("a"), "Arnoldi: rank must be an integer >= 1, got 'a'"),
+        (lambda: Arnoldi(tolerance=0), r"Arnoldi: tolerance must be in \(0, 1\), got 0"),
+        (lambda: unfitted(Arnoldi()).end(0), r"Arnoldi: multiplies with the data's curvature, .*call fit\(train\)"),
         (lambda: Arnoldi().eigenvalues, "Arnoldi: not fitted"),
         (
             lambda: scores_with(LiSSA(batch=91)),

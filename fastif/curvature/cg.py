@@ -13,7 +13,7 @@ from torch import Tensor
 from fastif.curvature.arnoldi import Product, krylov, sufficient
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
 from fastif.curvature.network import FitData, JointCurvature, Shape, check_estimator
-from fastif.curvature.products import Layout, Matrix, Operator, check_matrix
+from fastif.curvature.products import Layout, Matrix, NotConverged, check_iterations, check_matrix, operator_of
 from fastif.gradients import Gradients
 from fastif.losses import Fisher
 
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from fastif.curvature import Curvature
 
 _LOOKED = 30  # products that a failure may cost for its diagnosis
-
-
-class NotConverged(UserWarning):
-    """An iterative solver ran out of steps; the message tells the residual that is left."""
 
 
 class CG(JointCurvature):
@@ -148,20 +144,6 @@ class CG(JointCurvature):
             return 0, 0
         parts = [self.preconditioner.footprint(shape, tables[name], item) for name, shape in shapes.items()]
         return sum(held for held, _ in parts), max(making for _, making in parts)
-
-
-def operator_of(op: str, data: FitData | None, matrix: Matrix, keep_graph: bool) -> Operator:
-    if data is None:
-        raise ValueError(f"{op}: multiplies with the data's curvature, which is not part of a state: call fit(train)")
-    return Operator(data, matrix, keep_graph=keep_graph)
-
-
-def check_iterations(op: str, tolerance: float, **counts: int) -> None:
-    if not 0 < tolerance < 1:
-        raise ValueError(f"{op}: tolerance must be in (0, 1), got {tolerance}")
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{op}: {name} must be an integer >= 1, got {value!r}")
 
 
 class Solved(NamedTuple):

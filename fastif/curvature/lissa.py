@@ -12,10 +12,18 @@ import torch
 from torch import Generator, Tensor
 
 from fastif.curvature.arnoldi import Product, krylov, sufficient
-from fastif.curvature.cg import NotConverged, check_iterations, dots, norms_of, operator_of, scaled
+from fastif.curvature.cg import dots, norms_of, scaled
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
 from fastif.curvature.network import FitData, JointCurvature, Shape
-from fastif.curvature.products import Layout, Matrix, Operator, check_matrix
+from fastif.curvature.products import (
+    Layout,
+    Matrix,
+    NotConverged,
+    Operator,
+    check_iterations,
+    check_matrix,
+    operator_of,
+)
 from fastif.subset import Subset
 
 _MARGIN = 1.25  # of the scale above the largest eigenvalue that was seen

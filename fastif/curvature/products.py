@@ -30,6 +30,10 @@ _LEAST = 8  # examples of a slice
 _NEAR = 1 << 25  # bytes of activations and tangents at a time on the CPU: with more, passes wait for memory
 
 
+class NotConverged(UserWarning):
+    """An iterative solver ran out of steps; the message tells the residual that is left."""
+
+
 class Layout:
     """Vectors by block as rows of one matrix, and back."""
 
@@ -323,6 +327,20 @@ def _why(what: str, ys: Sequence[Tensor | None]) -> str:
 def check_matrix(op: str, matrix: Any) -> None:
     if matrix not in ("ggn", "hessian"):
         raise ValueError(f"{op}: matrix must be 'ggn' or 'hessian', got {matrix!r}")
+
+
+def operator_of(op: str, data: FitData | None, matrix: Matrix, keep_graph: bool) -> Operator:
+    if data is None:
+        raise ValueError(f"{op}: multiplies with the data's curvature, which is not part of a state: call fit(train)")
+    return Operator(data, matrix, keep_graph=keep_graph)
+
+
+def check_iterations(op: str, tolerance: float, **counts: int) -> None:
+    if not 0 < tolerance < 1:
+        raise ValueError(f"{op}: tolerance must be in (0, 1), got {tolerance}")
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{op}: {name} must be an integer >= 1, got {value!r}")
 
 
 def _all_derivatives() -> Any:

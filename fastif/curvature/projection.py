@@ -10,10 +10,10 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from fastif.curvature.cg import check_iterations
 from fastif.curvature.cholesky import check_damping, factorize
 from fastif.curvature.directions import Directions
 from fastif.curvature.network import FitData, JointCurvature, Shape
+from fastif.curvature.products import check_iterations
 from fastif.gradients import Gradients
 from fastif.losses import Fisher
 
