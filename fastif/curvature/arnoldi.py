@@ -41,6 +41,7 @@ class Arnoldi(JointCurvature):
     """
 
     passes = 0
+    multiplies = True
 
     def __init__(
         self,
