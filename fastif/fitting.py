@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fastif.capture import Capture
 from fastif.curvature import Curvature, ExactBlock
-from fastif.curvature.network import Alone, FitData, JointCurvature, NetworkCurvature, Together
+from fastif.curvature.network import Alone, FitData, JointCurvature, NetworkCurvature, Together, check_estimator
 from fastif.data import picked
 from fastif.features import moved_to
 from fastif.losses import IGNORED, labels_in, labels_of, output_columns, per_sample
@@ -30,8 +30,7 @@ def assigned(capture: Capture, curvature: Estimator | Mapping[str, Estimator]) -
     """
     rules = dict(curvature) if isinstance(curvature, Mapping) else {"*": curvature}
     for estimator in rules.values():
-        if not hasattr(estimator, "observe"):
-            raise TypeError(f"Influence: curvature must be an estimator or a mapping to them, got {estimator!r}")
+        check_estimator("Influence: curvature must be an estimator or a mapping to them", estimator)
     members: dict[str, list[str]] = {pattern: [] for pattern in rules}
     for name, block in list(capture.blocks.items()):
         pattern = next((pattern for pattern in rules if fnmatchcase(name, pattern)), None)
@@ -53,22 +52,30 @@ def assigned(capture: Capture, curvature: Estimator | Mapping[str, Estimator]) -
     return NetworkCurvature(parts)
 
 
-def begun(assigned: NetworkCurvature, capture: Capture, data: FitData | None) -> NetworkCurvature:
-    """A copy that has learned nothing yet."""
+def begun(
+    assigned: NetworkCurvature, capture: Capture, data: FitData | None, memory: int = JointCurvature.memory
+) -> NetworkCurvature:
+    """A copy that has learned nothing yet; `memory` as for `Influence`."""
     curvature = NetworkCurvature({names: copy.deepcopy(part) for names, part in assigned.parts.items()})
+    for part in curvature.parts.values():
+        part.memory = memory
     curvature.begin({name: block.shape for name, block in capture.blocks.items()}, data)
     return curvature
 
 
-def fit(passes: Passes, assigned: NetworkCurvature, train: Any, subset: Subset, seed: int) -> NetworkCurvature:
+def fit(
+    passes: Passes, assigned: NetworkCurvature, train: Any, subset: Subset, seed: int, memory: int
+) -> NetworkCurvature:
     """The curvature of the examples of a subset, at the model's parameters as they are; it is running."""
 
     def batches(subset: Subset) -> Iterator[tuple[Any, Any, Tensor]]:
         for (x, y), places in picked(train, passes.batch_size, subset.indices):
             yield moved_to(x, passes.device), moved_to(y, passes.device), subset.weights[places].to(passes.device)
 
-    data = FitData(passes.model, passes.loss, passes.capture.blocks, subset, batches, seed, passes.autocast)
-    curvature = begun(assigned, passes.capture, data)
+    data = FitData(
+        passes.model, passes.loss, passes.capture.blocks, subset, batches, seed, passes.autocast, passes.progress
+    )
+    curvature = begun(assigned, passes.capture, data, memory)
     for turn in range(max(1, curvature.passes)):
         looking = curvature.open(turn)
         generator = torch.Generator().manual_seed(seed)

@@ -53,7 +53,8 @@ class Influence:
         measurement: what is asked of queries: "loss", "margin", "log_odds", or a function (outputs, batch) → [q].
         checkpoints: state dicts; influence is averaged over the model at each of them. Default: the model as it is.
         batch_size: for data that brings no batches of its own; results do not depend on it.
-        memory: bytes that preconditioned query gradients may take at a time.
+        memory: bytes that preconditioned query gradients may take at a time, and that a solve for the self-influence of
+            several examples may.
         device: where to compute; default that of the model.
         autocast: run forward and backward passes under autocast of this 16-bit type, whatever surrounds the call; sums
             are float32 all the same. Default: not.
@@ -149,7 +150,7 @@ class Influence:
         fitted: list[NetworkCurvature] = []
         for checkpoint in self.checkpoints or [None]:
             with self.passes.running(checkpoint):
-                fitted.append(fit(self.passes, self.parts, train, Subset(indices, weights), self.seed))
+                fitted.append(fit(self.passes, self.parts, train, Subset(indices, weights), self.seed, self.memory))
         self._fitted, self.n, self.bound = fitted, n, getattr(subset, "bound", None)
         return self
 
@@ -318,7 +319,7 @@ class Influence:
         for number in range(len(self.checkpoints or [None])):
             own = {key: state[key].to(self.device) for key in left if key.startswith(f"{number}/")}
             left -= own.keys()
-            fitted.append(begun(self.parts, self.capture, None))
+            fitted.append(begun(self.parts, self.capture, None, self.memory))
             fitted[-1].load_state_dict(own, f"{number}/")
         if left:
             raise ValueError(f"load_state_dict: the state is another model's: {min(left)}")

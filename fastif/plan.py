@@ -14,7 +14,8 @@ from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastif.capture import SLICE, dtype_of
-from fastif.curvature import ExactBlock
+from fastif.curvature import CG, KFAC, ExactBlock
+from fastif.curvature.network import Alone, JointCurvature
 from fastif.data import batch_length, count, picked
 from fastif.features import moved_to
 from fastif.fitting import begun, observe
@@ -45,17 +46,20 @@ class Plan(NamedTuple):
     curvature_bytes: int  # held after fit
     fit_bytes: int | None  # peak of fit; None where nothing counts allocations (plain torch on the CPU)
     query_bytes: int  # of one preconditioned query gradient
-    fit_flops: float  # of fit on all examples
+    fit_flops: float  # of fit on all examples, products with the curvature left out
+    multiplying: tuple[str, ...] = ()  # estimators that make such products, as many as it takes
 
     def __str__(self) -> str:
         covered = "\n".join(f"  {name} {list(shape)}" for name, shape in self.covered.items()) or "  none"
         skipped = "\n".join(f"  {name}: {reason}" for name, reason in self.skipped.items()) or "  none"
         size = sum(math.prod(shape) for shape in self.covered.values())
         peak = "unknown" if self.fit_bytes is None else f"{self.fit_bytes / 2**20:.1f} MiB"
+        products = f"; products of {', '.join(self.multiplying)} with the curvature are not counted"
         return (
             f"covered: {size:,} parameters\n{covered}\nskipped (taken as fixed):\n{skipped}\n"
             f"{self.n:,} training examples; fit: {self.fit_flops / 1e9:.1f} GFLOP on all of them, peak {peak}, "
             f"of which {self.curvature_bytes / 2**20:.1f} MiB stay; each query {self.query_bytes / 2**20:.2f} MiB"
+            f"{products if self.multiplying else ''}"
         )
 
 
@@ -84,7 +88,7 @@ def plan(influence: Influence, train: Any) -> Plan:
             products = d * d + o * o + (o * d if part.passes > 1 else 0)
             if not isinstance(influence.parts.by_block[name], ExactBlock):
                 flops += n * g * t * min(2, part.passes) * 2 * products * probe.columns[part.fisher]
-                flops += 10 * g * (d**3 + o**3) if extra else 0
+                flops += 10 * g * (d**3 + o**3) if isinstance(_of_layers(part), KFAC) else 0
         if isinstance(influence.parts.by_block[names[0]], ExactBlock):
             alone = shapes[names[0]] if len(names) == 1 and probe.positions[names[0]] == 1 else None
             flops += ExactBlock.operations(size, n, probe.columns[part.fisher], alone)
@@ -94,7 +98,13 @@ def plan(influence: Influence, train: Any) -> Plan:
         streamed = max(observed, held + gradients + turned if turned else 0) + batch * probe.input_bytes
         fit_bytes = int(max(streamed, held + making))
     query_bytes = sum(block.size for block in capture.blocks.values()) * item
-    return Plan(capture.covered, dict(capture.skipped), layers, n, held, fit_bytes, query_bytes, flops)
+    multiplying = tuple(sorted({type(p).__name__ for p in influence.parts.parts.values() if p.multiplies}))
+    return Plan(capture.covered, dict(capture.skipped), layers, n, held, fit_bytes, query_bytes, flops, multiplying)
+
+
+def _of_layers(part: JointCurvature) -> Any:
+    """What learns from the gradients of single layers in it: their estimator, or CG's preconditioner."""
+    return part.estimator if isinstance(part, Alone) else part.preconditioner if isinstance(part, CG) else None
 
 
 class _Probe(NamedTuple):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastif import DataInf, ExactBlock, NotPositiveDefinite
+from fastif import DataInf, ExactBlock, Influence, NotPositiveDefinite
 from fastif.samplers import Subset
 from tests.test_kronecker import N, answers, by_hand, influence_of, problem
 
@@ -43,6 +43,22 @@ def test_one_example_is_exact():
     got = influence_of("mlp", DataInf(DAMPING)).fit((x, y), subset)
     want = influence_of("mlp", ExactBlock(DAMPING, "empirical_fisher")).fit((x, y), subset)
     assert torch.allclose(got.scores((x, y), (x, y)), want.scores((x, y), (x, y)), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("damping", [1e-2, 1e-7])
+def test_float32_does_not_cancel(damping):
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 5), torch.arange(6) % 3
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    subset = Subset(torch.tensor([2]), torch.tensor([1.0]))
+    made, values = DataInf(damping), []
+    for dtype in (torch.float32, torch.float64):
+        influence = Influence(model.to(dtype), curvature=made, progress=False).fit((x.to(dtype), y), subset)
+        values.append((influence.self_influence((x.to(dtype), y)), influence.scores(*[(x.to(dtype), y)] * 2)))
+    (single, scores), (double, _) = values
+    assert torch.allclose(single.double(), double, rtol=1e-3)
+    assert float(single[2]) == pytest.approx(2 / 6, rel=2e-2)  # |g|²/(λ + |g|²) of each layer
+    assert (scores.diagonal() > 0).all()
 
 
 def test_auto_damping_is_a_tenth_of_the_mean_square():

@@ -2,18 +2,22 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from tqdm import tqdm
 
 from fastif import CG, EKFAC, KFAC, Arnoldi, Diagonal, Diverged, ExactBlock, Influence, LiSSA, NotConverged
 from fastif import NotPositiveDefinite as Indefinite
+from fastif import build_info
 from fastif.curvature.arnoldi import krylov
 from fastif.curvature.cg import conjugate_gradients
 from fastif.curvature.lissa import drawn, largest, neumann
+from fastif.measure import Measure
 from fastif.samplers import Subset
 from tests.networks import Apply
 from tests.problems import trained
@@ -438,6 +442,21 @@ def test_low_rank_leaves_out_the_smallest_and_tells_how_much():
     assert worst > 0.9 * found.error
 
 
+def test_too_small_a_space_is_warned_of_and_not_taken_for_the_whole():
+    model, data = network("mlp")
+    with pytest.warns(NotConverged, match=r"Arnoldi: after 2 steps 2 of rank=6 pairs .* residual is 0\.\d+ of"):
+        influence = influence_of(model, Arnoldi(6, DAMPING, block=1, max_steps=2)).fit(data)
+    found = influence.curvature["0"]
+    assert found.left_out == float("inf")
+    assert found.error == 1
+    with pytest.warns(NotConverged, match="Arnoldi: after 3 steps 2 of rank=2 pairs are there"):
+        influence = influence_of(model, Arnoldi(2, DAMPING, block=1, max_steps=3, tolerance=1e-9)).fit(data)
+    assert 0 < influence.curvature["0"].error < 1
+    whole = influence_of(model, Arnoldi(200, DAMPING, block=16)).fit(data).curvature["0"]  # all of it: none is left
+    assert whole.error == whole.left_out == 0
+    assert whole.state_dict()["left_out"].dtype == torch.float64
+
+
 def test_repeated_eigenvalues_of_a_regression_are_kept():
     torch.manual_seed(0)
     model, x = nn.Linear(4, 3).double(), torch.randn(20, 4, dtype=torch.float64)
@@ -481,6 +500,81 @@ def test_the_true_residual_is_told_and_the_tolerance_obeyed():
         assert estimator.residual <= made.tolerance
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_coarse_products_stagnate_and_do_not_diverge(autocast):
+    model, (x, y) = network("mlp")
+    model = model.float() if autocast else model.bfloat16()
+    x = x.to(next(model.parameters()).dtype)
+    influence = influence_of(model, LiSSA(DAMPING, tolerance=1e-5), autocast=autocast).fit((x, y))
+    with pytest.warns(NotConverged, match="LiSSA: after .* the residual is"):
+        scores = influence.scores((x[:3], y[:3]), (x, y))
+    assert scores.isfinite().all()
+    assert influence.curvature["0"].residual < 1
+
+
+def test_rounding_is_told_from_divergence():
+    a, b = matrix(torch.linspace(0, 1, 30)), rows(2, 30)
+    b /= b.norm(dim=1, keepdim=True)
+    g = torch.Generator().manual_seed(0)
+
+    def noisy(v):
+        image = v @ a
+        return image + 0.05 * image.norm(dim=1, keepdim=True) * torch.randn(v.shape, generator=g, dtype=v.dtype)
+
+    def matrices():
+        while True:
+            yield noisy
+
+    options = {"steps": 2000, "tolerance": 1e-9, "whole": lambda v: v @ a, "name": "matrix"}
+    x, steps = neumann(matrices(), b, 0.1, 1.4, eps=1e-2, **options)
+    assert steps < 2000
+    assert x.isfinite().all()
+    assert 1e-9 < float(residuals(a, x, b, 0.1).max()) < 10
+    with pytest.raises(Diverged, match="would do, or 'auto'"):
+        neumann(matrices(), b, 0.1, 0.4, eps=1e-2, **options)
+
+
+@pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
+@pytest.mark.parametrize("made", [CG(0.5, tolerance=0.5), Arnoldi(2, 0.5, tolerance=0.5)])
+def test_self_influence_keeps_to_its_memory(made):
+    torch.manual_seed(0)
+    model, data = nn.Linear(500, 20), (torch.randn(200, 500), torch.arange(200) % 20)
+    peaks, values = [], []
+    for memory in (1 << 20, 1 << 27):
+        influence = influence_of(model, made, memory=memory).fit(data)
+        with Measure() as work:
+            values.append(influence.self_influence(data))
+        peaks.append(work.peak_bytes)
+    assert peaks[0] < peaks[1] / 3
+    assert torch.allclose(*values, rtol=1e-3)
+
+
+@pytest.mark.parametrize("made", [CG(DAMPING), LiSSA(0.5)])
+def test_solves_show_their_progress_where_that_is_wanted(made, capsys, monkeypatch):
+    monkeypatch.setattr("fastif.curvature.products.tqdm", partial(tqdm, mininterval=0))
+    model, data = network("mlp")
+    few = tuple(x[:2] for x in data)
+    shown = []
+    for progress in (False, True):
+        Influence(model, curvature=made, progress=progress).fit(data).scores(few, few)
+        shown.append(capsys.readouterr().err)
+    assert shown[0] == ""
+    assert f"{type(made).__name__}: " in shown[1]
+    assert "residual=" in shown[1]
+
+
+def test_plans_tell_what_they_do_not_count():
+    model, data = network("mlp")
+    plans = {made: influence_of(model, made).plan(data) for made in (CG(), Arnoldi(3), CG(preconditioner=KFAC()))}
+    for made, plan in plans.items():
+        assert plan.multiplying == (type(made).__name__,)
+        assert f"products of {type(made).__name__} with the curvature are not counted" in str(plan)
+    flops = [plan.fit_flops for plan in plans.values()]
+    assert flops[0] == flops[1] == 0
+    assert flops[2] == influence_of(model, KFAC()).plan(data).fit_flops > 0
+    assert "not counted" not in str(influence_of(model, KFAC()).plan(data))
+
+
 def test_kept_graphs_tell_their_bytes():
     model, data = network("mlp")
     few = tuple(x[:2] for x in data)
@@ -513,6 +607,11 @@ def test_a_mapping_may_give_some_layers_to_cg():
         assert torch.allclose(got[name], scores, rtol=1e-6, atol=1e-9), name
 
 
+def unfitted(estimator):
+    estimator.begin({"0": (1, 2, 3)}, None)
+    return estimator
+
+
 def scores_with(estimator):
     model, data = network("mlp")
     return influence_of(model, estimator).fit(data).scores(data, data)
@@ -534,10 +633,13 @@ def scores_with(estimator):
         (lambda: LiSSA(repeats=3), "LiSSA: repeats=3 would do the same thing again without batch="),
         (lambda: LiSSA(batch=3, keep_graph=True), "it goes with batch=None"),
         (lambda: LiSSA().scale_used, "LiSSA: not fitted"),
-        (lambda: Arnoldi(0), "Arnoldi: rank must be at least 1, got 0"),
+        (lambda: Arnoldi(0), "Arnoldi: rank must be an integer >= 1, got 0"),
         (lambda: Arnoldi(damping=0.0), "Arnoldi: damping must be a number > 0, got 0.0"),
-        (lambda: Arnoldi(max_steps=0), "Arnoldi: max_steps must be at least 1, got 0"),
-        (lambda: Arnoldi(tolerance=0), "Arnoldi: tolerance must be > 0, got 0"),
+        (lambda: Arnoldi(max_steps=0), "Arnoldi: max_steps must be an integer >= 1, got 0"),
+        (lambda: Arnoldi(2.5), "Arnoldi: rank must be an integer >= 1, got 2.5"),
+        (lambda: Arnoldi("a"), "Arnoldi: rank must be an integer >= 1, got 'a'"),
+        (lambda: Arnoldi(tolerance=0), r"Arnoldi: tolerance must be in \(0, 1\), got 0"),
+        (lambda: unfitted(Arnoldi()).end(0), r"Arnoldi: multiplies with the data's curvature, .*call fit\(train\)"),
         (lambda: Arnoldi().eigenvalues, "Arnoldi: not fitted"),
         (
             lambda: scores_with(LiSSA(batch=91)),
@@ -561,3 +663,14 @@ def test_bad_input(call, message):
 def test_a_preconditioner_must_be_an_estimator():
     with pytest.raises(TypeError, match="preconditioner must be an estimator of single blocks, got 'kfac'"):
         CG(preconditioner="kfac")
+    with pytest.raises(TypeError, match=r"of single blocks, got the class KFAC; call it: KFAC\(\)"):
+        CG(preconditioner=KFAC)
+    for joint in (CG(), Arnoldi(), ExactBlock(joint=True)):
+        with pytest.raises(TypeError, match=f"of single blocks, got {type(joint).__name__}, which is one of all"):
+            CG(preconditioner=joint)
+
+
+@pytest.mark.parametrize("made", [EKFAC, {"*": EKFAC}])
+def test_a_class_is_no_estimator(made):
+    with pytest.raises(TypeError, match=r"Influence: curvature must be .*, got the class EKFAC; call it: EKFAC\(\)"):
+        influence_of(nn.Linear(2, 2), made)

@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from fastif.curvature.arnoldi import Arnoldi
-from fastif.curvature.cg import CG, NotConverged
+from fastif.curvature.cg import CG
 from fastif.curvature.cholesky import NotPositiveDefinite
 from fastif.curvature.data_inf import DataInf
 from fastif.curvature.diagonal import Diagonal, Identity
@@ -22,6 +22,7 @@ from fastif.curvature.exact_block import ExactBlock
 from fastif.curvature.kfac import KFAC
 from fastif.curvature.lissa import Diverged, LiSSA
 from fastif.curvature.network import FitData, JointCurvature
+from fastif.curvature.products import NotConverged
 from fastif.curvature.projection import RandomProjection
 from fastif.gradients import Gradients
 from fastif.losses import Fisher

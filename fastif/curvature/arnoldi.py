@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Generator, Tensor
 
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
 from fastif.curvature.network import FitData, JointCurvature, Shape
-from fastif.curvature.products import Layout, Matrix, Operator, check_matrix
+from fastif.curvature.products import Layout, Matrix, NotConverged, check_iterations, check_matrix, operator_of
 
 Product = Callable[[Tensor], Tensor]  # [m, P] → [m, P], symmetric
 _ROUNDING = 8.0  # units of rounding below which a direction counts as spanned already
@@ -34,11 +35,13 @@ class Arnoldi(JointCurvature):
             beyond λ, which is refused.
         tolerance: of the residuals, relative to the largest eigenvalue; the space grows until they are that small.
         block: random vectors to start from.
-        max_steps: products with `block` vectors at most; default as many as span 4 rank + 4 block directions.
+        max_steps: products with `block` vectors at most; default as many as span 4 rank + 4 block directions. Where
+            they do not suffice, `NotConverged` is warned of.
         keep_graph: see `Operator`.
     """
 
     passes = 0
+    multiplies = True
 
     def __init__(
         self,
@@ -55,11 +58,7 @@ class Arnoldi(JointCurvature):
         if damping == "auto" or damping == 0:
             raise ValueError(f"Arnoldi: damping must be a number > 0, got {damping!r}: outside of the span it is all")
         check_matrix("Arnoldi", matrix)
-        for name, value in (("rank", rank), ("block", block), ("max_steps", 1 if max_steps is None else max_steps)):
-            if value < 1:
-                raise ValueError(f"Arnoldi: {name} must be at least 1, got {value}")
-        if not tolerance > 0:
-            raise ValueError(f"Arnoldi: tolerance must be > 0, got {tolerance}")
+        check_iterations("Arnoldi", tolerance, rank=rank, block=block, max_steps=1 if max_steps is None else max_steps)
         self.rank, self.damping, self.tolerance, self.block = rank, damping, tolerance, block
         self.matrix: Matrix = matrix
         self.max_steps, self.keep_graph = max_steps, keep_graph
@@ -76,10 +75,9 @@ class Arnoldi(JointCurvature):
     def end(self, turn: int) -> None:
         """Finds the eigenpairs. Raises NotPositiveDefinite where one is below −λ."""
         del turn
-        assert self._data is not None
-        operator = Operator(self._data, self.matrix, keep_graph=self.keep_graph)
+        operator = operator_of("Arnoldi", self._data, self.matrix, self.keep_graph)
         size = self._layout.size
-        generator = Generator().manual_seed(self._data.seed)
+        generator = Generator().manual_seed(operator.data.seed)
         start = torch.randn(min(self.block, size), size, generator=generator, dtype=torch.float64)
         steps = self.max_steps or -(-4 * (self.rank + self.block) // self.block)
         found = krylov(operator, start.to(operator.device, operator.dtype), steps, self.rank, self.tolerance)
@@ -91,8 +89,20 @@ class Arnoldi(JointCurvature):
                 f"{float(negative.min()):.3g}; damping {sufficient(float(negative.min())):g} would do, or matrix='ggn'"
             )
         self._values, self._residuals = found.values[: self.rank], found.residuals[: self.rank]
-        self._left_out = found.values[self.rank :].abs().amax() if len(found.values) > self.rank else torch.zeros(())
+        if len(found.values) > self.rank:
+            self._left_out = found.values[self.rank :].abs().amax()
+        else:  # outside of an invariant space there is nothing, outside of another one nobody looked
+            self._left_out = torch.tensor(0.0 if found.invariant else math.inf, dtype=torch.float64)
         self._vectors = found.vectors
+        residual, largest = float(self._residuals.max()), float(self._values.abs().max())
+        if not found.invariant and (residual > self.tolerance * largest or self.error == 1):
+            warnings.warn(
+                f"Arnoldi: after {steps} steps {len(self._values)} of rank={self.rank} pairs are there and the largest "
+                f"residual is {residual / largest:.2g} of the largest eigenvalue, at a tolerance of "
+                f"{self.tolerance:g}: more steps (max_steps) or a smaller rank would help",
+                NotConverged,
+                stacklevel=2,
+            )
 
     @property
     def eigenvalues(self) -> Tensor:
@@ -106,13 +116,17 @@ class Arnoldi(JointCurvature):
 
     @property
     def left_out(self) -> float:
-        """The largest eigenvalue found, in magnitude, of which no pair is kept."""
+        """The largest Ritz value, in magnitude, of which no pair is kept: an estimate, from below, of the largest
+        eigenvalue left out; inf where the space that was searched holds none and there is more beside it.
+        """
         return float(self._fitted(self._left_out))
 
     @property
     def error(self) -> float:
-        """Of a solve, relative, at most, in the directions that are left out: left_out / (left_out + λ)."""
-        return self.left_out / (self.left_out + self.damping)
+        """Of a solve, relative, in the directions that are left out: left_out / (left_out + λ), as good an estimate as
+        `left_out` is; 1 where that is inf.
+        """
+        return 1.0 if math.isinf(self.left_out) else self.left_out / (self.left_out + self.damping)
 
     def _fitted(self, value: Tensor | None) -> Tensor:
         if value is None:
@@ -152,6 +166,7 @@ class Krylov(NamedTuple):
     vectors: Tensor  # [min(k, wanted), P]: of the first ones
     residuals: Tensor  # float64 [k], |A v − θ v|
     lowest: float  # of all values
+    invariant: bool  # products do not leave the space: the values are eigenvalues, beside them it knows none
 
 
 def krylov(product: Product, start: Tensor, steps: int, wanted: int, tolerance: float) -> Krylov:
@@ -188,7 +203,7 @@ def krylov(product: Product, start: Tensor, steps: int, wanted: int, tolerance: 
             break
         basis = torch.cat([basis, rows])
     vectors = shares[:, :wanted].T.to(basis) @ basis[: len(shares)]
-    return Krylov(values, vectors, residuals, float(values.min()))
+    return Krylov(values, vectors, residuals, float(values.min()), len(rows) == 0)
 
 
 def _orthonormal(rows: Tensor, basis: Tensor, scale: float = 1.0) -> Tensor:

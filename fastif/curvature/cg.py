@@ -12,8 +12,17 @@ from torch import Tensor
 
 from fastif.curvature.arnoldi import Product, krylov, sufficient
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
-from fastif.curvature.network import FitData, JointCurvature, Shape
-from fastif.curvature.products import Layout, Matrix, Operator, check_matrix
+from fastif.curvature.network import FitData, JointCurvature, Shape, check_estimator
+from fastif.curvature.products import (
+    Layout,
+    Matrix,
+    NotConverged,
+    check_iterations,
+    check_matrix,
+    iterating,
+    operator_of,
+    silent,
+)
 from fastif.gradients import Gradients
 from fastif.losses import Fisher
 
@@ -23,17 +32,14 @@ if TYPE_CHECKING:
 _LOOKED = 30  # products that a failure may cost for its diagnosis
 
 
-class NotConverged(UserWarning):
-    """An iterative solver ran out of steps; the message tells the residual that is left."""
-
-
 class CG(JointCurvature):
     """(G + λI)⁻¹ by conjugate gradients, G the GGN or the Hessian over all blocks, with what they have in common.
 
     Several right-hand sides share their passes through the model; each has its own step lengths and stands still once
     |b − (G + λI)x| <= tolerance·|b|. The recursion's word for that is checked: `residual` is computed from x, and
     where rounding made the two part, the recursion begins anew. Nothing is kept of the curvature: the data of the fit
-    must be at hand whenever something is solved. docs/math.md (18).
+    must be at hand whenever something is solved, and so must the model's weights: those of the moment of the solve
+    count, not those of the fit. docs/math.md (18).
 
     Args:
         damping: absolute λ >= 0.
@@ -45,6 +51,8 @@ class CG(JointCurvature):
             fitted on the same subset.
         keep_graph: see `Operator`: fewer passes, more memory; `graph_bytes` tells how much.
     """
+
+    multiplies = True
 
     def __init__(
         self,
@@ -61,8 +69,13 @@ class CG(JointCurvature):
             raise ValueError("CG: damping must be a number, got 'auto'")
         check_matrix("CG", matrix)
         check_iterations("CG", tolerance, max_steps=max_steps)
-        if preconditioner is not None and not hasattr(preconditioner, "observe"):
-            raise TypeError(f"CG: preconditioner must be an estimator of single blocks, got {preconditioner!r}")
+        if preconditioner is not None:
+            check_estimator("CG: preconditioner must be an estimator of single blocks", preconditioner)
+            if isinstance(preconditioner, JointCurvature) or getattr(preconditioner, "joint", False):
+                raise TypeError(
+                    f"CG: preconditioner must be an estimator of single blocks, got {type(preconditioner).__name__}, "
+                    "which is one of all blocks together"
+                )
         self.damping, self.tolerance, self.max_steps = damping, tolerance, max_steps
         self.matrix: Matrix = matrix
         self.preconditioner, self.keep_graph = preconditioner, keep_graph
@@ -96,15 +109,17 @@ class CG(JointCurvature):
         """(G + λI)⁻¹ rhs. Raises NotPositiveDefinite for a direction of no or negative curvature."""
         operator = operator_of("CG", self._data, self.matrix, self.keep_graph)
         self.graph_bytes = operator.graph_bytes
-        found = conjugate_gradients(
-            operator,
-            self._layout.flat(rhs),
-            self.damping,
-            tolerance=self.tolerance,
-            max_steps=self.max_steps,
-            precondition=self._precondition if self._preconditioners else None,
-            name=self.matrix,
-        )
+        with iterating("CG", self.max_steps, operator.data) as stepped:
+            found = conjugate_gradients(
+                operator,
+                self._layout.flat(rhs),
+                self.damping,
+                tolerance=self.tolerance,
+                max_steps=self.max_steps,
+                precondition=self._precondition if self._preconditioners else None,
+                name=self.matrix,
+                stepped=stepped,
+            )
         self.residual, self.steps_taken = float(found.residuals.max()), found.steps
         if self.residual > self.tolerance:
             warnings.warn(
@@ -113,7 +128,7 @@ class CG(JointCurvature):
                 + (
                     ": more steps (max_steps), more damping or a preconditioner would help"
                     if self.steps_taken >= self.max_steps
-                    else f": it falls no longer, {operator.dtype} does not resolve less"
+                    else f": it falls no longer, {operator.coarsest} does not resolve less"
                 ),
                 NotConverged,
                 stacklevel=2,
@@ -145,20 +160,6 @@ class CG(JointCurvature):
         return sum(held for held, _ in parts), max(making for _, making in parts)
 
 
-def operator_of(op: str, data: FitData | None, matrix: Matrix, keep_graph: bool) -> Operator:
-    if data is None:
-        raise ValueError(f"{op}: multiplies with the data's curvature, which is not part of a state: call fit(train)")
-    return Operator(data, matrix, keep_graph=keep_graph)
-
-
-def check_iterations(op: str, tolerance: float, **counts: int) -> None:
-    if not 0 < tolerance < 1:
-        raise ValueError(f"{op}: tolerance must be in (0, 1), got {tolerance}")
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{op}: {name} must be an integer >= 1, got {value!r}")
-
-
 class Solved(NamedTuple):
     x: Tensor  # [m, P]
     residuals: Tensor  # float64 [m]: |b − (A + λI) x| / |b|, computed from x; 0 where b is 0
@@ -174,8 +175,10 @@ def conjugate_gradients(
     max_steps: int,
     precondition: Callable[[Tensor], Tensor] | None = None,
     name: str = "matrix",
+    stepped: Callable[[float], None] = silent,
 ) -> Solved:
-    """Solves (A + λI) x = b for the rows b of rhs [m, P], all at once; `name` of A is for messages.
+    """Solves (A + λI) x = b for the rows b of rhs [m, P], all at once; `name` of A is for messages, `stepped` is told the
+    largest residual of every step.
 
     Raises NotPositiveDefinite for pᵀ(A + λI)p <= 0, with the damping that would do.
     """
@@ -189,7 +192,7 @@ def conjugate_gradients(
         rows = (residuals > tolerance).nonzero()[:, 0]
         if len(rows) == 0:
             break
-        change, taken = _run(product, r[rows], damping, tolerance, max_steps - steps, precondition, name)
+        change, taken = _run(product, r[rows], damping, tolerance, max_steps - steps, precondition, name, stepped)
         steps += taken
         moved = x[rows] + change
         left = b[rows] - (product(moved) + damping * moved)
@@ -211,6 +214,7 @@ def _run(
     max_steps: int,
     precondition: Callable[[Tensor], Tensor] | None,
     name: str,
+    stepped: Callable[[float], None],
 ) -> tuple[Tensor, int]:
     """The recursion from x = 0 with residuals r [m, P] until each is of norm goal; returns x and the steps taken."""
     x = torch.zeros_like(r)
@@ -225,7 +229,9 @@ def _run(
         length = rz / bend
         x[moving] += length[:, None].to(p) * p
         r = r - length[:, None].to(p) * q
-        open_rows = (norms_of(r) > goal).nonzero()[:, 0]
+        norms = norms_of(r)
+        stepped(float(norms.max()))
+        open_rows = (norms > goal).nonzero()[:, 0]
         if len(open_rows) == 0 or step == max_steps:
             return x, step
         if len(open_rows) < len(r):

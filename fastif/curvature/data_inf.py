@@ -70,26 +70,37 @@ class DataInf:
         self._gains = [w / (self.damping_used + total * n) for w, n in zip(weights, norms, strict=True)]
 
     def solve(self, rhs: Tensor) -> Tensor:
-        """(v − Σ_i gain_i ⟨g_i, v⟩ g_i) / λ for v [..., g, o, d]."""
-        parts, flat = self._fitted(), rhs.reshape(-1, *rhs.shape[-3:])
+        """(v − Σ_i gain_i ⟨g_i, v⟩ g_i) / λ for v [..., g, o, d], in float64: with a small λ hardly anything is left."""
+        parts, flat = self._fitted(), rhs.reshape(-1, *rhs.shape[-3:]).double()
         out = flat.clone()
         for (gradients, _), gains in zip(parts, self._gains, strict=True):
-            shares = gradients.dots(flat) * gains.to(flat)  # [m, n]
+            mine = _double(gradients)
+            shares = mine.dots(flat) * gains  # [m, n]
             for row, share in enumerate(shares):
-                out[row] -= gradients.sum(share)
-        return (out / self.damping_used).reshape(rhs.shape)
+                out[row] -= mine.sum(share)
+        return (out / self.damping_used).reshape(rhs.shape).to(rhs)
 
     def sq_norms(self, gradients: Gradients) -> Tensor:
-        """(|g|² − Σ_i gain_i ⟨g_i, g⟩²) / λ."""
+        """Σ_i (w_i/W) (|g|² − W⟨g_i, g⟩² / (λ + W|g_i|²)) / λ, never negative.
+
+        With p = ⟨g_i, g⟩²/|g_i|² a term is (|g|² − p)/λ + p/(λ + W|g_i|²): what stands across g_i, and what along it. In
+        float64, which resolves the difference of the gradients' float32 entries; its rounding alone is below zero.
+        """
         size = self.shape[0] * self.shape[1] * self.shape[2]
-        parts = []
+        parts, total = [], sum(float(weights.double().sum()) for _, weights in self._fitted())
         for begin in range(0, len(gradients), max(1, _ENTRIES // size)):
             some = gradients.rows(begin, begin + max(1, _ENTRIES // size))
-            formed = some.formed()
-            value = formed.square().flatten(1).sum(1)
-            for (mine, _), gains in zip(self._fitted(), self._gains, strict=True):
-                value = value - mine.dots(formed).square() @ gains.to(formed)
-            parts.append(value / self.damping_used)
+            entries = some.formed()
+            formed = entries.double()
+            norms = formed.square().flatten(1).sum(1)
+            value = torch.zeros_like(norms)
+            for part, weights in self._fitted():
+                mine = _double(part)
+                own, shares = mine.sq_norms(), weights.to(norms) / total
+                along = mine.dots(formed).square() / torch.where(own > 0, own, 1.0)  # [m, n]
+                across = (norms[:, None] - along).clamp(min=0)  # Cauchy and Schwarz
+                value += (across / self.damping_used + along / (self.damping_used + total * own)) @ shares
+            parts.append(value.to(entries))
         return torch.cat(parts)
 
     def directions(self, gradients: Gradients) -> Directions:
@@ -135,6 +146,15 @@ def _kept(gradients: Gradients) -> list[tuple[Gradients, slice]]:
         else:
             out.append((Formed(part.formed().clone()), rows))
     return out
+
+
+def _double(gradients: Gradients) -> Gradients:
+    """Those that `_kept` made, in float64."""
+    if isinstance(gradients, OneHot):
+        return OneHot(gradients.places, gradients.inputs.double(), gradients.table_rows)
+    if isinstance(gradients, Dense):
+        return Dense(gradients.inputs.double(), gradients.output_grads.double(), gradients.activations)
+    return Formed(gradients.formed().double())
 
 
 def _factors(gradients: Gradients) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Literal
 
@@ -12,15 +12,26 @@ import torch
 from torch import Generator, Tensor
 
 from fastif.curvature.arnoldi import Product, krylov, sufficient
-from fastif.curvature.cg import NotConverged, check_iterations, dots, norms_of, operator_of, scaled
+from fastif.curvature.cg import dots, norms_of, scaled
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
 from fastif.curvature.network import FitData, JointCurvature, Shape
-from fastif.curvature.products import Layout, Matrix, Operator, check_matrix
+from fastif.curvature.products import (
+    Layout,
+    Matrix,
+    NotConverged,
+    Operator,
+    check_iterations,
+    check_matrix,
+    iterating,
+    operator_of,
+    silent,
+)
 from fastif.subset import Subset
 
 _MARGIN = 1.25  # of the scale above the largest eigenvalue that was seen
 _POWER_STEPS = 30
 _CLOSER = 0.99  # so that the residual, computed once more, does not exceed the tolerance by its rounding
+_GROWN = 1.7  # < √3: of the scale, above which a product shows an eigenvalue of 2 scale
 _AWAY = 100.0  # a change so many times larger than the first one: the series diverges
 
 
@@ -36,7 +47,8 @@ class LiSSA(JointCurvature):
     residual, and a right-hand side stands still once it is at most tolerance·|b|. With a number, each step takes the
     curvature of that many examples, drawn in proportion to the weights; x is the mean over the second half of the
     steps and over `repeats` draws. Convergence takes about (λ_max + λ)/λ · ln(1/tolerance) steps: where `CG` is
-    possible it is faster. docs/math.md (19).
+    possible it is faster. As in `CG`, the model's weights of the moment of the solve count, not those of the fit.
+    docs/math.md (19).
 
     Args:
         damping: absolute λ > 0.
@@ -51,6 +63,8 @@ class LiSSA(JointCurvature):
 
     Of the last solve, `residual` (computed from x) and `steps_taken` are kept.
     """
+
+    multiplies = True
 
     def __init__(
         self,
@@ -114,27 +128,35 @@ class LiSSA(JointCurvature):
         self.graph_bytes = operator.graph_bytes
         sizes = norms_of(flat)
         b, x, self.steps_taken = scaled(flat, sizes), torch.zeros_like(flat), 0
-        for repeat in range(self.repeats):
-            products = self._products(operator, repeat)
-            found, taken = neumann(
-                products,
-                b,
-                self.damping,
-                self.scale_used,
-                steps=self.steps,
-                tolerance=_CLOSER * self.tolerance if self.batch is None else None,
-                whole=operator,
-                name=self.matrix,
-            )
-            x += found / self.repeats
-            self.steps_taken += taken
+        with iterating("LiSSA", self.steps * self.repeats, operator.data) as stepped:
+            for repeat in range(self.repeats):
+                products = self._products(operator, repeat)
+                found, taken = neumann(
+                    products,
+                    b,
+                    self.damping,
+                    self.scale_used,
+                    steps=self.steps,
+                    tolerance=_CLOSER * self.tolerance if self.batch is None else None,
+                    whole=operator,
+                    name=self.matrix,
+                    eps=torch.finfo(operator.coarsest).eps,
+                    stepped=stepped,
+                )
+                x += found / self.repeats
+                self.steps_taken += taken
         self.residual = float(norms_of(b - (operator(x) + self.damping * x)).max())
         if not self.residual <= self.tolerance:
             warnings.warn(
                 f"LiSSA: after {self.steps_taken} steps the residual is {self.residual:.2g} of the right-hand side, "
-                f"above the tolerance {self.tolerance:g}: more steps, more damping"
-                + (" or CG" if self.batch is None else ", larger batches or more repeats")
-                + " would help",
+                f"above the tolerance {self.tolerance:g}: "
+                + (
+                    f"it falls no longer, {operator.coarsest} does not resolve less"
+                    if self.batch is None and self.steps_taken < self.steps
+                    else "more steps, more damping"
+                    + (" or CG" if self.batch is None else ", larger batches or more repeats")
+                    + " would help"
+                ),
                 NotConverged,
                 stacklevel=2,
             )
@@ -201,24 +223,30 @@ def neumann(
     tolerance: float | None,
     whole: Product,
     name: str,
+    eps: float = 0.0,
+    stepped: Callable[[float], None] = silent,
 ) -> tuple[Tensor, int]:
     """x ← x + (b − (A + λI)x)/scale from x = 0, for rows b [m, P] of norm 1 or 0; returns x and the steps taken.
 
     tolerance: of the norm of what is added times the scale, where A is always the same; a row that is there stands
-    still. None where A varies: x is then the mean over the second half of the steps. `whole` is for the diagnosis.
+    still, and all do where A's rounding, eps relative to it, lets them come no further. None where A varies: x is then
+    the mean over the second half of the steps. `whole` is for the diagnosis, `stepped` is told the largest residual.
     """
     x, mean = torch.zeros_like(b), torch.zeros_like(b)
     moving = torch.arange(len(b), device=b.device)
-    lowest = math.inf
+    lowest, eps = math.inf, max(eps, torch.finfo(b.dtype).eps)
     for step in range(steps):
         here = x[moving]
         rest = b[moving] - (next(products)(here) + damping * here)
         size = norms_of(rest)
         worst = float(size.max())
         lowest = min(lowest, worst)
+        stepped(worst)
         # With one matrix the rest shrinks in every step, if it does at all.
-        if not worst <= (_AWAY if tolerance is None else 2 * max(lowest, torch.finfo(b.dtype).eps ** 0.5)):
-            _refuse(whole, rest[int(size.nan_to_num(math.inf).argmax())][None], damping, scale, step + 1, name)
+        if not worst <= (_AWAY if tolerance is None else 2 * max(lowest, eps**0.5)):
+            direction = rest[int(size.nan_to_num(math.inf).argmax())][None]
+            _refuse(whole, direction, damping, scale, step + 1, name, 0.0 if tolerance is None else eps)
+            return x, step
         if tolerance is not None:
             moving, rest = moving[size > tolerance], rest[size > tolerance]
             if len(moving) == 0:
@@ -229,8 +257,14 @@ def neumann(
     return (x if tolerance is not None else mean), steps
 
 
-def _refuse(product: Product, direction: Tensor, damping: float, scale: float, step: int, name: str) -> None:
-    """Why the series diverges in a direction, which is by then that of an eigenvalue outside of (0, 2 scale)."""
+def _refuse(
+    product: Product, direction: Tensor, damping: float, scale: float, step: int, name: str, eps: float
+) -> None:
+    """Why the series diverges in a direction, which is by then that of an eigenvalue outside of (0, 2 scale).
+
+    With eps > 0 it returns where the direction is none of these but the rounding of products. One that has grown
+    twofold makes up √¾ of what is left, so that its eigenvalue shows as more than 1.7 scale.
+    """
     if not bool(direction.isfinite().all()):
         raise Diverged(
             f"LiSSA: in step {step} the product of the {name} with a vector holds NaN or Inf; with scale {scale:g} the "
@@ -239,6 +273,8 @@ def _refuse(product: Product, direction: Tensor, damping: float, scale: float, s
     v = scaled(direction, norms_of(direction))
     image = product(v) + damping * v
     curvature, size = float(dots(v, image)[0]), float(norms_of(image)[0])
+    if eps and curvature > -eps * scale and size <= _GROWN * scale:
+        return
     if curvature > 0:
         raise Diverged(
             f"LiSSA: with scale {scale:g} the series diverges in step {step}, in a direction of the curvature "

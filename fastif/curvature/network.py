@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastif.curvature import Curvature
 
 Shape = tuple[int, int, int]  # g, o, d of a block
-_ENTRIES = 1 << 24  # of gradients that are formed at a time where they have to be
+_STANDING = 8  # vectors that a solve takes beside each of its right-hand sides, and these themselves
 
 
 class FitData(NamedTuple):
@@ -32,6 +32,7 @@ class FitData(NamedTuple):
     batches: Callable[[Subset], Iterator[tuple[Any, Any, Tensor]]]  # x, y, weights of those examples, on the device
     seed: int = 0
     autocast: torch.dtype | None = None  # of forward passes
+    progress: bool = False  # whether iterations show a bar
 
 
 class JointCurvature(ABC):
@@ -43,6 +44,8 @@ class JointCurvature(ABC):
 
     passes: int = 0
     fisher: Fisher = "empirical"
+    multiplies: bool = False  # with the curvature of the data, by passes that nothing but the solve knows the number of
+    memory: int = 1 << 27  # bytes that right-hand sides, and what solving takes beside them, may take at a time
 
     @abstractmethod
     def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
@@ -63,7 +66,7 @@ class JointCurvature(ABC):
     def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
         """g_iᵀ (G + λI)⁻¹ g_i, [n]."""
         n = len(next(iter(gradients.values())))
-        each = max(1, _ENTRIES // sum(g.rows(0, 1).formed().numel() for g in gradients.values()))
+        each = max(1, self.memory // (_STANDING * sum(g.rows(0, 1).formed().nbytes for g in gradients.values())))
         parts = []
         for begin in range(0, n, each):
             formed = {name: g.rows(begin, begin + each).formed() for name, g in gradients.items()}
@@ -166,6 +169,14 @@ class Together(JointCurvature):
 
     def _joined(self, gradients: Mapping[str, Gradients]) -> Gradients:
         return Formed(torch.cat([gradients[name].formed().flatten(1) for name in self.names], 1)[:, None, None])
+
+
+def check_estimator(rule: str, estimator: Any) -> None:
+    """Raises TypeError for what is no estimator, and for the class of one."""
+    if isinstance(estimator, type) and hasattr(estimator, "observe"):
+        raise TypeError(f"{rule}, got the class {estimator.__name__}; call it: {estimator.__name__}()")
+    if not hasattr(estimator, "observe"):
+        raise TypeError(f"{rule}, got {estimator!r}")
 
 
 class NetworkCurvature:

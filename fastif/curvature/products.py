@@ -16,6 +16,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
 from fastif.capture import dtype_of
 from fastif.curvature.network import FitData
@@ -28,6 +29,10 @@ Matrix = Literal["ggn", "hessian"]
 _TOGETHER = 16  # right-hand sides that share a forward pass; their tangents stand in memory side by side
 _LEAST = 8  # examples of a slice
 _NEAR = 1 << 25  # bytes of activations and tangents at a time on the CPU: with more, passes wait for memory
+
+
+class NotConverged(UserWarning):
+    """An iterative solver ran out of steps; the message tells the residual that is left."""
 
 
 class Layout:
@@ -71,6 +76,8 @@ class Operator:
         self.layout = Layout({name: block.shape for name, block in data.blocks.items()})
         self.parameters = list(dict.fromkeys(p for block in data.blocks.values() for p in block.parameters))
         self.dtype, self.device = dtype_of(data.model), self.parameters[0].device
+        types = {p.dtype for p in self.parameters} | ({data.autocast} if data.autocast else set())
+        self.coarsest = max(types, key=lambda dtype: torch.finfo(dtype).eps)  # that products are computed in
         self._modules = list(data.model.modules())
         self.graph_bytes = 0
         self.mode: Literal["forward over reverse", "double backward"] = "forward over reverse"
@@ -323,6 +330,36 @@ def _why(what: str, ys: Sequence[Tensor | None]) -> str:
 def check_matrix(op: str, matrix: Any) -> None:
     if matrix not in ("ggn", "hessian"):
         raise ValueError(f"{op}: matrix must be 'ggn' or 'hessian', got {matrix!r}")
+
+
+def operator_of(op: str, data: FitData | None, matrix: Matrix, keep_graph: bool) -> Operator:
+    if data is None:
+        raise ValueError(f"{op}: multiplies with the data's curvature, which is not part of a state: call fit(train)")
+    return Operator(data, matrix, keep_graph=keep_graph)
+
+
+@contextmanager
+def iterating(op: str, steps: int, data: FitData) -> Iterator[Callable[[float], None]]:
+    """A progress bar of at most so many steps; each is told with the residual that it begins or ends with."""
+    with tqdm(total=steps, desc=op, leave=False, disable=not data.progress) as bar:
+
+        def stepped(residual: float) -> None:
+            bar.set_postfix(residual=f"{residual:.1e}", refresh=False)
+            bar.update()
+
+        yield stepped
+
+
+def silent(residual: float) -> None:
+    del residual
+
+
+def check_iterations(op: str, tolerance: float, **counts: int) -> None:
+    if not 0 < tolerance < 1:
+        raise ValueError(f"{op}: tolerance must be in (0, 1), got {tolerance}")
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{op}: {name} must be an integer >= 1, got {value!r}")
 
 
 def _all_derivatives() -> Any:

@@ -10,10 +10,10 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from fastif.curvature.cg import check_iterations
 from fastif.curvature.cholesky import check_damping, factorize
 from fastif.curvature.directions import Directions
 from fastif.curvature.network import FitData, JointCurvature, Shape
+from fastif.curvature.products import check_iterations
 from fastif.gradients import Gradients
 from fastif.losses import Fisher
 
@@ -84,10 +84,11 @@ class RandomProjection(JointCurvature):
 
     def projected(self, gradients: Mapping[str, Gradients]) -> Tensor:
         """φ_i = Σ_blocks S g_i, [n, k]; the gradients are not formed where their factors are smaller."""
-        parts = [self._projected(name, g) for name, g in gradients.items()]
+        parts = [self.projected_block(name, g) for name, g in gradients.items()]
         return torch.stack(parts).sum(0)
 
-    def _projected(self, name: str, gradients: Gradients) -> Tensor:
+    def projected_block(self, name: str, gradients: Gradients) -> Tensor:
+        """The part S g_i of one block, [n, k]."""
         like = gradients.rows(0, 1).formed()
         return torch.cat([gradients.dots(signs).T for signs in self._signs(name, like)], 1)
 
@@ -182,7 +183,7 @@ class Projected:
         return -(-self.solved.nbytes // self.sharing)
 
     def dots(self, train: Gradients) -> Tensor:
-        return self.solved @ self.projection._projected(self.name, train).T
+        return self.solved @ self.projection.projected_block(self.name, train).T
 
 
 def signs(seed: int, name: str, size: int, first: int, words: int, device: torch.device) -> Tensor:
