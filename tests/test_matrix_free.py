@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from tqdm import tqdm
 
-from fastif import CG, EKFAC, KFAC, Arnoldi, Diagonal, Diverged, ExactBlock, Influence, LiSSA, NotConverged
+from fastif import CG, EKFAC, KFAC, Arnoldi, Diagonal, Diverged, ExactBlock, Influence, LiSSA, NotConverged, build_info
 from fastif import NotPositiveDefinite as Indefinite
-from fastif import build_info
 from fastif.curvature.arnoldi import krylov
 from fastif.curvature.cg import conjugate_gradients
 from fastif.curvature.lissa import drawn, largest, neumann

@@ -177,8 +177,9 @@ def conjugate_gradients(
     name: str = "matrix",
     stepped: Callable[[float], None] = silent,
 ) -> Solved:
-    """Solves (A + λI) x = b for the rows b of rhs [m, P], all at once; `name` of A is for messages, `stepped` is told the
-    largest residual of every step.
+    """Solves (A + λI) x = b for the rows b of rhs [m, P], all at once.
+
+    `name` of A is for messages; `stepped` is told the largest residual of every step.
 
     Raises NotPositiveDefinite for pᵀ(A + λI)p <= 0, with the damping that would do.
     """

@@ -70,7 +70,10 @@ class DataInf:
         self._gains = [w / (self.damping_used + total * n) for w, n in zip(weights, norms, strict=True)]
 
     def solve(self, rhs: Tensor) -> Tensor:
-        """(v − Σ_i gain_i ⟨g_i, v⟩ g_i) / λ for v [..., g, o, d], in float64: with a small λ hardly anything is left."""
+        """(v − Σ_i gain_i ⟨g_i, v⟩ g_i) / λ for v [..., g, o, d], in float64: with a small λ hardly anything is left.
+
+        Returned in the dtype of v.
+        """
         parts, flat = self._fitted(), rhs.reshape(-1, *rhs.shape[-3:]).double()
         out = flat.clone()
         for (gradients, _), gains in zip(parts, self._gains, strict=True):
@@ -83,7 +86,7 @@ class DataInf:
     def sq_norms(self, gradients: Gradients) -> Tensor:
         """Σ_i (w_i/W) (|g|² − W⟨g_i, g⟩² / (λ + W|g_i|²)) / λ, never negative.
 
-        With p = ⟨g_i, g⟩²/|g_i|² a term is (|g|² − p)/λ + p/(λ + W|g_i|²): what stands across g_i, and what along it. In
+        With p = ⟨g_i, g⟩²/|g_i|² a term is (|g|² − p)/λ + p/(λ + W|g_i|²): what stands across g_i, and along it. In
         float64, which resolves the difference of the gradients' float32 entries; its rounding alone is below zero.
         """
         size = self.shape[0] * self.shape[1] * self.shape[2]
