@@ -114,11 +114,13 @@ def _query_blocks(
             size = sum(directions.nbytes for directions in made.values())
             del part
             if used and used + size > influence.memory:
+                _merge(held)
                 yield first, held
                 first, held, used = start + begin, {name: [] for name in influence.capture.blocks}, 0
             for name, directions in made.items():
                 held[name].append(directions)
             used += size
+    _merge(held)
     yield first, held
 
 
@@ -153,6 +155,15 @@ def _grouped_queries(
             for name, g in gradients.items():
                 totals[name][group] += g.sum((here == group).to(influence.device))
     return {name: [Explicit(solved)] for name, solved in curvature.solve(totals).items()}
+
+
+def _merge(held: dict[str, list[Directions]]) -> None:
+    """Makes one of a block's matrices where they are kept as such: training gradients are then formed once for all."""
+    for name, parts in held.items():
+        explicit = [part for part in parts if isinstance(part, Explicit)]
+        alike = len(explicit) == len(parts) > 1 and all(part.rotate == explicit[0].rotate for part in explicit)
+        if alike:
+            held[name] = [Explicit(torch.cat([part.matrices for part in explicit]), explicit[0].rotate)]
 
 
 def _dots(directions: Directions, g: Gradients) -> Tensor:
