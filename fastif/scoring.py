@@ -47,7 +47,7 @@ def tiles(
                     parts = {}
                     for name, g in gradients.items():
                         dots = _by_position if by == "token" else _dots
-                        parts[name] = torch.cat([dots(each, g) for each in held[name]]).div_(share).cpu()
+                        parts[name] = dots(held[name], g).div_(share).cpu()
                     if by == "token":
                         _check_positions({name: g.positions for name, g in gradients.items()})
                     del gradients  # before those of the next batch come
@@ -106,7 +106,8 @@ def _query_blocks(
         return
     whole = sum(block.size for block in influence.capture.blocks.values()) * dtype_of(influence.model).itemsize
     each = max(1, influence.memory // (4 * whole))  # making them takes some copies
-    first, held, used = 0, {name: [] for name in influence.capture.blocks}, 0
+    total, room = count(query, influence.passes.batch_size), max(1, influence.memory // whole)
+    first, held, used = 0, _Held(min(room, total)), 0
     for start, n, gradients in influence.passes.gradients(query, "queries", influence.measurement):
         for begin in range(0, n, each):
             part = {name: g.rows(begin, begin + each) for name, g in gradients.items()}
@@ -114,14 +115,41 @@ def _query_blocks(
             size = sum(directions.nbytes for directions in made.values())
             del part
             if used and used + size > influence.memory:
-                _merge(held)
-                yield first, held
-                first, held, used = start + begin, {name: [] for name in influence.capture.blocks}, 0
-            for name, directions in made.items():
-                held[name].append(directions)
+                yield first, held.parts
+                first, used = start + begin, 0
+                held = _Held(min(room, total - first))
+            held.add(made)
+            del made
             used += size
-    _merge(held)
-    yield first, held
+    yield first, held.parts
+
+
+class _Held:
+    """Directions of the queries as they come: matrices one below the other, so that training gradients, once formed,
+    meet all of them."""
+
+    def __init__(self, room: int):
+        self.parts: dict[str, list[Directions]] = {}
+        self._room, self._rows = room, dict[str, Tensor]()
+
+    def add(self, made: Mapping[str, Directions]) -> None:
+        for name, directions in made.items():
+            parts = self.parts.setdefault(name, [])
+            if not isinstance(directions, Explicit) or not self._joins(name, parts, directions):
+                parts.append(directions)
+                continue
+            matrices, before = directions.matrices, len(parts[0]) if parts else 0
+            if not parts:
+                self._rows[name] = matrices.new_empty((self._room, *matrices.shape[1:]))
+            self._rows[name][before : before + len(matrices)] = matrices
+            parts[:] = [Explicit(self._rows[name][: before + len(matrices)], directions.rotate)]
+
+    def _joins(self, name: str, parts: list[Directions], directions: Explicit) -> bool:
+        if not parts:
+            return len(directions) <= self._room
+        first, *others = parts
+        same = isinstance(first, Explicit) and first.rotate == directions.rotate
+        return same and not others and name in self._rows and len(first) + len(directions) <= self._room
 
 
 def _directions(
@@ -157,22 +185,12 @@ def _grouped_queries(
     return {name: [Explicit(solved)] for name, solved in curvature.solve(totals).items()}
 
 
-def _merge(held: dict[str, list[Directions]]) -> None:
-    """Makes one of a block's matrices where they are kept as such: training gradients are then formed once for all."""
-    for name, parts in held.items():
-        explicit = [part for part in parts if isinstance(part, Explicit)]
-        alike = len(explicit) == len(parts) > 1 and all(part.rotate == explicit[0].rotate for part in explicit)
-        if alike:
-            held[name] = [Explicit(torch.cat([part.matrices for part in explicit]), explicit[0].rotate)]
+def _dots(parts: list[Directions], g: Gradients) -> Tensor:
+    return torch.cat([part.dots(g) for part in parts])
 
 
-def _dots(directions: Directions, g: Gradients) -> Tensor:
-    return directions.dots(g)
-
-
-def _by_position(directions: Directions, g: Gradients) -> Tensor:
-    assert isinstance(directions, Explicit)
-    return g.by_position(directions.matrices)
+def _by_position(parts: list[Directions], g: Gradients) -> Tensor:
+    return torch.cat([g.by_position(part.matrices) for part in parts if isinstance(part, Explicit)])
 
 
 def _added(parts: Any) -> Tensor:
