@@ -17,10 +17,13 @@ from fastif.evaluation.training import Checkpoint, Recipe, load_checkpoint, save
 from fastif.journal import whole
 
 
-def network(path: Path, recipe: Recipe, data: str, images: Data, keep: Tensor, device: torch.device) -> nn.Module:
+def network(
+    path: Path, recipe: Recipe, data: str, images: Data, keep: Tensor, device: torch.device, *, bfloat16: bool = False
+) -> nn.Module:
     """The network of `recipe` trained on the examples `keep`: read from the safetensors file `path`, or trained first.
 
-    Unfinished epochs are in `path` with the suffix .partial, which the finished file replaces.
+    Unfinished epochs are in `path` with the suffix .partial, which the finished file replaces. On a GPU, and on a CPU
+    where `bfloat16` says so, forward passes of training run in bfloat16.
     """
     channels, height, width = images.x_train.shape[1:]
     shape, classes = (channels, height, width), images.classes
@@ -28,7 +31,8 @@ def network(path: Path, recipe: Recipe, data: str, images: Data, keep: Tensor, d
         return load_checkpoint(path, {**recipe._asdict(), "data": data, "shape": shape}).model.to(device)
     model = build(recipe.architecture, shape, len(classes), width=recipe.width, seed=recipe.seed)
     x, y, partial = images.x_train[keep], images.y_train[keep], path.with_suffix(".partial")
-    _train(model, x, y, recipe, partial, device, augment=data == "cifar10")
+    bfloat16 = bfloat16 or device.type == "cuda"
+    _train(model, x, y, recipe, partial, device, augment=data == "cifar10", bfloat16=bfloat16)
     save_checkpoint(path, Checkpoint(model, recipe, data, classes, shape))
     partial.unlink(missing_ok=True)
     return model
@@ -39,12 +43,20 @@ def sha256(path: Path) -> str:
 
 
 def _train(
-    model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, partial: Path, device: torch.device, *, augment: bool
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    recipe: Recipe,
+    partial: Path,
+    device: torch.device,
+    *,
+    augment: bool,
+    bfloat16: bool,
 ) -> None:
-    """SGD with Nesterov momentum 0.9, a one-cycle learning rate and weight decay over all parameters; bfloat16 forward
-    passes on a GPU. What is drawn in an epoch depends on the seed and its number alone.
+    """SGD with Nesterov momentum 0.9, a one-cycle learning rate and weight decay over all parameters, channels last.
+    What is drawn in an epoch depends on the seed and its number alone.
     """
-    model.to(device)
+    model.to(device, memory_format=torch.channels_last)
     batches = max(1, len(x) // recipe.batch_size)
     optimiser = torch.optim.SGD(
         model.parameters(), lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
@@ -63,9 +75,9 @@ def _train(
         order = torch.randperm(len(x), generator=draw)
         for rows in order.split(recipe.batch_size)[:batches]:
             inputs = _augmented(x[rows], draw) if augment else x[rows]
-            inputs, labels = inputs.to(device), y[rows].to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = F.cross_entropy(model(inputs), labels)
+            inputs, labels = inputs.to(device, memory_format=torch.channels_last), y[rows].to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                loss = F.cross_entropy(model(inputs).float(), labels)
             if not bool(loss.isfinite()):
                 raise ValueError(f"train: the loss is {float(loss)} in epoch {epoch} with lr={recipe.lr}")
             optimiser.zero_grad(set_to_none=True)
@@ -74,7 +86,7 @@ def _train(
             schedule.step()
         with whole(partial) as file:
             torch.save({**{name: part.state_dict() for name, part in begun}, "epochs": epoch + 1}, file)
-    model.eval()
+    model.to(memory_format=torch.contiguous_format).eval()
 
 
 def _augmented(x: Tensor, draw: torch.Generator) -> Tensor:
