@@ -7,7 +7,7 @@ import torch
 
 import fastif
 from benchmarks.class_removal import __main__ as experiment
-from benchmarks.class_removal import networks
+from benchmarks.class_removal import networks, tasks
 from benchmarks.class_removal.report import summarised, tables
 from fastif.data import Data
 from fastif.evaluation.training import Recipe
@@ -15,7 +15,7 @@ from fastif.evaluation.training import Recipe
 pytest.importorskip("safetensors")
 CPU = torch.device("cpu")
 SMALL = ["--data", "digits", "--examples", "300", "--width", "0.25", "--epochs", "4", "--batch-size", "32"]
-RUNS = ["--classes", "3", "--seeds", "1", "--shares", "0.1", "--methods", "head", "all"]
+RUNS = ["--cases", "3", "--seeds", "1", "--shares", "0.1", "--methods", "head", "all"]
 
 
 def blobs():
@@ -84,11 +84,11 @@ def test_the_experiment_runs_and_goes_on_where_it_was_cut_off(tmp_path, monkeypa
     monkeypatch.setattr(experiment, "newton", dies)
     with pytest.raises(Killed):
         experiment.main([*SMALL, *runs, "--out", str(tmp_path)])
-    before = (tmp_path / "rows.jsonl").read_text().splitlines()
+    before = (tmp_path / "class" / "rows.jsonl").read_text().splitlines()
     results = experiment.main([*SMALL, *runs, "--out", str(tmp_path)])
-    assert (tmp_path / "rows.jsonl").read_text().splitlines()[: len(before)] == before
+    assert (tmp_path / "class" / "rows.jsonl").read_text().splitlines()[: len(before)] == before
     assert len(taken) == 4 + 6 - 3
-    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert json.loads((tmp_path / "class" / "results.json").read_text()) == results
     assert results["meta"]["command"].endswith(" ".join([*SMALL, *runs]))
     for name, digest in results["meta"]["sha256"].items():
         assert networks.sha256(tmp_path / f"{name}.safetensors") == digest
@@ -102,14 +102,39 @@ def test_the_experiment_runs_and_goes_on_where_it_was_cut_off(tmp_path, monkeypa
                 assert row["SA"] < original["SA"]
     assert retrained["SA"] == 0
     for name in ("radar.png", "sizes.png", "spread.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "tables.md").read_text() == tables(results)
+        assert (tmp_path / "class" / name).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "class" / "tables.md").read_text() == tables(results)
     with pytest.raises(ValueError, match="other settings"):
         experiment.main([*SMALL, *runs, "--damping", "0.5", "--out", str(tmp_path)])
 
 
+def test_a_random_part_is_removed(tmp_path):
+    runs = ["--task", "random", "--seeds", "1", "--cases", "0", "1", "--shares", "0.2", "--methods", "head"]
+    results = experiment.main([*SMALL, *runs, "--out", str(tmp_path)])
+    networks = {"all.safetensors", "without-random-0.safetensors", "without-random-1.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == networks | {"random"}
+    of = {(row["method"], row["case"]): row for row in results["references"]}
+    assert of["retrained", 0]["KL"] == 0 < of["nothing removed", 0]["KL"]
+    assert all(row["KL"] > 0 and 0 < row["accuracy"] < 1 for row in results["rows"])
+    assert results["summary"][0]["beyond_retrained"] == results["summary"][0]["KL"]
+
+
+def test_wrong_labels_are_those_that_people_gave(monkeypatch):
+    images = blobs()
+    people = images.y_train.clone()
+    people[::10] = 3
+    monkeypatch.setattr(tasks, "human_labels", lambda kind, root: people)
+    task = tasks.prepared("mislabelled", images, [0], "somewhere", "cifar10")
+    assert torch.equal(task.images.y_train, people)
+    assert task.removed[0].tolist() == [i for i in range(0, 80, 10) if i % 4 != 3]
+    with pytest.raises(ValueError, match="labels of CIFAR-10N, got --data digits"):
+        tasks.prepared("mislabelled", images, [0], None, "digits")
+    with pytest.raises(ValueError, match="classes, 0 to 3, got"):
+        tasks.prepared("class", images, [4], None, "digits")
+
+
 def row(method, k, seed, f1, seconds, c=0):
-    return {"method": method, "sampler": "random", "k": k, "class": c, "seed": seed, "F1": f1, "RTE": seconds,
+    return {"method": method, "sampler": "random", "k": k, "case": c, "seed": seed, "F1": f1, "RTE": seconds,
             "ME": 2**20 * k, "EA": 0.9, "EL": 0.1, "SA": 0.0, "SL": 9.0}  # fmt: skip
 
 
@@ -117,17 +142,18 @@ def test_summary_and_costs_at_equal_f1_by_hand():
     rows = [
         row("LiSSA", 8, s, f1, 4.0, c) for s, pair in ((0, (0.6, 0.8)), (1, (0.7, 0.9))) for c, f1 in enumerate(pair)
     ]
-    failed = {"method": "LiSSA", "sampler": "logit", "k": 8, "class": 0, "seed": 0, "failed": "diverged"}
+    failed = {"method": "LiSSA", "sampler": "logit", "k": 8, "case": 0, "seed": 0, "failed": "diverged"}
     rows += [failed, row("head", 1, 0, 0.7, 0.5), row("head", 2, 0, 0.8, 1.0), row("all", 2, 0, 0.1, 1.0)]
-    summary = summarised(rows)
+    names = ("nothing removed", "retrained")
+    references = [{**row("", 0, 0, 0.5, 0.0, c), "method": name} for name in names for c in (0, 1)]
+    summary = summarised(rows, references, ("EA", "EL", "SA", "SL", "F1"))
+    assert summary[0]["beyond_retrained"] == pytest.approx(0.25)
     assert summary[0]["F1"] == pytest.approx(0.75)
     assert summary[0]["F1_std"] == pytest.approx(0.1 / 2**0.5)
     assert (summary[0]["runs"], summary[1]["runs"], summary[1]["failed"]) == (4, 0, 1)
-    meta = {"parameters": 5, "recipe": {"width": 1.0, "epochs": 2}, "examples": 9, "classes": [0], "seeds": 2,
-            "matrix": "ggn", "device": "x", "versions": {"torch": "2"}, "date": "2026-01-01",
-            "command": "c"}  # fmt: skip
-    names = ("nothing removed", "retrained")
-    references = [{**row("", 0, 0, 0.5, 0.0), "method": name} for name in names]
+    meta = {"parameters": 5, "recipe": {"width": 1.0, "epochs": 2}, "examples": 9, "cases": [0], "seeds": 2,
+            "task": "class", "matrix": "ggn", "damping": 1.0, "iterations": 3, "threads": 1, "device": "x", "versions": {"torch": "2"},
+            "date": "2026-01-01", "command": "c"}  # fmt: skip
     page = tables({"meta": meta, "references": references, "summary": summary, "rows": rows})
     assert "| head | random | 2 | 0.8000 | -75.0% | -75.0% |" in page
     assert "| all | random | | never | | |" in page

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastif
 from benchmarks.class_removal.networks import network, sha256
 from benchmarks.class_removal.removals import SAMPLERS, LiSSA, Removed, Setting, last_block, newton
 from benchmarks.class_removal.report import summarised, write_report
+from benchmarks.class_removal.tasks import TASKS, metrics, prepared
 from fastif import extract, samplers
 from fastif.data import load
 from fastif.evaluation.class_removal import environment
-from fastif.evaluation.metrics import measure
 from fastif.evaluation.training import RECIPES
 from fastif.journal import Journal, write_whole
 
@@ -39,7 +39,11 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=512, help="of training")
     parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--classes", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="train in it on a CPU too, where it has instructions for it"
+    )
+    parser.add_argument("--task", choices=TASKS, default="class")
+    parser.add_argument("--cases", type=int, nargs="+", help="classes, or draws of the random examples")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--m", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048], help="LiSSA's examples")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.005, 0.01, 0.05, 0.2], help="fastif's examples")
@@ -48,8 +52,11 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--damping", type=float, default=1e-2, help="of LiSSA, beside the weight decay")
     parser.add_argument("--iterations", type=int, default=1000, help="of LiSSA, at most")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="default runs/class-removal-DATA-WIDTH")
-    return parser.parse_args(given)
+    parser.add_argument("--out", type=Path, help="default runs/class-removal-DATA-WIDTH; a folder TASK is made in it")
+    options = parser.parse_args(given)
+    if options.cases is None:
+        options.cases = list(range({"class": 10, "random": 3, "mislabelled": 1}[options.task]))
+    return options
 
 
 def main(given: list[str] | None = None) -> dict[str, Any]:
@@ -62,36 +69,42 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         width=options.width, epochs=options.epochs, batch_size=options.batch_size, lr=options.lr
     )
     out = options.out or ROOT / "runs" / f"class-removal-{options.data}-{options.width:g}"
-    out.mkdir(parents=True, exist_ok=True)
-    n = len(images.y_train)
-    settings = {"data": options.data, "examples": n, "recipe": recipe._asdict(), "matrix": options.matrix,
-                "damping": options.damping, "iterations": options.iterations}  # fmt: skip
-    journal = Journal(out / "rows.jsonl", settings, resume=True)
+    folder = out / options.task
+    folder.mkdir(parents=True, exist_ok=True)
+    task = prepared(options.task, images, options.cases, options.root, options.data)
+    n = len(task.images.y_train)
+    settings = {"data": options.data, "task": options.task, "examples": n, "recipe": recipe._asdict(),
+                "bfloat16": options.bfloat16, "matrix": options.matrix, "damping": options.damping,
+                "iterations": options.iterations}  # fmt: skip
+    journal = Journal(folder / "rows.jsonl", settings, resume=True)
     rows: dict[tuple[Any, ...], dict[str, Any]] = {_key(row): row for row in journal.of_kind("row")}
 
-    model = network(out / "all.safetensors", recipe, options.data, images, torch.arange(n), device)
-    held_out = images.x_test, images.y_test
-    moved = network(out / "all.safetensors", recipe, options.data, images, torch.arange(n), device)
+    hashes: dict[str, str] = {}
 
-    def measured(network: nn.Module, removed: int) -> dict[str, float]:
-        return measure(extract(network, held_out, device=device, progress=False).logits, images.y_test, removed)
+    def trained(name: str, keep: Tensor) -> nn.Module:
+        path = out / f"{name}.safetensors"
+        made = network(path, recipe, options.data, task.images, keep, device, bfloat16=options.bfloat16)
+        hashes[name] = sha256(path)
+        return made
 
-    hashes = {"all": sha256(out / "all.safetensors")}
+    def outputs(network: nn.Module) -> Tensor:
+        return extract(network, (images.x_test, images.y_test), device=device, progress=False).logits
+
+    model, moved = (trained(task.learnt, torch.arange(n)) for _ in range(2))
     references: list[dict[str, Any]] = []
-    for c in options.classes:
-        references.append({"method": "nothing removed", "class": c, **measured(model, c)})
-        path, keep = out / f"without-{c}.safetensors", (images.y_train != c).nonzero()[:, 0]
-        retrained = network(path, recipe, options.data, images, keep, device)
-        references.append({"method": "retrained", "class": c, **measured(retrained, c)})
-        hashes[f"without-{c}"] = sha256(path)
+    retrained: dict[int, Tensor] = {}
+    for case, removed in task.removed.items():
+        keep = torch.ones(n, dtype=torch.bool).index_fill(0, removed, False).nonzero()[:, 0]
+        retrained[case] = outputs(trained(task.without(case), keep))
+        for method, logits in (("nothing removed", outputs(model)), ("retrained", retrained[case])):
+            references.append({"method": method, "case": case, **task.judged(logits, case, retrained[case])})
 
-    setting = Setting(model, images, device, recipe.weight_decay, 256)
+    setting = Setting(model, task.images, device, recipe.weight_decay, 256)
     lissa = LiSSA(setting, options.matrix, options.damping, options.iterations)
     blocks = {"head": None, "last block": last_block(model), "all": "*"}
 
-    def job(method: str, sampler: str, k: int, c: int, seed: int) -> Removed:
-        members = (images.y_train == c).nonzero()[:, 0]
-        drawn = seed * 1_000_003 + c
+    def job(method: str, sampler: str, k: int, case: int, seed: int) -> Removed:
+        members, drawn = task.removed[case], seed * 1_000_003 + case
         if method == "LiSSA":
             return lissa(members, SAMPLERS[sampler], k, drawn)
         return newton(setting, members, blocks[method], STEPS[method], OWN_SAMPLERS[sampler], k, drawn)
@@ -100,16 +113,16 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     names = {"LiSSA": SAMPLERS if hasattr(fastif, "LiSSA") else {}} | dict.fromkeys(blocks, OWN_SAMPLERS)
     # Methods in the innermost place: what slows the machine for a while slows them all.
     jobs = [
-        (method, sampler, k, c, seed)
+        (method, sampler, k, case, seed)
         for seed in range(options.seeds)
-        for c in options.classes
+        for case in options.cases
         for method in options.methods
         for k in budgets[method]
         for sampler in names[method]
     ]
     for key in (bar := tqdm([key for key in jobs if key not in rows], unit="run")):
         bar.set_description(", ".join(map(str, key[:3])))
-        row: dict[str, Any] = dict(zip(("method", "sampler", "k", "class", "seed"), key, strict=True))
+        row: dict[str, Any] = dict(zip(("method", "sampler", "k", "case", "seed"), key, strict=True))
         try:
             removal = job(*key)
         except ValueError as error:  # a series that diverges is a result, too
@@ -118,22 +131,24 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
             moved.load_state_dict({name: value.to(device) for name, value in removal.state.items()})
             costs = {"RTE": removal.seconds, "ME": removal.peak_bytes}
             lissa_only = {"step_size": removal.step_size, "converged": removal.converged}
-            rows[key] = {**row, **measured(moved, key[3]), **costs, **lissa_only}
+            measured = task.judged(outputs(moved), row["case"], retrained[row["case"]])
+            rows[key] = {**row, **measured, **costs, **lissa_only}
         journal.append("row", rows[key])
 
-    meta = {**settings, "classes": options.classes, "seeds": options.seeds, "n_test": len(images.y_test),
+    meta = {**settings, "cases": options.cases, "seeds": options.seeds, "n_test": len(images.y_test),
             "parameters": sum(p.numel() for p in model.parameters()), "sha256": hashes, "steps": STEPS,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": _command(sys.argv[1:] if given is None else given), **environment(device)}  # fmt: skip
     asked = [rows[key] for key in jobs]
-    results = {"meta": meta, "references": references, "summary": summarised(asked), "rows": asked}
-    write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-    write_report(results, out)
+    summary = summarised(asked, references, metrics(options.task))
+    results = {"meta": meta, "references": references, "summary": summary, "rows": asked}
+    write_whole(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_report(results, folder)
     return results
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["method"], row["sampler"], row["k"], row["class"], row["seed"]
+    return row["method"], row["sampler"], row["k"], row["case"], row["seed"]
 
 
 def _command(words: list[str]) -> str:
