@@ -17,6 +17,7 @@ from fastif.measure import Measure
 from fastif.samplers import Subset, draw
 
 STEP_SIZES = tuple(2.0**power for power in range(-6, 7))
+SEARCHED = 5_000
 
 SAMPLERS: dict[str, Callable[..., Any]] = {
     "random": samplers.random,
@@ -35,6 +36,7 @@ class Removed(NamedTuple):
     peak_bytes: int | None
     step_size: float | None = None  # of LiSSA's one step
     converged: bool | None = None  # whether its series did
+    sized: Callable[[float], dict[str, Tensor]] | None = None  # the network after the same step of another size
 
 
 class Setting(NamedTuple):
@@ -51,12 +53,25 @@ class Setting(NamedTuple):
         return self.images.x_train, self.images.y_train
 
 
+def lowest(value_at: Callable[[float], float]) -> float:
+    """The step size where a walk from 1 through `STEP_SIZES` ends that goes on while the value falls: up, else down."""
+    start = place = STEP_SIZES.index(1.0)
+    best = value_at(1.0)
+    for way in (1, -1):
+        while 0 <= place + way < len(STEP_SIZES) and (value := value_at(STEP_SIZES[place + way])) < best:
+            place, best = place + way, value
+        if place != start:
+            break
+    return STEP_SIZES[place]
+
+
 class LiSSA:
     """One influence step of all parameters, its curvature from m retained examples: the baseline.
 
     θ̂ + η (C + λI)⁻¹ (1/n) Σ_removed ∇ℓ with C the curvature of the sample, by fastif's LiSSA with the sample's graph
     kept, so that memory grows with m as in the published code. The step η is the one of `STEP_SIZES` with the lowest
-    objective over the RETAINED training data (the published one looks at the test set); that search is not counted.
+    objective over at most `SEARCHED` of the RETAINED training examples (the published one looks at the test set),
+    as `lowest` finds it; that search is not counted.
     """
 
     def __init__(self, setting: Setting, matrix: str, damping: float, iterations: int):
@@ -82,25 +97,37 @@ class LiSSA:
             influence = Influence(model, curvature=series, device=device, batch_size=batch_size, progress=False)
             influence.fit(self.setting.data, subset=subset)
             change = influence.on_parameters((images.x_train[removed], images.y_train[removed]))
-        moved, best = copy.deepcopy(model), (torch.inf, 0.0)
-        for size in STEP_SIZES:
+        size = self._step_size(change, kept)
+
+        def sized(size: float) -> dict[str, Tensor]:
+            return self._moved(change, size / n)
+
+        return Removed(sized(size), work.seconds, work.peak_bytes, size, not said, sized)
+
+    def _step_size(self, change: dict[str, Tensor], kept: Tensor) -> float:
+        n = len(self.setting.images.y_train)
+        moved = copy.deepcopy(self.setting.model).to(memory_format=torch.channels_last)
+        looked = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))[:SEARCHED]]
+
+        def objective(size: float) -> float:
             moved.load_state_dict(self._moved(change, size / n))
-            best = min(best, (self._objective(moved, kept), size))
-        return Removed(self._moved(change, best[1] / n), work.seconds, work.peak_bytes, best[1], not said)
+            return self._objective(moved, looked, len(kept))
+
+        return lowest(objective)
 
     def _moved(self, change: dict[str, Tensor], size: float) -> dict[str, Tensor]:
         state = self.setting.model.state_dict()
         return {**state, **{name: state[name] - size * value for name, value in change.items()}}
 
-    def _objective(self, model: nn.Module, kept: Tensor) -> float:
+    def _objective(self, model: nn.Module, looked: Tensor, kept: int) -> float:
         x, y = self.setting.data
         total = 0.0
         with torch.no_grad():
-            for rows in kept.split(1024):
+            for rows in looked.split(1024):
                 outputs = model(x[rows].to(self.setting.device)).double()
                 total += float(nn.functional.cross_entropy(outputs, y[rows].to(outputs.device), reduction="sum"))
             decay = sum(float(p.double().square().sum()) for p in model.parameters())
-        return total / len(y) + 0.5 * self.setting.weight_decay * decay
+        return total * (kept / len(looked)) / len(y) + 0.5 * self.setting.weight_decay * decay
 
 
 def newton(setting: Setting, removed: Tensor, layers: Any, steps: int, sampler: Any, k: int, seed: int) -> Removed:

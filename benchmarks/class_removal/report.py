@@ -8,11 +8,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks.class_removal.tasks import metrics
+from benchmarks.class_removal.tasks import better_high, metrics
 from fastif.journal import write_whole
 
 COSTS = ("RTE", "ME")
-_HIGH = ("F1", "EA", "SL", "accuracy")  # better high; the others low
 _AXES = {"class": ("F1", "SL", "EL", *COSTS)}
 _OTHER_AXES = ("accuracy", "KL", *COSTS)
 _COLOURS = ("#8a8a8a", "#cc79a7", "#d55e00", "#56b4e9", "#0072b2", "#009e73", "#e69f00", "#332288", "#117733")
@@ -37,6 +36,8 @@ def summarised(
         entry: dict[str, Any] = {"method": method, "sampler": sampler, "k": k, "runs": len(good)}
         entry["failed"] = len(cell) - len(good)
         entry["beyond_retrained"] = fmean(row[decides] - goal[row["case"]] for row in good) if good else None
+        searched = [row["held_out"] for row in good if "held_out" in row]
+        entry["held_out"] = fmean(searched) if searched else None
         for metric in (*measured, *COSTS):
             known = [row for row in good if row[metric] is not None]
             seeds = sorted({row["seed"] for row in known})
@@ -61,12 +62,23 @@ def tables(results: Mapping[str, Any]) -> str:
     """Every method at every size, and each against LiSSA with a random sample."""
     meta, summary = results["meta"], results["summary"]
     *others, decides = metrics(meta["task"])
-    heads = ["method", "sampler", "k", decides, "beyond retrained", *others, "seconds", "MiB", "failed"]
+    heads = [
+        "method",
+        "sampler",
+        "k",
+        decides,
+        "beyond retrained",
+        "step by held-out data",
+        *others,
+        "seconds",
+        "MiB",
+        "failed",
+    ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in ("nothing removed", "retrained"):
         cell = [row for row in results["references"] if row["method"] == name]
         means = {metric: fmean(row[metric] for row in cell) for metric in (*others, decides)}
-        lines.append(f"| *{name}* | | | {means[decides]:.4f} | | {_four(means, others)} | | | |")
+        lines.append(f"| *{name}* | | | {means[decides]:.4f} | | | {_four(means, others)} | | | |")
     for entry in summary:
         first = f"| {entry['method']} | {entry['sampler']} | {entry['k']:,} |"
         if not entry["runs"]:
@@ -74,9 +86,10 @@ def tables(results: Mapping[str, Any]) -> str:
             continue
         spread = "" if entry[f"{decides}_std"] is None else f" ± {entry[f'{decides}_std']:.4f}"
         memory = "" if entry["ME"] is None else f"{entry['ME'] / 2**20:.0f}"
+        searched = "" if entry["held_out"] is None else f"{entry['held_out']:.4f}"
         lines.append(
-            f"{first} {entry[decides]:.4f}{spread} | {entry['beyond_retrained']:+.4f} | {_four(entry, others)} "
-            f"| {entry['RTE']:.3g} | {memory} | {entry['failed'] or ''} |"
+            f"{first} {entry[decides]:.4f}{spread} | {entry['beyond_retrained']:+.4f} | {searched} "
+            f"| {_four(entry, others)} | {entry['RTE']:.3g} | {memory} | {entry['failed'] or ''} |"
         )
     lines += ["", *_costs(summary, decides), ""]
     lines.append(
@@ -101,7 +114,7 @@ def _four(values: Mapping[str, Any], names: Sequence[str]) -> str:
 
 def _costs(summary: Sequence[Mapping[str, Any]], decides: str) -> list[str]:
     """Of each method and sampler, the cheapest size as good as LiSSA, random, at its largest m and at its best."""
-    sign = 1 if decides in _HIGH else -1
+    sign = 1 if better_high(decides) else -1
     baseline = [e for e in summary if (e["method"], e["sampler"]) == ("LiSSA", "random") and e["runs"]]
     if not baseline:
         return ["No run of LiSSA with a random sample: nothing to compare costs with."]
@@ -145,7 +158,7 @@ def _new_figure(columns: int, rows: int, **options: Any) -> tuple[Any, Any]:
 def _radar(summary: Sequence[Mapping[str, Any]], wanted: Sequence[str], path: Path) -> None:
     """Every method and sampler at its largest size, on each axis as a share of the best."""
     largest = {_names(entry): entry for entry in sorted(summary, key=lambda entry: entry["k"])}
-    axes_used = [(m, m in _HIGH) for m in wanted if all(entry[m] for entry in largest.values())]
+    axes_used = [(m, better_high(m)) for m in wanted if all(entry[m] for entry in largest.values())]
     columns = min(4, len(largest))
     figure, axes = _new_figure(columns, -(-len(largest) // columns), subplot_kw={"projection": "polar"})
     angles = [2 * math.pi * i / len(axes_used) for i in range(len(axes_used))]

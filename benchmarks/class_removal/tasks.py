@@ -39,6 +39,10 @@ def metrics(task: str) -> tuple[str, ...]:
     return OF_A_CLASS if task == "class" else OF_OTHERS
 
 
+def better_high(metric: str) -> bool:
+    return metric in ("F1", "EA", "SL", "accuracy")
+
+
 def prepared(task: str, images: Data, cases: list[int], root: str | Path | None, data: str) -> Task:
     """Raises ValueError for a case that there is not and for data that have no second set of labels."""
     n, classes = len(images.y_train), len(images.classes)
