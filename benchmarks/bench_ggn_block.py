@@ -212,9 +212,10 @@ def trained_head(features, labels):
     return layer(features).detach()
 
 
-def test_certified_subset(race):
-    """Features of a CNN on CIFAR-10 where FASTIF_DATA has it, else the digits."""
-    found = cifar10_features.features()
+@pytest.mark.parametrize("epochs", [2, 12] if ALL else [2])
+def test_certified_subset(race, epochs):
+    """Features of a CNN on CIFAR-10 after so many epochs where FASTIF_DATA has it, else the digits."""
+    found = cifar10_features.features(epochs)
     if found is None or "FASTIF_DATA" not in os.environ:
         data = load("digits")
         features = data.x_train.flatten(1)

@@ -1,4 +1,4 @@
-"""Real features for bench_farthest_first.py: those of a small CNN, trained on CIFAR-10 on the CPU, kept in runs/.
+"""Real features for the benchmarks: those of a small CNN, trained on CIFAR-10 on the CPU, kept in runs/.
 
 FASTIF_DATA=folder-with-cifar10 python benchmarks/cifar10_features.py
 """
@@ -42,9 +42,13 @@ class Net(nn.Module):
 
 
 def features(epochs: int = 2) -> Features | None:
-    """The cached features, or those of a network trained now; None where there is no cache and no FASTIF_DATA."""
-    if CACHE.exists():
-        return Features(**torch.load(CACHE))
+    """The cached features, or those of a network trained now; None where there is no cache and no FASTIF_DATA.
+
+    After two epochs the network is still unsure of most images, after twelve it is confident of what it has seen.
+    """
+    cache = CACHE if epochs == 2 else CACHE.with_stem(f"{CACHE.stem}-{epochs}")
+    if cache.exists():
+        return Features(**torch.load(cache))
     if "FASTIF_DATA" not in os.environ:
         return None
     data = load("cifar10", os.environ["FASTIF_DATA"])
@@ -60,8 +64,8 @@ def features(epochs: int = 2) -> Features | None:
         answers = torch.cat([net(x).argmax(1) for x in data.x_test.split(1000)])
     accuracy = (answers == data.y_test).float().mean().item()
     made = Features(torch.cat(penultimate), torch.cat(patches)[: len(data.x_train)], accuracy)
-    CACHE.parent.mkdir(exist_ok=True)
-    torch.save(made._asdict(), CACHE)
+    cache.parent.mkdir(exist_ok=True)
+    torch.save(made._asdict(), cache)
     return made
 
 
