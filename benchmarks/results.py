@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("kcenter", "removal", "evaluation")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("kcenter", "blocks", "removal", "evaluation")))
 SAMPLERS = ("logit", "leverage", "random", "stratified", "k_center", "certified", "intermediate_distance", "prefix")
 
 
@@ -89,7 +89,8 @@ def benchmark_table(name: str) -> str:
         peers = "<br>".join(f"{ratio:.1f}× {peer}" for peer, ratio in extra["ratio"].items())
         label = benchmark["name"].removeprefix("test_")
         share = f"{extra['share_of_limit']:.0%}" if extra["share_of_limit"] else ""
-        lines.append(f"| `{label}` | {extra['seconds']['fastif']:.3g} | {share} | {peers} |")
+        kept = f", {extra['examples']} examples" if "examples" in extra else ""
+        lines.append(f"| `{label}`{kept} | {extra['seconds']['fastif']:.3g} | {share} | {peers} |")
     machine = results["machine_info"]
     limits = results["benchmarks"][0]["extra_info"]
     lines += [
