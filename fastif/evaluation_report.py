@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastif.evaluation import LDS, Agreement, Brittleness, Counterfactual, Detection, Interval, LeftOut
 from fastif.journal import write_whole
-from fastif.report import document, facts_table, new_figure, picture, png_of, table, text_of
+from fastif.pages import document, facts_table, new_figure, picture, png_of, table, text_of
 
 Result = LDS | Agreement | Brittleness | Counterfactual | Detection | LeftOut
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastif
-from benchmarks.class_removal.networks import network, sha256
+from benchmarks.class_removal.networks import channels_last, network, sha256
 from benchmarks.class_removal.removals import SAMPLERS, LiSSA, Removed, Setting, last_block, lowest, newton
 from benchmarks.class_removal.report import summarised, write_report
 from benchmarks.class_removal.tasks import TASKS, better_high, metrics, prepared
@@ -92,7 +92,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         return extract(network, (images.x_test, images.y_test), device=device, progress=False).logits
 
     model, moved = (trained(task.learnt, torch.arange(n)) for _ in range(2))
-    moved.to(memory_format=torch.channels_last)
+    channels_last(moved)
     references: list[dict[str, Any]] = []
     retrained: dict[int, Tensor] = {}
     for case, removed in task.removed.items():

@@ -38,6 +38,12 @@ def network(
     return model
 
 
+def channels_last(model: nn.Module, last: bool = True) -> nn.Module:
+    """The model, its weights laid out in place so that convolutions of it run faster, or as they were."""
+    layout = torch.channels_last if last else torch.contiguous_format
+    return model.to(memory_format=layout)  # pyright: ignore[reportCallIssue] # torch's stubs leave this argument out
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -56,7 +62,7 @@ def _train(
     """SGD with Nesterov momentum 0.9, a one-cycle learning rate and weight decay over all parameters, channels last.
     What is drawn in an epoch depends on the seed and its number alone.
     """
-    model.to(device, memory_format=torch.channels_last)
+    channels_last(model.to(device))
     batches = max(1, len(x) // recipe.batch_size)
     optimiser = torch.optim.SGD(
         model.parameters(), lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
@@ -86,7 +92,7 @@ def _train(
             schedule.step()
         with whole(partial) as file:
             torch.save({**{name: part.state_dict() for name, part in begun}, "epochs": epoch + 1}, file)
-    model.to(memory_format=torch.contiguous_format).eval()
+    channels_last(model, False).eval()
 
 
 def _augmented(x: Tensor, draw: torch.Generator) -> Tensor:

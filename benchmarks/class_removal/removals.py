@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.class_removal.networks import channels_last
 from fastif import Influence, extract, remove, samplers
 from fastif.data import Data
 from fastif.measure import Measure
@@ -106,7 +107,7 @@ class LiSSA:
 
     def _step_size(self, change: dict[str, Tensor], kept: Tensor) -> float:
         n = len(self.setting.images.y_train)
-        moved = copy.deepcopy(self.setting.model).to(memory_format=torch.channels_last)
+        moved = channels_last(copy.deepcopy(self.setting.model))
         looked = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))[:SEARCHED]]
 
         def objective(size: float) -> float:
