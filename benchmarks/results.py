@@ -5,6 +5,7 @@ python benchmarks/results.py keep runs/bench.json cpu
 python benchmarks/results.py keep runs/kcenter.json kcenter-cpu
 python benchmarks/results.py keep runs/mislabel/results.json mislabel
 python benchmarks/results.py keep runs/lds/results.json lds
+python benchmarks/results.py keep runs/class-removal-cifar10-0.25/class/results.json published-cifar10
 python benchmarks/results.py tables          # rewrites README.md and the pages in docs between markers; pictures
 """
 
@@ -19,7 +20,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("kcenter", "blocks", "removal", "evaluation")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("kcenter", "blocks", "removal", "published", "evaluation")),
+)
 SAMPLERS = ("logit", "leverage", "random", "stratified", "k_center", "certified", "intermediate_distance", "prefix")
 
 
@@ -28,6 +32,7 @@ def keep(source: Path, name: str) -> None:
     results = json.loads(source.read_text())
     if "summary" in results:
         results.pop("rows")
+    if "summary" in results and not results["meta"]["command"].startswith("python"):
         words = results["meta"]["command"].split()
         words = [word for word in words if word not in ("--resume", "--quiet", "-q")]
         folders = ("--root", "--out", "--checkpoint")
@@ -217,6 +222,12 @@ def influence_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def published_table(name: str) -> str:
+    from benchmarks.class_removal.report import tables
+
+    return tables(json.loads((KEPT / f"{name}.json").read_text())).rstrip()
+
+
 def mislabel_table(name: str) -> str:
     results = json.loads((KEPT / f"{name}.json").read_text())
     meta, kinds = results["meta"], results["meta"]["labels"]
@@ -332,6 +343,15 @@ def growth_picture(name: str, path: Path) -> None:
     pyplot.close(figure)
 
 
+def published_pictures() -> None:
+    from benchmarks.class_removal.report import draw
+
+    for path in KEPT.glob("published-*.json"):
+        results = json.loads(path.read_text())
+        if results["meta"]["task"] == "class":
+            draw(results, ROOT / "docs" / f"{path.stem}-")
+
+
 def with_tables(page: str) -> str:
     """The page with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew from the kept NAME.json."""
 
@@ -340,6 +360,7 @@ def with_tables(page: str) -> str:
         kinds = {
             "class-removal": class_removal_table,
             "removal-layers": removal_layers_table,
+            "published": published_table,
             "kcenter": kcenter_table,
             "influence": influence_table,
             "mislabel": mislabel_table,
@@ -360,6 +381,7 @@ def main(arguments: list[str]) -> None:
         for name in ("kcenter", "influence"):
             if (KEPT / f"{name}-cpu.json").exists():
                 growth_picture(f"{name}-cpu", ROOT / "docs" / f"{name}-growth.png")
+        published_pictures()
     else:
         sys.exit(__doc__)
 
