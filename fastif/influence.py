@@ -126,10 +126,18 @@ class Influence:
             raise ValueError("Influence: not fitted; call fit(train) first")
         return self._fitted[0].by_block
 
-    def plan(self, train: Any) -> Plan:
-        """What will be covered, skipped, stored and computed; only a few examples go through the model."""
+    def plan(self, train: Any, query: Any | None = None, *, rank: int | None = None) -> Plan:
+        """What will be covered, skipped, stored and computed; only a few examples go through the model.
+
+        Args:
+            query: where given, the plan holds the peak memory of scores(query, train, rank=rank) and of
+                self_influence(train) too. For that, the first queries that are held at a time meet the first two
+                batches of `train`, with a curvature that has the sizes of a fitted one; it takes as long as this part
+                of `scores` does.
+            rank: as for `scores`.
+        """
         with self.passes.running(None):
-            return plan(self, train)
+            return plan(self, train, query, rank)
 
     def fit(self, train: Any, subset: Any | None = None) -> Influence:
         """Builds the curvature at the model's parameters.

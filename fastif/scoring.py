@@ -121,6 +121,7 @@ def _query_blocks(
             held.add(made)
             del made
             used += size
+        del gradients  # before those of the next batch come, and the training examples
     yield first, held.parts
 
 
