@@ -36,11 +36,11 @@ def test_measures_stand_within_one_another():
     with Measure() as outer:
         held = bytes_of(1000)
         with Measure() as inner:
-            del held
-            held = bytes_of(300)
-        with Measure() as again:
+            del held  # the outer one's
+            bytes_of(300)
+        with Measure() as nothing:
             pass
-    assert (outer.peak_bytes, inner.peak_bytes, again.peak_bytes) == (1000, 300, 0)
+    assert (outer.peak_bytes, inner.peak_bytes, nothing.peak_bytes) == (1000, 300, 0)
 
 
 def test_a_block_that_another_thread_frees_is_no_loss():
