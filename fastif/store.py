@@ -133,7 +133,7 @@ class ScoreFolder:
 
     def top(self, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
         """The k training examples with the largest scores for each query, as `Influence.top` gives them."""
-        if len(self.shape) > 2:
+        if self.shape[2:]:
             raise ValueError(f"top: needs scores [q, n], these are parts of them, {list(self.shape)}; add them first")
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.shape[1]:
             raise ValueError(f"top: k must be an integer in [1, n={self.shape[1]}], got k={k}")
