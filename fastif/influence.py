@@ -126,10 +126,18 @@ class Influence:
             raise ValueError("Influence: not fitted; call fit(train) first")
         return self._fitted[0].by_block
 
-    def plan(self, train: Any) -> Plan:
-        """What will be covered, skipped, stored and computed; only a few examples go through the model."""
+    def plan(self, train: Any, query: Any | None = None, *, rank: int | None = None) -> Plan:
+        """What will be covered, skipped, stored and computed; only a few examples go through the model.
+
+        Args:
+            query: where given, the plan holds the peak memory of scores(query, train, rank=rank) and of
+                self_influence(train) too. For that, the first queries that are held at a time meet the first two
+                batches of `train`, with a curvature that has the sizes of a fitted one; it takes as long as this part
+                of `scores` does.
+            rank: as for `scores`.
+        """
         with self.passes.running(None):
-            return plan(self, train)
+            return plan(self, train, query, rank)
 
     def fit(self, train: Any, subset: Any | None = None) -> Influence:
         """Builds the curvature at the model's parameters.
@@ -218,7 +226,14 @@ class Influence:
     ) -> Tensor: ...
     @overload
     def scores(
-        self, query: Any, train: Any, *, rank: int | None = None, out: Path | str, resume: bool = False
+        self,
+        query: Any,
+        train: Any,
+        *,
+        query_groups: Tensor | None = None,
+        rank: int | None = None,
+        out: Path | str,
+        resume: bool = False,
     ) -> ScoreFolder: ...
     def scores(
         self,
@@ -242,28 +257,49 @@ class Influence:
             rank: keep only so many singular vectors of each query's preconditioned gradient (less memory, so fewer
                 passes over `train` for many queries); the largest relative error is in `rank_error` afterwards.
             out: a folder for the scores; they are written block by block as they are computed and returned as a
-                `ScoreFolder`, which reads them from there, also later and without the model. Not with groups.
+                `ScoreFolder`, which reads them from there, also later and without the model. Not with groups=, whose
+                sums are complete with the last training example only: add the columns of what was written.
             resume: go on with a job in `out` that was cut off, at whatever point: what is there is not computed again,
                 and the scores end with the same bits. A folder of other settings is refused, each difference named.
         """
         if out is not None:
-            if groups is not None or query_groups is not None:
-                raise ValueError("scores: out= and groups exclude each other; sum the columns of what was written")
-            return write_scores(self, query, train, out, rank=rank, resume=resume)
-        if resume:
-            raise ValueError("scores: resume=True needs out=, the folder of the job")
+            if groups is not None:
+                raise ValueError("scores: out= and groups= exclude each other; sum the columns of what was written")
+            return write_scores(self, query, train, out, resume=resume, query_groups=query_groups, rank=rank)
+        _check_resume("scores", resume)
         return assembled(self, query, train, query_groups, groups, rank)[""]
 
-    def scores_by_layer(self, query: Any, train: Any) -> dict[str, Tensor]:
-        """The part of every block in `scores`, {block: [q, n]}; they add up to `scores`."""
+    @overload
+    def scores_by_layer(self, query: Any, train: Any) -> dict[str, Tensor]: ...
+    @overload
+    def scores_by_layer(self, query: Any, train: Any, *, out: Path | str, resume: bool = False) -> ScoreFolder: ...
+    def scores_by_layer(
+        self, query: Any, train: Any, *, out: Path | str | None = None, resume: bool = False
+    ) -> dict[str, Tensor] | ScoreFolder:
+        """The part of every block in `scores`, {block: [q, n]}; they add up to `scores`.
+
+        With out=, a folder as for `scores`, [q, n, blocks].
+        """
+        if out is not None:
+            return write_scores(self, query, train, out, resume=resume, by="layer")
+        _check_resume("scores_by_layer", resume)
         return assembled(self, query, train, by="layer")
 
-    def scores_by_token(self, query: Any, train: Any) -> Tensor:
+    @overload
+    def scores_by_token(self, query: Any, train: Any) -> Tensor: ...
+    @overload
+    def scores_by_token(self, query: Any, train: Any, *, out: Path | str, resume: bool = False) -> ScoreFolder: ...
+    def scores_by_token(
+        self, query: Any, train: Any, *, out: Path | str | None = None, resume: bool = False
+    ) -> Tensor | ScoreFolder:
         """The part of every position of the training examples in `scores`, [q, n, t]; they add up to `scores`.
 
-        Raises ValueError where a covered layer has other positions than the rest (a normalisation layer sums over
-        them): leave it out with layers=.
+        With out=, a folder as for `scores`. Raises ValueError where a covered layer has other positions than the rest
+        (a normalisation layer sums over them): leave it out with layers=.
         """
+        if out is not None:
+            return write_scores(self, query, train, out, resume=resume, by="token")
+        _check_resume("scores_by_token", resume)
         return assembled(self, query, train, by="token")[""]
 
     def top(self, query: Any, train: Any, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
@@ -337,3 +373,8 @@ class Influence:
         if not self._fitted:
             raise ValueError("Influence: not fitted; call fit(train) first")
         return list(zip(self.checkpoints or [None], self._fitted, strict=True))
+
+
+def _check_resume(op: str, resume: bool) -> None:
+    if resume:
+        raise ValueError(f"{op}: resume=True needs out=, the folder of the job")

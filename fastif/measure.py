@@ -13,8 +13,8 @@ from fastif.ops._library import extension
 class Measure:
     """Context manager: `seconds`, and `peak_bytes` of tensors allocated within it on `device` beyond those before it.
 
-    On the CPU the allocations of the calling thread are counted by the compiled extension; without it, and
-    under a torch profiler or another Measure, which hold the place of the counter, peak_bytes is None.
+    On the CPU the allocations of the calling thread are counted by the compiled extension; without it, and where
+    another library has put an allocator of its own above torch's, peak_bytes is None.
 
     >>> with Measure() as work:
     ...     x = torch.empty(1000, dtype=torch.float32)

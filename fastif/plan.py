@@ -1,12 +1,17 @@
 """Plans: what `Influence` will cover, store and compute, known before the work.
 
-One batch goes through the model to learn the positions of each layer and what a batch takes; all else is arithmetic.
+One batch goes through the model to learn the positions of each layer and what a batch takes; the rest of `fit` is
+arithmetic. Scores are rehearsed: their first tiles are computed by the code that computes them all, with a curvature
+that has the sizes of a fitted one and not its values.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,13 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastif.capture import SLICE, dtype_of
 from fastif.curvature import CG, KFAC, ExactBlock
-from fastif.curvature.network import Alone, JointCurvature
-from fastif.data import batch_length, count, picked
+from fastif.curvature.network import Alone, JointCurvature, NetworkCurvature
+from fastif.data import Batch, as_loader, batch_length, count, picked
 from fastif.features import moved_to
 from fastif.fitting import begun, observe
 from fastif.gradients import of_table
 from fastif.losses import labels_in, output_columns, per_sample
 from fastif.measure import Measure
+from fastif.scoring import tiles
 
 if TYPE_CHECKING:
     from fastif.influence import Influence
@@ -48,22 +54,29 @@ class Plan(NamedTuple):
     query_bytes: int  # of one preconditioned query gradient
     fit_flops: float  # of fit on all examples, products with the curvature left out
     multiplying: tuple[str, ...] = ()  # estimators that make such products, as many as it takes
+    q: int = 0  # queries, where they were given; these two are peaks, and None as for fit and where products are made:
+    score_bytes: int | None = None  # of scores, [q, n] itself included where it is on the device
+    self_bytes: int | None = None  # of self_influence
 
     def __str__(self) -> str:
         covered = "\n".join(f"  {name} {list(shape)}" for name, shape in self.covered.items()) or "  none"
         skipped = "\n".join(f"  {name}: {reason}" for name, reason in self.skipped.items()) or "  none"
         size = sum(math.prod(shape) for shape in self.covered.values())
-        peak = "unknown" if self.fit_bytes is None else f"{self.fit_bytes / 2**20:.1f} MiB"
+        peak, scores, own = (
+            "unknown" if taken is None else f"{taken / 2**20:.1f} MiB"
+            for taken in (self.fit_bytes, self.score_bytes, self.self_bytes)
+        )
+        queries = f"\n{self.q:,} queries; scores: peak {scores}; self-influence: peak {own}" if self.q else ""
         products = f"; products of {', '.join(self.multiplying)} with the curvature are not counted"
         return (
             f"covered: {size:,} parameters\n{covered}\nskipped (taken as fixed):\n{skipped}\n"
             f"{self.n:,} training examples; fit: {self.fit_flops / 1e9:.1f} GFLOP on all of them, peak {peak}, "
             f"of which {self.curvature_bytes / 2**20:.1f} MiB stay; each query {self.query_bytes / 2**20:.2f} MiB"
-            f"{products if self.multiplying else ''}"
+            f"{products if self.multiplying else ''}{queries}"
         )
 
 
-def plan(influence: Influence, train: Any) -> Plan:
+def plan(influence: Influence, train: Any, query: Any | None, rank: int | None) -> Plan:
     """See `Influence.plan`; the model stands ready with its hooks."""
     capture, n = influence.capture, count(train, influence.passes.batch_size)
     item, batch = dtype_of(influence.model).itemsize, getattr(train, "batch_size", None) or influence.passes.batch_size
@@ -99,7 +112,59 @@ def plan(influence: Influence, train: Any) -> Plan:
         fit_bytes = int(max(streamed, held + making))
     query_bytes = sum(block.size for block in capture.blocks.values()) * item
     multiplying = tuple(sorted({type(p).__name__ for p in influence.parts.parts.values() if p.multiplies}))
-    return Plan(capture.covered, dict(capture.skipped), layers, n, held, fit_bytes, query_bytes, flops, multiplying)
+    made = Plan(capture.covered, dict(capture.skipped), layers, n, held, fit_bytes, query_bytes, flops, multiplying)
+    if query is None:
+        return made
+    q = count(query, influence.passes.batch_size)
+    if multiplying:
+        return made._replace(q=q)
+    scores, own = _rehearsed(influence, probe.curvature, query, train, n, rank)
+    scored = q * n * item if influence.device.type == "cpu" else 0
+    return made._replace(
+        q=q,
+        score_bytes=None if scores is None else scores + scored,
+        self_bytes=None if own is None else own + n * item,
+    )
+
+
+def _rehearsed(
+    influence: Influence, curvature: NetworkCurvature, query: Any, train: Any, n: int, rank: int | None
+) -> tuple[int | None, int | None]:
+    """Peak bytes of the first two blocks of queries times two batches of training examples, and of the latter's
+    self-influence: from then on, whatever is held at a time has been held."""
+    for part in curvature.parts.values():
+        part.memory = influence.memory
+        part.stand_in()
+    first = _First(train, influence.passes.batch_size)
+
+    def fitted() -> Influence:
+        """The same with the stand-in, which keeps what it makes on the way as what is fitted would."""
+        made = copy.copy(influence)
+        made.passes = copy.copy(influence.passes)
+        made.passes.progress = False
+        made.checkpoints = None if influence.checkpoints is None else influence.checkpoints[:1]
+        made._fitted, made.n = [copy.deepcopy(curvature)], n
+        return made
+
+    one = fitted()
+    with Measure(influence.device) as scoring, closing(tiles(one, query, first, rank=rank)) as made:
+        for tile in made:
+            if tile.query > 0:
+                break
+    one = fitted()
+    with Measure(influence.device) as own:
+        one.self_influence(first)
+    return scoring.peak_bytes, own.peak_bytes
+
+
+class _First:
+    """The first two batches of data, as data: the second comes while something of the first is there."""
+
+    def __init__(self, data: Any, batch_size: int):
+        self.data, self.batch_size = data, batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from islice(as_loader(self.data, self.batch_size), 2)
 
 
 def _of_layers(part: JointCurvature) -> Any:
@@ -111,6 +176,7 @@ class _Probe(NamedTuple):
     """A batch that went through the model forwards and backwards."""
 
     n: int
+    curvature: NetworkCurvature  # that has observed it
     positions: dict[str, int]
     tables: dict[str, bool]  # blocks whose rows are looked up
     columns: dict[str, int]  # backward passes by fisher
@@ -147,7 +213,7 @@ def _probe(influence: Influence, train: Any, size: int) -> _Probe:
     if gradients_work.peak_bytes is not None and observed.peak_bytes is not None:
         peaks = gradients_work.peak_bytes, observed.peak_bytes
     flops = passes * counter.get_total_flops() * (1 + 2 * max(columns.values())) / 3 / n
-    return _Probe(n, positions, tables, columns, peaks, flops, _bytes_of(x) / n)
+    return _Probe(n, curvature, positions, tables, columns, peaks, flops, _bytes_of(x) / n)
 
 
 def _bytes_of(x: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from fastif.gradients import Gradients
 
 if TYPE_CHECKING:
     from fastif.influence import Influence
+
+By = Literal["all", "layer", "token"]
 
 
 class Tile(NamedTuple):
@@ -33,7 +35,7 @@ def tiles(
     train: Any,
     query_groups: Tensor | None = None,
     rank: int | None = None,
-    by: str = "all",
+    by: By = "all",
 ) -> Generator[Tile]:
     """Rectangles of the scores: queries of a block × training examples of a batch."""
     if rank is not None and rank < 1:
@@ -49,7 +51,7 @@ def tiles(
                         dots = _by_position if by == "token" else _dots
                         parts[name] = dots(held[name], g).div_(share).cpu()
                     if by == "token":
-                        _check_positions({name: g.positions for name, g in gradients.items()})
+                        check_positions({name: g.positions for name, g in gradients.items()})
                     del gradients  # before those of the next batch come
                     yield Tile(first, start, parts if by == "layer" else {"": _added(parts.values())})
                 held.clear()  # before the next queries are held
@@ -62,16 +64,16 @@ def assembled(
     query_groups: Tensor | None = None,
     groups: Tensor | None = None,
     rank: int | None = None,
-    by: str = "all",
+    by: By = "all",
 ) -> dict[str, Tensor]:
     """The tiles put together, groups summed."""
     rows = count(query, influence.passes.batch_size)
     if query_groups is not None:
-        _check_groups("query_groups", query_groups, rows)
+        check_groups("query_groups", query_groups, rows)
         rows = int(query_groups.max()) + 1
     columns = n = count(train, influence.passes.batch_size)
     if groups is not None:
-        _check_groups("groups", groups, n)
+        check_groups("groups", groups, n)
         columns = int(groups.max()) + 1
     out: dict[str, Tensor] = {}
     with closing(tiles(influence, query, train, query_groups, rank, by)) as made:  # the model is released in any case
@@ -79,11 +81,7 @@ def assembled(
             for key, values in tile.values.items():
                 if key not in out:
                     out[key] = values.new_zeros((rows, columns, *values.shape[2:]))
-                if out[key].shape[2:] != values.shape[2:]:
-                    raise ValueError(
-                        f"scores_by_token: batches must have one number of positions, got {out[key].shape[2]} and "
-                        f"{values.shape[2]}; pad the examples to one length"
-                    )
+                check_one_length(out[key].shape[2:], values)
                 place = out[key][tile.query : tile.query + len(values)]
                 if groups is None:
                     place[:, tile.train : tile.train + values.shape[1]] += values
@@ -121,6 +119,7 @@ def _query_blocks(
             held.add(made)
             del made
             used += size
+        del gradients  # before those of the next batch come, and the training examples
     yield first, held.parts
 
 
@@ -200,16 +199,27 @@ def _added(parts: Any) -> Tensor:
     return first
 
 
-def _check_positions(positions: dict[str, int]) -> None:
+def check_positions(positions: dict[str, int]) -> int:
+    """The number of positions that all layers have."""
     most = max(positions.values())
     for name, t in positions.items():
         if t != most:
             raise ValueError(
                 f"scores_by_token: layer {name!r} has {t} positions where others have {most}; leave it out with layers="
             )
+    return most
 
 
-def _check_groups(what: str, groups: Tensor, n: int) -> None:
+def check_one_length(third: tuple[int, ...], values: Tensor) -> None:
+    """Whether parts of scores [rows, columns, t] have the t of those before them."""
+    if third != values.shape[2:]:
+        raise ValueError(
+            f"scores_by_token: batches must have one number of positions, got {third[0]} and {values.shape[2]}; "
+            "pad the examples to one length"
+        )
+
+
+def check_groups(what: str, groups: Tensor, n: int) -> None:
     if not isinstance(groups, Tensor) or groups.dtype != torch.int64:
         got = groups.dtype if isinstance(groups, Tensor) else type(groups).__name__
         raise TypeError(f"scores: {what} must be an int64 tensor [{n}], got {got}")

@@ -1,11 +1,12 @@
-"""Scores on disk: the matrix [q, n] in blocks, so that a job that is cut off goes on where it stopped.
+"""Scores on disk: the matrix [q, n], or its parts by layer or token, in blocks, so that a job that is cut off goes on
+where it stopped.
 
     FOLDER/manifest.json                           what determines the numbers, and the borders of the blocks
     FOLDER/scores-000000000-000016384.npy          one block, by its first query and first training example
 
-A block is a run of queries × a run of whole training batches. What it holds depends on these alone, so that a resumed
-job ends with the bits of one that was never cut off (on one machine with one number of threads: matrix products round
-as these have it). A file appears whole or not at all.
+A block is a run of queries × a run of whole training batches, with the parts as a last axis. What it holds depends on
+these alone, so that a resumed job ends with the bits of one that was never cut off (on one machine with one number of
+threads: matrix products round as these have it). A file appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import inspect
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from itertools import accumulate, chain, pairwise, product
 from pathlib import Path
@@ -27,7 +28,7 @@ from fastif._version import __version__
 from fastif.capture import dtype_of
 from fastif.data import Batch, as_loader, batch_lengths, indexable, picked
 from fastif.journal import described, fingerprint, refuse_differences, remove_partial, tensors_in, whole, write_whole
-from fastif.scoring import tiles
+from fastif.scoring import By, Tile, check_groups, check_one_length, check_positions, tiles
 
 if TYPE_CHECKING:
     from fastif.influence import Influence
@@ -41,7 +42,7 @@ class Block(NamedTuple):
 
     query: int  # first row
     train: int  # first column
-    values: Tensor  # [rows, columns]
+    values: Tensor  # [rows, columns], [rows, columns, parts]
 
 
 class ScoreFolder:
@@ -49,7 +50,8 @@ class ScoreFolder:
 
     `scores[rows, columns]` reads a part as a tensor, rows and columns being integers or slices as for a tensor;
     `scores.load()` all of it, `scores.blocks()` one block after another. `scores.settings` holds what determined the
-    numbers, `scores.rank_error` what rank= lost.
+    numbers, `scores.rank_error` what rank= lost. Those of `scores_by_layer` are [q, n, layers], in the order of
+    `scores.layers`: `scores[rows, columns, "name"]` reads one layer's; those of `scores_by_token` are [q, n, t].
 
     >>> from tempfile import TemporaryDirectory
     >>> from fastif import Diagonal, Influence
@@ -75,7 +77,10 @@ class ScoreFolder:
             self.settings: dict[str, Any] = manifest["settings"]
             self.rank_error: float = manifest["rank_error"]
             self._rows, self._columns = _runs(self.settings["rows"]), _runs(self.settings["columns"])
-            self.shape = (self._rows[-1].stop, self._columns[-1].stop)
+            parts: list[str] | int | None = self.settings.get("parts")
+            self.layers = parts if isinstance(parts, list) else None
+            third = () if parts is None else (parts if isinstance(parts, int) else len(parts),)
+            self.shape: tuple[int, ...] = (self._rows[-1].stop, self._columns[-1].stop, *third)
             self.dtype: torch.dtype = getattr(torch, self.settings["dtype"])
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {error!r}") from error
@@ -94,21 +99,30 @@ class ScoreFolder:
         return done == blocks
 
     def __getitem__(self, index: Any) -> Tensor:
-        rows, columns = index if isinstance(index, tuple) else (index, slice(None))
+        rows, *rest = index if isinstance(index, tuple) else (index,)
+        columns, *part = rest or (slice(None),)
         wanted = _range(rows, self.shape[0]), _range(columns, self.shape[1])
-        out = torch.empty((len(wanted[0]), len(wanted[1])), dtype=self.dtype)
+        part = tuple(self._layer(one) if isinstance(one, str) else one for one in part)
+        third = torch.empty(self.shape[2:])[part].shape  # IndexError, TypeError as for any tensor
+        out = torch.empty((len(wanted[0]), len(wanted[1]), *third), dtype=self.dtype)
         for run in self._rows:
             to_rows, from_rows = _common(wanted[0], run)
             for stretch in self._columns if len(from_rows) else ():
                 to_columns, from_columns = _common(wanted[1], stretch)
                 if len(from_columns):
-                    values = self._read(run, stretch)[_slice(from_rows), _slice(from_columns)]
+                    values = self._read(run, stretch)[(_slice(from_rows), _slice(from_columns), *part)]
                     out[_slice(to_rows), _slice(to_columns)] = torch.from_numpy(np.array(values))
         whole_axes = tuple(slice(None) if isinstance(part, slice) else 0 for part in (rows, columns))
         return out[whole_axes]
 
+    def _layer(self, name: str) -> int:
+        if name not in (self.layers or ()):
+            raise ValueError(f"scores: no layer {name!r} in {self.folder}: {', '.join(self.layers or ['none'])}")
+        assert self.layers is not None
+        return self.layers.index(name)
+
     def load(self) -> Tensor:
-        """All scores, [q, n]."""
+        """All scores, [q, n], or with the parts as a last axis."""
         return self[:, :]
 
     def blocks(self) -> Iterator[Block]:
@@ -119,6 +133,8 @@ class ScoreFolder:
 
     def top(self, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
         """The k training examples with the largest scores for each query, as `Influence.top` gives them."""
+        if self.shape[2:]:
+            raise ValueError(f"top: needs scores [q, n], these are parts of them, {list(self.shape)}; add them first")
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.shape[1]:
             raise ValueError(f"top: k must be an integer in [1, n={self.shape[1]}], got k={k}")
         best: list[tuple[Tensor, Tensor]] = []
@@ -157,11 +173,11 @@ class ScoreFolder:
             values = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise ValueError(f"{path} is damaged: {error}; remove it and resume the job") from error
-        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
-        if values.shape != (len(rows), len(columns)) or values.dtype != dtype:
+        dtype, shape = torch.empty(0, dtype=self.dtype).numpy().dtype, (len(rows), len(columns), *self.shape[2:])
+        if values.shape != shape or values.dtype != dtype:
             raise ValueError(
-                f"{path} is damaged: it must be {dtype} [{len(rows)}, {len(columns)}], got {values.dtype} "
-                f"{list(values.shape)}; remove it and resume the job"
+                f"{path} is damaged: it must be {dtype} {list(shape)}, got {values.dtype} {list(values.shape)}; "
+                "remove it and resume the job"
             )
         return values
 
@@ -205,47 +221,53 @@ def _write_manifest(folder: Path, settings: Mapping[str, Any], rank_error: float
 
 
 def write_scores(
-    influence: Influence, query: Any, train: Any, folder: Path | str, *, rank: int | None, resume: bool
+    influence: Influence,
+    query: Any,
+    train: Any,
+    folder: Path | str,
+    *,
+    resume: bool,
+    query_groups: Tensor | None = None,
+    rank: int | None = None,
+    by: By = "all",
 ) -> ScoreFolder:
     """Computes what is missing of the scores in `folder`; `Influence.scores` documents it."""
     for data in (query, train):
         if isinstance(data, Iterator):
             raise ValueError("scores: out= walks through the data more than once, got an iterator; pass a list")
-    scores = ScoreFolder._begun(Path(folder), settings_of(influence, query, train, rank), resume)
+    settings = settings_of(influence, query, train, query_groups, rank, by)
+    scores = ScoreFolder._begun(Path(folder), settings, resume)
     checkpoints = len(influence.at_checkpoints())
     for rows in scores._rows:
         missing = [columns for columns in scores._columns if not scores._has(rows, columns)]
         # All checkpoints are in a block before the next one begins; with one alone, the queries are seen to once.
         for columns in [missing] if checkpoints == 1 and missing else [[run] for run in missing]:
-            _compute(influence, scores, _Part(query, influence.passes.batch_size, [rows]), train, rows, columns, rank)
+            mine = query if query_groups is not None else _Part(query, influence.passes.batch_size, [rows])
+            made = tiles(influence, mine, _Part(train, influence.passes.batch_size, columns), query_groups, rank, by)
+            _write_tiles(influence, scores, made, rows, columns)
     if rank is not None:
         influence.rank_error = scores.rank_error
     return scores
 
 
-def _compute(
-    influence: Influence,
-    scores: ScoreFolder,
-    query: _Part,
-    train: Any,
-    rows: range,
-    missing: list[range],
-    rank: int | None,
+def _write_tiles(
+    influence: Influence, scores: ScoreFolder, made: Generator[Tile], rows: range, missing: list[range]
 ) -> None:
-    """Blocks of one run of queries."""
-    part = _Part(train, influence.passes.batch_size, missing)
+    """Blocks of one run of queries, from the tiles of all their missing runs of training examples."""
     starts = list(accumulate((len(run) for run in missing), initial=0))  # where the runs begin in the part
     under_way: dict[int, Tensor] = {}
     left = [len(rows) * len(run) * len(influence.at_checkpoints()) for run in missing]
-    with closing(tiles(influence, query, part, rank=rank)) as made:
+    with closing(made):
         for tile in made:
             number = bisect_right(starts, tile.train) - 1  # a batch lies in one run
-            values, run = tile.values[""], missing[number]
+            run = missing[number]
+            values = tile.values[""] if scores.layers is None else torch.stack([*tile.values.values()], 2)
+            check_one_length(scores.shape[2:], values)
             if number not in under_way:
-                under_way[number] = torch.zeros((len(rows), len(run)), dtype=scores.dtype)
+                under_way[number] = torch.zeros((len(rows), len(run), *scores.shape[2:]), dtype=scores.dtype)
             column = tile.train - starts[number]
             under_way[number][tile.query : tile.query + len(values), column : column + values.shape[1]] += values
-            left[number] -= values.numel()
+            left[number] -= values.shape[0] * values.shape[1]
             if left[number] == 0:
                 scores._write(rows, run, under_way.pop(number), influence.rank_error)
     if any(left):
@@ -284,27 +306,38 @@ def best_of(
 # ------------------------------------------------------------------------------------------------------------- settings
 
 
-def settings_of(influence: Influence, query: Any, train: Any, rank: int | None) -> dict[str, Any]:
+def settings_of(
+    influence: Influence, query: Any, train: Any, query_groups: Tensor | None, rank: int | None, by: By
+) -> dict[str, Any]:
     """All that determines the scores' bits, but for the data, of which the first batches stand for the rest."""
+    parts = [*influence.capture.blocks] if by == "layer" else _positions(influence, train) if by == "token" else None
     item = dtype_of(influence.model).itemsize
     lengths = [batch_lengths(data, influence.passes.batch_size) for data in (query, train)]
     blocks = influence.capture.blocks.values()
     each = sum(
         item * (b.size if rank is None else b.shape[0] * min(rank, *b.shape[1:]) * sum(b.shape[1:])) for b in blocks
     )
-    widest = max(lengths[1])
-    rows = max(1, min(sum(lengths[0]), influence.memory // each, BLOCK_BYTES // (widest * item)))
+    if parts is not None:  # the bytes of a score are those of all its parts
+        item *= parts if isinstance(parts, int) else len(parts)
+    widest, height = max(lengths[1]), sum(lengths[0])
+    rows = max(1, min(height, influence.memory // each, BLOCK_BYTES // (widest * item)))
     if len(influence.at_checkpoints()) > 1:  # queries go through the model again for every block: no higher than wide
         rows = max(1, min(rows, int((BLOCK_BYTES / item) ** 0.5)))
+    if query_groups is not None:  # a group's queries may be anywhere: all go through the model at once
+        check_groups("query_groups", query_groups, height)
+        rows = height = int(query_groups.max()) + 1
     return {
         "q": sum(lengths[0]),
         "n": sum(lengths[1]),
         **fit_settings(influence, train),
         "measurement": described(influence.measurement),
         "rank": rank,
+        "by": None if by == "all" else by,
+        "parts": parts,
+        "query groups": None if query_groups is None else fingerprint([query_groups]),
         "curvature state": fingerprint(influence.state_dict().values()),
         "query": _first_batch(query, influence.passes.batch_size),
-        "rows": [*range(0, sum(lengths[0]), rows), sum(lengths[0])],
+        "rows": [*range(0, height, rows), height],
         "columns": _borders(lengths[1], max(widest, BLOCK_BYTES // (rows * item))),
     }
 
@@ -340,6 +373,15 @@ def _curvature(estimator: Any) -> str:
     values = [getattr(estimator, name) for name in names]
     texts = [_curvature(value) if hasattr(value, "observe") else repr(value) for value in values]
     return f"{type(estimator).__name__}({', '.join(f'{n}={text}' for n, text in zip(names, texts, strict=True))})"
+
+
+def _positions(influence: Influence, train: Any) -> int:
+    """Of the first batch; at others', if they have another number, `check_one_length` raises."""
+    checkpoint, _ = influence.at_checkpoints()[0]
+    batch = next(iter(as_loader(train, influence.passes.batch_size)))
+    with influence.passes.running(checkpoint):
+        (_, _, gradients), *_ = influence.passes.gradients([batch], "positions")
+    return check_positions({name: g.positions for name, g in gradients.items()})
 
 
 def _first_batch(data: Any, batch_size: int) -> str:

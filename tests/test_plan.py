@@ -1,10 +1,23 @@
 """What a plan says before the work is what the work then takes."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
-from fastif import EKFAC, KFAC, Diagonal, ExactBlock, Influence, build_info
+from fastif import (
+    CG,
+    EKFAC,
+    KFAC,
+    DataInf,
+    Diagonal,
+    ExactBlock,
+    Identity,
+    Influence,
+    RandomProjection,
+    build_info,
+)
 from fastif.measure import Measure
 
 
@@ -33,6 +46,14 @@ def transformer():
     return Transformer().eval(), torch.randint(0, 500, (600, 32))
 
 
+def gpt():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=300, n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None
+    )
+    return transformers.GPT2LMHeadModel(config).eval(), torch.randint(0, 300, (600, 16))
+
+
 @pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
 @pytest.mark.parametrize("batch_size", [64, 256])
 @pytest.mark.parametrize(
@@ -50,6 +71,82 @@ def test_peak_memory_of_fit_is_predicted_within_a_fifth(make, curvature, batch_s
     with Measure() as work:
         influence.fit(data)
     assert 1 / 1.2 <= plan.fit_bytes / work.peak_bytes <= 1.2
+
+
+@pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
+@pytest.mark.parametrize("q", [5, 50, 200])
+@pytest.mark.parametrize("form", [{}, {"rank": 2}, {"separable": 1e-2}, {"memory": 1 << 22}], ids=str)
+@pytest.mark.parametrize("make", [mlp, cnn, gpt])
+def test_peak_memory_of_scores_is_predicted_within_a_fifth(make, form, q):
+    curvature = EKFAC(1e-3, "empirical", form.get("separable"))
+    _check_scores(make, curvature, q, form.get("rank"), memory=form.get("memory", 1 << 27))
+
+
+@pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
+@pytest.mark.parametrize(
+    "curvature",
+    [KFAC(1e-3), Diagonal(1e-3), ExactBlock(1e-3), DataInf(1e-3), RandomProjection(64), Identity()],
+    ids=lambda c: type(c).__name__,
+)
+def test_peak_memory_of_scores_is_predicted_whatever_the_curvature(curvature):
+    layers = "head" if isinstance(curvature, ExactBlock) else None  # it holds the square of what it covers
+    _check_scores(transformer, curvature, 50, None, layers=layers)
+
+
+@pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
+def test_peak_memory_of_scores_is_predicted_with_checkpoints():
+    _check_scores(cnn, EKFAC(1e-3, "empirical"), 50, None, checkpoints=[cnn()[0].state_dict()] * 2)
+
+
+def _check_scores(make, curvature, q, rank, **arguments):
+    torch.manual_seed(0)
+    model, x = make()
+    labels = torch.arange(len(x)) % 3
+    data, query = (x[:160], labels[:160]), (x[-q:], labels[-q:])
+    if make is gpt:
+        data, query = ([{"input_ids": part, "labels": part} for part in both[0].split(32)] for both in (data, query))
+    settings = {"curvature": curvature, "batch_size": 32, "progress": False, **arguments}
+    influence = Influence(model, "causal_lm" if make is gpt else "cross_entropy", **settings)
+    plan = influence.plan(data, query, rank=rank)
+    peaks = []
+    for work in (lambda: influence.scores(query, data, rank=rank), lambda: influence.self_influence(data)):
+        influence.fit(data)  # anew: what the first use makes and keeps is its own
+        with Measure() as measured:
+            work()
+        peaks.append(measured.peak_bytes)
+    assert (plan.q, plan.n) == (q, 160)
+    assert 1 / 1.2 <= plan.score_bytes / peaks[0] <= 1.2
+    assert 1 / 1.2 <= plan.self_bytes / peaks[1] <= 1.2
+
+
+def test_only_the_first_tiles_are_rehearsed():
+    model, x = mlp()
+    data = x, torch.arange(len(x)) % 3
+    influence = Influence(model, curvature=EKFAC(1e-3, "empirical"), batch_size=8, memory=1 << 24, progress=False)
+    seen = []
+    with model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]))):
+        influence.plan(data)
+        alone = sum(seen)
+        plan = influence.plan(data, data)
+    held = (1 << 24) // plan.query_bytes  # queries at a time: after two such blocks nothing new comes
+    assert sum(seen) - 2 * alone <= 3 * held + 5 * 16
+    assert not influence._fitted
+    with pytest.raises(ValueError, match="not fitted"):
+        influence.scores(data, data)
+
+
+def test_a_plan_with_queries_says_what_it_knows():
+    model, x = cnn()
+    data = x, torch.arange(len(x)) % 3
+    said = str(Influence(model, curvature=EKFAC(1e-3), progress=False).plan(data, (x[:7], data[1][:7])))
+    peak = (
+        "scores: peak [0-9.]+ MiB; self-influence: peak [0-9.]+ MiB" if build_info()["compiled"] else "scores: peak un"
+    )
+    assert re.search(f"\n7 queries; {peak}", said)
+    solver = Influence(model, curvature=CG(1e-2), layers="7", progress=False).plan(data, (x[:7], data[1][:7]))
+    assert (solver.q, solver.score_bytes, solver.self_bytes) == (7, None, None)
+    assert "7 queries; scores: peak unknown; self-influence: peak unknown" in str(solver)
+    assert "queries" not in str(Influence(model, progress=False).plan(data))
 
 
 def test_positions_bytes_and_operations_are_those_of_the_layers():

@@ -62,6 +62,31 @@ def walked(train):
     return list(zip(x.split(sizes), y.split(sizes), strict=True))
 
 
+class Mean(nn.Module):
+    """Over positions."""
+
+    def forward(self, x):
+        return x.mean(1)
+
+
+def tokens():
+    """As `problem`, with four positions per example."""
+    model, _, _ = problem()
+    x, y = clusters(4 * N, seed=0)
+    x, y = x.view(N, 4, 5), y[::4]
+    return model.append(Mean()), (x[:Q] + 0.1, y[:Q]), (x, y)
+
+
+QUERY_GROUPS = torch.arange(Q) * 5 % 3
+PARTS = {  # what a folder can hold beside scores: problem, call
+    "layers": (problem, lambda influence, query, train, **out: influence.scores_by_layer(query, train, **out)),
+    "tokens": (tokens, lambda influence, query, train, **out: influence.scores_by_token(query, train, **out)),
+    "query groups": (
+        problem,
+        lambda influence, query, train, **out: influence.scores(query, train, query_groups=QUERY_GROUPS, **out),
+    ),
+}
+
 FORMS = {
     "tensors": lambda train: train,
     "dataset": lambda train: TensorDataset(*train),
@@ -117,6 +142,75 @@ def test_what_rank_lost_is_kept_with_the_scores(tmp_path):
     sorted(tmp_path.glob("*.npy"))[-1].unlink()
     influence.scores(query, train, rank=1, out=tmp_path, resume=True)
     assert influence.rank_error == got.rank_error  # also of the blocks that were there
+
+
+@pytest.mark.parametrize("checkpoints", [1, 2])
+@pytest.mark.parametrize("form", ["tensors", "batches"])
+@pytest.mark.parametrize("parts", PARTS)
+def test_the_folder_holds_parts_of_the_scores(tmp_path, parts, form, checkpoints):
+    (model, query, train), call = PARTS[parts][0](), PARTS[parts][1]
+    moved = {name: value * 1.1 for name, value in model.state_dict().items()}
+    influence = fitted(model, train, checkpoints=[model.state_dict(), moved][:checkpoints])
+    data = FORMS[form](train)
+    want = call(influence, query, data)
+    want = torch.stack([*want.values()], 2) if isinstance(want, dict) else want
+    got = call(influence, query, data, out=tmp_path)
+    assert got.finished
+    assert got.shape == want.shape
+    assert len(list(tmp_path.glob("*.npy"))) >= 4
+    assert torch.allclose(got.load(), want, rtol=1e-12, atol=1e-18)
+    sums = want if parts == "query groups" else want.sum(2)
+    scores = influence.scores(query, data)
+    if parts == "query groups":
+        scores = torch.stack([scores[QUERY_GROUPS == group].sum(0) for group in range(3)])
+    assert torch.allclose(sums, scores, rtol=1e-9, atol=1e-15)
+
+
+def test_a_layer_or_a_token_is_read_by_itself(tmp_path):
+    model, query, train = problem()
+    influence = fitted(model, train)
+    want, got = influence.scores_by_layer(query, train), influence.scores_by_layer(query, train, out=tmp_path / "a")
+    assert got.layers == ["0", "2"]
+    assert torch.allclose(got[1:7:2, :, "2"], want["2"][1:7:2], rtol=1e-12, atol=1e-18)
+    with pytest.raises(ValueError, match="no layer '1' in .*: 0, 2"):
+        got[:, :, "1"]
+    with pytest.raises(ValueError, match=r"top: needs scores \[q, n\], these are parts of them, \[11, 90, 2\]"):
+        got.top(3)
+    model, query, train = tokens()
+    got = fitted(model, train).scores_by_token(query, train, out=tmp_path / "b")
+    whole = got.load()
+    assert got.layers is None
+    for index in ((3, 5, 2), (slice(2, 9), 7, slice(1, 3)), (slice(None), slice(60, 80), -1), (4,), 4, (2, 3)):
+        assert torch.equal(got[index], whole[index])
+    assert torch.equal(torch.cat([block.values for block in got.blocks() if block.query == 0], 1), whole[:2])
+    with pytest.raises(IndexError):
+        got[:, :, 4]
+    with pytest.raises(ValueError, match="no layer '0' in .*: none"):
+        got[:, :, "0"]
+
+
+def test_parts_and_scores_do_not_share_a_folder(tmp_path):
+    model, query, train = problem()
+    influence = fitted(model, train)
+    influence.scores(query, train, out=tmp_path)
+    before = bits(tmp_path)
+    for words, work in (
+        ("by was None, is 'layer'; parts was None, is ", influence.scores_by_layer),
+        ("by was None, is 'token'; parts was None, is 1", influence.scores_by_token),
+        ("query groups was None, is ", lambda *data, **out: influence.scores(*data, query_groups=QUERY_GROUPS, **out)),
+    ):
+        with pytest.raises(ValueError, match="holds a job with other settings") as caught:
+            work(query, train, out=tmp_path, resume=True)
+        assert words in str(caught.value)
+    assert bits(tmp_path) == before
+
+
+def test_tokens_of_several_lengths_are_refused(tmp_path):
+    model, query, (x, y) = tokens()
+    influence = fitted(model, (x, y))
+    uneven = [(x[:16], y[:16]), (x[16:24, :3], y[16:24])]
+    with pytest.raises(ValueError, match="scores_by_token: batches must have one number of positions, got 4 and 3"):
+        influence.scores_by_token(query, uneven, out=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -219,10 +313,11 @@ from tests.test_store import *
 
 store.BLOCK_BYTES = 2 * BATCH * 5 * 8
 folder = Path(sys.argv[1])
-model, query, train = problem()
+make, call = PARTS.get(sys.argv[2], (problem, Influence.scores))
+model, query, train = make()
 
 def job():
-    fitted(model, train).scores(query, train, out=folder, resume=True)
+    call(fitted(model, train), query, train, out=folder, resume=True)
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -266,6 +361,8 @@ moments = [
     patched(scoring, "_directions", 1, die),                     # among the queries
     patched(store._Part, "__iter__", 2, die),                    # before the first training batch
 ]
+if sys.argv[2] == "query groups":  # whose queries are all seen to at once
+    moments[-2:] = [patched(scoring, "_grouped_queries", 1, die), patched(store._Part, "__iter__", 1, die)]
 for moment in moments:
     assert killed(moment) == signal.SIGKILL
     print(len(list(folder.glob("scores-*.npy"))) if folder.exists() else 0)
@@ -287,20 +384,22 @@ while not done:  # and at moments that nothing has chosen
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_killed_at_every_turn_it_ends_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("parts", ["scores", *PARTS])
+def test_killed_at_every_turn_it_ends_with_the_same_bits(tmp_path, parts):
     folder, whole = tmp_path / "killed", tmp_path / "whole"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", _JOB, str(folder)], cwd=REPOSITORY, env=environment, capture_output=True, text=True,
-        timeout=120, check=False,
+        [sys.executable, "-c", _JOB, str(folder), parts],
+        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     counts = [int(line) for line in done.stdout.split()]
     assert counts[:4] == [0, 0, 0, 1]
     assert counts == sorted(counts)
     assert counts[-1] >= 3
-    model, query, train = problem()
-    fitted(model, train).scores(query, train, out=whole)
+    make, call = PARTS.get(parts, (problem, Influence.scores))
+    model, query, train = make()
+    call(fitted(model, train), query, train, out=whole)
     assert bits(folder) == bits(whole)  # the same files, no other ones
 
 
@@ -404,8 +503,13 @@ def test_what_cannot_be_is_refused(tmp_path):
     influence = fitted(model, train)
     with pytest.raises(ValueError, match="resume=True needs out="):
         influence.scores(query, train, resume=True)
-    with pytest.raises(ValueError, match="out= and groups exclude each other"):
+    for work in (influence.scores_by_layer, influence.scores_by_token):
+        with pytest.raises(ValueError, match=f"{work.__name__}: resume=True needs out="):
+            work(query, train, resume=True)
+    with pytest.raises(ValueError, match="out= and groups= exclude each other"):
         influence.scores(query, train, out=tmp_path, groups=torch.zeros(N, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"query_groups must be \[11\] numbers >= 0, got shape \[3\]"):
+        influence.scores(query, train, out=tmp_path, query_groups=torch.arange(3))
     with pytest.raises(ValueError, match="got an iterator"):
         influence.scores(query, iter(walked(train)), out=tmp_path)
     with pytest.raises(ValueError, match="not fitted"):

@@ -69,6 +69,10 @@ class Curvature(Protocol):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
+    def stand_in(self) -> None:
+        """For `Influence.plan`: has the sizes of what is fitted, once pass 0 was observed, and not its values."""
+        ...
+
     def footprint(self, shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
         """For `Influence.plan`: bytes held once fitted, and what making it takes beside them, for `item` bytes each."""
         ...

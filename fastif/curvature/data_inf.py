@@ -129,6 +129,9 @@ class DataInf:
         self._parts = [(_gradients(part, self.shape[1]), part["weights"]) for part in parts]
         self._gains = [part["gains"] for part in parts]
 
+    def stand_in(self) -> None:
+        self.damping_used, self._gains = 1.0, [weights.double() for _, weights in self._parts]
+
     @staticmethod
     def footprint(shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
         """Nothing but the gradients, whose number and positions the plan knows."""

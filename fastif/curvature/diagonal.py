@@ -79,6 +79,9 @@ class Diagonal:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._diagonal = state["diagonal"]
 
+    def stand_in(self) -> None:
+        self._diagonal = torch.ones_like(self.diagonal)
+
     @staticmethod
     def footprint(shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
         del table
@@ -110,6 +113,8 @@ class Identity:
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+    def stand_in(self) -> None: ...
 
     @staticmethod
     def footprint(shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:

@@ -149,6 +149,11 @@ class ExactBlock:
         self._forget()
         self._block = state["block"]
 
+    def stand_in(self) -> None:
+        size = self.block.shape[0] * self.block.shape[1]
+        self._factored(torch.eye(size, dtype=torch.float64, device=self.block.device))
+        self._damping_used = 1.0
+
     @staticmethod
     def footprint(shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
         """Bytes held: the block and its float64 factor; and taken beside them: nothing, it is factored in place."""

@@ -165,6 +165,12 @@ class KFAC:
         self._products = None
         self.output_basis = state.get("output_basis")
 
+    def stand_in(self) -> None:
+        """The moments in the place of their eigenvectors."""
+        self.input_basis, outputs = self._moments["inputs"], self._moments["outputs"]
+        self.output_basis = outputs if outputs.dim() == 3 else None
+        self._moments, self._eigenvalues = {}, self.input_basis.new_ones(self.shape)
+
     @staticmethod
     def footprint(shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
         """Bytes held: bases and eigenvalues; and taken beside them: float64 moments, eigenvectors and their making."""

@@ -85,6 +85,10 @@ class JointCurvature(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
+    def stand_in(self) -> None:
+        """As `Curvature.stand_in`; not asked of one that multiplies."""
+        self.end(0)
+
     @abstractmethod
     def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
         """As `Curvature.footprint`, for all its blocks."""
@@ -115,6 +119,9 @@ class Alone(JointCurvature):
 
     def directions(self, gradients: Mapping[str, Gradients]) -> dict[str, Directions]:
         return {self.name: self.estimator.directions(gradients[self.name])}
+
+    def stand_in(self) -> None:
+        self.estimator.stand_in()
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.estimator.state_dict()
@@ -153,6 +160,9 @@ class Together(JointCurvature):
 
     def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
         return self.estimator.sq_norms(self._joined(gradients))
+
+    def stand_in(self) -> None:
+        self.estimator.stand_in()
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.estimator.state_dict()
