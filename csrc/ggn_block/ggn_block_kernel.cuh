@@ -5,9 +5,9 @@
 // parameter of the kernel (SoftmaxHessians, GivenHessians). An item is one tile of one Gram matrix: item = gram * tiles
 // + tile. Two kernels run over a range of items:
 //   ggn_gram     a block owns an item and one of `splits` ranges of the examples; it writes the tile to scratch.
-//   ggn_combine  a block owns a 32 x 32 part of an item; it sums the splits in order and adds the result to the two (a,
-//   b)
-//                blocks of `out` and, turned in shared memory, to their mirror images: every access to `out` coalesced.
+//   ggn_combine  a block owns a 32 x 32 part of an item; it sums the splits in order and adds the result to the blocks
+//                (a, b) and (b, a) of `out` and, turned in shared memory, to their mirror images: every access to `out`
+//                coalesced.
 // No entry of `out` has two owners and nothing is accumulated atomically: the same input gives the same bits.
 //
 // The diagonal blocks. In kronecker_block_ they are Gram matrices as the others are. In ggn_block_ (a, a) is minus the

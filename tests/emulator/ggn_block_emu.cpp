@@ -200,7 +200,7 @@ void numbering() {
 
 template <typename T>
 void all() {
-  for (const Shape shape : {Shape{1, 1, 1}, {1, 3, 2}, {20, 67, 2}}) {
+  for (const Shape shape : {Shape{1, 1, 1}, {1, 3, 2}, {50, 1, 4}, {20, 67, 2}}) {
     ggn_block<T>(shape, own_plan<T>(shape, true));
     kronecker_block<T>(shape, own_plan<T>(shape, false));
   }
