@@ -19,7 +19,7 @@ from fastif.curvature.cholesky import extreme_eigenvalues
 from fastif.data import load
 from fastif.fitting import begun, observe
 from fastif.measure import Measure
-from fastif.ops import ggn_block
+from fastif.ops import ggn_block, kronecker_block
 
 ALL = os.environ.get("FASTIF_BENCH") == "all"
 
@@ -133,6 +133,58 @@ def test_ggn_block(race, name):
         relative_error=worst,
         peak_share_of_block=share,
         drawn_on=[peer for peer, factor in scale.items() if factor > 1],
+    )
+
+
+def weighted_pairs(features, outer):
+    """kronecker_block in plain torch: one product per class pair, c (c + 1) / 2 of them."""
+    (_, d), c = features.shape, outer.shape[1]
+    out = features.new_empty(c, d, c, d)
+    for a, b in itertools.combinations_with_replacement(range(c), 2):
+        out[a, :, b] = out[b, :, a] = (features * outer[:, b, a, None]).T @ features
+    return out
+
+
+def weighted_rows(features, outer, rows=4096):
+    """The same with one product per row of blocks, on parts of the examples: fewer and larger products."""
+    (_, d), c = features.shape, outer.shape[1]
+    out = features.new_zeros(c, d, c, d)
+    for x, h in zip(features.split(rows), outer.split(rows), strict=True):
+        for a in range(c):
+            out[a].view(d, -1)[:, : (a + 1) * d].addmm_(x.T, (h[:, a, : a + 1, None] * x[:, None]).flatten(1))
+    for a in range(c):
+        for b in range(a):
+            out[b, :, a] = out[a, :, b]
+    return out
+
+
+@pytest.mark.parametrize("d", [513 if ALL else 129])
+def test_kronecker_block(race, d):
+    """Of the empirical Fisher of a softmax head: H_i = (p_i - e_y) (p_i - e_y)^T / n."""
+    features, probs, weights = head("c10-d513")
+    features, (n, c) = features[:, :d].contiguous(), probs.shape
+    roots = probs - torch.eye(c, device=DEVICE)[torch.arange(n, device=DEVICE) % c]
+    outer = roots[:, :, None] * (weights[:, None] * roots)[:, None, :]
+    block, worst = kronecker_block(features, outer), 0.0
+    x, h = features.double(), outer.double()
+    for a, b in ((0, 0), (0, 1), (c - 3, 3), (c - 1, c - 1)):
+        want = (x * h[:, a, b, None]).T @ x
+        worst = max(worst, ((block[a, :, b].double() - want).norm() / want.norm()).item())
+    assert worst <= 1e-5
+    del x, h
+    for peer in (weighted_pairs, weighted_rows):
+        assert (peer(features, outer) - block).norm() <= 1e-5 * block.norm()
+    out, pairs = torch.empty_like(block), c * (c + 1) // 2
+    del block
+    race(
+        lambda: kronecker_block(features, outer, out=out.zero_()),
+        {
+            f"torch, {pairs} class pairs": lambda: weighted_pairs(features, outer),
+            f"torch, {c} rows of class pairs": lambda: weighted_rows(features, outer),
+        },
+        rounds=2,
+        flops=n * pairs * d * (d + 1),
+        relative_error=worst,
     )
 
 

@@ -66,8 +66,10 @@ for source in csrc/*/*.cu; do
         arguments = type
         rest = substr(rest, 2)
         gsub(/L[ib]/, ", ", rest)
+        gsub(/NS_[0-9]+/, ", ", rest)  # a class template of the namespace, of the same type
+        gsub(/I[fd]/, "", rest)
         gsub(/E/, "", rest)
-        printf "%-30s %-16s %3d registers  %5d bytes shared  spills %s\n", name, "<" type rest ">", registers, shared,
+        printf "%-30s %-28s %3d registers  %5d bytes shared  spills %s\n", name, "<" type rest ">", registers, shared,
                (spill > 0) ? spill " bytes" : "none"
         spill = 0; shared = 0
       }' "$log"

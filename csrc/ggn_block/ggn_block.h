@@ -76,7 +76,4 @@ inline void check_kronecker_block(const at::Tensor& out,       // [c, d, c, d], 
   check_finite_rows(op, "outer", outer);
 }
 
-// Any floating type and device, by matrix products.
-void kronecker_block_by_products(const at::Tensor& out, const at::Tensor& features, const at::Tensor& outer);
-
 }  // namespace fastif

@@ -48,19 +48,7 @@ void ggn_block_cpu(const at::Tensor& out, const at::Tensor& features, const at::
             p.size(1));
 }
 
-void kronecker_block_cpu(const at::Tensor& out, const at::Tensor& features, const at::Tensor& outer) {
-  check_kronecker_block(out, features, outer);
-  if (!can_add_pairs() || features.scalar_type() != at::kFloat) {
-    return kronecker_block_by_products(out, features, outer);
-  }
-  const auto x = features.contiguous(), h = outer.contiguous();
-  add_pairs(out.mutable_data_ptr<float>(), x.const_data_ptr<float>(), {.outer = h.const_data_ptr<float>()}, x.size(0),
-            x.size(1), h.size(1));
-}
-
-}  // namespace
-
-// Row a of the lower triangle of blocks is one product.
+// Any floating type and processor: row a of the lower triangle of blocks is one product.
 void kronecker_block_by_products(const at::Tensor& out, const at::Tensor& features, const at::Tensor& outer) {
   const int64_t n = features.size(0), d = features.size(1), c = outer.size(1);
   for (int64_t a = 0; a < c; ++a) {
@@ -78,6 +66,18 @@ void kronecker_block_by_products(const at::Tensor& out, const at::Tensor& featur
     out.slice(0, 0, a).select(2, a).add_(row.slice(1, 0, a).permute({1, 2, 0}));
   }
 }
+
+void kronecker_block_cpu(const at::Tensor& out, const at::Tensor& features, const at::Tensor& outer) {
+  check_kronecker_block(out, features, outer);
+  if (!can_add_pairs() || features.scalar_type() != at::kFloat) {
+    return kronecker_block_by_products(out, features, outer);
+  }
+  const auto x = features.contiguous(), h = outer.contiguous();
+  add_pairs(out.mutable_data_ptr<float>(), x.const_data_ptr<float>(), {.outer = h.const_data_ptr<float>()}, x.size(0),
+            x.size(1), h.size(1));
+}
+
+}  // namespace
 
 TORCH_LIBRARY_IMPL(fastif, CPU, m) {
   m.impl("ggn_block_", ggn_block_cpu);

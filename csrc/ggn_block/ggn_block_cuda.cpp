@@ -12,12 +12,23 @@ namespace fastif {
 namespace {
 
 template <typename T>
-void run(at::Tensor& out, const at::Tensor& features, const at::Tensor& probs, const at::Tensor& weights) {
+void ggn_block(at::Tensor& out, const at::Tensor& features, const at::Tensor& probs, const at::Tensor& weights) {
   const int64_t n = features.size(0), d = features.size(1), c = probs.size(1);
-  const GgnPlan plan = ggn_plan(n, d, c, sizeof(T));
+  const GgnPlan plan = ggn_plan(n, d, c, sizeof(T), /*rows_sum_to_zero=*/true);
   auto scratch = at::empty({plan.scratch}, features.options());
   ggn_block_launch<T>(plan, features.const_data_ptr<T>(), probs.const_data_ptr<T>(), weights.const_data_ptr<T>(), n, d,
                       c, scratch.mutable_data_ptr<T>(), out.mutable_data_ptr<T>(), c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename T>
+void kronecker_block(at::Tensor& out, const at::Tensor& features, const at::Tensor& outer) {
+  const int64_t n = features.size(0), d = features.size(1), c = outer.size(1);
+  const GgnPlan plan = ggn_plan(n, d, c, sizeof(T), /*rows_sum_to_zero=*/false);
+  auto scratch = at::empty({plan.scratch}, features.options());
+  kronecker_block_launch<T>(plan, features.const_data_ptr<T>(), outer.const_data_ptr<T>(), n, d, c,
+                            scratch.mutable_data_ptr<T>(), out.mutable_data_ptr<T>(),
+                            c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -28,9 +39,9 @@ void ggn_block_cuda_(at::Tensor out,               // [c, d, c, d]
   check_ggn_block(out, features, probs, weights);
   const c10::cuda::CUDAGuard guard(features.device());
   if (features.scalar_type() == at::kFloat) {
-    run<float>(out, features.contiguous(), probs.contiguous(), weights.contiguous());
+    ggn_block<float>(out, features.contiguous(), probs.contiguous(), weights.contiguous());
   } else {
-    run<double>(out, features.contiguous(), probs.contiguous(), weights.contiguous());
+    ggn_block<double>(out, features.contiguous(), probs.contiguous(), weights.contiguous());
   }
 }
 
@@ -39,7 +50,11 @@ void kronecker_block_cuda_(at::Tensor out,              // [c, d, c, d]
                            const at::Tensor& outer) {   // [n, c, c]
   check_kronecker_block(out, features, outer);
   const c10::cuda::CUDAGuard guard(features.device());
-  kronecker_block_by_products(out, features, outer);
+  if (features.scalar_type() == at::kFloat) {
+    kronecker_block<float>(out, features.contiguous(), outer.contiguous());
+  } else {
+    kronecker_block<double>(out, features.contiguous(), outer.contiguous());
+  }
 }
 
 }  // namespace

@@ -1,18 +1,19 @@
-// ggn_block_ on the GPU. The contract is ggn_block.h's.
+// ggn_block_ and kronecker_block_ on the GPU. The contract is ggn_block.h's.
 //
-// The work is a list of weighted Gram matrices G = sum_i coef_i x_i x_i^T of the features, one per class pair a < b
-// with coef_i = -w_i p_ia p_ib, each cut into the square tiles of its lower triangle. An item is one tile of one Gram
-// matrix: item = gram * tiles + tile. Two kernels run over a range of items:
+// The work is a list of weighted Gram matrices G = sum_i H_i[a, b] x_i x_i^T of the features, one per class pair, each
+// cut into the square tiles of its lower triangle. What tells the two ops apart is where H_i[a, b] comes from: a
+// parameter of the kernel (SoftmaxHessians, GivenHessians). An item is one tile of one Gram matrix: item = gram * tiles
+// + tile. Two kernels run over a range of items:
 //   ggn_gram     a block owns an item and one of `splits` ranges of the examples; it writes the tile to scratch.
-//   ggn_combine  a block owns a 32 x 32 part of an item; it sums the splits in order and adds the result to the two (a,
-//   b)
-//                blocks of `out` and, turned in shared memory, to their mirror images: every access to `out` coalesced.
+//   ggn_combine  a block owns a 32 x 32 part of an item; it sums the splits in order and adds the result to the blocks
+//                (a, b) and (b, a) of `out` and, turned in shared memory, to their mirror images: every access to `out`
+//                coalesced.
 // No entry of `out` has two owners and nothing is accumulated atomically: the same input gives the same bits.
 //
-// The diagonal blocks. (a, a) is minus the sum over b != a of the blocks (a, b). Where the scratch of all pairs fits
-// (kScratchBytes, in ggn_block.cu), ggn_combine_diagonal forms that sum from scratch: c (c - 1) / 2 Gram matrices and
-// no more. Where it does not, c is large, and c further Gram matrices with coef_i = w_i p_ia sum_{b != a} p_ib join the
-// list, a share of 2 / (c - 1), with no scratch that grows with c.
+// The diagonal blocks. In kronecker_block_ they are Gram matrices as the others are. In ggn_block_ (a, a) is minus the
+// sum over b != a of the blocks (a, b). Where the scratch of all pairs fits (kScratchBytes, in ggn_block_plan.h),
+// ggn_combine_diagonal forms that sum from scratch: c (c - 1) / 2 Gram matrices and no more. Where it does not, c is
+// large, and c further Gram matrices join the list, a share of 2 / (c - 1), with no scratch that grows with c.
 #pragma once
 
 #include "../common/register_tile.cuh"
@@ -46,26 +47,37 @@ __host__ __device__ inline TilePlace tile_place(int64_t tile) {
   return {row, tile - row * (row + 1) / 2};
 }
 
+// H_i = w_i (diag(p_i) - p_i p_i^T), the diagonal as the sum of the others.
 template <typename T>
-__device__ inline T gram_weight(const T* __restrict__ probs, const T* __restrict__ weights, int64_t c, ClassPair pair,
-                                int64_t i) {
-  const T* const p = probs + i * c;
-  if (pair.a != pair.b) return -weights[i] * p[pair.a] * p[pair.b];
-  T others = 0;
-  for (int64_t b = 0; b < c; ++b)
-    if (b != pair.a) others += p[b];
-  return weights[i] * p[pair.a] * others;
-}
+struct SoftmaxHessians {
+  const T* probs;    // [n, c]
+  const T* weights;  // [n]
+
+  __device__ T entry(int64_t i, ClassPair pair, int64_t c) const {
+    const T* const p = probs + i * c;
+    if (pair.a != pair.b) return -weights[i] * p[pair.a] * p[pair.b];
+    T others = 0;
+    for (int64_t b = 0; b < c; ++b)
+      if (b != pair.a) others += p[b];
+    return weights[i] * p[pair.a] * others;
+  }
+};
+
+// H_i as it is given. a <= b in every pair: the lower triangle is read.
+template <typename T>
+struct GivenHessians {
+  const T* outer;  // [n, c, c]
+
+  __device__ T entry(int64_t i, ClassPair pair, int64_t c) const { return outer[(i * c + pair.b) * c + pair.a]; }
+};
 
 // One-dimensional grid: block = (item - first_item) * splits + split. Split s of the examples is
 // [s, s + 1) * split_length.
-template <typename T, int R>
+template <typename T, int R, typename Hessians>
 __global__ void __launch_bounds__(kTileThreads)
     ggn_gram_kernel(const T* __restrict__ features,  // [n, d]
-                    const T* __restrict__ probs,     // [n, c]
-                    const T* __restrict__ weights,   // [n]
-                    int64_t n, int64_t d, int64_t c, int64_t first_item, int64_t tiles, int64_t splits,
-                    int64_t split_length,
+                    const Hessians hessians, int64_t n, int64_t d, int64_t c, int64_t first_item, int64_t tiles,
+                    int64_t splits, int64_t split_length,
                     T* __restrict__ scratch) {  // [items, splits, 16 R, 16 R]
   constexpr int side = kTileSide * R;
   using Shared = OuterStorage<T, R, R>;
@@ -79,7 +91,7 @@ __global__ void __launch_bounds__(kTileThreads)
       shared, features, d, place.j * side, d, features, d, place.k * side, d, end - begin,
       [&](int64_t r, int64_t& row, T& coef) {
         row = begin + r;
-        coef = gram_weight(probs, weights, c, pair, row);
+        coef = hessians.entry(row, pair, c);
       },
       total);
   T* const mine = scratch + static_cast<int64_t>(blockIdx.x) * side * side;

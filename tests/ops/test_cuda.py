@@ -225,16 +225,41 @@ def test_large_ggn_block(n, d, c, sharpness, dtype):
     same_ggn_block(n, d, c, dtype, sharpness)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "d", "c"), [(1, 1, 1), (300, 65, 1), (50, 33, 9), (3_000, 97, 20)])
-def test_kronecker_block(n, d, c, dtype):
+def same_kronecker_block(n: int, d: int, c: int, dtype: torch.dtype) -> None:
     x, p, w = classification(n, d, c, dtype)
     outer = (p * w[:, None])[:, :, None] * p[:, None, :]
-    before = torch.randn(c, d, c, d, generator=generator(1), dtype=dtype)
-    out, want = before.cuda(), before.clone()
-    ops.kronecker_block_(out, x.cuda(), outer.cuda())
+    outer[:, ::2, 1::2] *= -1
+    outer[:, 1::2, ::2] *= -1
+    gpu = [tensor.cuda() for tensor in (x, outer)]
+    out = torch.zeros(c, d, c, d, dtype=dtype, device="cuda")
+    ops.kronecker_block_(out, *gpu)
+    want = torch.zeros(c, d, c, d, dtype=dtype)
     ops.kronecker_block_(want, x, outer)
     close(out, want, dtype)
+    if n * c * c * d * d <= 1e9:
+        close(out, reference.kronecker_block(x, outer), dtype)
+    assert torch.equal(out, out.permute(2, 3, 0, 1))
+    before = torch.randn(c, d, c, d, generator=generator(1), dtype=dtype) * out.abs().max().item()
+    added = before.cuda()
+    ops.kronecker_block_(added, *gpu)
+    close(added, before.double() + out.cpu().double(), dtype)
+    again = torch.zeros_like(out)
+    ops.kronecker_block_(again, gpu[0], gpu[1].tril())
+    assert torch.equal(again, out)  # the same bits from run to run, of the lower triangle
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "d", "c"), [(1, 1, 1), (1, 1, 2), (5, 3, 3), (37, 65, 2), (600, 33, 4), (1500, 20, 10), (40, 130, 5)]
+)
+def test_small_kronecker_block(n, d, c, dtype):
+    same_kronecker_block(n, d, c, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d", "c"), [(50_000, 193, 10), (50_000, 130, 1), (3_000, 64, 50), (600, 3_000, 1)])
+def test_large_kronecker_block(n, d, c, dtype):
+    same_kronecker_block(n, d, c, dtype)
 
 
 def test_ggn_block_where_the_pairs_do_not_fit_the_scratch():
