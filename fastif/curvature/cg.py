@@ -53,6 +53,7 @@ class CG(JointCurvature):
     """
 
     multiplies = True
+    needs_data = True
 
     def __init__(
         self,

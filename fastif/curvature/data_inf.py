@@ -50,7 +50,7 @@ class DataInf:
 
     def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
         del column, turn
-        self._parts += [(part, weights[rows]) for part, rows in _kept(gradients)]
+        self._parts += [(part, weights[rows].clone()) for part, rows in _kept(gradients)]  # of no other layer's memory
 
     def end(self, turn: int) -> None:
         """Finds λ and each example's gain. Raises NotPositiveDefinite where "auto" finds 0."""

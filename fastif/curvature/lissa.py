@@ -65,6 +65,7 @@ class LiSSA(JointCurvature):
     """
 
     multiplies = True
+    needs_data = True
 
     def __init__(
         self,

@@ -45,6 +45,7 @@ class JointCurvature(ABC):
     passes: int = 0
     fisher: Fisher = "empirical"
     multiplies: bool = False  # with the curvature of the data, by passes that nothing but the solve knows the number of
+    needs_data: bool = False  # at every solve, that of the fit: a state alone does not do
     memory: int = 1 << 27  # bytes that right-hand sides, and what solving takes beside them, may take at a time
 
     @abstractmethod
@@ -197,6 +198,10 @@ class NetworkCurvature:
     @property
     def passes(self) -> int:
         return max(part.passes for part in self.parts.values())
+
+    @property
+    def needs_data(self) -> bool:
+        return any(part.needs_data for part in self.parts.values())
 
     def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
         for names, part in self.parts.items():
