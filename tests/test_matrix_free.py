@@ -562,16 +562,22 @@ def test_solves_show_their_progress_where_that_is_wanted(made, capsys, monkeypat
     assert "residual=" in shown[1]
 
 
-def test_plans_tell_what_they_do_not_count():
+def test_plans_tell_what_products_take_at_most():
     model, data = network("mlp")
     plans = {made: influence_of(model, made).plan(data) for made in (CG(), Arnoldi(3), CG(preconditioner=KFAC()))}
     for made, plan in plans.items():
         assert plan.multiplying == (type(made).__name__,)
-        assert f"products of {type(made).__name__} with the curvature are not counted" in str(plan)
+        assert f"products with the curvature: {type(made).__name__}" in str(plan)
+        assert f"fit: at most {plan.fit_flops / 1e9:.1f} GFLOP" in str(plan)
+        assert ("solved for with at most" in str(plan)) == isinstance(made, CG)
     flops = [plan.fit_flops for plan in plans.values()]
-    assert flops[0] == flops[1] == 0
+    assert flops[0] == 0 < flops[1]
     assert flops[2] == influence_of(model, KFAC()).plan(data).fit_flops > 0
-    assert "not counted" not in str(influence_of(model, KFAC()).plan(data))
+    solves = [plan.solve_flops for plan in plans.values()]
+    assert solves[0] == solves[2] > solves[1] == 0
+    held = influence_of(model, KFAC()).plan(data)
+    assert (held.multiplying, held.solve_flops, held.solve_bytes) == ((), 0, 0)
+    assert "at most" not in str(held)
 
 
 def test_kept_graphs_tell_their_bytes():

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from fastif.curvature.arnoldi import Product, krylov, sufficient
 from fastif.curvature.cg import dots, norms_of, scaled
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
-from fastif.curvature.network import FitData, JointCurvature, Shape
+from fastif.curvature.network import FitData, JointCurvature, Multiplied, Shape
 from fastif.curvature.products import (
     Layout,
     Matrix,
@@ -63,9 +63,6 @@ class LiSSA(JointCurvature):
 
     Of the last solve, `residual` (computed from x) and `steps_taken` are kept.
     """
-
-    multiplies = True
-    needs_data = True
 
     def __init__(
         self,
@@ -187,9 +184,15 @@ class LiSSA(JointCurvature):
         self._scale = state["scale"]
 
     def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
-        """Nothing is held; a solve takes some vectors of its right-hand sides' size, and the graph."""
-        del shapes, tables, item
-        return 0, 0
+        """Nothing is held; the scale takes a few vectors, a solve some of its right-hand sides' size, and the graph."""
+        del tables
+        return 0, 4 * sum(math.prod(shape) for shape in shapes.values()) * item if self.scale == "auto" else 0
+
+    def multiplied(self, n: int) -> Multiplied:
+        """Power iteration for the scale; one in a step, and two of all examples that look at where it has come to."""
+        share = 1.0 if self.batch is None else min(1.0, self.batch / n)
+        finding = _POWER_STEPS if self.scale == "auto" else 0
+        return Multiplied(share * finding, share * self.steps * self.repeats + 2)
 
 
 def drawn(subset: Subset, batch: int, generator: Generator) -> Subset:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastif.curvature import Curvature
 
 Shape = tuple[int, int, int]  # g, o, d of a block
-_STANDING = 8  # vectors that a solve takes beside each of its right-hand sides, and these themselves
+STANDING = 8  # vectors that a solve takes beside each of its right-hand sides, and these themselves
 
 
 class FitData(NamedTuple):
@@ -35,6 +35,14 @@ class FitData(NamedTuple):
     progress: bool = False  # whether iterations show a bar
 
 
+class Multiplied(NamedTuple):
+    """How often an estimator multiplies with the curvature of the fit's data, at most."""
+
+    fit: float = 0.0  # with `together` vectors at once
+    solve: float = 0.0  # for a right-hand side on its own; then the data are needed at every solve, a state does not do
+    together: int = 1
+
+
 class JointCurvature(ABC):
     """An estimator that sees several blocks at once. Dictionaries are keyed by block.
 
@@ -44,8 +52,6 @@ class JointCurvature(ABC):
 
     passes: int = 0
     fisher: Fisher = "empirical"
-    multiplies: bool = False  # with the curvature of the data, by passes that nothing but the solve knows the number of
-    needs_data: bool = False  # at every solve, that of the fit: a state alone does not do
     memory: int = 1 << 27  # bytes that right-hand sides, and what solving takes beside them, may take at a time
 
     @abstractmethod
@@ -67,7 +73,7 @@ class JointCurvature(ABC):
     def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
         """g_iᵀ (G + λI)⁻¹ g_i, [n]."""
         n = len(next(iter(gradients.values())))
-        each = max(1, self.memory // (_STANDING * sum(g.rows(0, 1).formed().nbytes for g in gradients.values())))
+        each = max(1, self.memory // (STANDING * sum(g.rows(0, 1).formed().nbytes for g in gradients.values())))
         parts = []
         for begin in range(0, n, each):
             formed = {name: g.rows(begin, begin + each).formed() for name, g in gradients.items()}
@@ -89,6 +95,11 @@ class JointCurvature(ABC):
     @abstractmethod
     def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
         """As `Curvature.footprint`, for all its blocks."""
+
+    def multiplied(self, n: int) -> Multiplied:
+        """For `Influence.plan`: products with the curvature of n examples; with that of fewer, as much less of one."""
+        del n
+        return Multiplied()
 
 
 class Alone(JointCurvature):
@@ -201,7 +212,8 @@ class NetworkCurvature:
 
     @property
     def needs_data(self) -> bool:
-        return any(part.needs_data for part in self.parts.values())
+        """Whether a solve multiplies with the curvature of the fit's data, which no state holds."""
+        return any(part.multiplied(1).solve for part in self.parts.values())
 
     def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
         for names, part in self.parts.items():
