@@ -5,6 +5,8 @@ python benchmarks/results.py keep runs/bench.json cpu
 python benchmarks/results.py keep runs/kcenter.json kcenter-cpu
 python benchmarks/results.py keep runs/mislabel/results.json mislabel
 python benchmarks/results.py keep runs/lds/results.json lds
+python benchmarks/results.py add runs/lds/results.json lds     # of a run of some models or contenders: its rows alone
+python benchmarks/results.py keep runs/solvers.json solvers-cpu
 python benchmarks/results.py tables          # rewrites README.md and the pages in docs between markers; pictures
 """
 
@@ -42,6 +44,24 @@ def keep(source: Path, name: str) -> None:
             benchmark.pop("options", None)
             benchmark.pop("stats", None)  # of the one timing that pytest-benchmark made; ours stand in extra_info
     (KEPT / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def add(source: Path, name: str) -> None:
+    """Puts the rows of an LDS run of some contenders among those that are kept, in the place of their own.
+
+    Raises ValueError where the networks or their retrainings were others.
+    """
+    results, kept = json.loads(source.read_text()), json.loads((KEPT / f"{name}.json").read_text())
+    for model, facts in results["meta"]["models"].items():
+        for key, value in facts.items():
+            before = kept["meta"]["models"].get(model, {}).get(key)
+            if key != "seconds_of_a_retraining" and value != before:
+                raise ValueError(f"add: {model}: {key} must be that of the kept results, {before}, got {value}")
+    order = list(dict.fromkeys(row["contender"] for row in (*kept["lds"], *results["lds"])))
+    own = {(row["model"], row["contender"]) for row in results["lds"]}
+    rows = [row for row in kept["lds"] if (row["model"], row["contender"]) not in own] + results["lds"]
+    kept["lds"] = sorted(rows, key=lambda row: order.index(row["contender"]))
+    (KEPT / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def class_removal_table(name: str) -> str:
@@ -351,8 +371,8 @@ def with_tables(page: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments[:1] == ["keep"] and len(arguments) == 3:
-        keep(Path(arguments[1]), arguments[2])
+    if arguments[:1] in (["keep"], ["add"]) and len(arguments) == 3:
+        (keep if arguments[0] == "keep" else add)(Path(arguments[1]), arguments[2])
     elif arguments == ["tables"]:
         for page in PAGES:
             page.write_text(with_tables(page.read_text()))
