@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -12,7 +11,14 @@ from torch import Generator, Tensor
 
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
 from fastif.curvature.network import FitData, JointCurvature, Multiplied, Shape
-from fastif.curvature.products import Layout, Matrix, NotConverged, check_iterations, check_matrix, operator_of
+from fastif.curvature.products import (
+    Layout,
+    Matrix,
+    check_iterations,
+    check_matrix,
+    operator_of,
+    warn_not_converged,
+)
 
 Product = Callable[[Tensor], Tensor]  # [m, P] → [m, P], symmetric
 _ROUNDING = 8.0  # units of rounding below which a direction counts as spanned already
@@ -95,12 +101,10 @@ class Arnoldi(JointCurvature):
         self._vectors = found.vectors
         residual, largest = float(self._residuals.max()), float(self._values.abs().max())
         if not found.invariant and (residual > self.tolerance * largest or self.error == 1):
-            warnings.warn(
+            warn_not_converged(
                 f"Arnoldi: after {steps} steps {len(self._values)} of rank={self.rank} pairs are there and the largest "
                 f"residual is {residual / largest:.2g} of the largest eigenvalue, at a tolerance of "
                 f"{self.tolerance:g}: more steps (max_steps) or a smaller rank would help",
-                NotConverged,
-                stacklevel=2,
             )
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,12 +16,12 @@ from fastif.curvature.network import FitData, JointCurvature, Multiplied, Shape,
 from fastif.curvature.products import (
     Layout,
     Matrix,
-    NotConverged,
     check_iterations,
     check_matrix,
     iterating,
     operator_of,
     silent,
+    warn_not_converged,
 )
 from fastif.gradients import Gradients
 from fastif.losses import Fisher
@@ -121,7 +120,7 @@ class CG(JointCurvature):
             )
         self.residual, self.steps_taken = float(found.residuals.max()), found.steps
         if self.residual > self.tolerance:
-            warnings.warn(
+            warn_not_converged(
                 f"CG: after {self.steps_taken} of {self.max_steps} steps the residual is {self.residual:.2g} of the "
                 f"right-hand side, above the tolerance {self.tolerance:g}"
                 + (
@@ -129,8 +128,6 @@ class CG(JointCurvature):
                     if self.steps_taken >= self.max_steps
                     else f": it falls no longer, {operator.coarsest} does not resolve less"
                 ),
-                NotConverged,
-                stacklevel=2,
             )
         return self._layout.by_block(found.x, rhs)
 

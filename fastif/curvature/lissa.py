@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Literal
@@ -18,13 +17,13 @@ from fastif.curvature.network import FitData, JointCurvature, Multiplied, Shape
 from fastif.curvature.products import (
     Layout,
     Matrix,
-    NotConverged,
     Operator,
     check_iterations,
     check_matrix,
     iterating,
     operator_of,
     silent,
+    warn_not_converged,
 )
 from fastif.subset import Subset
 
@@ -145,7 +144,7 @@ class LiSSA(JointCurvature):
                 self.steps_taken += taken
         self.residual = float(norms_of(b - (operator(x) + self.damping * x)).max())
         if not self.residual <= self.tolerance:
-            warnings.warn(
+            warn_not_converged(
                 f"LiSSA: after {self.steps_taken} steps the residual is {self.residual:.2g} of the right-hand side, "
                 f"above the tolerance {self.tolerance:g}: "
                 + (
@@ -155,8 +154,6 @@ class LiSSA(JointCurvature):
                     + (" or CG" if self.batch is None else ", larger batches or more repeats")
                     + " would help"
                 ),
-                NotConverged,
-                stacklevel=2,
             )
         return self._layout.by_block(x * sizes[:, None].to(x), rhs)
 

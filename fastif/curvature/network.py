@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastif.curvature.called import Called
 from fastif.curvature.directions import Directions, Explicit
 from fastif.gradients import Formed, Gradients
 from fastif.layers import Block
@@ -43,7 +44,7 @@ class Multiplied(NamedTuple):
     together: int = 1
 
 
-class JointCurvature(ABC):
+class JointCurvature(Called, ABC):
     """An estimator that sees several blocks at once. Dictionaries are keyed by block.
 
     The protocol is that of one block (`Curvature`), with all blocks in every call. One that only multiplies with the
