@@ -311,6 +311,41 @@ def lds_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def solvers_table(name: str) -> str:
+    results = json.loads((KEPT / f"{name}.json").read_text())
+    extra: dict[str, Any] = next(b["extra_info"] for b in results["benchmarks"] if "tolerance" in b["extra_info"])
+    cells: dict[tuple[float, str], dict[str, dict[str, Any]]] = {}
+    for row in extra["rows"]:
+        cells.setdefault((row["share"], row["sampler"]), {})[row["estimator"]] = row
+    estimators = list(dict.fromkeys(row["estimator"] for row in extra["rows"]))
+    heads = " | ".join(f"{e}: CPU s | products | residual | off the full solution" for e in estimators)
+    lines = [f"| curvature from | {heads} |", "|---|" + "---|---|---|---|" * len(estimators)]
+    for (share, sampler), found in sorted(cells.items(), key=lambda cell: -cell[0][0]):
+        figures = []
+        for row in (found.get(estimator) for estimator in estimators):
+            if row is None:
+                figures.append("– | – | – | –")
+                continue
+            figures.append(f"{row['cpu']:.2f} | {row['products']:.0f} | {row['residual']:.1e} | {row['error']:.3f}")
+        source = "all" if sampler == "all" else f"{share:.0%} `{sampler}`"
+        lines.append(f"| {source} | {' | '.join(figures)} |")
+    draws = {row["estimator"]: row["draws"] for row in extra["rows"] if row["sampler"] != "all"}
+    drawn = ", ".join(f"{times} draw{'s' if times > 1 else ''} for {who}" for who, times in draws.items())
+    machine = results["machine_info"]
+    lines += [
+        "",
+        f"A CNN of {extra['parameters']:,} parameters, {extra['examples']:,} training examples of Fashion-MNIST, "
+        f"{extra['queries']} queries' gradients solved for at once, the GGN with damping {extra['damping']:g}, "
+        f"tolerance {extra['tolerance']:g}. Times are CPU seconds of fit and solve, LiSSA's search for its scale "
+        "included; the residual is relative, that of the subset's own curvature, the larger of the queries; the last "
+        f"figure is the relative distance from the solution with all examples. Means over {drawn}; –: not run. "
+        f"{machine['cpu'].get('brand_raw', 'CPU')}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''} "
+        f"of a busy machine, torch {machine['torch']}, {results['datetime'][:10]}. Made by "
+        "`pytest benchmarks/bench_products.py -k shares --benchmark-enable`.",
+    ]
+    return "\n".join(lines)
+
+
 def growth_picture(name: str, path: Path) -> None:
     """Time (and memory, where it was taken) against each size, one column each, from the kept NAME.json."""
     import matplotlib
@@ -363,6 +398,7 @@ def with_tables(page: str) -> str:
             "influence": influence_table,
             "mislabel": mislabel_table,
             "lds": lds_table,
+            "solvers": solvers_table,
         }
         make = next((make for kind, make in kinds.items() if name.startswith(kind)), benchmark_table)
         return f"<!-- table: {name} -->\n{make(name)}\n<!-- end -->"
