@@ -2,11 +2,14 @@
 
 Products race against torch.func's jvp of grad (one right-hand side after another, as it is mostly written) and
 curvlinops, on the same weighted data, after the same answer has been asserted. Solvers run on subsets of the digits:
-their answer is held against the solution with all data, so that time and faithfulness stand side by side.
+their answer is held against the solution with all data, so that time and faithfulness stand side by side. With
+FASTIF_DATA, a folder with Fashion-MNIST, the same for a CNN and subsets of three sizes: OMP_NUM_THREADS=1
+pytest benchmarks/bench_products.py -k shares --benchmark-enable -s --benchmark-json runs/solvers.json
 """
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from functools import cache, partial
@@ -21,7 +24,7 @@ from torch.nn import functional as F
 import fastif
 from benchmarks.conftest import DEVICE
 from fastif.capture import Capture
-from fastif.curvature import FitData
+from fastif.curvature import FitData, JointCurvature
 from fastif.curvature.products import Matrix, Operator
 from fastif.evaluation.training import train
 
@@ -47,8 +50,9 @@ def problem(name: str) -> Problem:
     return Problem(model, torch.randn(N, 1, 28, 28, device=DEVICE), y)
 
 
-def fit_data(p: Problem, capture: Capture, batch: int) -> FitData:
-    subset = fastif.Subset(torch.arange(N), torch.full((N,), 1 / N, dtype=torch.float64))
+def fit_data(p: Problem, capture: Capture, batch: int, subset: fastif.Subset | None = None) -> FitData:
+    n = len(p.y)
+    subset = fastif.Subset(torch.arange(n), torch.full((n,), 1 / n, dtype=torch.float64)) if subset is None else subset
 
     def batches(subset: fastif.Subset):
         for rows in torch.arange(len(subset.indices)).split(batch):
@@ -173,3 +177,103 @@ def test_solvers(benchmark, capsys) -> None:
         print(f"{'subset':>10} {'solver':>18} {'steps':>6} {'CPU s':>7} {'off the full solution':>22}")
         for which, solver, steps, cpu, error in lines:
             print(f"{which:>10} {solver:>18} {steps:>6} {cpu:>7.2f} {error:>22.3f}")
+
+
+# -------------------------------------------------------------------------------------- shares of Fashion-MNIST, a CNN
+
+EXAMPLES, QUERIES, DRAWS = 1000, 2, 3
+SHARES = (0.01, 0.05, 0.2)
+TOLERANCE, STEPS, STRONGER = 1e-3, 5000, 0.5  # STRONGER: damping, LiSSA's steps are in proportion to its inverse
+ESTIMATORS = {
+    "CG": partial(fastif.CG, STRONGER, tolerance=TOLERANCE, max_steps=STEPS),
+    "LiSSA": partial(fastif.LiSSA, STRONGER, tolerance=TOLERANCE, steps=STEPS),
+}
+
+
+@cache
+def fashion() -> tuple[Problem, tuple[Tensor, Tensor]]:
+    """A trained CNN with its training examples, and the queries."""
+    data = fastif.data.load("fashion-mnist", os.environ["FASTIF_DATA"])
+    draw = torch.Generator().manual_seed(0)
+    some = torch.randperm(len(data.y_train), generator=draw)[:EXAMPLES]
+    torch.manual_seed(0)
+    body = (nn.Conv2d(1, 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 5, stride=2), nn.ReLU())
+    model = nn.Sequential(*body, nn.Flatten(), nn.Linear(256, 10))
+    x, y = data.x_train[some], data.y_train[some]
+    train(model, x, y, epochs=20, lr=0.05, weight_decay=1e-3, progress=False)
+    return Problem(model.to(DEVICE).eval(), x.to(DEVICE), y.to(DEVICE)), (data.x_test[:QUERIES], data.y_test[:QUERIES])
+
+
+@pytest.mark.skipif("FASTIF_DATA" not in os.environ, reason="FASTIF_DATA names no folder with data sets")
+def test_solvers_with_shares_of_the_data(benchmark, capsys, monkeypatch) -> None:
+    """Seconds and products to a residual of TOLERANCE for the gradients of a few queries, with subsets and all data."""
+    p, (query_x, query_y) = fashion()
+    features, logits, labels = fastif.extract(p.model, (p.x, p.y), progress=False)
+    assert labels is not None
+    samplers = {
+        "random": lambda k, g: fastif.samplers.random(EXAMPLES, k, generator=g),
+        "logit": lambda k, g: fastif.samplers.logit(logits, labels, k, generator=g),
+        "leverage": lambda k, g: fastif.samplers.leverage(features, logits, k, generator=g),
+    }
+    named, capture = dict(p.model.named_parameters()), Capture(p.model)
+    product, products = Operator.__call__, []
+
+    def counting(operator: Operator, *arguments, **options) -> Tensor:
+        products.append(operator)
+        return product(operator, *arguments, **options)
+
+    monkeypatch.setattr(Operator, "__call__", counting)
+    rows = []
+    with capture.attached(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", fastif.NotConverged)  # the residual is told
+        whole = Operator(fit_data(p, capture, 250))
+        losses = F.cross_entropy(p.model(query_x.to(DEVICE)), query_y.to(DEVICE), reduction="none")
+        gradients = [torch.autograd.grad(loss, list(named.values()), retain_graph=True) for loss in losses]
+        rhs = rows_of(whole, named, [dict(zip(named, own, strict=True)) for own in gradients])
+        shapes = whole.layout.shapes
+
+        def solved(made: JointCurvature, subset: fastif.Subset | None) -> tuple[Tensor, float, int]:
+            products.clear()
+            start = time.process_time()
+            made.begin(shapes, fit_data(p, capture, 250, subset))
+            made.end(0)
+            x = whole.layout.flat(made.solve(whole.layout.by_block(rhs)))
+            return x, time.process_time() - start, len(products)
+
+        def residual(x: Tensor, subset: fastif.Subset | None) -> float:
+            left = rhs - product(whole, x, subset) - STRONGER * x
+            return float((left.norm(dim=1) / rhs.norm(dim=1)).max())
+
+        true, seconds, made = solved(fastif.CG(STRONGER, tolerance=1e-5), None)
+        assert residual(true, None) <= 1.1e-5  # verified before anything is timed
+        x, seconds, made = solved(ESTIMATORS["CG"](), None)
+        own = dict(cpu=seconds, products=made, residual=residual(x, None), error=float((x - true).norm() / true.norm()))
+        rows.append(dict(estimator="CG", sampler="all", share=1.0, draws=1, **own))
+        for share in SHARES:
+            for sampler, pick in samplers.items():
+                for estimator, make in ESTIMATORS.items():
+                    found = []
+                    for seed in range(DRAWS if estimator == "CG" else 1):
+                        g = torch.Generator().manual_seed(seed)
+                        subset = fastif.Subset(*pick(round(share * EXAMPLES), g)[:2])
+                        x, seconds, made = solved(make(), subset)
+                        left, error = residual(x, subset), float((x - true).norm() / true.norm())
+                        assert left <= 1.05 * TOLERANCE or estimator == "LiSSA"
+                        found.append((seconds, made, left, error))
+                    own = dict(
+                        zip(("cpu", "products", "residual", "error"), torch.tensor(found).mean(0).tolist(), strict=True)
+                    )
+                    rows.append(dict(estimator=estimator, sampler=sampler, share=share, draws=len(found), **own))
+    benchmark.pedantic(lambda: None, rounds=1)
+    benchmark.extra_info.update(
+        rows=rows,
+        parameters=whole.layout.size,
+        examples=EXAMPLES,
+        queries=QUERIES,
+        damping=STRONGER,
+        tolerance=TOLERANCE,
+        steps=STEPS,
+    )
+    with capsys.disabled():
+        for row in rows:
+            print("\n" + ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{v}" for k, v in row.items()), end="")

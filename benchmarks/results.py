@@ -6,6 +6,8 @@ python benchmarks/results.py keep runs/kcenter.json kcenter-cpu
 python benchmarks/results.py keep runs/mislabel/results.json mislabel
 python benchmarks/results.py keep runs/lds/results.json lds
 python benchmarks/results.py keep runs/class-removal-cifar10-0.25/class/results.json published-cifar10
+python benchmarks/results.py add runs/lds/results.json lds     # of a run of some models or contenders: its rows alone
+python benchmarks/results.py keep runs/solvers.json solvers-cpu
 python benchmarks/results.py tables          # rewrites README.md and the pages in docs between markers; pictures
 """
 
@@ -47,6 +49,24 @@ def keep(source: Path, name: str) -> None:
             benchmark.pop("options", None)
             benchmark.pop("stats", None)  # of the one timing that pytest-benchmark made; ours stand in extra_info
     (KEPT / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def add(source: Path, name: str) -> None:
+    """Puts the rows of an LDS run of some contenders among those that are kept, in the place of their own.
+
+    Raises ValueError where the networks or their retrainings were others.
+    """
+    results, kept = json.loads(source.read_text()), json.loads((KEPT / f"{name}.json").read_text())
+    for model, facts in results["meta"]["models"].items():
+        for key, value in facts.items():
+            before = kept["meta"]["models"].get(model, {}).get(key)
+            if key != "seconds_of_a_retraining" and value != before:
+                raise ValueError(f"add: {model}: {key} must be that of the kept results, {before}, got {value}")
+    order = list(dict.fromkeys(row["contender"] for row in (*kept["lds"], *results["lds"])))
+    own = {(row["model"], row["contender"]) for row in results["lds"]}
+    rows = [row for row in kept["lds"] if (row["model"], row["contender"]) not in own] + results["lds"]
+    kept["lds"] = sorted(rows, key=lambda row: order.index(row["contender"]))
+    (KEPT / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def class_removal_table(name: str) -> str:
@@ -303,6 +323,41 @@ def lds_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def solvers_table(name: str) -> str:
+    results = json.loads((KEPT / f"{name}.json").read_text())
+    extra: dict[str, Any] = next(b["extra_info"] for b in results["benchmarks"] if "tolerance" in b["extra_info"])
+    cells: dict[tuple[float, str], dict[str, dict[str, Any]]] = {}
+    for row in extra["rows"]:
+        cells.setdefault((row["share"], row["sampler"]), {})[row["estimator"]] = row
+    estimators = list(dict.fromkeys(row["estimator"] for row in extra["rows"]))
+    heads = " | ".join(f"{e}: CPU s | products | residual | off the full solution" for e in estimators)
+    lines = [f"| curvature from | {heads} |", "|---|" + "---|---|---|---|" * len(estimators)]
+    for (share, sampler), found in sorted(cells.items(), key=lambda cell: -cell[0][0]):
+        figures = []
+        for row in (found.get(estimator) for estimator in estimators):
+            if row is None:
+                figures.append("– | – | – | –")
+                continue
+            figures.append(f"{row['cpu']:.2f} | {row['products']:.0f} | {row['residual']:.1e} | {row['error']:.3f}")
+        source = "all" if sampler == "all" else f"{share:.0%} `{sampler}`"
+        lines.append(f"| {source} | {' | '.join(figures)} |")
+    draws = {row["estimator"]: row["draws"] for row in extra["rows"] if row["sampler"] != "all"}
+    drawn = ", ".join(f"{times} draw{'s' if times > 1 else ''} for {who}" for who, times in draws.items())
+    machine = results["machine_info"]
+    lines += [
+        "",
+        f"A CNN of {extra['parameters']:,} parameters, {extra['examples']:,} training examples of Fashion-MNIST, "
+        f"{extra['queries']} queries' gradients solved for at once, the GGN with damping {extra['damping']:g}, "
+        f"tolerance {extra['tolerance']:g}. Times are CPU seconds of fit and solve, LiSSA's search for its scale "
+        "included; the residual is relative, that of the subset's own curvature, the larger of the queries; the last "
+        f"figure is the relative distance from the solution with all examples. Means over {drawn}; –: not run. "
+        f"{machine['cpu'].get('brand_raw', 'CPU')}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''} "
+        f"of a busy machine, torch {machine['torch']}, {results['datetime'][:10]}. Made by "
+        "`pytest benchmarks/bench_products.py -k shares --benchmark-enable`.",
+    ]
+    return "\n".join(lines)
+
+
 def growth_picture(name: str, path: Path) -> None:
     """Time (and memory, where it was taken) against each size, one column each, from the kept NAME.json."""
     import matplotlib
@@ -365,6 +420,7 @@ def with_tables(page: str) -> str:
             "influence": influence_table,
             "mislabel": mislabel_table,
             "lds": lds_table,
+            "solvers": solvers_table,
         }
         make = next((make for kind, make in kinds.items() if name.startswith(kind)), benchmark_table)
         return f"<!-- table: {name} -->\n{make(name)}\n<!-- end -->"
@@ -373,8 +429,8 @@ def with_tables(page: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments[:1] == ["keep"] and len(arguments) == 3:
-        keep(Path(arguments[1]), arguments[2])
+    if arguments[:1] in (["keep"], ["add"]) and len(arguments) == 3:
+        (keep if arguments[0] == "keep" else add)(Path(arguments[1]), arguments[2])
     elif arguments == ["tables"]:
         for page in PAGES:
             page.write_text(with_tables(page.read_text()))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastif.capture import Capture
+from fastif.capture import Capture, Forward
 from fastif.curvature import Curvature, ExactBlock
 from fastif.curvature.network import Alone, FitData, JointCurvature, NetworkCurvature, Together, check_estimator
 from fastif.data import picked
@@ -110,8 +110,7 @@ def observe(
         estimator = part.estimator if isinstance(part, Alone | Together) else None
         if not isinstance(estimator, ExactBlock) or estimator.fisher != "exact":
             continue
-        softmax = isinstance(part, Alone) and passes.loss == "cross_entropy"
-        head = forward.head(names[0]) if softmax else None
+        head = head_of(passes, forward, names, part)
         if head is not None:
             counted = labels_of(batch) != IGNORED
             estimator.update(*head, weights=weights * counted)
@@ -130,3 +129,11 @@ def observe(
         for column, gradients in enumerate(found):
             mine.observe(gradients, weights, column, turn)
             del gradients  # before those of the next column come
+
+
+def head_of(
+    passes: Passes, forward: Forward, names: tuple[str, ...], part: JointCurvature
+) -> tuple[Tensor, Tensor] | None:
+    """Inputs and outputs of a layer whose outputs are the logits, which an ExactBlock is made of in closed form."""
+    softmax = isinstance(part, Alone) and passes.loss == "cross_entropy"
+    return forward.head(names[0]) if softmax else None

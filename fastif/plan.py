@@ -1,8 +1,8 @@
 """Plans: what `Influence` will cover, store and compute, known before the work.
 
-One batch goes through the model to learn the positions of each layer and what a batch takes; the rest of `fit` is
-arithmetic. Scores are rehearsed: their first tiles are computed by the code that computes them all, with a curvature
-that has the sizes of a fitted one and not its values.
+One batch goes through the model to learn the positions of each layer, what a batch takes, and what a product with its
+curvature takes; the rest of `fit` is arithmetic. Scores are rehearsed: their first tiles are computed by the code that
+computes them all, with a curvature that has the sizes of a fitted one and not its values.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastif.capture import SLICE, dtype_of
-from fastif.curvature import CG, KFAC, ExactBlock
-from fastif.curvature.network import Alone, JointCurvature, NetworkCurvature
+from fastif.curvature import CG, KFAC, Arnoldi, ExactBlock, LiSSA
+from fastif.curvature.network import STANDING, Alone, FitData, JointCurvature, Multiplied, NetworkCurvature, Together
+from fastif.curvature.products import Operator
 from fastif.data import Batch, as_loader, batch_length, count, picked
 from fastif.features import moved_to
-from fastif.fitting import begun, observe
+from fastif.fitting import begun, head_of, observe
 from fastif.gradients import of_table
 from fastif.losses import labels_in, output_columns, per_sample
 from fastif.measure import Measure
 from fastif.scoring import tiles
+from fastif.subset import Subset
 
 if TYPE_CHECKING:
     from fastif.influence import Influence
@@ -52,8 +54,10 @@ class Plan(NamedTuple):
     curvature_bytes: int  # held after fit
     fit_bytes: int | None  # peak of fit; None where nothing counts allocations (plain torch on the CPU)
     query_bytes: int  # of one preconditioned query gradient
-    fit_flops: float  # of fit on all examples, products with the curvature left out
-    multiplying: tuple[str, ...] = ()  # estimators that make such products, as many as it takes
+    fit_flops: float  # of fit on all examples; at most so many where estimators multiply with the curvature
+    multiplying: tuple[str, ...] = ()  # those that do, until it suffices
+    solve_flops: float = 0.0  # at most, of the products that a query takes; 0 where a fit leaves nothing to multiply
+    solve_bytes: int | None = 0  # peak of these for one query, its vectors and kept graphs included; None as above
     q: int = 0  # queries, where they were given; these two are peaks, and None as for fit and where products are made:
     score_bytes: int | None = None  # of scores, [q, n] itself included where it is on the device
     self_bytes: int | None = None  # of self_influence
@@ -67,12 +71,15 @@ class Plan(NamedTuple):
             for taken in (self.fit_bytes, self.score_bytes, self.self_bytes)
         )
         queries = f"\n{self.q:,} queries; scores: peak {scores}; self-influence: peak {own}" if self.q else ""
-        products = f"; products of {', '.join(self.multiplying)} with the curvature are not counted"
+        most = "at most " if self.multiplying else ""
+        solve = "" if self.solve_bytes is None else f" and {self.solve_bytes / 2**20:.2f} MiB"
+        solve = f", solved for with at most {self.solve_flops / 1e9:.1f} GFLOP{solve}" if self.solve_flops else ""
+        products = f"; products with the curvature: {', '.join(self.multiplying)}" if self.multiplying else ""
         return (
             f"covered: {size:,} parameters\n{covered}\nskipped (taken as fixed):\n{skipped}\n"
-            f"{self.n:,} training examples; fit: {self.fit_flops / 1e9:.1f} GFLOP on all of them, peak {peak}, "
+            f"{self.n:,} training examples; fit: {most}{self.fit_flops / 1e9:.1f} GFLOP on all of them, peak {peak}, "
             f"of which {self.curvature_bytes / 2**20:.1f} MiB stay; each query {self.query_bytes / 2**20:.2f} MiB"
-            f"{products if self.multiplying else ''}{queries}"
+            f"{solve}{products}{queries}"
         )
 
 
@@ -82,7 +89,8 @@ def plan(influence: Influence, train: Any, query: Any | None, rank: int | None) 
     item, batch = dtype_of(influence.model).itemsize, getattr(train, "batch_size", None) or influence.passes.batch_size
     batch = min(n, batch)
     probe = _probe(influence, train, batch)
-    held = making = turned = 0
+    held = making = turned = solving = 0
+    solve_flops = 0.0
     layers: dict[str, LayerPlan] = {}
     flops = probe.flops * n
     for names, part in influence.parts.parts.items():
@@ -91,28 +99,49 @@ def plan(influence: Influence, train: Any, query: Any | None, rank: int | None) 
         for name, (g, o, d) in shapes.items():  # gradients of all examples that are kept, in their smaller form
             if getattr(influence.parts.by_block[name], "keeps_gradients", False):
                 stays += n * item * g * min(o * d, probe.positions[name] * (d + (0 if probe.tables[name] else o)))
-        held, making = held + stays, max(making, extra)
         size = sum(math.prod(shape) for shape in shapes.values())
+        products = probe.products[names]
+        extra += products.fit_bytes or 0
+        flops, solve_flops = flops + n * products.fit_flops, solve_flops + n * products.solve_flops
+        if products.solve_flops:
+            solving = max(solving, STANDING * size * item + (products.solve_bytes or 0))
+        held, making = held + stays, max(making, extra)
         for name, (g, o, d) in shapes.items():
             t, kind = probe.positions[name], type(influence.parts.by_block[name]).__name__
             layers[name] = LayerPlan((g, o, d), t, kind, stays * g * o * d // size)
             if part.passes > 1:  # one block at a time is turned into its eigenbasis
                 turned = max(turned, item * (min(g * batch * t * (d + o), SLICE) + g * o * d))
-            products = d * d + o * o + (o * d if part.passes > 1 else 0)
+            moments = d * d + o * o + (o * d if part.passes > 1 else 0)
             if not isinstance(influence.parts.by_block[name], ExactBlock):
-                flops += n * g * t * min(2, part.passes) * 2 * products * probe.columns[part.fisher]
+                flops += n * g * t * min(2, part.passes) * 2 * moments * probe.columns[part.fisher]
                 flops += 10 * g * (d**3 + o**3) if isinstance(_of_layers(part), KFAC) else 0
         if isinstance(influence.parts.by_block[names[0]], ExactBlock):
             alone = shapes[names[0]] if len(names) == 1 and probe.positions[names[0]] == 1 else None
-            flops += ExactBlock.operations(size, n, probe.columns[part.fisher], alone)
+            if products.fit_flops:  # rows are derivatives, not made of gradients
+                alone, columns = None, 0
+            else:
+                columns = probe.columns[part.fisher]
+            flops += ExactBlock.operations(size, n, columns, alone)
     fit_bytes = None
     if probe.peaks is not None:
         gradients, observed = probe.peaks
         streamed = max(observed, held + gradients + turned if turned else 0) + batch * probe.input_bytes
         fit_bytes = int(max(streamed, held + making))
     query_bytes = sum(block.size for block in capture.blocks.values()) * item
-    multiplying = tuple(sorted({type(p).__name__ for p in influence.parts.parts.values() if p.multiplies}))
-    made = Plan(capture.covered, dict(capture.skipped), layers, n, held, fit_bytes, query_bytes, flops, multiplying)
+    multiplying = sorted({type(p).__name__ for p in influence.parts.parts.values() if p.multiplied(n) != Multiplied()})
+    made = Plan(
+        capture.covered,
+        dict(capture.skipped),
+        layers,
+        n,
+        held,
+        fit_bytes,
+        query_bytes,
+        flops,
+        tuple(multiplying),
+        solve_flops,
+        None if solve_flops and probe.peaks is None else solving,
+    )
     if query is None:
         return made
     q = count(query, influence.passes.batch_size)
@@ -175,7 +204,6 @@ def _of_layers(part: JointCurvature) -> Any:
 class _Probe(NamedTuple):
     """A batch that went through the model forwards and backwards."""
 
-    n: int
     curvature: NetworkCurvature  # that has observed it
     positions: dict[str, int]
     tables: dict[str, bool]  # blocks whose rows are looked up
@@ -183,6 +211,16 @@ class _Probe(NamedTuple):
     peaks: tuple[int, int] | None  # bytes: forward and backward; and with what the estimators make of it
     flops: float  # per example, of all passes
     input_bytes: float  # per example
+    products: dict[tuple[str, ...], _Products]
+
+
+class _Products(NamedTuple):
+    """Products with the curvature of all examples."""
+
+    fit_flops: float = 0.0  # per example, of all products of a fit at most
+    fit_bytes: int | None = 0  # peak of one; None where nothing counts
+    solve_flops: float = 0.0  # of those of a solve for one right-hand side
+    solve_bytes: int | None = 0
 
 
 def _probe(influence: Influence, train: Any, size: int) -> _Probe:
@@ -203,6 +241,11 @@ def _probe(influence: Influence, train: Any, size: int) -> _Probe:
     passes = influence.parts.passes
     positions = {name: g.positions for name, g in gradients.items()}
     tables = {name: of_table(g) for name, g in gradients.items()}
+    by_rows = {
+        names
+        for names, part in influence.parts.parts.items()
+        if _is_hessian(part) and head_of(influence.passes, forward, names, part) is None
+    }
     del forward, gradients
     curvature = begun(influence.parts, influence.capture, None)
     weights = torch.full((n,), 1 / n, dtype=torch.float64, device=influence.device)
@@ -213,7 +256,71 @@ def _probe(influence: Influence, train: Any, size: int) -> _Probe:
     if gradients_work.peak_bytes is not None and observed.peak_bytes is not None:
         peaks = gradients_work.peak_bytes, observed.peak_bytes
     flops = passes * counter.get_total_flops() * (1 + 2 * max(columns.values())) / 3 / n
-    return _Probe(n, curvature, positions, tables, columns, peaks, flops, _bytes_of(x) / n)
+    total = count(train, influence.passes.batch_size)
+    products = {
+        names: _rows_of(influence, names, x, y, weights)
+        if names in by_rows
+        else _products_of(influence, names, part, x, y, weights, total)
+        for names, part in influence.parts.parts.items()
+    }
+    return _Probe(curvature, positions, tables, columns, peaks, flops, _bytes_of(x) / n, products)
+
+
+def _is_hessian(part: JointCurvature) -> bool:
+    return isinstance(part, Alone | Together) and getattr(part.estimator, "matrix", None) == "hessian"
+
+
+def _rows_of(influence: Influence, names: tuple[str, ...], x: Any, y: Any, weights: Tensor) -> _Products:
+    """An ExactBlock of the Hessian: each of its rows is a backward pass through the graph of the gradient."""
+    operator = Operator(_data(influence, names, x, y, weights), "hessian", keep_graph=True)
+    return _Products(operator.layout.size * _flops(operator, 1) / len(weights))
+
+
+def _products_of(
+    influence: Influence, names: tuple[str, ...], part: JointCurvature, x: Any, y: Any, weights: Tensor, total: int
+) -> _Products:
+    if not isinstance(part, CG | LiSSA | Arnoldi):
+        return _Products()
+    times = part.multiplied(total)
+    n = len(weights)
+    with FlopCounterMode(display=False) as counter:
+        operator = Operator(_data(influence, names, x, y, weights), part.matrix, keep_graph=part.keep_graph)
+    made = counter.get_total_flops() / n  # the graph, where it is kept
+    graph = 0
+    if part.keep_graph:  # holds the parameters once, a gradient of each batch, and what depends on examples
+        parameters = sum(parameter.nbytes for parameter in operator.parameters)
+        each = max(0, operator.graph_bytes - parameters) // n
+        graph = total * each + -(-total // n) * operator.layout.size * operator.dtype.itemsize
+    found = []
+    for calls, together in ((times.fit, times.together), (times.solve, 1)):
+        flops = made + calls * _flops(operator, together) / n if calls else 0.0
+        with Measure(influence.device) as work:
+            if calls:
+                operator(_zeros(operator, together))
+        found += [flops, None if work.peak_bytes is None else work.peak_bytes + (graph if calls else 0)]
+    return _Products(*found)
+
+
+def _data(influence: Influence, names: tuple[str, ...], x: Any, y: Any, weights: Tensor) -> FitData:
+    """The batch as if it were the whole data."""
+    blocks = {name: influence.capture.blocks[name] for name in names}
+    subset = Subset(torch.arange(len(weights)), weights.cpu())
+    passes = influence.passes
+    return FitData(
+        passes.model, passes.loss, blocks, subset, lambda _: iter([(x, y, weights)]), autocast=passes.autocast
+    )
+
+
+def _flops(operator: Operator, m: int) -> float:
+    """Operations of a product with m vectors at once."""
+    operator(_zeros(operator, m))  # the first one learns how products can be made
+    with FlopCounterMode(display=False) as counter:
+        operator(_zeros(operator, m))
+    return counter.get_total_flops()
+
+
+def _zeros(operator: Operator, m: int) -> Tensor:
+    return torch.zeros(m, operator.layout.size, dtype=operator.dtype, device=operator.device)
 
 
 def _bytes_of(x: Any) -> int:

@@ -11,7 +11,6 @@ threads: matrix products round as these have it). A file appears whole or not at
 
 from __future__ import annotations
 
-import inspect
 import json
 from bisect import bisect_right
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from fastif._version import __version__
 from fastif.capture import dtype_of
+from fastif.curvature.called import as_called
 from fastif.data import Batch, as_loader, batch_lengths, indexable, picked
 from fastif.journal import described, fingerprint, refuse_differences, remove_partial, tensors_in, whole, write_whole
 from fastif.scoring import By, Tile, check_groups, check_one_length, check_positions, tiles
@@ -349,7 +349,7 @@ def fit_settings(influence: Influence, train: Any) -> dict[str, Any]:
     states = [own] if checkpoints is None else checkpoints
     covered: dict[str, list[str]] = {}
     for name, estimator in influence.parts.by_block.items():
-        covered.setdefault(_curvature(estimator), []).append(name)
+        covered.setdefault(as_called(estimator), []).append(name)
     return {
         "loss": described(influence.passes.loss),
         "curvature": "; ".join(f"{estimator} of {', '.join(names)}" for estimator, names in covered.items()),
@@ -365,14 +365,6 @@ def fit_settings(influence: Influence, train: Any) -> dict[str, Any]:
         "fastif": __version__,
         "torch": torch.__version__,
     }
-
-
-def _curvature(estimator: Any) -> str:
-    """An estimator as it was called: EKFAC(damping=0.001, fisher='exact', separable=None)."""
-    names = [n for n in inspect.signature(type(estimator)).parameters if n != "name" and hasattr(estimator, n)]
-    values = [getattr(estimator, name) for name in names]
-    texts = [_curvature(value) if hasattr(value, "observe") else repr(value) for value in values]
-    return f"{type(estimator).__name__}({', '.join(f'{n}={text}' for n, text in zip(names, texts, strict=True))})"
 
 
 def _positions(influence: Influence, train: Any) -> int:

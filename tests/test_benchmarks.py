@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from benchmarks import lds, mislabel_detection, results
@@ -56,6 +57,25 @@ def test_lds_runs_and_its_table_is_whole(tmp_path, monkeypatch):
     assert results.lds_table("lds").count("\n| fastif") == len(ours)
 
 
+def test_rows_of_another_run_are_added_to_those_that_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "KEPT", tmp_path)
+
+    def write(name, *rows, **facts):
+        meta = {"models": {"CNN": {"n": 9, "seconds_of_a_retraining": len(rows), **facts}}}
+        found = [{"model": model, "contender": who, "damping": damping} for model, who, damping in rows]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"meta": meta, "lds": found}))
+
+    write("lds", ("MLP", "a", 1), ("CNN", "b", 1), ("MLP", "b", 1), ("MLP", "c", 1))
+    write("part", ("CNN", "b", 1), ("CNN", "b", 2), ("CNN", "a", 3))
+    results.main(["add", str(tmp_path / "part.json"), "lds"])
+    rows = [tuple(row.values()) for row in json.loads((tmp_path / "lds.json").read_text())["lds"]]
+    order = [("MLP", "a", 1), ("CNN", "a", 3), ("MLP", "b", 1), ("CNN", "b", 1), ("CNN", "b", 2), ("MLP", "c", 1)]
+    assert rows == order
+    write("other", ("CNN", "a", 1), n=8)
+    with pytest.raises(ValueError, match="add: CNN: n must be that of the kept results, 9, got 8"):
+        results.add(tmp_path / "other.json", "lds")
+
+
 def test_scores_that_are_not_finite_are_told_and_not_judged():
     retrained = evaluation.Retrained([], [], torch.zeros(0), torch.zeros(0))
     left_out = evaluation.LeftOut([], torch.zeros(0), torch.zeros(0), None)
@@ -66,4 +86,4 @@ def test_scores_that_are_not_finite_are_told_and_not_judged():
 def test_tables_are_those_of_the_results():
     page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
     assert results.with_tables(page) == page
-    assert page.count("<!-- table:") == 2
+    assert page.count("<!-- table:") == 3

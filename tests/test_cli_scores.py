@@ -14,7 +14,24 @@ import numpy as np
 import pytest
 import torch
 
-from fastif import EKFAC, Diagonal, ExactBlock, Identity, Influence, ScoreFolder, cli, extract, samplers, store
+from fastif import (
+    CG,
+    EKFAC,
+    KFAC,
+    Arnoldi,
+    DataInf,
+    Diagonal,
+    ExactBlock,
+    Identity,
+    Influence,
+    LiSSA,
+    RandomProjection,
+    ScoreFolder,
+    cli,
+    extract,
+    samplers,
+    store,
+)
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPT = """
@@ -126,13 +143,27 @@ def test_it_writes_the_scores_of_the_script(run, script):
         (["--curvature", "diagonal", "--damping", "0.1", "--fisher", "empirical"], Diagonal(0.1, "empirical")),
         (["--curvature", "identity"], Identity()),
         (["--curvature", "exact", "--damping", "auto"], ExactBlock("auto")),
+        (["--curvature", "exact", "--fisher", "empirical"], ExactBlock(matrix="empirical_fisher")),
         (["--curvature", "ekfac", "--damping", "auto", "--fisher", "monte_carlo"], EKFAC("auto", "monte_carlo")),
+        (["--curvature", "kfac"], KFAC()),
+        (["--curvature", "cg", "--damping", "0.1"], CG(0.1)),
+        (["--curvature", "lissa", "--fisher", "exact"], LiSSA()),
+        (["--curvature", "arnoldi", "--damping", "0.1"], Arnoldi(damping=0.1)),
+        (["--curvature", "data-inf"], DataInf()),
+        (["--curvature", "data-inf", "--damping", "0.1", "--fisher", "empirical"], DataInf(0.1)),
+        (["--curvature", "random-projection"], RandomProjection()),
+        (
+            ["--curvature", "random-projection", "--fisher", "exact", "--seed", "3"],
+            RandomProjection(512, 1e-3, "exact", 3),
+        ),
     ],
+    ids=lambda value: "-".join(value[1:]).replace("--", "") if isinstance(value, list) else "",
 )
 def test_curvatures(run, script, arguments, curvature):
     assert run("scores", "ownscript.py:problem", "--out", "out", "--quiet", *arguments) == (0, "", "")
-    model, train, query = returned()
-    want = Influence(model, curvature=curvature, progress=False).fit(train).scores(query, train)
+    seed = 3 if "--seed" in arguments else 0
+    model, train, query = returned(seed=seed)
+    want = Influence(model, curvature=curvature, seed=seed, progress=False).fit(train).scores(query, train)
     assert torch.allclose(ScoreFolder("out").load(), want, rtol=1e-3, atol=1e-6 * float(want.abs().max()))
 
 
@@ -178,6 +209,19 @@ def test_resume(run, script, monkeypatch):
         assert (code, printed, error.count("\n")) == (2, "", 1)
         assert words in error
     assert {path.name: path.read_bytes() for path in (script / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("curvature", ["cg", "lissa"])
+def test_curvatures_that_need_the_data_at_every_solve_resume(run, script, curvature):
+    job = ["scores", "ownscript:problem", "--out", "out", "--quiet", "--curvature", curvature, "--sampler", "random"]
+    job += ["--k", "30", "--self-influence"]
+    assert run(*job)[0] == 0
+    before = {path.name: path.read_bytes() for path in (script / "out").iterdir()}
+    (script / "out" / "scores-000000000-000000000.npy").unlink()
+    assert run(*job, "--resume") == (0, "", "")
+    assert {path.name: path.read_bytes() for path in (script / "out").iterdir()} == before
+    code, _, error = run(*job, "--resume", "--damping", "0.5")
+    assert (code, "curvature was" in error) == (2, True)
 
 
 def test_a_full_disk_ends_in_one_line_that_says_what_is_kept(run, script, monkeypatch):
@@ -244,6 +288,21 @@ def test_ctrl_c_in_a_real_process(script):
             "--fisher must be exact or empirical",
         ),
         (["ownscript:problem", "--curvature", "identity", "--damping", "1"], "--damping must be left out with"),
+        (
+            ["ownscript:problem", "--curvature", "identity", "--fisher", "exact"],
+            "--fisher must be left out with --curvature identity, got exact",
+        ),
+        (
+            ["ownscript:problem", "--curvature", "cg", "--fisher", "empirical"],
+            "--fisher must be exact with --curvature cg, got empirical",
+        ),
+        (
+            ["ownscript:problem", "--curvature", "data-inf", "--fisher", "exact"],
+            "--fisher must be empirical with --curvature data-inf, got exact",
+        ),
+        (["ownscript:problem", "--curvature", "cg", "--damping", "auto"], "damping must be a number, got 'auto'"),
+        (["ownscript:problem", "--curvature", "arnoldi", "--damping", "0"], "damping must be a number > 0, got 0"),
+        (["ownscript:problem", "--curvature", "data-inf", "--damping", "0"], "damping must be a number > 0 or 'auto'"),
         (["ownscript:problem", "--layers", "nine"], "layers='nine' names no layer"),
         (
             ["ownscript:problem", "--loss", "hinge"],

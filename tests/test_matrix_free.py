@@ -11,7 +11,22 @@ from hypothesis import strategies as st
 from torch import nn
 from tqdm import tqdm
 
-from fastif import CG, EKFAC, KFAC, Arnoldi, Diagonal, Diverged, ExactBlock, Influence, LiSSA, NotConverged, build_info
+from fastif import (
+    CG,
+    EKFAC,
+    KFAC,
+    Arnoldi,
+    DataInf,
+    Diagonal,
+    Diverged,
+    ExactBlock,
+    Identity,
+    Influence,
+    LiSSA,
+    NotConverged,
+    RandomProjection,
+    build_info,
+)
 from fastif import NotPositiveDefinite as Indefinite
 from fastif.curvature.arnoldi import krylov
 from fastif.curvature.cg import conjugate_gradients
@@ -482,6 +497,21 @@ def test_too_few_steps_are_warned_of_with_the_residual():
         influence_of(model, CG(DAMPING, tolerance=1e-12)).fit(single).scores(tuple(x[:9] for x in single), single)
 
 
+def test_warnings_point_at_the_line_that_asked():
+    model, data = network("mlp")
+    few = tuple(x[:2] for x in data)
+    influence = influence_of(model, CG(1e-6, max_steps=1, tolerance=1e-9)).fit(data)
+    for ask in (
+        lambda: influence.scores(few, data),
+        lambda: influence.self_influence(few),
+        lambda: influence.on_parameters(few),
+        lambda: influence_of(model, Arnoldi(6, DAMPING, block=1, max_steps=2)).fit(data),
+    ):
+        with pytest.warns(NotConverged) as found:
+            ask()
+        assert {warning.filename for warning in found} == {__file__}
+
+
 def test_the_true_residual_is_told_and_the_tolerance_obeyed():
     model, data = network("words")
     exact = influence_of(model, ExactBlock(DAMPING, joint=True)).fit(data).curvature["words"].block
@@ -562,16 +592,22 @@ def test_solves_show_their_progress_where_that_is_wanted(made, capsys, monkeypat
     assert "residual=" in shown[1]
 
 
-def test_plans_tell_what_they_do_not_count():
+def test_plans_tell_what_products_take_at_most():
     model, data = network("mlp")
     plans = {made: influence_of(model, made).plan(data) for made in (CG(), Arnoldi(3), CG(preconditioner=KFAC()))}
     for made, plan in plans.items():
         assert plan.multiplying == (type(made).__name__,)
-        assert f"products of {type(made).__name__} with the curvature are not counted" in str(plan)
+        assert f"products with the curvature: {type(made).__name__}" in str(plan)
+        assert f"fit: at most {plan.fit_flops / 1e9:.1f} GFLOP" in str(plan)
+        assert ("solved for with at most" in str(plan)) == isinstance(made, CG)
     flops = [plan.fit_flops for plan in plans.values()]
-    assert flops[0] == flops[1] == 0
+    assert flops[0] == 0 < flops[1]
     assert flops[2] == influence_of(model, KFAC()).plan(data).fit_flops > 0
-    assert "not counted" not in str(influence_of(model, KFAC()).plan(data))
+    solves = [plan.solve_flops for plan in plans.values()]
+    assert solves[0] == solves[2] > solves[1] == 0
+    held = influence_of(model, KFAC()).plan(data)
+    assert (held.multiplying, held.solve_flops, held.solve_bytes) == ((), 0, 0)
+    assert "at most" not in str(held)
 
 
 def test_kept_graphs_tell_their_bytes():
@@ -667,6 +703,26 @@ def test_a_preconditioner_must_be_an_estimator():
     for joint in (CG(), Arnoldi(), ExactBlock(joint=True)):
         with pytest.raises(TypeError, match=f"of single blocks, got {type(joint).__name__}, which is one of all"):
             CG(preconditioner=joint)
+
+
+@pytest.mark.parametrize(
+    ("made", "text"),
+    [
+        (EKFAC(0.1, "empirical"), "EKFAC(damping=0.1, fisher='empirical', separable=None)"),
+        (Identity(), "Identity()"),
+        (ExactBlock("auto", joint=True), "ExactBlock(damping='auto', matrix='ggn', joint=True)"),
+        (DataInf(), "DataInf(damping='auto')"),
+        (
+            CG(0.1, preconditioner=Diagonal(1.0)),
+            "CG(damping=0.1, matrix='ggn', tolerance=0.0001, max_steps=200, "
+            "preconditioner=Diagonal(damping=1.0, fisher='exact'), keep_graph=False)",
+        ),
+        (RandomProjection(8), "RandomProjection(dimension=8, damping=0.001, fisher='empirical', seed=0)"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_estimators_show_themselves_as_they_were_called(made, text):
+    assert repr(made) == text
 
 
 @pytest.mark.parametrize("made", [EKFAC, {"*": EKFAC}])

@@ -5,19 +5,23 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastif import (
     CG,
     EKFAC,
     KFAC,
+    Arnoldi,
     DataInf,
     Diagonal,
     ExactBlock,
     Identity,
     Influence,
+    LiSSA,
     RandomProjection,
     build_info,
 )
+from fastif.curvature.products import Operator
 from fastif.measure import Measure
 
 
@@ -161,3 +165,94 @@ def test_positions_bytes_and_operations_are_those_of_the_layers():
     assert plan.skipped == {"3.weight": "layers= leaves '3' out", "3.bias": "layers= leaves '3' out"}
     assert plan.fit_flops > 600 * 2 * 2 * 785 * 785
     assert "600 training examples" in str(plan)
+
+
+MULTIPLYING = [
+    CG(1e-3, tolerance=0.1, max_steps=10),
+    CG(100.0, "hessian", tolerance=1e-6, max_steps=3, keep_graph=True),
+    CG(1e-3, tolerance=1e-2, max_steps=3, preconditioner=KFAC(1e-2)),
+    LiSSA(1e-3, steps=10),
+    LiSSA(1e-3, steps=10, batch=40, repeats=2),
+    LiSSA(1e-3, steps=10, scale=1e3, keep_graph=True),
+    Arnoldi(4, 1e-2, tolerance=1e-6, max_steps=4),
+    Arnoldi(4, 1e-2, tolerance=1e-6, block=2, max_steps=5, keep_graph=True),
+]
+
+
+def small(make, n=60):
+    torch.manual_seed(0)
+    model, x = make()
+    return model, (x[:n], torch.arange(n) % 3)
+
+
+def somewhere(model):
+    return {name: torch.randn_like(p) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("made", MULTIPLYING, ids=lambda made: type(made).__name__)
+@pytest.mark.parametrize("make", [mlp, cnn])
+@pytest.mark.filterwarnings("ignore::fastif.NotConverged")
+def test_products_take_at_most_the_operations_of_the_plan(make, made, monkeypatch):
+    """Those of all Operators, by fit and by the solve of one right-hand side, and not many fewer."""
+    model, data = small(make)
+    influence = Influence(model, curvature=made, batch_size=30, progress=False)
+    plan = influence.plan(data)
+    counted = []
+
+    def counting(method):
+        def wrapped(*arguments, **options):
+            with FlopCounterMode(display=False) as counter:
+                found = method(*arguments, **options)
+            counted.append(counter.get_total_flops())
+            return found
+
+        return wrapped
+
+    monkeypatch.setattr(Operator, "__init__", counting(Operator.__init__))
+    monkeypatch.setattr(Operator, "__call__", counting(Operator.__call__))
+    influence.fit(data)
+    if isinstance(made, CG):
+        assert not counted  # a preconditioner takes no products
+    else:  # an Operator looks at what one example keeps, once
+        assert sum(counted) <= 1.001 * plan.fit_flops <= 1.6 * sum(counted)  # draws with repetition are fewer
+    counted.clear()
+    influence.solve(somewhere(model))
+    assert sum(counted) <= 1.001 * plan.solve_flops <= 1.6 * sum(counted)
+
+
+@pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
+@pytest.mark.parametrize("made", MULTIPLYING, ids=lambda made: type(made).__name__)
+@pytest.mark.parametrize("make", [mlp, cnn])
+@pytest.mark.filterwarnings("ignore::fastif.NotConverged")
+def test_products_take_the_bytes_of_the_plan(make, made):
+    model, data = small(make)
+    influence = Influence(model, curvature=made, batch_size=30, progress=False)
+    plan = influence.plan(data)
+    with Measure() as fit_work:
+        influence.fit(data)
+    with Measure() as work:
+        influence.solve(somewhere(model))
+    assert 1 / 1.3 <= plan.fit_bytes / fit_work.peak_bytes <= 1.3
+    if not isinstance(made, Arnoldi):
+        assert 1 / 1.3 <= plan.solve_bytes / work.peak_bytes <= 1.3
+
+
+def test_the_rows_of_a_hessian_are_counted():
+    """A backward pass through the gradient's graph for each parameter; the head alone has a closed form."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 6), nn.Tanh(), nn.Linear(6, 4))
+    data = torch.randn(40, 20), torch.arange(40) % 4
+    plans = {}
+    for matrix in ("ggn", "hessian"):
+        for layers in ("0", "2"):
+            curvature = ExactBlock(10.0, matrix)
+            influence = Influence(model, curvature=curvature, layers=layers, batch_size=20, progress=False)
+            plans[matrix, layers] = influence.plan(data)
+            with FlopCounterMode(display=False) as counter:
+                influence.fit(data)
+            if (matrix, layers) == ("hessian", "0"):
+                passes = counter.get_total_flops()
+    cholesky = 126**3 / 3
+    assert 0.9 * passes <= plans["hessian", "0"].fit_flops - cholesky <= 1.3 * passes
+    assert plans["hessian", "2"] == plans["ggn", "2"]
+    assert not plans["hessian", "0"].multiplying

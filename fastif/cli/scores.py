@@ -22,7 +22,18 @@ from torch import nn
 from fastif.capture import dtype_of
 from fastif.cli.arguments import Interrupted, ScriptError, check, device_named, split, terminal, writable
 from fastif.cli.sample import drawn
-from fastif.curvature import EKFAC, KFAC, Diagonal, ExactBlock, Identity
+from fastif.curvature import (
+    CG,
+    EKFAC,
+    KFAC,
+    Arnoldi,
+    DataInf,
+    Diagonal,
+    ExactBlock,
+    Identity,
+    LiSSA,
+    RandomProjection,
+)
 from fastif.data import as_loader, count
 from fastif.evaluation.class_removal import check_budgets, choose_samplers
 from fastif.features import extract
@@ -32,8 +43,19 @@ from fastif.losses import LOSSES, MEASUREMENTS
 from fastif.samplers import Subset
 from fastif.store import MANIFEST, ScoreFolder, fit_settings
 
-CURVATURES = ("ekfac", "kfac", "diagonal", "identity", "exact")
 FISHERS = ("exact", "monte_carlo", "empirical")
+CURVATURES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {  # the estimator, and what --fisher may be
+    "ekfac": (EKFAC, FISHERS),
+    "kfac": (KFAC, FISHERS),
+    "diagonal": (Diagonal, FISHERS),
+    "identity": (Identity, ()),
+    "exact": (ExactBlock, ("exact", "empirical")),
+    "cg": (CG, ("exact",)),
+    "lissa": (LiSSA, ("exact",)),
+    "arnoldi": (Arnoldi, ("exact",)),
+    "data-inf": (DataInf, ("empirical",)),
+    "random-projection": (RandomProjection, FISHERS),
+}
 _SHOWN = 5  # queries, and training examples of each, in the table
 
 
@@ -49,10 +71,18 @@ def scores_command(
     out: Annotated[Path, typer.Option(help="Folder for the scores.")],
     curvature: Annotated[str, typer.Option(help=f"One of {', '.join(CURVATURES)}.")] = "ekfac",
     damping: Annotated[
-        str | None, typer.Option(help="Added to the curvature's diagonal: a number or auto.", show_default="1e-3")
+        str | None,
+        typer.Option(
+            help="Added to the curvature's diagonal: a number or auto.",
+            show_default="1e-3; lissa 1e-2, data-inf auto",
+        ),
     ] = None,
     fisher: Annotated[
-        str | None, typer.Option(help=f"Gradients for it: one of {', '.join(FISHERS)}.", show_default="exact")
+        str | None,
+        typer.Option(
+            help=f"Gradients for it: one of {', '.join(FISHERS)}.",
+            show_default="exact; data-inf, random-projection empirical",
+        ),
     ] = None,
     layers: Annotated[
         list[str] | None,
@@ -76,7 +106,7 @@ def scores_command(
         bool, typer.Option("--self-influence", help="Write self_influence.npy, too: each example's score on itself.")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="For samplers, for monte_carlo, and torch's while the script runs.")] = 0,
+    seed: Annotated[int, typer.Option(help="For samplers, what the curvature draws, and torch in your function.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a job in the same folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
@@ -86,7 +116,7 @@ def scores_command(
     They are written block by block; fastif.ScoreFolder(FOLDER) reads them in Python.
     """
     began = time.perf_counter()
-    estimator = _estimator(curvature, damping, fisher)
+    estimator = _estimator(curvature, damping, fisher, seed)
     check("batch-size", batch_size, batch_size >= 1, ">= 1")
     check("memory", memory, memory >= 1, ">= 1")
     check("top", top, top >= 0, ">= 0")
@@ -142,24 +172,27 @@ def scores_command(
         console.print(f"{time.perf_counter() - began:.1f} s in all")
 
 
-def _estimator(curvature: str, damping: str | None, fisher: str | None) -> Any:
+def _estimator(curvature: str, damping: str | None, fisher: str | None, seed: int) -> Any:
+    """The estimator, with its own defaults for what is not given."""
     check("curvature", curvature, curvature in CURVATURES, f"one of {', '.join(CURVATURES)}")
     check("fisher", fisher, fisher is None or fisher in FISHERS, f"one of {', '.join(FISHERS)}")
-    if curvature == "identity":
-        for name, given in (("damping", damping), ("fisher", fisher)):
-            check(name, given, given is None, "left out with --curvature identity")
-        return Identity()
-    strength: Any = "auto"
-    if damping != "auto":
+    make, fishers = CURVATURES[curvature]
+    rule = f"{' or '.join(fishers) or 'left out'} with --curvature {curvature}"
+    check("fisher", fisher, fisher is None or fisher in fishers, rule)
+    options: dict[str, Any] = {}
+    if damping is not None:
+        check("damping", damping, make is not Identity, f"left out with --curvature {curvature}")
         try:
-            strength = 1e-3 if damping is None else float(damping)
+            options["damping"] = damping if damping == "auto" else float(damping)
         except ValueError:
             raise ValueError(f"--damping must be a number >= 0 or auto, got {damping}") from None
-    if curvature == "exact":
-        check("fisher", fisher, fisher != "monte_carlo", "exact or empirical with --curvature exact")
-        return ExactBlock(strength, "empirical_fisher" if fisher == "empirical" else "ggn")
-    kinds: dict[str, Callable[..., Any]] = {"ekfac": EKFAC, "kfac": KFAC, "diagonal": Diagonal}
-    return kinds[curvature](damping=strength, fisher=fisher or "exact")
+    if make is RandomProjection:
+        options["seed"] = seed
+    if fishers == FISHERS and fisher is not None:
+        options["fisher"] = fisher
+    elif make is ExactBlock and fisher == "empirical":
+        options["matrix"] = "empirical_fisher"
+    return make(**options)
 
 
 # ------------------------------------------------------------------------------------------------------- user's script
@@ -236,18 +269,22 @@ def _fit(
     k: int | None,
     seed: int,
 ) -> bool:
-    """Fits the curvature and keeps it in a file, or takes it from there: whether it did."""
+    """Fits the curvature and keeps it in a file, or takes it from there: whether it was there."""
     name = None if picker is None else picker[0]
     settings = {**fit_settings(influence, train), "sampler": name, "k": k}
-    if resume and stored.exists():
+    known = resume and stored.exists()
+    if known:
         found, state = _read_curvature(stored)
         refuse_differences(stored, found, settings)
-        influence.load_state_dict(state)
-        return True
+        if not influence.parts.needs_data:
+            influence.load_state_dict(state)
+            return True
     subset = None
     if picker is not None and k is not None:
         subset = _subset(influence, train, picker, k, seed)
     influence.fit(train, subset=subset)
+    if known:
+        return True
     from safetensors.torch import save
 
     state = {key: value.detach().cpu().contiguous() for key, value in influence.state_dict().items()}

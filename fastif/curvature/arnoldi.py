@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -11,8 +10,15 @@ import torch
 from torch import Generator, Tensor
 
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
-from fastif.curvature.network import FitData, JointCurvature, Shape
-from fastif.curvature.products import Layout, Matrix, NotConverged, check_iterations, check_matrix, operator_of
+from fastif.curvature.network import FitData, JointCurvature, Multiplied, Shape
+from fastif.curvature.products import (
+    Layout,
+    Matrix,
+    check_iterations,
+    check_matrix,
+    operator_of,
+    warn_not_converged,
+)
 
 Product = Callable[[Tensor], Tensor]  # [m, P] → [m, P], symmetric
 _ROUNDING = 8.0  # units of rounding below which a direction counts as spanned already
@@ -41,7 +47,6 @@ class Arnoldi(JointCurvature):
     """
 
     passes = 0
-    multiplies = True
 
     def __init__(
         self,
@@ -79,7 +84,7 @@ class Arnoldi(JointCurvature):
         size = self._layout.size
         generator = Generator().manual_seed(operator.data.seed)
         start = torch.randn(min(self.block, size), size, generator=generator, dtype=torch.float64)
-        steps = self.max_steps or -(-4 * (self.rank + self.block) // self.block)
+        steps = self._steps
         found = krylov(operator, start.to(operator.device, operator.dtype), steps, self.rank, self.tolerance)
         self._data = None
         negative = found.values[: self.rank][found.values[: self.rank] <= -self.damping]
@@ -96,12 +101,10 @@ class Arnoldi(JointCurvature):
         self._vectors = found.vectors
         residual, largest = float(self._residuals.max()), float(self._values.abs().max())
         if not found.invariant and (residual > self.tolerance * largest or self.error == 1):
-            warnings.warn(
+            warn_not_converged(
                 f"Arnoldi: after {steps} steps {len(self._values)} of rank={self.rank} pairs are there and the largest "
                 f"residual is {residual / largest:.2g} of the largest eigenvalue, at a tolerance of "
                 f"{self.tolerance:g}: more steps (max_steps) or a smaller rank would help",
-                NotConverged,
-                stacklevel=2,
             )
 
     @property
@@ -155,8 +158,16 @@ class Arnoldi(JointCurvature):
     def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
         del tables
         size = sum(math.prod(shape) for shape in shapes.values())
-        steps = self.max_steps or -(-4 * (self.rank + self.block) // self.block)
-        return min(self.rank, size) * size * item, min((steps + 3) * self.block, size) * size * item
+        longest = min((self._steps + 1) * self.block, size)  # basis, which is copied when it grows
+        return min(self.rank, size) * size * item, (2 * longest + 4 * self.block) * size * item
+
+    def multiplied(self, n: int) -> Multiplied:
+        del n
+        return Multiplied(fit=self._steps, together=self.block)
+
+    @property
+    def _steps(self) -> int:
+        return self.max_steps or -(-4 * (self.rank + self.block) // self.block)
 
 
 class Krylov(NamedTuple):
@@ -182,7 +193,7 @@ def krylov(product: Product, start: Tensor, steps: int, wanted: int, tolerance: 
     for _ in range(steps):
         image = product(rows)
         norm = float(image.double().norm(dim=1).max()) if len(image) else 0.0
-        coupling = (basis.double() @ image.double().T).cpu()  # [k, b]
+        coupling = _dots(basis, image).cpu()  # [k, b]
         k = len(basis)
         grown = torch.zeros(k, k, dtype=torch.float64)
         grown[: len(inner), : len(inner)] = inner
@@ -204,6 +215,12 @@ def krylov(product: Product, start: Tensor, steps: int, wanted: int, tolerance: 
         basis = torch.cat([basis, rows])
     vectors = shares[:, :wanted].T.to(basis) @ basis[: len(shares)]
     return Krylov(values, vectors, residuals, float(values.min()), len(rows) == 0)
+
+
+def _dots(basis: Tensor, image: Tensor) -> Tensor:
+    """Dot products [k, b] in float64, without a copy of the whole basis."""
+    columns = image.double().T
+    return torch.cat([rows.double() @ columns for rows in basis.split(max(1, len(image)))])
 
 
 def _orthonormal(rows: Tensor, basis: Tensor, scale: float = 1.0) -> Tensor:

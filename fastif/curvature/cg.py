@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import warnings
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from fastif.curvature.arnoldi import Product, krylov, sufficient
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
-from fastif.curvature.network import FitData, JointCurvature, Shape, check_estimator
+from fastif.curvature.network import FitData, JointCurvature, Multiplied, Shape, check_estimator
 from fastif.curvature.products import (
     Layout,
     Matrix,
-    NotConverged,
     check_iterations,
     check_matrix,
     iterating,
     operator_of,
     silent,
+    warn_not_converged,
 )
 from fastif.gradients import Gradients
 from fastif.losses import Fisher
@@ -46,13 +46,11 @@ class CG(JointCurvature):
         matrix: "ggn" or "hessian"; a Hessian that λ does not make positive definite is refused when a direction shows
             it.
         tolerance: of the residual, relative to the right-hand side.
-        max_steps: products at most; where they do not suffice, `NotConverged` is warned of.
+        max_steps: of the recursion, a product each; where they do not suffice, `NotConverged` is warned of.
         preconditioner: an estimator of single blocks (`Diagonal`, `KFAC`, `EKFAC`), with a damping of its own; it is
             fitted on the same subset.
         keep_graph: see `Operator`: fewer passes, more memory; `graph_bytes` tells how much.
     """
-
-    multiplies = True
 
     def __init__(
         self,
@@ -122,7 +120,7 @@ class CG(JointCurvature):
             )
         self.residual, self.steps_taken = float(found.residuals.max()), found.steps
         if self.residual > self.tolerance:
-            warnings.warn(
+            warn_not_converged(
                 f"CG: after {self.steps_taken} of {self.max_steps} steps the residual is {self.residual:.2g} of the "
                 f"right-hand side, above the tolerance {self.tolerance:g}"
                 + (
@@ -130,8 +128,6 @@ class CG(JointCurvature):
                     if self.steps_taken >= self.max_steps
                     else f": it falls no longer, {operator.coarsest} does not resolve less"
                 ),
-                NotConverged,
-                stacklevel=2,
             )
         return self._layout.by_block(found.x, rhs)
 
@@ -158,6 +154,12 @@ class CG(JointCurvature):
             return 0, 0
         parts = [self.preconditioner.footprint(shape, tables[name], item) for name, shape in shapes.items()]
         return sum(held for held, _ in parts), max(making for _, making in parts)
+
+    def multiplied(self, n: int) -> Multiplied:
+        """One in a step, and one when the recursion ends, which begins anew only where it has halved the residual."""
+        del n
+        ends = 1 + math.ceil(-math.log2(self.tolerance))
+        return Multiplied(solve=self.max_steps + min(ends, self.max_steps))
 
 
 class Solved(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastif.curvature.called import Called
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
 from fastif.curvature.directions import Directions, Explicit
 from fastif.gradients import Dense, Formed, Gradients, OneHot, Sliced
@@ -17,7 +18,7 @@ _RELATIVE_DAMPING = 0.1  # of the mean squared entry of the gradients, for dampi
 _ENTRIES = 1 << 24  # of gradients that are formed at a time where they have to be
 
 
-class DataInf:
+class DataInf(Called):
     """(G + λI)⁻¹ ≈ Σ_i (w_i/W)(W g_i g_iᵀ + λI)⁻¹ for G = Σ_i w_i g_i g_iᵀ, W = Σ_i w_i: in closed form
 
         solve(v) = (v − Σ_i w_i ⟨g_i, v⟩ / (λ + W|g_i|²) g_i) / λ,
@@ -50,7 +51,7 @@ class DataInf:
 
     def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
         del column, turn
-        self._parts += [(part, weights[rows]) for part, rows in _kept(gradients)]
+        self._parts += [(part, weights[rows].clone()) for part, rows in _kept(gradients)]  # of no other layer's memory
 
     def end(self, turn: int) -> None:
         """Finds λ and each example's gain. Raises NotPositiveDefinite where "auto" finds 0."""

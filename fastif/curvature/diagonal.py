@@ -7,13 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from fastif.curvature.called import Called
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
 from fastif.curvature.directions import Directions, Explicit
 from fastif.gradients import Gradients
 from fastif.losses import Fisher
 
 
-class Diagonal:
+class Diagonal(Called):
     """diag(G) = Σ_i w_i Σ_s g_is², elementwise: entries that influence one another are not seen to.
 
     Args:
@@ -88,7 +89,7 @@ class Diagonal:
         return 2 * math.prod(shape) * item, 0  # and the sum of one batch
 
 
-class Identity:
+class Identity(Called):
     """No curvature: scores are dot products of gradients, divided by n (TracIn's; Pruthi et al. 2020)."""
 
     passes, fisher = 0, "empirical"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastif import ops
+from fastif.curvature.called import Called
 from fastif.curvature.cholesky import check_damping, extreme_eigenvalues, factorize
 from fastif.curvature.directions import Directions, Explicit
 from fastif.curvature.kfac import KFAC
@@ -25,7 +26,7 @@ _LOW_RANK = 1 / 8  # a downdate of fewer columns than this share of the block is
 _SMALLEST_PIVOT = 1e-8  # of such a downdate: what its subtraction may cancel
 
 
-class ExactBlock:
+class ExactBlock(Called):
     """Curvature of a layer that is exact over all pairs of its parameters; Cholesky solves.
 
     For a linear layer whose outputs are the logits, G = Σ_i w_i H_i ⊗ a_i a_iᵀ of shape [c·d, c·d], with layer inputs

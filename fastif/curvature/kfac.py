@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastif.curvature.called import Called
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
 from fastif.curvature.directions import Directions, Explicit, Separable, products_of
 from fastif.gradients import Gradients
@@ -16,7 +17,7 @@ from fastif.losses import Fisher
 _RELATIVE_DAMPING = 0.1  # of the mean eigenvalue, for damping="auto" (Grosse et al. 2023)
 
 
-class KFAC:
+class KFAC(Called):
     """G ≈ A ⊗ B: the mean second moment of a layer's inputs times the summed one of its output gradients.
 
     A = Σ_i w_i Σ_t a_it a_itᵀ / Σ_i w_i t, B = Σ_i w_i Σ_t Σ_s u_it u_itᵀ over the columns s of `fisher` (Martens &

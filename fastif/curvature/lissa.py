@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Literal
@@ -14,17 +13,17 @@ from torch import Generator, Tensor
 from fastif.curvature.arnoldi import Product, krylov, sufficient
 from fastif.curvature.cg import dots, norms_of, scaled
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
-from fastif.curvature.network import FitData, JointCurvature, Shape
+from fastif.curvature.network import FitData, JointCurvature, Multiplied, Shape
 from fastif.curvature.products import (
     Layout,
     Matrix,
-    NotConverged,
     Operator,
     check_iterations,
     check_matrix,
     iterating,
     operator_of,
     silent,
+    warn_not_converged,
 )
 from fastif.subset import Subset
 
@@ -63,8 +62,6 @@ class LiSSA(JointCurvature):
 
     Of the last solve, `residual` (computed from x) and `steps_taken` are kept.
     """
-
-    multiplies = True
 
     def __init__(
         self,
@@ -147,7 +144,7 @@ class LiSSA(JointCurvature):
                 self.steps_taken += taken
         self.residual = float(norms_of(b - (operator(x) + self.damping * x)).max())
         if not self.residual <= self.tolerance:
-            warnings.warn(
+            warn_not_converged(
                 f"LiSSA: after {self.steps_taken} steps the residual is {self.residual:.2g} of the right-hand side, "
                 f"above the tolerance {self.tolerance:g}: "
                 + (
@@ -157,8 +154,6 @@ class LiSSA(JointCurvature):
                     + (" or CG" if self.batch is None else ", larger batches or more repeats")
                     + " would help"
                 ),
-                NotConverged,
-                stacklevel=2,
             )
         return self._layout.by_block(x * sizes[:, None].to(x), rhs)
 
@@ -186,9 +181,15 @@ class LiSSA(JointCurvature):
         self._scale = state["scale"]
 
     def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
-        """Nothing is held; a solve takes some vectors of its right-hand sides' size, and the graph."""
-        del shapes, tables, item
-        return 0, 0
+        """Nothing is held; the scale takes a few vectors, a solve some of its right-hand sides' size, and the graph."""
+        del tables
+        return 0, 4 * sum(math.prod(shape) for shape in shapes.values()) * item if self.scale == "auto" else 0
+
+    def multiplied(self, n: int) -> Multiplied:
+        """Power iteration for the scale; one in a step, and two of all examples that look at where it has come to."""
+        share = 1.0 if self.batch is None else min(1.0, self.batch / n)
+        finding = _POWER_STEPS if self.scale == "auto" else 0
+        return Multiplied(share * finding, share * self.steps * self.repeats + 2)
 
 
 def drawn(subset: Subset, batch: int, generator: Generator) -> Subset:

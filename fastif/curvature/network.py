@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastif.curvature.called import Called
 from fastif.curvature.directions import Directions, Explicit
 from fastif.gradients import Formed, Gradients
 from fastif.layers import Block
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from fastif.curvature import Curvature
 
 Shape = tuple[int, int, int]  # g, o, d of a block
-_STANDING = 8  # vectors that a solve takes beside each of its right-hand sides, and these themselves
+STANDING = 8  # vectors that a solve takes beside each of its right-hand sides, and these themselves
 
 
 class FitData(NamedTuple):
@@ -35,7 +36,15 @@ class FitData(NamedTuple):
     progress: bool = False  # whether iterations show a bar
 
 
-class JointCurvature(ABC):
+class Multiplied(NamedTuple):
+    """How often an estimator multiplies with the curvature of the fit's data, at most."""
+
+    fit: float = 0.0  # with `together` vectors at once
+    solve: float = 0.0  # for a right-hand side on its own; then the data are needed at every solve, a state does not do
+    together: int = 1
+
+
+class JointCurvature(Called, ABC):
     """An estimator that sees several blocks at once. Dictionaries are keyed by block.
 
     The protocol is that of one block (`Curvature`), with all blocks in every call. One that only multiplies with the
@@ -44,7 +53,6 @@ class JointCurvature(ABC):
 
     passes: int = 0
     fisher: Fisher = "empirical"
-    multiplies: bool = False  # with the curvature of the data, by passes that nothing but the solve knows the number of
     memory: int = 1 << 27  # bytes that right-hand sides, and what solving takes beside them, may take at a time
 
     @abstractmethod
@@ -66,7 +74,7 @@ class JointCurvature(ABC):
     def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
         """g_iᵀ (G + λI)⁻¹ g_i, [n]."""
         n = len(next(iter(gradients.values())))
-        each = max(1, self.memory // (_STANDING * sum(g.rows(0, 1).formed().nbytes for g in gradients.values())))
+        each = max(1, self.memory // (STANDING * sum(g.rows(0, 1).formed().nbytes for g in gradients.values())))
         parts = []
         for begin in range(0, n, each):
             formed = {name: g.rows(begin, begin + each).formed() for name, g in gradients.items()}
@@ -92,6 +100,11 @@ class JointCurvature(ABC):
     @abstractmethod
     def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
         """As `Curvature.footprint`, for all its blocks."""
+
+    def multiplied(self, n: int) -> Multiplied:
+        """For `Influence.plan`: products with the curvature of n examples; with that of fewer, as much less of one."""
+        del n
+        return Multiplied()
 
 
 class Alone(JointCurvature):
@@ -207,6 +220,11 @@ class NetworkCurvature:
     @property
     def passes(self) -> int:
         return max(part.passes for part in self.parts.values())
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether a solve multiplies with the curvature of the fit's data, which no state holds."""
+        return any(part.multiplied(1).solve for part in self.parts.values())
 
     def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
         for names, part in self.parts.items():

@@ -6,8 +6,12 @@ Vectors are given by block, [m, g, o, d], or flat: one row per right-hand side, 
 from __future__ import annotations
 
 import math
+import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,6 +30,7 @@ from fastif.losses import labels_in, logits_of, per_sample
 from fastif.subset import Subset
 
 Matrix = Literal["ggn", "hessian"]
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 _TOGETHER = 16  # right-hand sides that share a forward pass; their tangents stand in memory side by side
 _LEAST = 8  # examples of a slice
 _NEAR = 1 << 25  # bytes of activations and tangents at a time on the CPU: with more, passes wait for memory
@@ -33,6 +38,14 @@ _NEAR = 1 << 25  # bytes of activations and tangents at a time on the CPU: with 
 
 class NotConverged(UserWarning):
     """An iterative solver ran out of steps; the message tells the residual that is left."""
+
+
+def warn_not_converged(message: str) -> None:
+    """Warns at the line outside of the package that asked for it."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, NotConverged, stacklevel=level)
 
 
 class Layout:
