@@ -101,7 +101,7 @@ def test_the_experiment_runs_and_goes_on_where_it_was_cut_off(tmp_path, monkeypa
             if row["method"] == "head":
                 assert row["SA"] < original["SA"]
     assert retrained["SA"] == 0
-    for name in ("radar.png", "sizes.png", "spread.png"):
+    for name in ("radar.png", "sizes.png"):
         assert (tmp_path / "class" / name).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "class" / "tables.md").read_text() == tables(results)
     with pytest.raises(ValueError, match="other settings"):

@@ -78,7 +78,7 @@ def test_peak_memory_of_fit_is_predicted_within_a_fifth(make, curvature, batch_s
 
 
 @pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
-@pytest.mark.parametrize("q", [5, 50, 200])
+@pytest.mark.parametrize("q", [5, 60])
 @pytest.mark.parametrize("form", [{}, {"rank": 2}, {"separable": 1e-2}, {"memory": 1 << 22}], ids=str)
 @pytest.mark.parametrize("make", [mlp, cnn, gpt])
 def test_peak_memory_of_scores_is_predicted_within_a_fifth(make, form, q):

@@ -49,18 +49,19 @@ def summarised(
 
 
 def write_report(results: Mapping[str, Any], out: Path) -> None:
-    """Writes tables.md, radar.png, sizes.png and spread.png to the folder `out`."""
+    """Writes tables.md, radar.png, sizes.png and, of several seeds, spread.png to the folder `out`."""
     write_whole(out / "tables.md", tables(results))
     draw(results, f"{out}/")
 
 
 def draw(results: Mapping[str, Any], prefix: str | Path) -> None:
-    """Writes the three pictures, their names after `prefix`."""
+    """Writes the pictures, their names after `prefix`; that of spreads where there are several seeds."""
     shown, task = [entry for entry in results["summary"] if entry["runs"]], results["meta"]["task"]
     _radar(shown, _AXES.get(task, _OTHER_AXES), Path(f"{prefix}radar.png"))
     every = (*metrics(task), *COSTS)
     _against_size(shown, [(metric, metric) for metric in every], Path(f"{prefix}sizes.png"))
-    _against_size(shown, [(f"{metric}_std", f"std of {metric}") for metric in every], Path(f"{prefix}spread.png"))
+    if results["meta"]["seeds"] > 1:
+        _against_size(shown, [(f"{metric}_std", f"std of {metric}") for metric in every], Path(f"{prefix}spread.png"))
 
 
 def tables(results: Mapping[str, Any]) -> str:
