@@ -6,7 +6,7 @@ python benchmarks/results.py keep runs/kcenter.json kcenter-cpu
 python benchmarks/results.py keep runs/mislabel/results.json mislabel
 python benchmarks/results.py keep runs/lds/results.json lds
 python benchmarks/results.py keep runs/class-removal-cifar10-0.25/class/results.json published-cifar10
-python benchmarks/results.py add runs/lds/results.json lds     # of a run of some models or contenders: its rows alone
+python benchmarks/results.py add runs/lds/results.json lds     # of a run of some models, contenders or benchmarks: these alone
 python benchmarks/results.py keep runs/solvers.json solvers-cpu
 python benchmarks/results.py tables          # rewrites README.md and the pages in docs between markers; pictures
 """
@@ -51,12 +51,29 @@ def keep(source: Path, name: str) -> None:
     (KEPT / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
-def add(source: Path, name: str) -> None:
-    """Puts the rows of an LDS run of some contenders among those that are kept, in the place of their own.
+def _core(fact: Any) -> Any:
+    """Of the processor its name: its clock is another at every look."""
+    return fact.get("brand_raw", fact) if isinstance(fact, dict) else fact
 
-    Raises ValueError where the networks or their retrainings were others.
+
+def add(source: Path, name: str) -> None:
+    """Puts some benchmarks, or the rows of an LDS run of some contenders, among what is kept, in the place of their own.
+
+    A benchmark takes the place of all that were kept of it, with whatever parameters.
+
+    Raises ValueError where the machine was another, or the networks and their retrainings.
     """
     results, kept = json.loads(source.read_text()), json.loads((KEPT / f"{name}.json").read_text())
+    if "benchmarks" in results:
+        for key in ("cpu", "threads", "build", "torch"):
+            now, before = (_core(r["machine_info"][key]) for r in (results, kept))
+            if now != before:
+                raise ValueError(f"add: {key} must be that of the kept results, {before}, got {now}")
+        own = {benchmark["name"].split("[")[0] for benchmark in results["benchmarks"]}
+        others = [b for b in kept["benchmarks"] if b["name"].split("[")[0] not in own]
+        kept["benchmarks"] = others + results["benchmarks"]
+        (KEPT / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+        return
     for model, facts in results["meta"]["models"].items():
         for key, value in facts.items():
             before = kept["meta"]["models"].get(model, {}).get(key)

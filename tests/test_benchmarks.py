@@ -76,6 +76,28 @@ def test_rows_of_another_run_are_added_to_those_that_are_kept(tmp_path, monkeypa
         results.add(tmp_path / "other.json", "lds")
 
 
+def test_benchmarks_take_the_place_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "KEPT", tmp_path)
+    machine = {"cpu": {"brand_raw": "x", "hz": 1}, "threads": 2, "build": {"isa": "avx512"}, "torch": "2"}
+
+    def write(name, names, **facts):
+        found = [{"name": benchmark, "from": name} for benchmark in names]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"machine_info": {**machine, **facts}, "benchmarks": found}))
+
+    write("blocks", ["test_a[1]", "test_b"])
+    write("some", ["test_a[2]", "test_a[3]"], cpu={"brand_raw": "x", "hz": 2})
+    results.add(tmp_path / "some.json", "blocks")
+    kept = json.loads((tmp_path / "blocks.json").read_text())["benchmarks"]
+    assert [(b["name"], b["from"]) for b in kept] == [
+        ("test_b", "blocks"),
+        ("test_a[2]", "some"),
+        ("test_a[3]", "some"),
+    ]
+    write("other", ["test_b"], threads=1)
+    with pytest.raises(ValueError, match="add: threads must be that of the kept results, 2, got 1"):
+        results.add(tmp_path / "other.json", "blocks")
+
+
 def test_scores_that_are_not_finite_are_told_and_not_judged():
     retrained = evaluation.Retrained([], [], torch.zeros(0), torch.zeros(0))
     left_out = evaluation.LeftOut([], torch.zeros(0), torch.zeros(0), None)
