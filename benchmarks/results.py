@@ -6,7 +6,7 @@ python benchmarks/results.py keep runs/kcenter.json kcenter-cpu
 python benchmarks/results.py keep runs/mislabel/results.json mislabel
 python benchmarks/results.py keep runs/lds/results.json lds
 python benchmarks/results.py keep runs/class-removal-cifar10-0.25/class/results.json published-cifar10
-python benchmarks/results.py add runs/lds/results.json lds     # of a run of some models, contenders or benchmarks: these alone
+python benchmarks/results.py add runs/lds/results.json lds     # of a run of some contenders or benchmarks: these alone
 python benchmarks/results.py keep runs/solvers.json solvers-cpu
 python benchmarks/results.py tables          # rewrites README.md and the pages in docs between markers; pictures
 """
@@ -57,7 +57,7 @@ def _core(fact: Any) -> Any:
 
 
 def add(source: Path, name: str) -> None:
-    """Puts some benchmarks, or the rows of an LDS run of some contenders, among what is kept, in the place of their own.
+    """Puts some benchmarks, or LDS rows of some contenders, among what is kept, in the place of their own.
 
     A benchmark takes the place of all that were kept of it, with whatever parameters.
 
