@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-import fastif
 from benchmarks.class_removal import __main__ as experiment
 from benchmarks.class_removal import networks, tasks
 from benchmarks.class_removal.report import summarised, tables
@@ -71,7 +70,7 @@ def test_augmentation_shifts_and_flips():
 
 
 def test_the_experiment_runs_and_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
-    runs = [*RUNS, *(["LiSSA", "--m", "16", "--iterations", "5"] if hasattr(fastif, "LiSSA") else [])]
+    runs = [*RUNS, "LiSSA", "--m", "16", "--iterations", "5"]
     taken = []
     newton = experiment.newton
 
@@ -93,7 +92,7 @@ def test_the_experiment_runs_and_goes_on_where_it_was_cut_off(tmp_path, monkeypa
     for name, digest in results["meta"]["sha256"].items():
         assert networks.sha256(tmp_path / f"{name}.safetensors") == digest
     names = {entry["method"] for entry in results["summary"]}
-    assert names == {"head", "all"} | ({"LiSSA"} if hasattr(fastif, "LiSSA") else set())
+    assert names == {"head", "all", "LiSSA"}
     original, retrained = results["references"]
     for row in results["rows"]:
         if "failed" not in row:

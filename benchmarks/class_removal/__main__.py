@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -14,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import fastif
 from benchmarks.class_removal.networks import channels_last, network, sha256
 from benchmarks.class_removal.removals import SAMPLERS, LiSSA, Removed, Setting, last_block, lowest, newton
 from benchmarks.class_removal.report import summarised, write_report
@@ -91,8 +92,8 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     def outputs(network: nn.Module) -> Tensor:
         return extract(network, (images.x_test, images.y_test), device=device, progress=False).logits
 
-    model, moved = (trained(task.learnt, torch.arange(n)) for _ in range(2))
-    channels_last(moved)
+    model = trained(task.learnt, torch.arange(n))
+    moved = channels_last(copy.deepcopy(model))
     references: list[dict[str, Any]] = []
     retrained: dict[int, Tensor] = {}
     for case, removed in task.removed.items():
@@ -129,7 +130,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         return {"held_out_step": size, "held_out": found[size]}
 
     budgets = {"LiSSA": options.m} | {name: [round(share * n) for share in options.shares] for name in blocks}
-    names = {"LiSSA": SAMPLERS if hasattr(fastif, "LiSSA") else {}} | dict.fromkeys(blocks, OWN_SAMPLERS)
+    names = {"LiSSA": SAMPLERS} | dict.fromkeys(blocks, OWN_SAMPLERS)
     # Methods in the innermost place: what slows the machine for a while slows them all.
     jobs = [
         (method, sampler, k, case, seed)
@@ -176,7 +177,7 @@ def _command(words: list[str]) -> str:
     for word, before in zip(words, ["", *words], strict=False):
         if word != "--out" and before != "--out":
             kept.append("DIR" if before == "--root" else word)
-    return " ".join(["python -m benchmarks.class_removal", *kept])
+    return f"python -m benchmarks.class_removal {shlex.join(kept)}"
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import fastif
 from benchmarks.class_removal.networks import channels_last
 from fastif import Influence, extract, remove, samplers
+from fastif.curvature.products import Matrix
 from fastif.data import Data
 from fastif.measure import Measure
 from fastif.samplers import Subset, draw
@@ -75,22 +77,21 @@ class LiSSA:
     as `lowest` finds it; that search is not counted.
     """
 
-    def __init__(self, setting: Setting, matrix: str, damping: float, iterations: int):
-        self.setting, self.matrix, self.damping, self.iterations = setting, matrix, damping, iterations
+    def __init__(self, setting: Setting, matrix: Matrix, damping: float, iterations: int):
+        self.setting, self.damping, self.iterations = setting, damping, iterations
+        self.matrix: Matrix = matrix
         seen = extract(setting.model, setting.data, device=setting.device, progress=False)
         assert seen.labels is not None
         self.seen = {"features": seen.features, "logits": seen.logits, "labels": seen.labels}
 
     def __call__(self, removed: Tensor, sampler: Callable[..., Any], m: int, seed: int) -> Removed:
-        from fastif import LiSSA as Series
-
         model, images, device, weight_decay, batch_size = self.setting
         n = len(images.y_train)
         kept = torch.ones(n, dtype=torch.bool)
         kept[removed] = False
         kept = kept.nonzero()[:, 0]
         retained = {name: values[kept] for name, values in self.seen.items()}
-        series = Series(self.damping + weight_decay, self.matrix, steps=self.iterations, keep_graph=True)  # pyright: ignore
+        series = fastif.LiSSA(self.damping + weight_decay, self.matrix, steps=self.iterations, keep_graph=True)
         with warnings.catch_warnings(record=True) as said, Measure(device) as work:
             warnings.simplefilter("always")  # of a series that did not converge
             drawn = draw(partial(sampler, k=m), **retained, generator=torch.Generator().manual_seed(seed))

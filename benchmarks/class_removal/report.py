@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.class_removal.tasks import better_high, metrics
 from fastif.journal import write_whole
+from fastif.pages import new_figure
 
 COSTS = ("RTE", "ME")
 _AXES = {"class": ("F1", "SL", "EL", *COSTS)}
@@ -84,7 +85,7 @@ def tables(results: Mapping[str, Any]) -> str:
     for name in ("nothing removed", "retrained"):
         cell = [row for row in results["references"] if row["method"] == name]
         means = {metric: fmean(row[metric] for row in cell) for metric in (*others, decides)}
-        lines.append(f"| *{name}* | | | {means[decides]:.4f} | | | {_four(means, others)} | | | |")
+        lines.append(f"| *{name}* | | | {means[decides]:.4f} | | | {_means(means, others)} | | | |")
     for entry in summary:
         first = f"| {entry['method']} | {entry['sampler']} | {entry['k']:,} |"
         if not entry["runs"]:
@@ -95,7 +96,7 @@ def tables(results: Mapping[str, Any]) -> str:
         searched = "" if entry["held_out"] is None else f"{entry['held_out']:.4f}"
         lines.append(
             f"{first} {entry[decides]:.4f}{spread} | {entry['beyond_retrained']:+.4f} | {searched} "
-            f"| {_four(entry, others)} | {entry['RTE']:.3g} | {memory} | {entry['failed'] or ''} |"
+            f"| {_means(entry, others)} | {entry['RTE']:.3g} | {memory} | {entry['failed'] or ''} |"
         )
     lines += ["", *_costs(summary, decides), ""]
     lines.append(
@@ -114,7 +115,7 @@ def _cases(meta: Mapping[str, Any]) -> str:
     return f"{'classes' if meta['task'] == 'class' else 'draws'} {', '.join(map(str, meta['cases']))}"
 
 
-def _four(values: Mapping[str, Any], names: Sequence[str]) -> str:
+def _means(values: Mapping[str, Any], names: Sequence[str]) -> str:
     return " | ".join(f"{values[metric]:.4f}" for metric in names)
 
 
@@ -152,13 +153,8 @@ def _names(entry: Mapping[str, Any]) -> str:
     return f"{entry['method']}, {entry['sampler']}"
 
 
-def _new_figure(columns: int, rows: int, **options: Any) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.1 * columns, 2.9 * rows + 1), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+def _figure(columns: int, rows: int, **subplot: Any) -> tuple[Any, Any]:
+    return new_figure(columns, rows, 3.1 * columns, 2.9 * rows + 1, **subplot)
 
 
 def _radar(summary: Sequence[Mapping[str, Any]], wanted: Sequence[str], path: Path) -> None:
@@ -166,7 +162,7 @@ def _radar(summary: Sequence[Mapping[str, Any]], wanted: Sequence[str], path: Pa
     largest = {_names(entry): entry for entry in sorted(summary, key=lambda entry: entry["k"])}
     axes_used = [(m, better_high(m)) for m in wanted if all(entry[m] for entry in largest.values())]
     columns = min(4, len(largest))
-    figure, axes = _new_figure(columns, -(-len(largest) // columns), subplot_kw={"projection": "polar"})
+    figure, axes = _figure(columns, -(-len(largest) // columns), subplot_kw={"projection": "polar"})
     angles = [2 * math.pi * i / len(axes_used) for i in range(len(axes_used))]
     for ax, (name, entry) in zip(axes.flat, largest.items(), strict=False):
         radii = []
@@ -186,7 +182,7 @@ def _radar(summary: Sequence[Mapping[str, Any]], wanted: Sequence[str], path: Pa
 
 def _against_size(summary: Sequence[Mapping[str, Any]], panels: Sequence[tuple[str, str]], path: Path) -> None:
     """Metrics against the number of examples that carry the curvature, with their standard deviations."""
-    figure, axes = _new_figure(4, -(-len(panels) // 4))
+    figure, axes = _figure(4, -(-len(panels) // 4))
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for entry in summary:
         lines.setdefault(_names(entry), []).append(entry)
