@@ -68,3 +68,20 @@ def head_gradients(problem: Problem) -> Tensor:
         grads = torch.autograd.grad(cross_entropy(problem.model(x[None]), y[None]), [head.weight, head.bias])
         rows.append(torch.cat([grads[0], grads[1][:, None]], 1))
     return torch.stack(rows)
+
+
+def symmetric(values, seed=0):
+    """A symmetric matrix with these eigenvalues."""
+    g = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=g, dtype=torch.float64))
+    return q @ torch.diag(torch.as_tensor(values, dtype=torch.float64)) @ q.T
+
+
+def rows(m, size, seed=1):
+    return torch.randn(m, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def residuals(a, x, b, damping=0.0):
+    """Of x (A + λI) = b, row by row, relative to b."""
+    left = b - x @ a - damping * x
+    return left.norm(dim=1) / b.norm(dim=1).clamp(min=1e-300)
