@@ -25,6 +25,7 @@ from fastif.data import load
 from fastif.evaluation.class_removal import environment
 from fastif.evaluation.training import RECIPES
 from fastif.journal import Journal, write_whole
+from fastif.measure import Measure
 
 ROOT = Path(__file__).parents[2]
 OWN_SAMPLERS = {"random": samplers.random, "logit": samplers.logit, "leverage": samplers.leverage}
@@ -103,7 +104,9 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
             references.append({"method": method, "case": case, **task.judged(logits, case, retrained[case])})
 
     setting = Setting(model, task.images, device, recipe.weight_decay, 256)
-    lissa = LiSSA(setting, options.matrix, options.damping, options.iterations)
+    with Measure(device) as looking:
+        seen = extract(model, setting.data, device=device, progress=False)
+    lissa = LiSSA(setting, seen, options.matrix, options.damping, options.iterations)
     blocks = {"head": None, "last block": last_block(model), "all": "*"}
 
     def job(method: str, sampler: str, k: int, case: int, seed: int) -> Removed:
@@ -157,6 +160,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
 
     meta = {**settings, "cases": options.cases, "seeds": options.seeds, "n_test": len(images.y_test),
             "parameters": sum(p.numel() for p in model.parameters()), "sha256": hashes, "steps": STEPS,
+            "pass": {"seconds": looking.seconds, "peak_bytes": looking.peak_bytes},
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": _command(sys.argv[1:] if given is None else given), **environment(device)}  # fmt: skip
     asked = [rows[key] for key in jobs]

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import fastif
 from benchmarks.class_removal.networks import channels_last
-from fastif import Influence, extract, remove, samplers
+from fastif import Influence, remove, samplers
 from fastif.curvature.products import Matrix
 from fastif.data import Data
+from fastif.features import Extracted
 from fastif.measure import Measure
 from fastif.samplers import Subset, draw
 
@@ -77,10 +78,9 @@ class LiSSA:
     as `lowest` finds it; that search is not counted.
     """
 
-    def __init__(self, setting: Setting, matrix: Matrix, damping: float, iterations: int):
+    def __init__(self, setting: Setting, seen: Extracted, matrix: Matrix, damping: float, iterations: int):
         self.setting, self.damping, self.iterations = setting, damping, iterations
         self.matrix: Matrix = matrix
-        seen = extract(setting.model, setting.data, device=setting.device, progress=False)
         assert seen.labels is not None
         self.seen = {"features": seen.features, "logits": seen.logits, "labels": seen.labels}
 
