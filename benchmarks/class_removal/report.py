@@ -101,10 +101,11 @@ def tables(results: Mapping[str, Any]) -> str:
     lines += ["", *_costs(summary, decides), ""]
     lines.append(
         f"{meta['parameters']:,} parameters (width {meta['recipe']['width']:g}, {meta['recipe']['epochs']} epochs), "
-        f"{meta['examples']:,} training examples; means over {_cases(meta)} and {meta['seeds']} seeds, ± the standard "
-        f"deviation over seeds; LiSSA with the {meta['matrix']}, damping {meta['damping']:g}, at most "
-        f"{meta['iterations']:,} iterations; {_pass(meta['pass'])}; {meta['device']}, {meta['threads']} threads, torch "
-        f"{meta['versions']['torch']}, {meta['date'][:10]}. Made by `{meta['command']}`."
+        f"{meta['examples']:,} training examples; means over {_cases(meta)} and {_many(meta['seeds'], 'seed')}, ± the "
+        f"standard deviation over seeds; LiSSA with the {meta['matrix']}, damping {meta['damping']:g}, at most "
+        f"{meta['iterations']:,} iterations; {_pass(meta['pass'])}; {meta['device']}, "
+        f"{_many(meta['threads'], 'thread')}, torch {meta['versions']['torch']}, {meta['date'][:10]}. "
+        f"Made by `{meta['command']}`."
     )
     return "\n".join(lines) + "\n"
 
@@ -112,6 +113,10 @@ def tables(results: Mapping[str, Any]) -> str:
 def _pass(cost: Mapping[str, Any]) -> str:
     memory = "" if cost["peak_bytes"] is None else f" and {cost['peak_bytes'] / 2**20:.0f} MiB"
     return f"not counted: one pass for features and logits, {cost['seconds']:.3g} s{memory}"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _cases(meta: Mapping[str, Any]) -> str:
