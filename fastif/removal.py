@@ -20,7 +20,8 @@ from tqdm import tqdm
 from fastif.capture import Capture
 from fastif.curvature import ExactBlock
 from fastif.curvature.cholesky import check_damping
-from fastif.features import extract, find_head
+from fastif.data import count
+from fastif.features import Extracted, extract, find_head
 from fastif.newton import Figures, newton
 from fastif.retained_head import RetainedHead, without_removed
 from fastif.retained_network import RetainedNetwork, Sampler
@@ -84,6 +85,7 @@ def remove(
     weight_decay: float = 5e-4,
     line_search: bool = True,
     head: str | None = None,
+    extracted: Extracted | None = None,
     batch_size: int = 256,
     device: torch.device | str | None = None,
     generator: Generator | None = None,
@@ -118,19 +120,26 @@ def remove(
             the trained parameters, taken as its optimum. The first step is then docs/math.md (3) exactly, since
             ∇F_all(θ̂) − ∇F(θ̂) = (1/n) Σ_{i removed} ∇ℓ_i.
         head, batch_size, device, progress: as in `fastif.extract`.
+        extracted: what `fastif.extract(model, train)` returned, for the head's steps: the pass over the data is then
+            not made again. Several removals from one model need one pass.
         generator: for samplers that draw; default torch's global one, so that runs differ unless it is seeded.
 
     Raises ValueError for indices out of range, repeated or all there are, for missing labels, for damping > 0 beside an
-    "auto", and what `extract`, `Influence`, the sampler and the curvature raise.
+    "auto", for `extracted` of other data or another model or beside layers that it cannot serve, and what `extract`,
+    `Influence`, the sampler and the curvature raise.
     """
     _check_settings(steps, damping)
     name, layer = find_head(model, head)
     only_head = layers is None or list(Capture(model, layers).blocks) == [name or "model"]
     if only_head and curvature is None:
-        features, _, labels = extract(model, train, head=head, batch_size=batch_size, device=device, progress=progress)
+        place = layer.weight.device if device is None else torch.device(device)
+        if extracted is None:
+            extracted = extract(model, train, head=head, batch_size=batch_size, device=device, progress=progress)
+        else:
+            _check_extracted(extracted, layer, count(train, batch_size))
+        features, _, labels = extracted
         if labels is None:
             raise ValueError("remove: the training data has no labels")
-        place = layer.weight.device if device is None else torch.device(device)
         prefix = f"{name}." if name else ""
         moving = {f"{prefix}{key}": p.detach().clone() for key, p in layer.named_parameters()}
         taken = head_steps(
@@ -147,6 +156,11 @@ def remove(
             generator=generator,
         )
     else:
+        if extracted is not None:
+            raise ValueError(
+                "remove: extracted serves the steps of the head alone with its exact block; leave it out where other "
+                "layers move or curvature= is given"
+            )
         problem = RetainedNetwork(
             model,
             train,
@@ -273,6 +287,25 @@ def _removal(model: nn.Module, history: list[Any], parameters: list[dict[str, Te
         {key: values[name].to(state[key]) for key, name in keys.items() if name in values} for values in parameters
     ]
     return Removal({**state, **{key: value.clone() for key, value in moved[-1].items()}}, history, moved)
+
+
+def _check_extracted(extracted: Extracted, layer: nn.Linear, n: int) -> None:
+    """Raises ValueError unless there is a row for each of n examples and the head makes its logits of its features."""
+    features, logits, _ = extracted
+    c, d = layer.weight.shape
+    if features.shape != (n, d) or logits.shape != (n, c):
+        raise ValueError(
+            f"remove: extracted must be of the n={n} training examples and this head, features [n, d={d}] and logits "
+            f"[n, c={c}], got {list(features.shape)} and {list(logits.shape)}"
+        )
+    with torch.no_grad():
+        away = float((layer(features.to(layer.weight)) - logits.to(layer.weight)).abs().max())
+    allowed = 4 * torch.finfo(logits.dtype).eps ** 0.5 * float(logits.abs().max())
+    if not away <= allowed:
+        raise ValueError(
+            f"remove: extracted is of another model: its logits are off by up to {away:.2g} from what the head makes "
+            f"of its features, more than {allowed:.2g}"
+        )
 
 
 def _check_settings(steps: int, damping: float) -> None:

@@ -151,11 +151,11 @@ def test_summary_and_costs_at_equal_f1_by_hand():
     assert summary[0]["F1_std"] == pytest.approx(0.1 / 2**0.5)
     assert (summary[0]["runs"], summary[1]["runs"], summary[1]["failed"]) == (4, 0, 1)
     meta = {"parameters": 5, "recipe": {"width": 1.0, "epochs": 2}, "examples": 9, "cases": [0], "seeds": 2,
-            "task": "class", "pass": {"seconds": 3.0, "peak_bytes": 2**20},
+            "task": "class", "pass": {"seconds": 3.0, "peak_bytes": 2**22, "kept_bytes": 3 * 2**20},
             "matrix": "ggn", "damping": 1.0, "iterations": 3, "threads": 1, "device": "x", "versions": {"torch": "2"},
             "date": "2026-01-01", "command": "c"}  # fmt: skip
     page = tables({"meta": meta, "references": references, "summary": summary, "rows": rows})
-    assert "| head | random | 2 | 0.8000 | -75.0% | -75.0% |" in page
-    assert "| all | random | | never | | |" in page
-    assert "| LiSSA | logit | | never | | |" in page
-    assert "not counted: one pass for features and logits, 3 s and 1 MiB;" in page
+    assert "| head | random | 2 | 0.8000 | -75.0% | -75.0% | +0.0% | -37.5% |" in page
+    assert "| all | random | | never | | | | |" in page
+    assert "| LiSSA | logit | | never | | | | |" in page
+    assert "one pass for features and logits, which serves all removals, takes 3 s and 4 MiB;" in page

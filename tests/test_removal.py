@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastif import ExactBlock, Influence, build_info, remove, samplers
+from fastif import ExactBlock, Influence, build_info, extract, remove, samplers
 from fastif.removal import head_steps, optimal_head
 from tests.problems import WEIGHT_DECAY, converge, trained
 
@@ -32,7 +32,7 @@ def head(problem):
     )
 
 
-REMOVED = torch.tensor([3, 7, 11, 40])
+REMOVED, ONE = torch.tensor([3, 7, 11, 40]), torch.tensor([1])
 
 
 def class_0(problem):
@@ -215,8 +215,38 @@ def test_remove_a_head_without_bias_as_the_whole_model():
     assert not torch.equal(removal.state_dict["weight"], model.weight)
 
 
+def test_several_removals_share_one_pass(problem, monkeypatch):
+    data = problem.x, problem.y
+    seen = extract(problem.model, data, progress=False)
+    settings = {"subset": partial(samplers.logit, k=30), "weight_decay": WEIGHT_DECAY, "progress": False}
+    draws = (torch.Generator().manual_seed(1) for _ in range(4))
+    alone = [remove(problem.model, data, gone, generator=next(draws), **settings) for gone in (REMOVED, ONE)]
+    monkeypatch.setattr(problem.model, "forward", None)  # no further pass
+    for gone, want in zip((REMOVED, ONE), alone, strict=True):
+        removal = remove(problem.model, data, gone, extracted=seen, generator=next(draws), **settings)
+        assert all(torch.equal(value, want.state_dict[key]) for key, value in removal.state_dict.items())
+        assert [step.objective for step in removal.history] == [step.objective for step in want.history]
+
+
+@pytest.mark.parametrize(
+    ("change", "kwargs", "message"),
+    [
+        (lambda seen: seen._replace(features=seen.features[1:]), {}, r"n=90 .*features \[n, d=6\].*got \[89, 6\]"),
+        (lambda seen: seen._replace(logits=seen.logits[:, 1:]), {}, r"logits \[n, c=3\], got .* and \[90, 2\]"),
+        (lambda seen: seen._replace(features=1.01 * seen.features), {}, "extracted is of another model: its logits"),
+        (lambda seen: seen._replace(logits=seen.logits * float("nan")), {}, "off by up to nan"),
+        (lambda seen: seen._replace(labels=None), {}, "the training data has no labels"),
+        (lambda seen: seen, {"layers": "*"}, "extracted serves the steps of the head alone"),
+        (lambda seen: seen, {"curvature": ExactBlock(0.0)}, "extracted serves the steps of the head alone"),
+    ],
+)
+def test_a_pass_over_something_else_is_refused(problem, change, kwargs, message):
+    seen = extract(problem.model, (problem.x, problem.y), progress=False)
+    with pytest.raises(ValueError, match=message):
+        remove(problem.model, (problem.x, problem.y), ONE, extracted=change(seen), progress=False, **kwargs)
+
+
 X, Y = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
-ONE = torch.tensor([1])
 
 
 @pytest.mark.parametrize(

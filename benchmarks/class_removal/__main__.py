@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from benchmarks.class_removal.networks import channels_last, network, sha256
@@ -24,6 +25,7 @@ from fastif import extract, samplers
 from fastif.data import load
 from fastif.evaluation.class_removal import environment
 from fastif.evaluation.training import RECIPES
+from fastif.features import Extracted
 from fastif.journal import Journal, write_whole
 from fastif.measure import Measure
 
@@ -51,6 +53,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--m", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048], help="LiSSA's examples")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.005, 0.01, 0.05, 0.2], help="fastif's examples")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--samplers", nargs="+", choices=sorted({*SAMPLERS, *OWN_SAMPLERS}), help="default all")
     parser.add_argument("--matrix", choices=("hessian", "ggn"), default="ggn", help="of LiSSA")
     parser.add_argument("--damping", type=float, default=1e-2, help="of LiSSA, beside the weight decay")
     parser.add_argument("--iterations", type=int, default=1000, help="of LiSSA, at most")
@@ -90,17 +93,17 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         hashes[name] = sha256(path)
         return made
 
-    def outputs(network: nn.Module) -> Tensor:
-        return extract(network, (images.x_test, images.y_test), device=device, progress=False).logits
+    def held_out(network: nn.Module) -> Extracted:
+        return extract(network, (images.x_test, images.y_test), device=device, progress=False)
 
     model = trained(task.learnt, torch.arange(n))
-    moved = channels_last(copy.deepcopy(model))
+    moved, held = channels_last(copy.deepcopy(model)), held_out(model)
     references: list[dict[str, Any]] = []
     retrained: dict[int, Tensor] = {}
     for case, removed in task.removed.items():
         keep = torch.ones(n, dtype=torch.bool).index_fill(0, removed, False).nonzero()[:, 0]
-        retrained[case] = outputs(trained(task.without(case), keep))
-        for method, logits in (("nothing removed", outputs(model)), ("retrained", retrained[case])):
+        retrained[case] = held_out(trained(task.without(case), keep)).logits
+        for method, logits in (("nothing removed", held.logits), ("retrained", retrained[case])):
             references.append({"method": method, "case": case, **task.judged(logits, case, retrained[case])})
 
     setting = Setting(model, task.images, device, recipe.weight_decay, 256)
@@ -113,20 +116,25 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         members, drawn = task.removed[case], seed * 1_000_003 + case
         if method == "LiSSA":
             return lissa(members, SAMPLERS[sampler], k, drawn)
-        return newton(setting, members, blocks[method], STEPS[method], OWN_SAMPLERS[sampler], k, drawn)
+        features = seen if method == "head" else None
+        return newton(setting, members, blocks[method], STEPS[method], OWN_SAMPLERS[sampler], k, drawn, features)
 
     decides = metrics(options.task)[-1]
 
-    def judged(state: dict[str, Tensor], case: int) -> dict[str, float]:
-        moved.load_state_dict({name: value.to(device) for name, value in state.items()})
-        return task.judged(outputs(moved), case, retrained[case])
+    def judged(method: str, state: dict[str, Tensor], case: int) -> dict[str, float]:
+        if method == "head":  # what it sees has not changed
+            logits = F.linear(held.features, state["head.weight"].cpu(), state["head.bias"].cpu())
+        else:
+            moved.load_state_dict({name: value.to(device) for name, value in state.items()})
+            logits = held_out(moved).logits
+        return task.judged(logits, case, retrained[case])
 
     def at_the_best_step(sized: Callable[[float], dict[str, Tensor]], case: int) -> dict[str, float]:
         """What decides, where the held-out data chose the step size: the published code's way, to compare with."""
         found: dict[float, float] = {}
 
         def value(size: float) -> float:
-            found[size] = judged(sized(size), case)[decides]
+            found[size] = judged("LiSSA", sized(size), case)[decides]
             return -found[size] if better_high(decides) else found[size]
 
         size = lowest(value)
@@ -142,6 +150,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         for method in options.methods
         for k in budgets[method]
         for sampler in names[method]
+        if options.samplers is None or sampler in options.samplers
     ]
     for key in (bar := tqdm([key for key in jobs if key not in rows], unit="run")):
         bar.set_description(", ".join(map(str, key[:3])))
@@ -155,12 +164,13 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
             lissa_only = {"step_size": removal.step_size, "converged": removal.converged}
             if removal.sized is not None:
                 lissa_only |= at_the_best_step(removal.sized, row["case"])
-            rows[key] = {**row, **judged(removal.state, row["case"]), **costs, **lissa_only}
+            rows[key] = {**row, **judged(row["method"], removal.state, row["case"]), **costs, **lissa_only}
         journal.append("row", rows[key])
 
     meta = {**settings, "cases": options.cases, "seeds": options.seeds, "n_test": len(images.y_test),
             "parameters": sum(p.numel() for p in model.parameters()), "sha256": hashes, "steps": STEPS,
-            "pass": {"seconds": looking.seconds, "peak_bytes": looking.peak_bytes},
+            "pass": {"seconds": looking.seconds, "peak_bytes": looking.peak_bytes,
+                     "kept_bytes": sum(values.nbytes for values in seen if values is not None)},
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": _command(sys.argv[1:] if given is None else given), **environment(device)}  # fmt: skip
     asked = [rows[key] for key in jobs]

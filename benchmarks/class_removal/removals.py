@@ -132,7 +132,16 @@ class LiSSA:
         return total * (kept / len(looked)) / len(y) + 0.5 * self.setting.weight_decay * decay
 
 
-def newton(setting: Setting, removed: Tensor, layers: Any, steps: int, sampler: Any, k: int, seed: int) -> Removed:
+def newton(
+    setting: Setting,
+    removed: Tensor,
+    layers: Any,
+    steps: int,
+    sampler: Any,
+    k: int,
+    seed: int,
+    extracted: Extracted | None = None,
+) -> Removed:
     """fastif's way: subsampled Newton steps on the retained objective, `fastif.remove`."""
     removal = remove(
         setting.model,
@@ -142,6 +151,7 @@ def newton(setting: Setting, removed: Tensor, layers: Any, steps: int, sampler: 
         subset=partial(sampler, k=k),
         steps=steps,
         weight_decay=setting.weight_decay,
+        extracted=extracted,
         batch_size=setting.batch_size,
         device=setting.device,
         generator=torch.Generator().manual_seed(seed),
