@@ -117,7 +117,8 @@ def test_products(name: str, matrix: Matrix, m: int, race) -> None:
         wanted = torch.stack([torch.cat([own[n].flatten() for n in named]) for own in want], 1)
         assert float((theirs @ columns - wanted).norm()) <= 1e-3 * float(wanted.norm())
         peers["curvlinops"] = lambda: theirs @ columns
-        race(partial(streamed, flat), peers, vectors=m, graph_bytes=kept.graph_bytes)
+        facts = {"network": name, "parameters": streamed.layout.size, "matrix": matrix, "examples": N}
+        race(partial(streamed, flat), peers, rounds=5, vectors=m, graph_bytes=kept.graph_bytes, **facts)
 
 
 @cache

@@ -8,6 +8,7 @@ python benchmarks/results.py keep runs/lds/results.json lds
 python benchmarks/results.py keep runs/class-removal-cifar10-0.25/class/results.json published-cifar10
 python benchmarks/results.py add runs/lds/results.json lds     # of a run of some contenders or benchmarks: these alone
 python benchmarks/results.py keep runs/solvers.json solvers-cpu
+python benchmarks/results.py keep runs/products.json products-cpu
 python benchmarks/results.py tables          # rewrites README.md and the pages in docs between markers; pictures
 """
 
@@ -375,6 +376,32 @@ def solvers_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def products_table(name: str) -> str:
+    results = json.loads((KEPT / f"{name}.json").read_text())
+    peers = list(results["benchmarks"][0]["extra_info"]["ratio"])
+    lines = [
+        f"| network | matrix | vectors at once | products per CPU second | {' | '.join(peers)} | MiB of the kept graph |",
+        "|---" * (5 + len(peers)) + "|",
+    ]
+    for benchmark in results["benchmarks"]:
+        extra = benchmark["extra_info"]
+        of, m = extra["cpu_seconds"], extra["vectors"]
+        rates = " | ".join(f"{m / of[peer]:.1f} ({of[peer] / of['fastif']:.2f}×)" for peer in peers)
+        lines.append(
+            f"| {extra['network']}, {extra['parameters']:,} parameters | {extra['matrix']} | {m} "
+            f"| {m / of['fastif']:.1f} | {rates} | {extra['graph_bytes'] / 2**20:.0f} |"
+        )
+    machine, examples = results["machine_info"], results["benchmarks"][0]["extra_info"]["examples"]
+    lines += [
+        "",
+        f"{examples} examples of 28 × 28, all weighted alike; in brackets the others' time as a multiple of fastif's. "
+        f"{machine['cpu'].get('brand_raw', 'CPU')}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}, "
+        f"torch {machine['torch']}, {results['datetime'][:10]}. Made by "
+        "`pytest benchmarks/bench_products.py -k test_products --benchmark-enable`.",
+    ]
+    return "\n".join(lines)
+
+
 def growth_picture(name: str, path: Path) -> None:
     """Time (and memory, where it was taken) against each size, one column each, from the kept NAME.json."""
     import matplotlib
@@ -436,6 +463,7 @@ def with_tables(page: str) -> str:
             "mislabel": mislabel_table,
             "lds": lds_table,
             "solvers": solvers_table,
+            "products": products_table,
         }
         make = next((make for kind, make in kinds.items() if name.startswith(kind)), benchmark_table)
         return f"<!-- table: {name} -->\n{make(name)}\n<!-- end -->"

@@ -254,7 +254,7 @@ class Operator:
         if len(tangents[0]) == 1:  # one forward pass for J and Jᵀ; with more it would weigh little, and its graph much
             with torch.enable_grad():
                 leaves = [p.requires_grad_() for p in parameters]
-                scores, moved = jvp(scores_of, (leaves,), ([t[0] for t in tangents],))
+                scores, moved = jvp(scores_of, (leaves,), ([t[0] for t in tangents],))[:2]
             (slope,) = _OutputHessian(self, scores, batch, weights)(moved.detach()[None])
             return [v[None] for v in torch.autograd.grad(scores, leaves, slope, materialize_grads=True)]
         scores, back = vjp(scores_of, parameters)[:2]
