@@ -14,7 +14,8 @@ from fastif.evaluation.training import Recipe
 pytest.importorskip("safetensors")
 CPU = torch.device("cpu")
 SMALL = ["--data", "digits", "--examples", "300", "--width", "0.25", "--epochs", "4", "--batch-size", "32"]
-RUNS = ["--cases", "3", "--seeds", "1", "--shares", "0.1", "--methods", "head", "all"]
+RUNS = ["--cases", "3", "--seeds", "1", "--samplers", "random", "logit", "leverage", "--shares", "0.1"]
+RUNS += ["--methods", "head", "all"]
 
 
 def blobs():

@@ -30,7 +30,15 @@ from fastif.journal import Journal, write_whole
 from fastif.measure import Measure
 
 ROOT = Path(__file__).parents[2]
-OWN_SAMPLERS = {"random": samplers.random, "logit": samplers.logit, "leverage": samplers.leverage}
+OWN_SAMPLERS = {
+    "random": samplers.random,
+    "stratified": samplers.stratified,
+    "intermediate distance, weighted": samplers.intermediate_distance,
+    "k-center": samplers.k_center,
+    "logit": samplers.logit,
+    "leverage": samplers.leverage,
+    "certified": samplers.certified,
+}
 METHODS = ("LiSSA", "head", "last block", "all")
 STEPS = {"head": 6, "last block": 3, "all": 3}
 
