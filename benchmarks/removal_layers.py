@@ -5,7 +5,7 @@ python benchmarks/removal_layers.py fashion-mnist --root DIR --examples 10000 --
     --classes 2 5 --seeds 2 --variants head "last block" all "all, going on with the training"
 
 Resumable: what is finished stays in runs/removal-layers-DATA, and the same command goes on. The summary is written to
-benchmarks/results/removal-layers-DATA.json, from which `benchmarks/results.py tables` makes the table of
+benchmarks/results/removal-layers-DATA.json, from which `python -m benchmarks.results tables` makes the table of
 docs/removal.md. The yardstick is the mean over the networks retrained from scratch without the class, one per seed, of
 KL(retrained ‖ removed) over the held-out examples; the networks retrained with two seeds are as far apart as the row
 "retrained, another seed" says. The method and its default damping were chosen with classes 0, 3 and 8 of the

@@ -1,15 +1,15 @@
 """Keeps results in benchmarks/results/ and makes the pages' tables and pictures from them: no figure is typed by hand.
 
-python benchmarks/results.py keep runs/fashion-mnist/results.json class-removal-fashion-mnist
-python benchmarks/results.py keep runs/bench.json cpu
-python benchmarks/results.py keep runs/kcenter.json kcenter-cpu
-python benchmarks/results.py keep runs/mislabel/results.json mislabel
-python benchmarks/results.py keep runs/lds/results.json lds
-python benchmarks/results.py keep runs/class-removal-cifar10-0.25/class/results.json published-cifar10
-python benchmarks/results.py add runs/lds/results.json lds     # of a run of some contenders or benchmarks: these alone
-python benchmarks/results.py keep runs/solvers.json solvers-cpu
-python benchmarks/results.py keep runs/products.json products-cpu
-python benchmarks/results.py tables          # rewrites README.md and the pages in docs between markers; pictures
+python -m benchmarks.results keep runs/fashion-mnist/results.json class-removal-fashion-mnist
+python -m benchmarks.results keep runs/bench.json cpu
+python -m benchmarks.results keep runs/kcenter.json kcenter-cpu
+python -m benchmarks.results keep runs/mislabel/results.json mislabel
+python -m benchmarks.results keep runs/lds/results.json lds
+python -m benchmarks.results keep runs/class-removal-cifar10-0.25/class/results.json published-cifar10
+python -m benchmarks.results add runs/lds/results.json lds     # of a run of some contenders or benchmarks: these alone
+python -m benchmarks.results keep runs/solvers.json solvers-cpu
+python -m benchmarks.results keep runs/products.json products-cpu
+python -m benchmarks.results tables          # rewrites README.md and the pages in docs between markers; pictures
 """
 
 from __future__ import annotations
