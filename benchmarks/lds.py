@@ -37,9 +37,9 @@ from tqdm import tqdm
 
 import fastif
 from fastif import evaluation, samplers
-from fastif.evaluation.class_removal import environment
 from fastif.evaluation.training import train
 from fastif.journal import Journal, write_whole
+from fastif.measure import environment
 
 WEIGHT_DECAY = 1e-3  # of all trainings
 DAMPINGS = (1e-3, 1e-2, 1e-1)

@@ -27,9 +27,10 @@ from tqdm import tqdm
 import fastif
 from fastif import samplers
 from fastif.evaluation import mislabel_detection
-from fastif.evaluation.class_removal import check_budgets, environment
 from fastif.evaluation.models import build
+from fastif.evaluation.settings import check_budgets
 from fastif.journal import Journal, whole, write_whole
+from fastif.measure import environment
 
 DAMPING = 1e-3
 SHARES = ("1%", "5%", "20%")

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 
 from fastif import EKFAC, KFAC, Diagonal, ExactBlock, extract, remove, samplers
 from fastif.data import Data, load
-from fastif.evaluation.class_removal import environment
 from fastif.evaluation.metrics import measure
 from fastif.evaluation.models import build
 from fastif.evaluation.training import RECIPES, train
 from fastif.journal import Journal, write_whole
+from fastif.measure import environment
 from fastif.newton import newton
 from fastif.retained_network import RetainedNetwork
 

@@ -379,10 +379,8 @@ def solvers_table(name: str) -> str:
 def products_table(name: str) -> str:
     results = json.loads((KEPT / f"{name}.json").read_text())
     peers = list(results["benchmarks"][0]["extra_info"]["ratio"])
-    lines = [
-        f"| network | matrix | vectors at once | products per CPU second | {' | '.join(peers)} | MiB of the kept graph |",
-        "|---" * (5 + len(peers)) + "|",
-    ]
+    heads = ["network", "matrix", "vectors at once", "products per CPU second", *peers, "MiB of the kept graph"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for benchmark in results["benchmarks"]:
         extra = benchmark["extra_info"]
         of, m = extra["cpu_seconds"], extra["vectors"]
@@ -392,11 +390,12 @@ def products_table(name: str) -> str:
             f"| {m / of['fastif']:.1f} | {rates} | {extra['graph_bytes'] / 2**20:.0f} |"
         )
     machine, examples = results["machine_info"], results["benchmarks"][0]["extra_info"]["examples"]
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
     lines += [
         "",
         f"{examples} examples of 28 × 28, all weighted alike; in brackets the others' time as a multiple of fastif's. "
-        f"{machine['cpu'].get('brand_raw', 'CPU')}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}, "
-        f"torch {machine['torch']}, {results['datetime'][:10]}. Made by "
+        f"{machine['cpu'].get('brand_raw', 'CPU')}, {threads}, torch {machine['torch']}, "
+        f"{results['datetime'][:10]}. Made by "
         "`pytest benchmarks/bench_products.py -k test_products --benchmark-enable`.",
     ]
     return "\n".join(lines)

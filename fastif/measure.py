@@ -1,13 +1,17 @@
-"""Run time and peak memory of a piece of work (RTE and ME of docs/math.md (5))."""
+"""Run time and peak memory of a piece of work (RTE and ME of docs/math.md (5)), and where they were measured."""
 
 from __future__ import annotations
 
 import os
+import platform
 import time
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from fastif.ops._library import extension
+from fastif.ops._library import build_info, extension
 
 
 class Measure:
@@ -59,3 +63,28 @@ def available_bytes(device: torch.device) -> int | None:
     except (OSError, StopIteration):
         pages = {"SC_AVPHYS_PAGES", "SC_PAGE_SIZE"} <= set(getattr(os, "sysconf_names", ()))
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if pages else None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where and with what a figure was measured."""
+    build = build_info()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "versions": {
+            "fastif": build["fastif"],
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "build": build,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

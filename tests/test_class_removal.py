@@ -12,8 +12,8 @@ from torch import nn
 
 from fastif import samplers
 from fastif.evaluation import class_removal
-from fastif.evaluation.class_removal import SAMPLERS, check_budgets, check_classes, check_seeds, choose_samplers
 from fastif.evaluation.metrics import DEFINITIONS, METRICS, SUMMARISED, measure, summarise
+from fastif.evaluation.settings import SAMPLERS, check_budgets, check_classes, check_seeds, choose_samplers
 
 STEPS = 3
 
@@ -333,7 +333,7 @@ def test_a_job_that_dies_before_its_first_record_leaves_no_journal(tmp_path, mon
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[check_seeds.__module__], "optimal_head", killed)
+        patch.setattr(sys.modules[class_removal.__module__], "optimal_head", killed)
         with pytest.raises(Killed):
             run(out=tmp_path)
     assert list(tmp_path.iterdir()) == []

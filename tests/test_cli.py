@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import fastif
 from fastif import cli, samplers
-from fastif.evaluation.class_removal import SAMPLERS
+from fastif.evaluation.settings import SAMPLERS
 
 QUICK = ["class-removal", "--classes", "3", "--k", "5%", "--seeds", "1", "--steps", "2", "--epochs", "1"]
 QUICK += ["--width", "0.5", "--samplers", "random,logit", "--no-retrain"]

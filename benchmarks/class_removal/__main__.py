@@ -23,11 +23,10 @@ from benchmarks.class_removal.report import summarised, write_report
 from benchmarks.class_removal.tasks import TASKS, better_high, metrics, prepared
 from fastif import extract, samplers
 from fastif.data import load
-from fastif.evaluation.class_removal import environment
 from fastif.evaluation.training import RECIPES
 from fastif.features import Extracted
 from fastif.journal import Journal, write_whole
-from fastif.measure import Measure
+from fastif.measure import Measure, environment
 
 ROOT = Path(__file__).parents[2]
 OWN_SAMPLERS = {

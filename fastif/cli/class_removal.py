@@ -15,16 +15,10 @@ from torch import Tensor, nn
 
 from fastif.cli.arguments import Interrupted, check, device_named, split, terminal, writable
 from fastif.data import NAMES, Data, load
-from fastif.evaluation.class_removal import (
-    SAMPLERS,
-    check_budgets,
-    check_classes,
-    check_seeds,
-    choose_samplers,
-    class_removal,
-)
+from fastif.evaluation.class_removal import class_removal
 from fastif.evaluation.metrics import METRICS
 from fastif.evaluation.models import build
+from fastif.evaluation.settings import SAMPLERS, check_budgets, check_classes, check_seeds, choose_samplers
 from fastif.evaluation.training import (
     MAX_WIDTH,
     RECIPES,

@@ -12,7 +12,7 @@ import typer
 from torch import Tensor
 
 from fastif.cli.arguments import check, writable
-from fastif.evaluation.class_removal import SAMPLERS, check_budgets, choose_samplers
+from fastif.evaluation.settings import SAMPLERS, check_budgets, choose_samplers
 from fastif.journal import whole
 from fastif.samplers import Subset
 

@@ -35,7 +35,7 @@ from fastif.curvature import (
     RandomProjection,
 )
 from fastif.data import as_loader, count
-from fastif.evaluation.class_removal import check_budgets, choose_samplers
+from fastif.evaluation.settings import check_budgets, choose_samplers
 from fastif.features import extract
 from fastif.influence import Influence
 from fastif.journal import refuse_differences, whole

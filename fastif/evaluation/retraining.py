@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastif.data import as_loader, batch_length
-from fastif.evaluation.class_removal import check_seeds
+from fastif.evaluation.settings import check_seeds
 from fastif.features import call, moved_to
 from fastif.journal import Journal, described, fingerprint, refuse_differences, tensors_in, write_whole
 from fastif.losses import Loss, Measurement, check_loss, check_measurement, labels_in, measured
