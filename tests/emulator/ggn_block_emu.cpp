@@ -48,7 +48,7 @@ GgnPlan plan_of(Shape shape, int side, bool sum_diagonal, int64_t splits, int64_
   return plan;
 }
 
-template <typename T, int R, typename Hessians>
+template <typename T, int R, typename Cores, typename Hessians>
 void run(const GgnPlan& plan, const T* x, Hessians hessians, Shape shape, T* out) {
   const auto [n, d, c] = shape;
   const int side = plan.side;
@@ -59,7 +59,7 @@ void run(const GgnPlan& plan, const T* x, Hessians hessians, Shape shape, T* out
   for (int64_t first = 0; first < all; first += plan.batch) {
     const int64_t items = std::min(plan.batch, all - first);
     emu::launch(items * plan.splits, fastif::kTileThreads, 0, [=] {
-      fastif::ggn_gram_kernel<T, R>(x, hessians, n, d, c, first, plan.tiles, plan.splits, plan.split_length, s);
+      fastif::ggn_gram_kernel<T, R, Cores>(x, hessians, n, d, c, first, plan.tiles, plan.splits, plan.split_length, s);
     });
     emu::launch(items * parts, threads, 0,
                 [=] { fastif::ggn_combine_kernel<T>(s, d, c, first, plan.tiles, plan.splits, side, out); });
@@ -81,10 +81,14 @@ void compare(const char* op, Shape shape, const GgnPlan& plan, const std::vector
   std::vector<T> first;
   for_schedules([&] {
     auto got = start;
-    if (plan.side == 64) {
-      run<T, 4>(plan, x.data(), hessians, shape, got.data());
-    } else if constexpr (sizeof(T) == 4) {
-      run<T, 8>(plan, x.data(), hessians, shape, got.data());
+    if constexpr (sizeof(T) == 4) {
+      const auto run_tiles = plan.tensor_cores ? plan.side == 64 ? run<T, 4, fastif::TensorCores, Hessians>
+                                                                 : run<T, 8, fastif::TensorCores, Hessians>
+                             : plan.side == 64 ? run<T, 4, fastif::CudaCores, Hessians>
+                                               : run<T, 8, fastif::CudaCores, Hessians>;
+      run_tiles(plan, x.data(), hessians, shape, got.data());
+    } else {
+      run<T, 4, fastif::CudaCores>(plan, x.data(), hessians, shape, got.data());
     }
     const double error = relative_error(got, want);
     expect(error <= (sizeof(T) == 4 ? 2e-6 : 1e-14), "%s: %.2e", name, error);
@@ -162,9 +166,9 @@ void plans() {
         if (all == 0) {
           right = right && rows_sum_to_zero && c == 1;
         } else {
-          const int64_t most = int64_t{1} << 31, chunks = ceil_div(n, fastif::kChunk);
+          const int64_t most = int64_t{1} << 31, chunks = ceil_div(n, fastif::kChunk<float>);
           right = right && plan.splits * plan.split_length >= n && (plan.splits - 1) * plan.split_length < n;
-          right = right && plan.split_length % fastif::kChunk == 0;
+          right = right && plan.split_length % fastif::kChunk<float> == 0;
           right = right && plan.batch >= 1 && (plan.batch == all || !plan.sum_diagonal);
           right = right && plan.scratch == plan.batch * plan.splits * plan.side * plan.side;
           right = right && plan.scratch * bytes <= fastif::kScratchBytes;
