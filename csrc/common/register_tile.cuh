@@ -21,10 +21,8 @@ inline constexpr int kDepth = 16;
 inline constexpr int kTilePad =
     4;  // keeps rows 16-byte aligned and spreads the transposing stores of dot_tile over banks
 // A float32 sum of a long row of terms loses digits with its length: the accumulators are emptied into a second set
-// after this many rows, so that no sum is longer than kChunk + rows / kChunk. (float64 needs no second set, and has
-// chunks of half the rows for the sake of shared memory.)
-template <typename T>
-inline constexpr int kChunk = 2048 / sizeof(T);
+// after this many rows, so that no sum is longer than kChunk + rows / kChunk. (float64 needs no second set.)
+inline constexpr int kChunk = 512;
 
 // Position in the tile of the r-th of the R entries that a thread at side position `t` (0..15) owns.
 template <int R>
@@ -76,8 +74,9 @@ struct TileBuffers {
 template <typename T, int RA, int RB, typename Cores = CudaCores>
 struct OuterStorage {
   TileBuffers<T, RA, RB, Cores> tiles;
-  const T *a_row[kChunk<T>], *b_row[kChunk<T>];  // the chunk's rows of the operands, from the tile's first column on
-  T coef[kChunk<T>];                             // and their weights
+  static constexpr int chunk = sizeof(T) == 4 ? kChunk : kChunk / 2;  // float64 would not fit shared memory
+  const T *a_row[chunk], *b_row[chunk];  // the chunk's rows of the operands, from the tile's first column on
+  T coef[chunk];                         // and their weights
 };
 
 // acc += the product over `steps` steps. `load(step, a, b)` brings this thread's RA + RB entries of a step from global
@@ -99,24 +98,25 @@ __device__ inline void pipeline(TileBuffers<T, RA, RB, Cores>& tiles, int64_t st
   }
 }
 
-// total[p][q] += sum over r in [0, count) of coef_r A[row_r, a0 + p'] B[row_r, b0 + q'],   p', q' the thread's places,
-// Cores::row<RA>(p) and Cores::column<RB>(q).
-// `row_of(r, row, coef)` names the r-th row and its weight; columns from a_cols, b_cols on count as 0. The order of
-// summation is that of r. Loading, neighbouring threads own neighbouring columns of a row: coalesced in any layout.
+// total[p][q] += sum over r in [0, count) of coef_r A[row_r, a0 + p'] B[row_r, b0 + q'],   p' = Cores::row<RA>(p),
+// q' = Cores::column<RB>(q). `row_of(r, row, coef)` names the r-th row and its weight; columns from a_cols, b_cols on
+// count as 0. The order of summation is that of r. Loading, neighbouring threads own neighbouring columns of a row:
+// coalesced in any layout.
 template <typename T, int RA, int RB, typename Cores, typename RowOf>
 __device__ inline void weighted_outer(OuterStorage<T, RA, RB, Cores>& shared, const T* __restrict__ A, int64_t a_stride,
                                       int64_t a0, int64_t a_cols, const T* __restrict__ B, int64_t b_stride, int64_t b0,
                                       int64_t b_cols, int64_t count, RowOf row_of, T (&total)[RA][RB]) {
   constexpr bool second_set = sizeof(T) == 4;
+  constexpr int rows = OuterStorage<T, RA, RB, Cores>::chunk;
   const int tid = threadIdx.x;
   // Of every step a thread brings one column of either operand, every so many rows of it.
   constexpr int a_apart = kTileSide / RA, b_apart = kTileSide / RB;
   const int a_column = tid % (kTileSide * RA), a_first = tid / (kTileSide * RA);
   const int b_column = tid % (kTileSide * RB), b_first = tid / (kTileSide * RB);
   const bool a_inside = a0 + a_column < a_cols, b_inside = b0 + b_column < b_cols;
-  for (int64_t chunk = 0; chunk < count; chunk += kChunk<T>) {
-    const int length = static_cast<int>(count - chunk < kChunk<T> ? count - chunk : kChunk<T>);
-    for (int r = tid; r < kChunk<T>; r += kTileThreads) {  // what the chunk lacks is row 0 with weight 0
+  for (int64_t chunk = 0; chunk < count; chunk += rows) {
+    const int length = static_cast<int>(count - chunk < rows ? count - chunk : rows);
+    for (int r = tid; r < rows; r += kTileThreads) {  // what the chunk lacks is row 0 with weight 0
       int64_t row = 0;
       T coef = 0;
       if (r < length) row_of(chunk + r, row, coef);

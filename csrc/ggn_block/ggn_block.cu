@@ -6,7 +6,7 @@
 namespace fastif {
 namespace {
 
-static_assert(kSplitUnit % kChunk<float> == 0);
+static_assert(kSplitUnit % kChunk == 0);
 
 template <typename T, int R, typename Cores, typename Hessians>
 void gram(const GgnPlan& plan, const T* features, Hessians hessians, int64_t n, int64_t d, int64_t c, int64_t first,
@@ -23,14 +23,16 @@ void launch(const GgnPlan& plan, const T* features, Hessians hessians, int64_t n
   constexpr int threads = kCombineTile * kCombineRows;
   for (int64_t first = 0; first < all; first += plan.batch) {
     const int64_t items = std::min(plan.batch, all - first);
-    if constexpr (sizeof(T) == 4) {
-      const auto run = plan.tensor_cores
-                           ? plan.side == 64 ? gram<T, 4, TensorCores, Hessians> : gram<T, 8, TensorCores, Hessians>
-                       : plan.side == 64 ? gram<T, 4, CudaCores, Hessians>
-                                         : gram<T, 8, CudaCores, Hessians>;
-      run(plan, features, hessians, n, d, c, first, items, scratch, stream);
-    } else {
+    if constexpr (sizeof(T) == 8) {
       gram<T, 4, CudaCores>(plan, features, hessians, n, d, c, first, items, scratch, stream);
+    } else if (plan.side == 64) {
+      (plan.tensor_cores
+           ? gram<T, 4, TensorCores, Hessians>
+           : gram<T, 4, CudaCores, Hessians>)(plan, features, hessians, n, d, c, first, items, scratch, stream);
+    } else {
+      (plan.tensor_cores
+           ? gram<T, 8, TensorCores, Hessians>
+           : gram<T, 8, CudaCores, Hessians>)(plan, features, hessians, n, d, c, first, items, scratch, stream);
     }
     ggn_combine_kernel<T><<<static_cast<unsigned>(items * parts), threads, 0, stream>>>(
         scratch, d, c, first, plan.tiles, plan.splits, plan.side, out);
