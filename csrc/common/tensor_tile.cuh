@@ -76,22 +76,22 @@ struct TensorCores {
   // acc += a^T b over one buffer.
   template <typename Buffer, int R>
   __device__ static void multiply(const Buffer& buffer, float (&acc)[R][R]) {
-    static_assert(R == 4 || R == 8);
+    static_assert((R == 4 || R == 8) && kDepth % kMmaDepth == 0);
     constexpr int products = R / 2;
     const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
     const int column0 = threadIdx.x / kWarp % 4 * (4 * R) + g * products;
-#pragma unroll 1
-    for (int s = t; s < kDepth; s += kMmaDepth) {
+#pragma unroll 1  // the operands of two would not fit the registers beside the accumulators
+    for (int s = 0; s < kDepth; s += kMmaDepth) {
       SplitOperands<2> b[products];
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
-        for (int n = 0; n < products; ++n) b[n].set(h, buffer.b[s + 4 * h][column0 + n]);
+        for (int n = 0; n < products; ++n) b[n].set(h, buffer.b[s + t + 4 * h][column0 + n]);
 #pragma unroll
       for (int m = 0; m < products; ++m) {
         SplitOperands<4> a;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a.set(i, buffer.a[s + 4 * (i / 2)][row<R>(2 * m + i % 2)]);
+        for (int i = 0; i < 4; ++i) a.set(i, buffer.a[s + t + 4 * (i / 2)][row<R>(2 * m + i % 2)]);
         float d[products][4] = {};
 #pragma unroll
         for (int n = 0; n < products; ++n) mma_m16n8k8_tf32(d[n], a.hi, b[n].lo, d[n]);
