@@ -97,7 +97,7 @@ def by_jacobians(features, probs, weights, examples):
 
 HEADS = {"c10-d513": (50_000, 513, 10), "c100-d129": (50_000 if ALL else 5_000, 129, 100)}
 if ON_GPU:
-    HEADS["c10-d512"] = (50_000, 512, 10)  # in tiles of 128
+    HEADS["c10-d512"] = (50_000, 512, 10)  # fills its tiles, of 128, which 513 do not; 129 are cut into tiles of 64
 
 
 def head(name):

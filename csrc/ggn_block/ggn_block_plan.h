@@ -28,10 +28,11 @@ inline GgnPlan ggn_plan(int64_t n, int64_t d, int64_t c, int64_t element_bytes, 
   const auto triangle = [&](int side) { return parts(d, side) * (parts(d, side) + 1) / 2; };
   GgnPlan plan;
   plan.tensor_cores = element_bytes == 4;
-  // The large tile does half the loads per product; it is worth up to a fifth more products at the edges. float64 has
-  // the small one only: the large one's accumulators do not fit the registers.
+  // The large tile does half the loads and splits of operands per product, which on tensor cores is about half of all
+  // instructions (counted, not timed): it is worth up to half more products at the edges. float64 has the small one
+  // only: the large one's accumulators do not fit the registers.
   const int64_t small = triangle(64) * 64 * 64, large = triangle(128) * 128 * 128;
-  plan.side = element_bytes == 4 && 5 * large <= 6 * small ? 128 : 64;
+  plan.side = element_bytes == 4 && 2 * large <= 3 * small ? 128 : 64;
   plan.tiles = triangle(plan.side);
   const int64_t tile_bytes = element_bytes * plan.side * plan.side, pairs = c * (c - 1) / 2;
   plan.sum_diagonal = rows_sum_to_zero && pairs * plan.tiles * tile_bytes <= kScratchBytes;
