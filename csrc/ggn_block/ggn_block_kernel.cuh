@@ -8,6 +8,7 @@
 //   ggn_combine  a block owns a 32 x 32 part of an item; it sums the splits in order and adds the result to the blocks
 //                (a, b) and (b, a) of `out` and, turned in shared memory, to their mirror images: every access to `out`
 //                coalesced.
+// float32 is multiplied on tensor cores, in split operands (tensor_tile.cuh), float64 on CUDA cores.
 // No entry of `out` has two owners and nothing is accumulated atomically: the same input gives the same bits.
 //
 // The diagonal blocks. In kronecker_block_ they are Gram matrices as the others are. In ggn_block_ (a, a) is minus the
