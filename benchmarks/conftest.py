@@ -30,17 +30,28 @@ def seconds(work: Callable[[], object]) -> float:
 
 @pytest.fixture(scope="session")
 def limits() -> dict[str, float]:
-    """What this machine can do, measured in the same run: bytes read and float32 operations per second."""
+    """What this machine can do, measured in the same run: bytes read and operations per second, in float32 and, on a
+    GPU, in TF32."""
     big = torch.randn(1 << 26, device=DEVICE)  # 256 MiB, beyond every cache
     square = torch.randn(2048, 2048, device=DEVICE)
     read = min(seconds(lambda: big.sum()) for _ in range(5))
     product = min(seconds(lambda: square @ square) for _ in range(5))
-    return {"bytes_per_second": big.nbytes / read, "flops_per_second": 2 * 2048**3 / product}
+    found = {"bytes_per_second": big.nbytes / read, "flops_per_second": 2 * 2048**3 / product}
+    if DEVICE.type == "cuda":
+        square = torch.randn(8192, 8192, device=DEVICE)  # a smaller one would not fill the tensor cores
+        torch.backends.cuda.matmul.allow_tf32 = True
+        product = min(seconds(lambda: square @ square) for _ in range(5))
+        torch.backends.cuda.matmul.allow_tf32 = False
+        found["tf32_flops_per_second"] = 2 * 8192**3 / product
+    return found
 
 
 @pytest.fixture
 def race(benchmark, limits, capsys):
-    """race(ours, peers, rounds=, bytes_read= or flops=): best time of each, ratios, share of the machine's limit."""
+    """race(ours, peers, rounds=, bytes_read= or flops=): best time of each, ratios, share of the machine's limit.
+
+    tf32_products: in so many TF32 products a GPU does each float32 one; the share of that limit is reported too.
+    """
 
     def run(
         ours: Callable[[], object],
@@ -48,6 +59,7 @@ def race(benchmark, limits, capsys):
         rounds: int = 3,
         bytes_read: float = 0,
         flops: float = 0,
+        tf32_products: int = 0,
         scale: dict[str, float] | None = None,
         **extra: object,
     ) -> None:
@@ -63,6 +75,9 @@ def race(benchmark, limits, capsys):
             best[name] *= factor
             cpu[name] *= factor
         floor = bytes_read / limits["bytes_per_second"] + flops / limits["flops_per_second"]
+        if tf32_products and "tf32_flops_per_second" in limits:
+            tf32_floor = tf32_products * flops / limits["tf32_flops_per_second"]
+            extra["share_of_tf32_limit"] = tf32_floor / best["fastif"]
         benchmark.pedantic(ours, rounds=1)
         benchmark.extra_info.update(
             device=torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor() or "cpu",

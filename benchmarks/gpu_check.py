@@ -89,7 +89,7 @@ def best_seconds(work, repeats: int = 10) -> float:
 
 
 def measure_limits() -> dict[str, float]:
-    """What the device gives to plain torch: bytes per second of a copy (read and written), float32 operations."""
+    """What the device gives to plain torch: bytes per second of a copy (read and written), operations of products."""
     torch.backends.cuda.matmul.allow_tf32 = False
     source = torch.empty(1 << 28, device="cuda")  # 1 GiB
     target = torch.empty_like(source)
@@ -97,9 +97,13 @@ def measure_limits() -> dict[str, float]:
     size = 8192
     a = torch.randn(size, size, device="cuda")
     product = best_seconds(lambda: a @ a, repeats=5)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    tf32 = best_seconds(lambda: a @ a, repeats=5)
+    torch.backends.cuda.matmul.allow_tf32 = False
     return {
         "copy_bytes_per_second": 2 * source.nbytes / copy,
         "matmul_float32_flops_per_second": 2 * size**3 / product,
+        "matmul_tf32_flops_per_second": 2 * size**3 / tf32,
     }
 
 
@@ -255,9 +259,10 @@ def main() -> int:
         print(f"  {name:40s} {value / 1e12:8.2f} T")
     for row in rows:
         ours = row.get("seconds", {}).get("fastif")
-        share = row.get("share_of_limit")
+        shares = {"the limit": row.get("share_of_limit"), "the TF32 limit": row.get("share_of_tf32_limit")}
         if ours is not None:
-            print(f"  {row['name']:40s} {ours:8.4f} s" + (f"  {share:.0%} of the limit" if share else ""))
+            of_limits = "".join(f"  {share:.0%} of {limit}" for limit, share in shares.items() if share)
+            print(f"  {row['name']:40s} {ours:8.4f} s{of_limits}")
     for row in stages.rows:
         verdict = {True: "passed", False: "FAILED", None: "left out"}[row["passed"]]
         print(f"  {row['name']:20s} {verdict:8s} {row['seconds']:7.1f} s  {row['note']}")

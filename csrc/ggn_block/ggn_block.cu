@@ -8,10 +8,10 @@ namespace {
 
 static_assert(kSplitUnit % kChunk == 0);
 
-template <typename T, int R, typename Hessians>
+template <typename T, int R, typename Cores, typename Hessians>
 void gram(const GgnPlan& plan, const T* features, Hessians hessians, int64_t n, int64_t d, int64_t c, int64_t first,
           int64_t items, T* scratch, cudaStream_t stream) {
-  ggn_gram_kernel<T, R, Hessians><<<static_cast<unsigned>(items * plan.splits), kTileThreads, 0, stream>>>(
+  ggn_gram_kernel<T, R, Cores, Hessians><<<static_cast<unsigned>(items * plan.splits), kTileThreads, 0, stream>>>(
       features, hessians, n, d, c, first, plan.tiles, plan.splits, plan.split_length, scratch);
 }
 
@@ -23,10 +23,16 @@ void launch(const GgnPlan& plan, const T* features, Hessians hessians, int64_t n
   constexpr int threads = kCombineTile * kCombineRows;
   for (int64_t first = 0; first < all; first += plan.batch) {
     const int64_t items = std::min(plan.batch, all - first);
-    if (plan.side == 64) {
-      gram<T, 4>(plan, features, hessians, n, d, c, first, items, scratch, stream);
-    } else if constexpr (sizeof(T) == 4) {
-      gram<T, 8>(plan, features, hessians, n, d, c, first, items, scratch, stream);
+    if constexpr (sizeof(T) == 8) {
+      gram<T, 4, CudaCores>(plan, features, hessians, n, d, c, first, items, scratch, stream);
+    } else if (plan.side == 64) {
+      (plan.tensor_cores
+           ? gram<T, 4, TensorCores, Hessians>
+           : gram<T, 4, CudaCores, Hessians>)(plan, features, hessians, n, d, c, first, items, scratch, stream);
+    } else {
+      (plan.tensor_cores
+           ? gram<T, 8, TensorCores, Hessians>
+           : gram<T, 8, CudaCores, Hessians>)(plan, features, hessians, n, d, c, first, items, scratch, stream);
     }
     ggn_combine_kernel<T><<<static_cast<unsigned>(items * parts), threads, 0, stream>>>(
         scratch, d, c, first, plan.tiles, plan.splits, plan.side, out);

@@ -5,16 +5,30 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <cstdlib>
+#include <string>
+
 #include "ggn_block.h"
 #include "ggn_block_launch.h"
 
 namespace fastif {
 namespace {
 
+// FASTIF_GGN, read once in every call, forces tensor or cuda cores for float32: benchmarks race the two.
+GgnPlan plan_of(const char* op, int64_t n, int64_t d, int64_t c, int64_t element_bytes, bool rows_sum_to_zero) {
+  GgnPlan plan = ggn_plan(n, d, c, element_bytes, rows_sum_to_zero);
+  const char* set = std::getenv("FASTIF_GGN");
+  const std::string forced = set ? set : "";
+  TORCH_CHECK_VALUE(forced.empty() || forced == "tensor" || forced == "cuda", op,
+                    ": FASTIF_GGN must be tensor or cuda, got ", forced);
+  if (forced == "cuda") plan.tensor_cores = false;
+  return plan;
+}
+
 template <typename T>
 void ggn_block(at::Tensor& out, const at::Tensor& features, const at::Tensor& probs, const at::Tensor& weights) {
   const int64_t n = features.size(0), d = features.size(1), c = probs.size(1);
-  const GgnPlan plan = ggn_plan(n, d, c, sizeof(T), /*rows_sum_to_zero=*/true);
+  const GgnPlan plan = plan_of("ggn_block", n, d, c, sizeof(T), /*rows_sum_to_zero=*/true);
   auto scratch = at::empty({plan.scratch}, features.options());
   ggn_block_launch<T>(plan, features.const_data_ptr<T>(), probs.const_data_ptr<T>(), weights.const_data_ptr<T>(), n, d,
                       c, scratch.mutable_data_ptr<T>(), out.mutable_data_ptr<T>(), c10::cuda::getCurrentCUDAStream());
@@ -24,7 +38,7 @@ void ggn_block(at::Tensor& out, const at::Tensor& features, const at::Tensor& pr
 template <typename T>
 void kronecker_block(at::Tensor& out, const at::Tensor& features, const at::Tensor& outer) {
   const int64_t n = features.size(0), d = features.size(1), c = outer.size(1);
-  const GgnPlan plan = ggn_plan(n, d, c, sizeof(T), /*rows_sum_to_zero=*/false);
+  const GgnPlan plan = plan_of("kronecker_block", n, d, c, sizeof(T), /*rows_sum_to_zero=*/false);
   auto scratch = at::empty({plan.scratch}, features.options());
   kronecker_block_launch<T>(plan, features.const_data_ptr<T>(), outer.const_data_ptr<T>(), n, d, c,
                             scratch.mutable_data_ptr<T>(), out.mutable_data_ptr<T>(),

@@ -8,6 +8,7 @@
 //   ggn_combine  a block owns a 32 x 32 part of an item; it sums the splits in order and adds the result to the blocks
 //                (a, b) and (b, a) of `out` and, turned in shared memory, to their mirror images: every access to `out`
 //                coalesced.
+// float32 is multiplied on tensor cores, in split operands (tensor_tile.cuh), float64 on CUDA cores.
 // No entry of `out` has two owners and nothing is accumulated atomically: the same input gives the same bits.
 //
 // The diagonal blocks. In kronecker_block_ they are Gram matrices as the others are. In ggn_block_ (a, a) is minus the
@@ -16,7 +17,7 @@
 // large, and c further Gram matrices join the list, a share of 2 / (c - 1), with no scratch that grows with c.
 #pragma once
 
-#include "../common/register_tile.cuh"
+#include "../common/tensor_tile.cuh"
 
 namespace fastif {
 
@@ -73,21 +74,21 @@ struct GivenHessians {
 
 // One-dimensional grid: block = (item - first_item) * splits + split. Split s of the examples is
 // [s, s + 1) * split_length.
-template <typename T, int R, typename Hessians>
+template <typename T, int R, typename Cores, typename Hessians>
 __global__ void __launch_bounds__(kTileThreads)
     ggn_gram_kernel(const T* __restrict__ features,  // [n, d]
                     const Hessians hessians, int64_t n, int64_t d, int64_t c, int64_t first_item, int64_t tiles,
                     int64_t splits, int64_t split_length,
                     T* __restrict__ scratch) {  // [items, splits, 16 R, 16 R]
   constexpr int side = kTileSide * R;
-  using Shared = OuterStorage<T, R, R>;
+  using Shared = OuterStorage<T, R, R, Cores>;
   FASTIF_SHARED(Shared, shared);
   const int64_t item = first_item + blockIdx.x / splits, split = blockIdx.x % splits;
   const ClassPair pair = class_pair(item / tiles, c);
   const TilePlace place = tile_place(item % tiles);
   const int64_t begin = split * split_length, end = begin + split_length < n ? begin + split_length : n;
   T total[R][R] = {};
-  weighted_outer<T, R, R>(
+  weighted_outer(
       shared, features, d, place.j * side, d, features, d, place.k * side, d, end - begin,
       [&](int64_t r, int64_t& row, T& coef) {
         row = begin + r;
@@ -95,11 +96,10 @@ __global__ void __launch_bounds__(kTileThreads)
       },
       total);
   T* const mine = scratch + static_cast<int64_t>(blockIdx.x) * side * side;
-  const int ty = threadIdx.x / kTileSide, tx = threadIdx.x % kTileSide;
 #pragma unroll
   for (int p = 0; p < R; ++p)
 #pragma unroll
-    for (int q = 0; q < R; ++q) mine[tile_index<R>(ty, p) * side + tile_index<R>(tx, q)] = total[p][q];
+    for (int q = 0; q < R; ++q) mine[Cores::template row<R>(p) * side + Cores::template column<R>(q)] = total[p][q];
 }
 
 // The part of a tile that a combining block owns: block = (number * parts + part), parts = (side / 32)^2.

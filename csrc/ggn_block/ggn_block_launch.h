@@ -9,12 +9,12 @@
 
 namespace fastif {
 
-// plan = ggn_plan(n, d, c, sizeof(T), /*rows_sum_to_zero=*/true)
+// plan = ggn_plan(n, d, c, sizeof(T), /*rows_sum_to_zero=*/true), on tensor cores or not
 template <typename T>
 void ggn_block_launch(const GgnPlan& plan, const T* features, const T* probs, const T* weights, int64_t n, int64_t d,
                       int64_t c, T* scratch, T* out, cudaStream_t stream);
 
-// plan = ggn_plan(n, d, c, sizeof(T), /*rows_sum_to_zero=*/false)
+// plan = ggn_plan(n, d, c, sizeof(T), /*rows_sum_to_zero=*/false), likewise
 template <typename T>
 void kronecker_block_launch(const GgnPlan& plan, const T* features, const T* outer, int64_t n, int64_t d, int64_t c,
                             T* scratch, T* out, cudaStream_t stream);

@@ -12,6 +12,7 @@ inline constexpr int64_t kEnoughBlocks = 1024;  // a few for each place of the l
 inline constexpr int64_t kSplitUnit = 512;      // examples: whole chunks of register_tile.cuh
 
 struct GgnPlan {
+  bool tensor_cores = false;  // multiply: float32 only
   int side = 0;               // of a tile: 64 or 128
   int64_t tiles = 0;          // of one lower triangle
   int64_t grams = 0;          // c (c - 1) / 2, and c more where the diagonal blocks are computed on their own
@@ -26,10 +27,12 @@ inline GgnPlan ggn_plan(int64_t n, int64_t d, int64_t c, int64_t element_bytes, 
   const auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
   const auto triangle = [&](int side) { return parts(d, side) * (parts(d, side) + 1) / 2; };
   GgnPlan plan;
-  // The large tile does half the loads per product; it is worth up to a fifth more products at the edges. float64 has
-  // the small one only: the large one's accumulators do not fit the registers.
+  plan.tensor_cores = element_bytes == 4;
+  // The large tile does half the loads and splits of operands per product, which on tensor cores is about half of all
+  // instructions (counted, not timed): it is worth up to half more products at the edges. float64 has the small one
+  // only: the large one's accumulators do not fit the registers.
   const int64_t small = triangle(64) * 64 * 64, large = triangle(128) * 128 * 128;
-  plan.side = element_bytes == 4 && 5 * large <= 6 * small ? 128 : 64;
+  plan.side = element_bytes == 4 && 2 * large <= 3 * small ? 128 : 64;
   plan.tiles = triangle(plan.side);
   const int64_t tile_bytes = element_bytes * plan.side * plan.side, pairs = c * (c - 1) / 2;
   plan.sum_diagonal = rows_sum_to_zero && pairs * plan.tiles * tile_bytes <= kScratchBytes;

@@ -1,5 +1,5 @@
 // The kernels of ggn_block_ and kronecker_block_ against the sum over examples in float64, launched as ggn_block.cu
-// launches them, by the plans of ggn_block_plan.h and by others.
+// launches them, by the plans of ggn_block_plan.h and by others, on tensor cores and without.
 #include "emulate.h"
 #include "ggn_block/ggn_block_kernel.cuh"
 #include "ggn_block/ggn_block_plan.h"
@@ -7,27 +7,35 @@
 namespace {
 
 using fastif::ceil_div;
+using fastif::CudaCores;
 using fastif::ggn_plan;
 using fastif::GgnPlan;
 using fastif::GivenHessians;
 using fastif::SoftmaxHessians;
+using fastif::TensorCores;
 
 struct Shape {
   int64_t n, d, c;
 };
 
-// out + sum_i H_i (x) x_i x_i^T. hessian(i, a, b) is H_i[a, b].
+// out + sum_i H_i (x) x_i x_i^T. hessian(i, a, b) is H_i[a, b]; `sizes` gets the sums of the terms' magnitudes.
 template <typename T, typename Hessian>
-std::vector<double> definition(const std::vector<T>& out, const std::vector<T>& x, Shape shape, Hessian hessian) {
+std::vector<double> definition(const std::vector<T>& out, const std::vector<T>& x, Shape shape, Hessian hessian,
+                               std::vector<double>* sizes = nullptr) {
   const auto [n, d, c] = shape;
   std::vector<double> sum(out.begin(), out.end());
+  if (sizes) sizes->assign(sum.size(), 0);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t a = 0; a < c; ++a)
       for (int64_t b = 0; b < c; ++b) {
         const double h = hessian(i, a, b);
         for (int64_t j = 0; j < d; ++j)
-          for (int64_t k = 0; k < d; ++k)
-            sum[((a * d + j) * c + b) * d + k] += h * double(x[i * d + j]) * double(x[i * d + k]);
+          for (int64_t k = 0; k < d; ++k) {
+            const int64_t entry = ((a * d + j) * c + b) * d + k;
+            const double term = h * double(x[i * d + j]) * double(x[i * d + k]);
+            sum[entry] += term;
+            if (sizes) (*sizes)[entry] += std::abs(term);
+          }
       }
   return sum;
 }
@@ -48,7 +56,7 @@ GgnPlan plan_of(Shape shape, int side, bool sum_diagonal, int64_t splits, int64_
   return plan;
 }
 
-template <typename T, int R, typename Hessians>
+template <typename T, int R, typename Cores, typename Hessians>
 void run(const GgnPlan& plan, const T* x, Hessians hessians, Shape shape, T* out) {
   const auto [n, d, c] = shape;
   const int side = plan.side;
@@ -59,7 +67,7 @@ void run(const GgnPlan& plan, const T* x, Hessians hessians, Shape shape, T* out
   for (int64_t first = 0; first < all; first += plan.batch) {
     const int64_t items = std::min(plan.batch, all - first);
     emu::launch(items * plan.splits, fastif::kTileThreads, 0, [=] {
-      fastif::ggn_gram_kernel<T, R>(x, hessians, n, d, c, first, plan.tiles, plan.splits, plan.split_length, s);
+      fastif::ggn_gram_kernel<T, R, Cores>(x, hessians, n, d, c, first, plan.tiles, plan.splits, plan.split_length, s);
     });
     emu::launch(items * parts, threads, 0,
                 [=] { fastif::ggn_combine_kernel<T>(s, d, c, first, plan.tiles, plan.splits, side, out); });
@@ -69,33 +77,46 @@ void run(const GgnPlan& plan, const T* x, Hessians hessians, Shape shape, T* out
                 [=] { fastif::ggn_combine_diagonal_kernel<T>(s, d, c, plan.tiles, plan.splits, side, out); });
 }
 
+template <typename T, typename Hessians>
+std::vector<T> run(const GgnPlan& plan, const std::vector<T>& x, Hessians hessians, Shape shape, std::vector<T> out) {
+  if constexpr (sizeof(T) == 8) {
+    run<T, 4, CudaCores>(plan, x.data(), hessians, shape, out.data());
+  } else if (plan.side == 64) {
+    (plan.tensor_cores ? run<T, 4, TensorCores, Hessians> : run<T, 4, CudaCores, Hessians>)(plan, x.data(), hessians,
+                                                                                            shape, out.data());
+  } else {
+    (plan.tensor_cores ? run<T, 8, TensorCores, Hessians> : run<T, 8, CudaCores, Hessians>)(plan, x.data(), hessians,
+                                                                                            shape, out.data());
+  }
+  return out;
+}
+
 // hessian(i, a, b) is what `hessians` stands for; `start` is what `out` holds before, zero or not.
 template <typename T, typename Hessians, typename Hessian>
-void compare(const char* op, Shape shape, const GgnPlan& plan, const std::vector<T>& x, Hessians hessians,
-             Hessian hessian, const std::vector<T>& start) {
-  char name[160];
-  std::snprintf(name, sizeof name, "%s n=%d d=%d c=%d tile=%d %zu-byte sum_diagonal=%d splits=%d batch=%d", op,
-                int(shape.n), int(shape.d), int(shape.c), plan.side, sizeof(T), plan.sum_diagonal, int(plan.splits),
-                int(plan.batch));
+void compare(const char* op, Shape shape, GgnPlan plan, const std::vector<T>& x, Hessians hessians, Hessian hessian,
+             const std::vector<T>& start) {
   const auto want = definition(start, x, shape, hessian);
-  std::vector<T> first;
-  for_schedules([&] {
-    auto got = start;
-    if (plan.side == 64) {
-      run<T, 4>(plan, x.data(), hessians, shape, got.data());
-    } else if constexpr (sizeof(T) == 4) {
-      run<T, 8>(plan, x.data(), hessians, shape, got.data());
-    }
-    const double error = relative_error(got, want);
-    expect(error <= (sizeof(T) == 4 ? 2e-6 : 1e-14), "%s: %.2e", name, error);
-    if (first.empty()) first = got;
-    expect(first == got, "%s: not the same bits in every order", name);
-    bool symmetric = true;
-    const int64_t side = start[0] != 0 ? 0 : shape.c * shape.d;
-    for (int64_t i = 0; i < side; ++i)
-      for (int64_t j = 0; j < i; ++j) symmetric = symmetric && got[i * side + j] == got[j * side + i];
-    expect(symmetric, "%s: not symmetric", name);
-  });
+  for (const bool tensor_cores : {false, true}) {
+    if (tensor_cores ? sizeof(T) == 8 : sizeof(T) == 4 && (EMU_TSAN || EMU_ASAN)) continue;
+    plan.tensor_cores = tensor_cores;
+    char name[160];
+    std::snprintf(name, sizeof name, "%s n=%d d=%d c=%d tile=%d %zu-byte %s sum_diagonal=%d splits=%d batch=%d", op,
+                  int(shape.n), int(shape.d), int(shape.c), plan.side, sizeof(T), tensor_cores ? "tensor" : "cuda",
+                  plan.sum_diagonal, int(plan.splits), int(plan.batch));
+    std::vector<T> first;
+    for_schedules([&] {
+      const auto got = run(plan, x, hessians, shape, start);
+      const double error = relative_error(got, want);
+      expect(error <= (sizeof(T) == 4 ? 1e-6 : 1e-14), "%s: %.2e", name, error);
+      if (first.empty()) first = got;
+      expect(first == got, "%s: not the same bits in every order", name);
+      bool symmetric = true;
+      const int64_t side = start[0] != 0 ? 0 : shape.c * shape.d;
+      for (int64_t i = 0; i < side; ++i)
+        for (int64_t j = 0; j < i; ++j) symmetric = symmetric && got[i * side + j] == got[j * side + i];
+      expect(symmetric, "%s: not symmetric", name);
+    });
+  }
 }
 
 template <typename T>
@@ -198,6 +219,44 @@ void numbering() {
   }
 }
 
+// On tensor cores, with rows and columns of scales between 1e-3 and 1e3: every entry to 1e-6 of its terms' magnitudes.
+void scaled(Shape shape) {
+  const auto [n, d, c] = shape;
+  auto x = uniform<float>(n * d, 1), p = uniform<float>(n * c, 3);
+  auto outer = uniform<float>(n * c * c, 5);
+  const auto powers = uniform<float>(n + d, 6), w = std::vector<float>(n, 1 / float(n));
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < d; ++j) x[i * d + j] *= std::pow(10.0f, 3 * (powers[i] + powers[n + j]));
+    float total = 0;
+    for (int64_t a = 0; a < c; ++a) total += p[i * c + a] = std::exp(8 * p[i * c + a]);
+    for (int64_t a = 0; a < c; ++a) p[i * c + a] /= total;
+  }
+  const auto softmax = [&, c = c](int64_t i, int64_t a, int64_t b) {
+    double h = a == b ? 0 : -double(p[i * c + a]) * double(p[i * c + b]);
+    for (int64_t e = 0; a == b && e < c; ++e)
+      if (e != a) h += double(p[i * c + a]) * double(p[i * c + e]);
+    return h * double(w[i]);
+  };
+  const auto given = [&, c = c](int64_t i, int64_t a, int64_t b) {
+    return double(outer[(i * c + std::max(a, b)) * c + std::min(a, b)]);
+  };
+  const std::vector<float> zero(c * d * c * d);
+  const auto check = [&](const char* op, auto hessians, auto hessian) {
+    const bool rows_sum_to_zero = std::is_same_v<decltype(hessians), SoftmaxHessians<float>>;
+    std::vector<double> sizes;
+    const auto want = definition(zero, x, shape, hessian, &sizes);
+    const auto got = run(ggn_plan(n, d, c, sizeof(float), rows_sum_to_zero), x, hessians, shape, zero);
+    double worst = 0;
+    for (size_t e = 0; e < want.size(); ++e) {
+      const double error = std::abs(double(got[e]) - want[e]);
+      worst = std::max(worst, !(error < INFINITY) ? INFINITY : error > 0 ? error / sizes[e] : 0);
+    }
+    expect(worst <= 1e-6, "%s scaled n=%d d=%d c=%d: %.2e", op, int(n), int(d), int(c), worst);
+  };
+  check("ggn_block_", SoftmaxHessians<float>{p.data(), w.data()}, softmax);
+  check("kronecker_block_", GivenHessians<float>{outer.data()}, given);
+}
+
 template <typename T>
 void all() {
   for (const Shape shape : {Shape{1, 1, 1}, {1, 3, 2}, {50, 1, 4}, {20, 67, 2}}) {
@@ -229,6 +288,9 @@ int main() {
   ggn_block<float>(large, plan_of(large, 128, true, 1, 0));
   kronecker_block<float>(large, plan_of(large, 128, false, 1, 0));
   if (!EMU_TSAN && !EMU_ASAN) {
+    for (const int64_t d : {1, 7, 63, 64, 65, 129})
+      for (const int64_t c : {1, 2, 10})
+        for (const int64_t n : {1, c == 10 ? 9 : 513}) scaled({n, d, c});
     ggn_block<float>(larger, plan_of(larger, 128, false, 1, 2));
     kronecker_block<float>(larger, plan_of(larger, 128, false, 2, 2));
   }

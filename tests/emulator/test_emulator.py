@@ -50,7 +50,7 @@ SANITIZERS = {"plain": [], "thread": ["-fsanitize=thread"], "address": ["-fsanit
 
 
 @pytest.mark.parametrize("how", SANITIZERS)
-@pytest.mark.parametrize("op", ["farthest_first", "farthest_first_lazy", "ggn_block", "per_sample_grad"])
+@pytest.mark.parametrize("op", ["farthest_first", "farthest_first_lazy", "ggn_block", "per_sample_grad", "tensor_tile"])
 def test_kernels(op, how, tmp_path):
     status, output = run(build(f"{op}_emu.cpp", tmp_path / op, *SANITIZERS[how]))
     assert status == 0, output[-4000:]
@@ -84,6 +84,7 @@ def faults(tmp_path_factory):
         ("an update by several blocks", 5, "thread", SANITIZER, "data race"),
         ("a warp that does not come", 6, "plain", FAULT, "deadlock"),
         ("a lane not in its mask", 7, "plain", FAULT, "mask that it is not in"),
+        ("an operand that is not TF32", 8, "plain", FAULT, "more digits than TF32"),
     ],
 )
 def test_planted_faults_are_caught(faults, fault, number, how, status, message):

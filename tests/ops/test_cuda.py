@@ -262,6 +262,57 @@ def test_large_kronecker_block(n, d, c, dtype):
     same_kronecker_block(n, d, c, dtype)
 
 
+@pytest.mark.parametrize("cores", ["tensor", "cuda"])
+@pytest.mark.parametrize(("n", "d", "c"), [(1, 7, 2), (9, 129, 3), (513, 64, 2), (1100, 130, 2)])
+def test_small_blocks_of_badly_scaled_features(n, d, c, cores, monkeypatch):
+    """Every entry to 1e-6 of the sum of its terms' magnitudes; products of TF32 numbers alone are off by up to 1e-3."""
+    monkeypatch.setenv("FASTIF_GGN", cores)
+    g = generator(n)
+    scales = [10 ** (6 * torch.rand(shape, generator=g) - 3) for shape in ((n, 1), (d,))]
+    x = torch.randn(n, d, generator=g) * scales[0] * scales[1]
+    p, w = (3 * torch.randn(n, c, generator=g)).softmax(1), torch.rand(n, generator=g) / n
+    outer = torch.randn(n, c, c, generator=g)
+    outer = outer.tril() + outer.tril(-1).mT
+    ggn, given = (torch.zeros(c, d, c, d, device="cuda") for _ in range(2))
+    ops.ggn_block_(ggn, x.cuda(), p.cuda(), w.cuda())
+    ops.kronecker_block_(given, x.cuda(), outer.cuda())
+    sizes = reference.ggn_block(x.abs(), p, w).abs(), reference.kronecker_block(x.abs(), outer.abs())
+    wants = reference.ggn_block(x, p, w), reference.kronecker_block(x, outer)
+    for got, want, size in zip((ggn, given), wants, sizes, strict=True):
+        assert ((got.cpu().double() - want).abs() <= 1e-6 * size).all()
+
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "h"),
+    [
+        (LARGEST, 1, 0.5 / LARGEST),
+        (1.5, -1.25, 1e38),
+        (0.999, 0.25, LARGEST),
+        (3.3e-36, 1.7, 1),
+        (3.3e-39, 1.7, 1e3),
+        (1.234567e-20, 7.654321e-20, 0.9),
+    ],
+)
+def test_small_kronecker_block_at_the_ends_of_the_range(x, y, h):
+    """As csrc/common/tensor_tile.cuh promises."""
+    features, outer = torch.tensor([[x, y]]), torch.tensor([[[h]]])
+    out = torch.zeros(1, 2, 1, 2, device="cuda")
+    ops.kronecker_block_(out, features.cuda(), outer.cuda())
+    want = reference.kronecker_block(features, outer)
+    weighted = (outer * features).double().abs().view(1, 2, 1, 1)
+    lost = 2**-126 * (weighted + features.double().abs().view(1, 1, 1, 2))
+    assert ((out.cpu().double() - want).abs() <= 2e-6 * want.abs() + lost + 2**-148).all()
+
+
+def test_ggn_block_knows_its_cores(monkeypatch):
+    monkeypatch.setenv("FASTIF_GGN", "tf32")
+    with pytest.raises(ValueError, match="kronecker_block: FASTIF_GGN must be tensor or cuda, got tf32"):
+        ops.kronecker_block_(*(torch.ones(shape, device="cuda") for shape in ((1, 1, 1, 1), (1, 1), (1, 1, 1))))
+
+
 def test_ggn_block_where_the_pairs_do_not_fit_the_scratch():
     n, d, c = 2_000, 130, 96  # 4,560 pairs of 128 x 128 tiles: the diagonal is computed on its own, in several batches
     x, p, w = (tensor.cuda() for tensor in classification(n, d, c, torch.float32))
