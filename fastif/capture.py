@@ -8,6 +8,7 @@ where it ends by an error.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
@@ -246,7 +247,7 @@ class Forward:
         s, *again = self._seen[use.source]
         if others or again or not isinstance(self.outputs, Tensor) or self.outputs.dim() != 2:
             return None
-        if s.y is not self.outputs or s.y._version != s.y_version:
+        if s.y() is not self.outputs or self.outputs._version != s.y_version:
             return None
         logits = _computable(self.outputs.detach())
         gradients = use.gradients(_computable(s.x.detach()), logits)
@@ -276,7 +277,7 @@ class Forward:
         )
         pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for (source, s), u in zip(flat, found, strict=True):
-            u = torch.zeros_like(s.y) if u is None else u
+            u = torch.zeros(s.shape, dtype=s.dtype, device=s.device) if u is None else u
             pairs.setdefault(source, []).append((_computable(s.x.detach()), _computable(u.detach())))
         blocks = self._capture.blocks.items()
         for what, side in (("input", 0), ("output gradient", 1)):  # a NaN of the forward pass is in many gradients
@@ -341,11 +342,15 @@ class Forward:
 
 
 class _Seen:
-    """One call of a layer: its input, and where its output stands in the graph."""
+    """One call of a layer: its input, and where its output stands in the graph.
+
+    The output itself is not held: mostly nothing else needs it once the next layer has run.
+    """
 
     def __init__(self, x: Tensor, edge: Any, y: Tensor):
         self.x, self.version, self.edge = x, x._version, edge
-        self.y, self.y_version = y, y._version
+        self.y, self.y_version = weakref.ref(y), y._version
+        self.shape, self.dtype, self.device = y.shape, y.dtype, y.device
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

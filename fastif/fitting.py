@@ -119,16 +119,21 @@ def observe(
             blocks = [passes.capture.blocks[name] for name in names]
             estimator.observe_loss((losses * weights.to(losses)).sum(), blocks)
             del rest[names]
-    for fisher in dict.fromkeys(part.fisher for part in rest.values()):
-        mine = NetworkCurvature({names: part for names, part in rest.items() if part.fisher == fisher})
-        if fisher == "empirical":
-            found = iter([forward.gradients(losses, keep=True)])
+    by_fisher = {fisher: {} for fisher in sorted({part.fisher for part in rest.values()}, key="empirical".__eq__)}
+    for names, part in rest.items():
+        by_fisher[part.fisher][names] = part
+    for fisher, parts in by_fisher.items():
+        mine = NetworkCurvature(parts)
+        if fisher == "empirical":  # the last one: the graph goes before the estimators take their turn
+            gradients = forward.gradients(losses)
+            del forward, losses
+            mine.observe(gradients, weights, 0, turn)
         else:
             columns = output_columns(passes.loss, forward.outputs, batch, forward.n, fisher, generator)
-            found = (forward.gradients(scores, column, keep=True) for scores, column in columns)
-        for column, gradients in enumerate(found):
-            mine.observe(gradients, weights, column, turn)
-            del gradients  # before those of the next column come
+            for column, (scores, s) in enumerate(columns):
+                gradients = forward.gradients(scores, s, keep=True)
+                mine.observe(gradients, weights, column, turn)
+                del gradients, scores, s  # before those of the next column come
 
 
 def head_of(

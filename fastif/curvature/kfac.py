@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastif.curvature.called import Called
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
-from fastif.curvature.directions import Directions, Explicit, Separable, products_of
+from fastif.curvature.directions import Directions, Explicit, Factors, Separable, products_of
 from fastif.gradients import Gradients
 from fastif.losses import Fisher
 
@@ -137,7 +137,7 @@ class KFAC(Called):
 
     def solve(self, rhs: Tensor) -> Tensor:
         """(G + λI)⁻¹ rhs for rhs [..., g, o, d]."""
-        return self._from_basis(self._to_basis(rhs) * self.inverse_eigenvalues)
+        return self.unrotated(self._to_basis(rhs) * self.inverse_eigenvalues)
 
     def sq_norms(self, gradients: Gradients) -> Tensor:
         """g_iᵀ (G + λI)⁻¹ g_i, [n]."""
@@ -145,17 +145,14 @@ class KFAC(Called):
 
     def directions(self, gradients: Gradients) -> Directions:
         """The query side of pairwise scores."""
-        if self.separable is not None and Separable.suits(gradients):
-            if self._products is None:
-                self._products = products_of(self.inverse_eigenvalues[0], self.eigenvalues[0])
-            return Separable(self.rotated(gradients), self, self._products, self.separable)
         rotated = self.rotated(gradients)
-        matrices = rotated.formed() * self.inverse_eigenvalues
-        q, t = len(gradients), gradients.positions
-        _, o, d = self.shape
-        if 4 * t * (d * d + o * o) <= q * o * d:  # little beside the products: training gradients are turned instead
-            return Explicit(matrices, self.rotated)
-        return Explicit(self._from_basis(matrices))
+        if not Factors.suits(gradients):
+            return Explicit(self.unrotated(rotated.formed() * self.inverse_eigenvalues))
+        if self.separable is None:
+            return Factors(rotated, self)
+        if self._products is None:
+            self._products = products_of(self.inverse_eigenvalues[0], self.eigenvalues[0])
+        return Separable(rotated, self, self._products, self.separable)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"eigenvalues": self.eigenvalues, "input_basis": self.input_basis, "output_basis": self.output_basis}
@@ -184,12 +181,13 @@ class KFAC(Called):
         assert self.input_basis is not None
         return gradients.rotated(self.output_basis, self.input_basis)
 
+    def unrotated(self, matrices: Tensor) -> Tensor:
+        """Matrices [..., g, o, d] out of the eigenbases."""
+        assert self.input_basis is not None
+        m = matrices @ self.input_basis.mT
+        return m if self.output_basis is None else self.output_basis @ m
+
     def _to_basis(self, m: Tensor) -> Tensor:
         assert self.input_basis is not None
         m = m.to(self.input_basis) @ self.input_basis
         return m if self.output_basis is None else self.output_basis.mT @ m
-
-    def _from_basis(self, m: Tensor) -> Tensor:
-        assert self.input_basis is not None
-        m = m @ self.input_basis.mT
-        return m if self.output_basis is None else self.output_basis @ m
