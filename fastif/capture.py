@@ -241,6 +241,11 @@ class Forward:
                 f"capture: layer {missing[0]!r} was not called in the forward pass; leave it out with layers="
             )
 
+    @property
+    def nbytes(self) -> int:
+        """Of the inputs and outputs of covered layers."""
+        return sum(s.x.nbytes + s.shape.numel() * s.dtype.itemsize for uses in self._seen.values() for s in uses)
+
     def head(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Inputs [n, d] (with the 1 of a bias) and logits [n, c] of a block whose output is the model's, else None."""
         use, *others = self._capture.blocks[name].uses
@@ -298,9 +303,11 @@ class Forward:
                 ]
             )
 
-        each = max(1, SLICE // make(0, 1).entries)
-        moment = uses[0][0].input_moment(uses[0][1], uses[0][2]) if len(uses) == 1 else None
-        return make(0, self.n) if self.n <= each and moment is None else Sliced(make, 0, self.n, each, moment)
+        one = make(0, 1)
+        formed = isinstance(one, Dense) and one.formed_to_rotate
+        each = max(1, SLICE // max(one.entries, block.size if formed else 0))
+        moments = uses[0][0].moments(uses[0][1], uses[0][2]) if len(uses) == 1 else {}
+        return make(0, self.n) if self.n <= each and not moments else Sliced(make, 0, self.n, each, moments)
 
     def check(self, losses: Tensor, mixing: bool = True) -> None:
         """Refuses a model whose examples mix, or that uses a covered parameter where no hook sees it.

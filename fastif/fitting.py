@@ -17,7 +17,7 @@ from fastif.curvature.network import Alone, FitData, JointCurvature, NetworkCurv
 from fastif.data import picked
 from fastif.features import moved_to
 from fastif.losses import IGNORED, labels_in, labels_of, output_columns, per_sample
-from fastif.passes import Passes
+from fastif.passes import Passes, counted_from
 from fastif.subset import Subset
 
 Estimator = Curvature | JointCurvature
@@ -83,7 +83,11 @@ def fit(
         with tqdm(batches(subset), f"fit, pass {turn + 1}", total, disable=not passes.progress) as bar:
             for number, (x, y, weights) in enumerate(bar):
                 passes.capture.batch = number
-                observe(passes, looking, x, y, weights, turn, generator)
+                if not passes.capture.checked:
+                    passes.check(x, y)
+                for rows, part, labels in passes.slices(x, y):
+                    with counted_from(rows.start):
+                        observe(passes, looking, part, labels, weights[rows], turn, generator)
                 if not looking.parts:
                     break  # nothing to learn: the first batch was looked at for what `Capture` refuses
         (looking if turn else curvature).end(turn)  # those that look at nothing end with pass 0 too
@@ -99,9 +103,7 @@ def observe(
     turn: int,
     generator: torch.Generator,
 ) -> None:
-    """Shows a batch to the estimators."""
-    if not passes.capture.checked:
-        passes.check(x, y)
+    """Shows examples to the estimators."""
     forward = passes.forward(x)
     batch = labels_in(x, y)
     losses = per_sample(passes.loss, forward.outputs, batch, forward.n)

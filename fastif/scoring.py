@@ -153,7 +153,8 @@ class _Held:
         if not parts:
             return len(directions) <= self._room
         first, *others = parts
-        return isinstance(first, Explicit) and not others and name in self._rows and len(first) + len(directions) <= self._room
+        room = name in self._rows and len(first) + len(directions) <= self._room
+        return isinstance(first, Explicit) and not others and room
 
 
 def _directions(

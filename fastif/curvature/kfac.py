@@ -74,8 +74,7 @@ class KFAC(Called):
         activations = gradients.activations
         for side in ("inputs", "outputs"):
             if column == 0 or side != activations:
-                moment = gradients.moment(side, weights)
-                self._moments[side] = self._moments[side].add_(moment) if side in self._moments else moment
+                self._moments[side] = gradients.moment(side, weights, self._moments.get(side))
         if column == 0 or activations is None:
             self._positions += float(weights.double().sum()) * gradients.positions
 
@@ -89,17 +88,14 @@ class KFAC(Called):
         for side, moment in self._moments.items():
             if not bool(moment.isfinite().all()):
                 raise NotPositiveDefinite(f"{self.name}: the second moment of its {side} holds NaN or Inf")
-        inputs = self._moments["inputs"].double()
-        outputs = self._moments["outputs"].double() / max(self._positions, 1e-300)
-        like = self._moments["inputs"]
-        self._moments = {}
-        input_values, input_basis = torch.linalg.eigh(inputs)
+        like = self._moments["inputs"].new_empty(0)
+        input_values, self.input_basis = _eigenvectors(self._moments.pop("inputs"))
+        outputs = self._moments.pop("outputs")
         if outputs.dim() == 3:
-            output_values, output_basis = torch.linalg.eigh(outputs)
-            self.output_basis = output_basis.to(like)
+            output_values, self.output_basis = _eigenvectors(outputs)
         else:
-            output_values, self.output_basis = outputs, None
-        self.input_basis = input_basis.to(like)
+            output_values, self.output_basis = outputs.double(), None
+        output_values /= max(self._positions, 1e-300)
         values = output_values.clamp(min=0)[:, :, None] * input_values.clamp(min=0)[:, None, :]
         self._eigenvalues = values.to(like)
 
@@ -171,10 +167,10 @@ class KFAC(Called):
 
     @staticmethod
     def footprint(shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
-        """Bytes held: bases and eigenvalues; and taken beside them: float64 moments, eigenvectors and their making."""
+        """Bytes held: bases and eigenvalues; and taken beside them: the largest basis in float64, and its making."""
         g, o, d = shape
-        squares = d * d + (o if table else o * o)
-        return g * item * (squares + o * d), 8 * (g * squares + g * o * d + (g + 2) * max(d, 0 if table else o) ** 2)
+        squares, largest = d * d + (o if table else o * o), max(d, 0 if table else o) ** 2
+        return g * item * (squares + o * d), max(8 * (g + 2) * largest - g * item * largest, 8 * g * o * d)
 
     def rotated(self, gradients: Gradients) -> Gradients:
         """The gradients in the eigenbases."""
@@ -191,3 +187,13 @@ class KFAC(Called):
         assert self.input_basis is not None
         m = m.to(self.input_basis) @ self.input_basis
         return m if self.output_basis is None else self.output_basis.mT @ m
+
+
+def _eigenvectors(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, in float64, and eigenvectors of a matrix whose lower triangle is given, found in its own place: what
+    LAPACK takes beside it is twice its size already."""
+    matrix = torch.empty(moment.shape, dtype=torch.float64, device=moment.device).mT.copy_(moment)
+    values, dtype = matrix.new_empty(moment.shape[:-1]), moment.dtype
+    del moment
+    torch.linalg.eigh(matrix, out=(values, matrix))
+    return values, matrix.to(dtype)
