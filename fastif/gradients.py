@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,10 +20,18 @@ from torch import Tensor
 from fastif import ops
 
 Side = Literal["inputs", "outputs"]
-Moment = Callable[[int, int, Tensor, Tensor | None], Tensor]  # of examples begin, ..., end - 1; else as `moment`
 _TOGETHER = 1 << 21  # entries of gradients that are multiplied with directions at a time: 8 MiB in float32
 _ROWS = 1 << 20  # entries of factors whose moment is taken at a time
 _SIDE = 128  # of the squares that the lower triangle of a moment is made of
+
+
+class Unfinished(Protocol):
+    """A moment that is kept as something smaller until all examples have been added."""
+
+    def matrix(self) -> Tensor: ...
+
+
+Moment = Callable[[int, int, Tensor, Any], Tensor | Unfinished]  # of examples begin, ..., end - 1; else as `moment`
 
 
 class Gradients(Protocol):
@@ -59,9 +67,10 @@ class Gradients(Protocol):
         """Gradients output_basisᵀ g_i input_basis, for bases [g, o, o'] (None: the identity) and [g, d, d']."""
         ...
 
-    def moment(self, side: Side, weights: Tensor, total: Tensor | None = None) -> Tensor:
+    def moment(self, side: Side, weights: Tensor, total: Any = None) -> Tensor | Unfinished:
         """Σ_i Σ_t weights[i] x xᵀ of the inputs x = a [g, d, d] or the outputs x = u [g, o, o] (its diagonal [g, o]
-        where no two entries of u are ever both nonzero), added to `total`, which may be written to.
+        where no two entries of u are ever both nonzero), added to `total`: what an earlier call gave, which may be
+        written to.
 
         Of the matrices the lower triangle counts; what stands above it need not be the same.
         """
@@ -328,7 +337,7 @@ class Sliced:
     def squares(self, weights: Tensor) -> Tensor:
         return self._added(weights, lambda part, w: part.squares(w))
 
-    def moment(self, side: Side, weights: Tensor, total: Tensor | None = None) -> Tensor:
+    def moment(self, side: Side, weights: Tensor, total: Any = None) -> Tensor | Unfinished:
         if side in self.moments:
             return self.moments[side](self.begin, self.end, weights, total)
         for part, rows in self.parts():

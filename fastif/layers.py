@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastif.convolutions import Window
+from fastif.convolutions import PatchMoment, Window
 from fastif.gradients import Dense, Moment, OneHot, Side, second_moment
 
 
@@ -182,9 +182,9 @@ def _convolution(name: str, module: nn.modules.conv._ConvNd, apart: set[Tensor])
     def moments(x: Tensor, u: Tensor) -> dict[Side, Moment]:
         image, window = seen(x[:1], tuple(u.shape[2:]))
 
-        def of_inputs(begin: int, end: int, weights: Tensor, total: Tensor | None) -> Tensor:
-            moment = window.moment(seen(x[begin:end], window.positions)[0], weights, joint)
-            return moment if total is None else total.add_(moment)
+        def of_inputs(begin: int, end: int, weights: Tensor, total: PatchMoment | None) -> PatchMoment:
+            total = PatchMoment(window, joint) if total is None else total
+            return total.add(seen(x[begin:end], window.positions)[0], weights)
 
         def of_outputs(begin: int, end: int, weights: Tensor, total: Tensor | None) -> Tensor:
             return second_moment(outputs(u[begin:end]), weights, total)

@@ -19,7 +19,7 @@ from fastif.gradients import Gradients
 if TYPE_CHECKING:
     from fastif.influence import Influence
 
-_MADE = 1 << 24  # bytes of preconditioned query gradients that are made at a time
+_MADE = 1 << 23  # bytes of preconditioned query gradients that are made at a time
 
 By = Literal["all", "layer", "token"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastif.curvature.called import Called
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
 from fastif.curvature.directions import Directions, Explicit, Factors, Separable, products_of
-from fastif.gradients import Gradients
+from fastif.gradients import Gradients, Unfinished
 from fastif.losses import Fisher
 
 _RELATIVE_DAMPING = 0.1  # of the mean eigenvalue, for damping="auto" (Grosse et al. 2023)
@@ -53,7 +53,7 @@ class KFAC(Called):
         self.fisher: Fisher = fisher
         self.separable = separable
         self.name = "layer"
-        self._moments: dict[str, Tensor] = {}
+        self._moments: dict[str, Tensor | Unfinished] = {}
         self._positions = 0.0
         self.input_basis: Tensor | None = None  # [g, d, d], columns are eigenvectors
         self.output_basis: Tensor | None = None  # [g, o, o], None where the outputs are rows of a table
@@ -85,19 +85,23 @@ class KFAC(Called):
         _ = self.damping_used
 
     def _decompose(self) -> None:
-        for side, moment in self._moments.items():
-            if not bool(moment.isfinite().all()):
-                raise NotPositiveDefinite(f"{self.name}: the second moment of its {side} holds NaN or Inf")
-        like = self._moments["inputs"].new_empty(0)
-        input_values, self.input_basis = _eigenvectors(self._moments.pop("inputs"))
-        outputs = self._moments.pop("outputs")
+        input_values, self.input_basis = _eigenvectors(self._moment("inputs"))
+        outputs = self._moment("outputs")
         if outputs.dim() == 3:
             output_values, self.output_basis = _eigenvectors(outputs)
         else:
             output_values, self.output_basis = outputs.double(), None
         output_values /= max(self._positions, 1e-300)
         values = output_values.clamp(min=0)[:, :, None] * input_values.clamp(min=0)[:, None, :]
-        self._eigenvalues = values.to(like)
+        self._eigenvalues = values.to(self.input_basis)
+
+    def _moment(self, side: str) -> Tensor:
+        """The second moment of a side, which is not kept any longer."""
+        moment = self._moments.pop(side)
+        moment = moment if isinstance(moment, Tensor) else moment.matrix()
+        if not bool(moment.isfinite().all()):
+            raise NotPositiveDefinite(f"{self.name}: the second moment of its {side} holds NaN or Inf")
+        return moment
 
     @property
     def eigenvalues(self) -> Tensor:
@@ -161,7 +165,7 @@ class KFAC(Called):
 
     def stand_in(self) -> None:
         """The moments in the place of their eigenvectors."""
-        self.input_basis, outputs = self._moments["inputs"], self._moments["outputs"]
+        self.input_basis, outputs = self._moment("inputs"), self._moment("outputs")
         self.output_basis = outputs if outputs.dim() == 3 else None
         self._moments, self._eigenvalues = {}, self.input_basis.new_ones(self.shape)
 
