@@ -121,21 +121,20 @@ def observe(
             blocks = [passes.capture.blocks[name] for name in names]
             estimator.observe_loss((losses * weights.to(losses)).sum(), blocks)
             del rest[names]
-    by_fisher = {fisher: {} for fisher in sorted({part.fisher for part in rest.values()}, key="empirical".__eq__)}
+    by_fisher: dict[str, dict[tuple[str, ...], JointCurvature]] = {"empirical": {}}
     for names, part in rest.items():
-        by_fisher[part.fisher][names] = part
+        by_fisher.setdefault(part.fisher, {})[names] = part
+    empirical = NetworkCurvature(by_fisher.pop("empirical"))
     for fisher, parts in by_fisher.items():
-        mine = NetworkCurvature(parts)
-        if fisher == "empirical":  # the last one: the graph goes before the estimators take their turn
-            gradients = forward.gradients(losses)
-            del forward, losses
-            mine.observe(gradients, weights, 0, turn)
-        else:
-            columns = output_columns(passes.loss, forward.outputs, batch, forward.n, fisher, generator)
-            for column, (scores, s) in enumerate(columns):
-                gradients = forward.gradients(scores, s, keep=True)
-                mine.observe(gradients, weights, column, turn)
-                del gradients, scores, s  # before those of the next column come
+        columns = output_columns(passes.loss, forward.outputs, batch, forward.n, fisher, generator)
+        for column, (scores, s) in enumerate(columns):
+            gradients = forward.gradients(scores, s, keep=True)
+            NetworkCurvature(parts).observe(gradients, weights, column, turn)
+            del gradients, scores, s  # before those of the next column come
+    if empirical.parts:
+        gradients = forward.gradients(losses)
+        del forward, losses  # and the graph with them, before the estimators take their turn
+        empirical.observe(gradients, weights, 0, turn)
 
 
 def head_of(
