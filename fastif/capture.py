@@ -8,6 +8,7 @@ where it ends by an error.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
@@ -240,13 +241,18 @@ class Forward:
                 f"capture: layer {missing[0]!r} was not called in the forward pass; leave it out with layers="
             )
 
+    @property
+    def nbytes(self) -> int:
+        """Of the inputs and outputs of covered layers."""
+        return sum(s.x.nbytes + s.shape.numel() * s.dtype.itemsize for uses in self._seen.values() for s in uses)
+
     def head(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Inputs [n, d] (with the 1 of a bias) and logits [n, c] of a block whose output is the model's, else None."""
         use, *others = self._capture.blocks[name].uses
         s, *again = self._seen[use.source]
         if others or again or not isinstance(self.outputs, Tensor) or self.outputs.dim() != 2:
             return None
-        if s.y is not self.outputs or s.y._version != s.y_version:
+        if s.y() is not self.outputs or self.outputs._version != s.y_version:
             return None
         logits = _computable(self.outputs.detach())
         gradients = use.gradients(_computable(s.x.detach()), logits)
@@ -276,7 +282,7 @@ class Forward:
         )
         pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for (source, s), u in zip(flat, found, strict=True):
-            u = torch.zeros_like(s.y) if u is None else u
+            u = torch.zeros(s.shape, dtype=s.dtype, device=s.device) if u is None else u
             pairs.setdefault(source, []).append((_computable(s.x.detach()), _computable(u.detach())))
         blocks = self._capture.blocks.items()
         for what, side in (("input", 0), ("output gradient", 1)):  # a NaN of the forward pass is in many gradients
@@ -297,9 +303,11 @@ class Forward:
                 ]
             )
 
-        each = max(1, SLICE // make(0, 1).entries)
-        moment = uses[0][0].input_moment(uses[0][1], uses[0][2]) if len(uses) == 1 else None
-        return make(0, self.n) if self.n <= each and moment is None else Sliced(make, 0, self.n, each, moment)
+        one = make(0, 1)
+        formed = isinstance(one, Dense) and one.formed_to_rotate
+        each = max(1, SLICE // max(one.entries, block.size if formed else 0))
+        moments = uses[0][0].moments(uses[0][1], uses[0][2]) if len(uses) == 1 else {}
+        return make(0, self.n) if self.n <= each and not moments else Sliced(make, 0, self.n, each, moments)
 
     def check(self, losses: Tensor, mixing: bool = True) -> None:
         """Refuses a model whose examples mix, or that uses a covered parameter where no hook sees it.
@@ -341,11 +349,15 @@ class Forward:
 
 
 class _Seen:
-    """One call of a layer: its input, and where its output stands in the graph."""
+    """One call of a layer: its input, and where its output stands in the graph.
+
+    The output itself is not held: mostly nothing else needs it once the next layer has run.
+    """
 
     def __init__(self, x: Tensor, edge: Any, y: Tensor):
         self.x, self.version, self.edge = x, x._version, edge
-        self.y, self.y_version = y, y._version
+        self.y, self.y_version = weakref.ref(y), y._version
+        self.shape, self.dtype, self.device = y.shape, y.dtype, y.device
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

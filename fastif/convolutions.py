@@ -51,7 +51,7 @@ class Window(NamedTuple):
         return out.mT
 
     def moment_is_shorter(self, channels: int, size: torch.Size) -> bool:
-        """Whether `moment` takes far fewer operations than the product of the patches would."""
+        """Whether `PatchMoment` takes far fewer operations than the product of the patches would."""
         if len(size) > 2 or math.prod(self.positions) == 1 or any(step != 1 for step in self.stride):
             return False
         area = math.prod(length + (k - 1) * s for length, k, s in zip(size, self.kernel, self.dilation, strict=True))
@@ -59,53 +59,69 @@ class Window(NamedTuple):
         entries = channels * math.prod(self.kernel)
         return 2 * shifts * area * channels**2 < math.prod(self.positions) * entries**2
 
-    def moment(self, x: Tensor, weights: Tensor, ones: bool) -> Tensor:
-        """Σ_i weights[i] Σ_t a_it a_itᵀ of the patches a (of one group), [1, d, d], for strides of 1.
 
-        Entries k and m of the kernel see pixels that are a fixed step apart, at all positions. So the products of all
-        pixels with those one step on are the moment of every such pair, but for pixels that k does not reach: of the
-        (Π kernel)² pairs only the different steps cost a product.
-        """
-        if x.dim() == 3:  # one axis: an image of one row
-            row = Window(*((first, *rest) for first, rest in zip((1, 1, 1, 0, 0, 1), self, strict=True)))
-            return row.moment(x[:, :, None], weights, ones)
-        c, kernel = x.shape[1], list(product(*map(range, self.kernel)))
-        shifted = _Shifted(self, x.shape)
-        total: dict[Pairs, Tensor] = {}
-        each = max(1, _ENTRIES // (2 * shifted.area * c))
+class PatchMoment:
+    """Σ_i weights[i] Σ_t a_it a_itᵀ of the patches a (of one group), for strides of 1: examples are added, then it is
+    one matrix.
+
+    Entries k and m of the kernel see pixels that are a fixed step apart, at all positions. So the products of all
+    pixels with those one step on are the moment of every such pair, but for pixels that k does not reach: of the
+    (Π kernel)² pairs only the different steps cost a product, and a place to be summed in.
+    """
+
+    def __init__(self, window: Window, ones: bool):
+        self._window = window
+        if len(window.kernel) == 1:  # one axis: an image of one row
+            self._window = Window(*((first, *rest) for first, rest in zip((1, 1, 1, 0, 0, 1), window, strict=True)))
+        self._ones = ones
+        self._total: dict[Pairs, Tensor] = {}
+        self._image = self._weight = torch.zeros(())  # Σ_i weights[i] x_i, Σ_i weights[i]
+
+    def add(self, x: Tensor, weights: Tensor) -> PatchMoment:
+        """With the patches of images x [n, channels, ...]."""
+        x, weights = x if x.dim() == 4 else x[:, :, None], weights.to(x)
+        shifted = _Shifted(self._window, x.shape)
+        each = max(1, _ENTRIES // (2 * shifted.area * x.shape[1]))
         for begin in range(0, len(x), each):
-            for key, value in shifted.products(x[begin : begin + each], weights[begin : begin + each].to(x)):
-                total[key] = total[key].add_(value) if key in total else value
-        moment = x.new_empty((c, len(kernel), c, len(kernel)))
+            for key, value in shifted.products(x[begin : begin + each], weights[begin : begin + each]):
+                self._total[key] = self._total[key].add_(value) if key in self._total else value
+        if self._ones:
+            self._image = torch.einsum("n,nchw->chw", weights, x) + self._image.to(x)
+            self._weight = weights.sum() + self._weight.to(x)
+        return self
+
+    def matrix(self) -> Tensor:
+        """[1, d, d]."""
+        kernel = list(product(*map(range, self._window.kernel)))
+        one = self._total[(0, 0), None, None]
+        moment = one.new_empty((len(one), len(kernel), len(one), len(kernel)))
         for (number, k), (other, m) in product(enumerate(kernel), repeat=2):
             if number <= other:
                 step = m[0] - k[0], m[1] - k[1]
-                value = total[step, None, None].clone()
+                value = self._total[step, None, None].clone()
                 missed: list[tuple[Pairs, int]] = [
                     ((step, k[0], None), -1),
                     ((step, None, k[1]), -1),
                     ((step, k[0], k[1]), 1),
                 ]
                 for pairs, sign in missed:
-                    if pairs in total:
-                        value.add_(total[pairs], alpha=sign)
+                    if pairs in self._total:
+                        value.add_(self._total[pairs], alpha=sign)
                 moment[:, number, :, other] = value
                 moment[:, other, :, number] = value.T
-        moment = moment.view(c * len(kernel), -1)
-        moment = (moment + moment.T) / 2
-        return (self._with_ones(moment, x, weights) if ones else moment)[None]
+        moment = moment.view(len(one) * len(kernel), -1)
+        return (self._with_ones(moment) if self._ones else moment)[None]
 
-    def _with_ones(self, moment: Tensor, x: Tensor, weights: Tensor) -> Tensor:
-        image = F.pad(
-            torch.einsum("n,nchw->chw", weights.to(x), x),
-            (self.before[1], self.after[1], self.before[0], self.after[0]),
-        )
-        (h, w), (dh, dw) = self.positions, self.dilation
+    def _with_ones(self, moment: Tensor) -> Tensor:
+        window = self._window
+        image = F.pad(self._image, (window.before[1], window.after[1], window.before[0], window.after[0]))
+        (h, w), (dh, dw) = window.positions, window.dilation
         sums = [
-            image[:, i * dh : i * dh + h, j * dw : j * dw + w].sum((1, 2)) for i, j in product(*map(range, self.kernel))
+            image[:, i * dh : i * dh + h, j * dw : j * dw + w].sum((1, 2))
+            for i, j in product(*map(range, window.kernel))
         ]
         column = torch.stack(sums, 1).flatten()
-        corner = (weights.sum() * math.prod(self.positions)).to(x).view(1, 1)
+        corner = (self._weight * math.prod(window.positions)).view(1, 1)
         return torch.cat([torch.cat([moment, column[:, None]], 1), torch.cat([column[None], corner], 1)])
 
 

@@ -17,7 +17,7 @@ from fastif.curvature.network import Alone, FitData, JointCurvature, NetworkCurv
 from fastif.data import picked
 from fastif.features import moved_to
 from fastif.losses import IGNORED, labels_in, labels_of, output_columns, per_sample
-from fastif.passes import Passes
+from fastif.passes import Passes, counted_from
 from fastif.subset import Subset
 
 Estimator = Curvature | JointCurvature
@@ -83,7 +83,11 @@ def fit(
         with tqdm(batches(subset), f"fit, pass {turn + 1}", total, disable=not passes.progress) as bar:
             for number, (x, y, weights) in enumerate(bar):
                 passes.capture.batch = number
-                observe(passes, looking, x, y, weights, turn, generator)
+                if not passes.capture.checked:
+                    passes.check(x, y)
+                for rows, part, labels in passes.slices(x, y):
+                    with counted_from(rows.start):
+                        observe(passes, looking, part, labels, weights[rows], turn, generator)
                 if not looking.parts:
                     break  # nothing to learn: the first batch was looked at for what `Capture` refuses
         (looking if turn else curvature).end(turn)  # those that look at nothing end with pass 0 too
@@ -99,9 +103,7 @@ def observe(
     turn: int,
     generator: torch.Generator,
 ) -> None:
-    """Shows a batch to the estimators."""
-    if not passes.capture.checked:
-        passes.check(x, y)
+    """Shows examples to the estimators."""
     forward = passes.forward(x)
     batch = labels_in(x, y)
     losses = per_sample(passes.loss, forward.outputs, batch, forward.n)
@@ -119,16 +121,20 @@ def observe(
             blocks = [passes.capture.blocks[name] for name in names]
             estimator.observe_loss((losses * weights.to(losses)).sum(), blocks)
             del rest[names]
-    for fisher in dict.fromkeys(part.fisher for part in rest.values()):
-        mine = NetworkCurvature({names: part for names, part in rest.items() if part.fisher == fisher})
-        if fisher == "empirical":
-            found = iter([forward.gradients(losses, keep=True)])
-        else:
-            columns = output_columns(passes.loss, forward.outputs, batch, forward.n, fisher, generator)
-            found = (forward.gradients(scores, column, keep=True) for scores, column in columns)
-        for column, gradients in enumerate(found):
-            mine.observe(gradients, weights, column, turn)
-            del gradients  # before those of the next column come
+    by_fisher: dict[str, dict[tuple[str, ...], JointCurvature]] = {"empirical": {}}
+    for names, part in rest.items():
+        by_fisher.setdefault(part.fisher, {})[names] = part
+    empirical = NetworkCurvature(by_fisher.pop("empirical"))
+    for fisher, parts in by_fisher.items():
+        columns = output_columns(passes.loss, forward.outputs, batch, forward.n, fisher, generator)
+        for column, (scores, s) in enumerate(columns):
+            gradients = forward.gradients(scores, s, keep=True)
+            NetworkCurvature(parts).observe(gradients, weights, column, turn)
+            del gradients, scores, s  # before those of the next column come
+    if empirical.parts:
+        gradients = forward.gradients(losses)
+        del forward, losses  # and the graph with them, before the estimators take their turn
+        empirical.observe(gradients, weights, 0, turn)
 
 
 def head_of(

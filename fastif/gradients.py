@@ -10,9 +10,9 @@ of it is a method here, so that no estimator knows how a layer's gradient is sto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +20,18 @@ from torch import Tensor
 from fastif import ops
 
 Side = Literal["inputs", "outputs"]
-InputMoment = Callable[[int, int, Tensor], Tensor]  # of examples begin, ..., end - 1, with their weights
-_TOGETHER = 1 << 23  # entries of gradients that are multiplied with directions at a time: 32 MiB in float32
+_TOGETHER = 1 << 21  # entries of gradients that are multiplied with directions at a time: 8 MiB in float32
+_ROWS = 1 << 20  # entries of factors whose moment is taken at a time
+_SIDE = 128  # of the squares that the lower triangle of a moment is made of
+
+
+class Unfinished(Protocol):
+    """A moment that is kept as something smaller until all examples have been added."""
+
+    def matrix(self) -> Tensor: ...
+
+
+Moment = Callable[[int, int, Tensor, Any], Tensor | Unfinished]  # of examples begin, ..., end - 1; else as `moment`
 
 
 class Gradients(Protocol):
@@ -57,9 +67,12 @@ class Gradients(Protocol):
         """Gradients output_basisᵀ g_i input_basis, for bases [g, o, o'] (None: the identity) and [g, d, d']."""
         ...
 
-    def moment(self, side: Side, weights: Tensor) -> Tensor:
+    def moment(self, side: Side, weights: Tensor, total: Any = None) -> Tensor | Unfinished:
         """Σ_i Σ_t weights[i] x xᵀ of the inputs x = a [g, d, d] or the outputs x = u [g, o, o] (its diagonal [g, o]
-        where no two entries of u are ever both nonzero).
+        where no two entries of u are ever both nonzero), added to `total`: what an earlier call gave, which may be
+        written to.
+
+        Of the matrices the lower triangle counts; what stands above it need not be the same.
         """
         ...
 
@@ -120,15 +133,25 @@ class Dense:
     def formed(self) -> Tensor:
         return (self.output_grads.mT @ self.inputs).transpose(0, 1)
 
-    def rotated(self, output_basis: Tensor | None, input_basis: Tensor) -> Dense | Formed:
+    def form(self, out: Tensor) -> None:
+        """Writes `formed` to out [n, g, o, d]."""
+        for s, (a, u) in enumerate(self._groups()):
+            torch.bmm(u.mT, a, out=out[:, s])
+
+    @property
+    def formed_to_rotate(self) -> bool:
+        """Whether the positions are so many that their sum is turned with fewer operations than they are."""
         (t, d), o = self.inputs.shape[2:], self.output_grads.shape[3]
-        if output_basis is not None and t * (d * d + o * o) > o * d * (o + d):  # many positions: their sum is smaller
-            return Formed(output_basis.mT @ (self.formed() @ input_basis))
+        return t * (d * d + o * o) > o * d * (o + d)
+
+    def rotated(self, output_basis: Tensor | None, input_basis: Tensor) -> Dense | Formed:
+        if output_basis is not None and self.formed_to_rotate:
+            return Formed(self.formed()).rotated(output_basis, input_basis)
         grads = self.output_grads if output_basis is None else _times(self.output_grads, output_basis)
         return replace(self, inputs=_times(self.inputs, input_basis), output_grads=grads)
 
-    def moment(self, side: Side, weights: Tensor) -> Tensor:
-        return _second_moment(self.inputs if side == "inputs" else self.output_grads, weights.to(self.inputs))
+    def moment(self, side: Side, weights: Tensor, total: Tensor | None = None) -> Tensor:
+        return second_moment(self.inputs if side == "inputs" else self.output_grads, weights, total)
 
     @property
     def positions(self) -> int:
@@ -178,13 +201,15 @@ class Formed:
     def formed(self) -> Tensor:
         return self.matrices
 
+    def form(self, out: Tensor) -> None:
+        out.copy_(self.matrices)
+
     def rotated(self, output_basis: Tensor | None, input_basis: Tensor) -> Formed:
         turned = self.matrices @ input_basis
         return Formed(turned if output_basis is None else output_basis.mT @ turned)
 
-    def moment(self, side: Side, weights: Tensor) -> Tensor:
-        rows = self.matrices if side == "inputs" else self.matrices.mT
-        return torch.einsum("n,nsod,nsoe->sde", weights.to(rows), rows, rows)
+    def moment(self, side: Side, weights: Tensor, total: Tensor | None = None) -> Tensor:
+        return second_moment((self.matrices if side == "inputs" else self.matrices.mT).transpose(0, 1), weights, total)
 
     def by_position(self, directions: Tensor) -> Tensor:
         return self.dots(directions)[:, :, None]
@@ -236,16 +261,19 @@ class OneHot:
         place = self.places + self.table_rows * torch.arange(n, device=self.places.device)[:, None]
         return out.index_add_(0, place.flatten(), self.inputs.flatten(0, 1)).view(n, 1, self.table_rows, d)
 
+    def form(self, out: Tensor) -> None:
+        out.copy_(self.formed())
+
     def rotated(self, output_basis: Tensor | None, input_basis: Tensor) -> OneHot:
         assert output_basis is None, "rows of a table stay as they are"
         return replace(self, inputs=self.inputs @ input_basis[0])
 
-    def moment(self, side: Side, weights: Tensor) -> Tensor:
-        weights = weights.to(self.inputs)
+    def moment(self, side: Side, weights: Tensor, total: Tensor | None = None) -> Tensor:
         if side == "inputs":
-            return _second_moment(self.inputs[None], weights)
-        each = weights[:, None].expand_as(self.places).flatten()
-        return each.new_zeros(self.table_rows).index_add_(0, self.places.flatten(), each)[None]
+            return second_moment(self.inputs[None], weights, total)
+        each = weights.to(self.inputs)[:, None].expand_as(self.places).flatten()
+        total = each.new_zeros(1, self.table_rows) if total is None else total
+        return total.index_add_(1, self.places.flatten(), each[None])
 
     @property
     def positions(self) -> int:
@@ -280,7 +308,7 @@ class Sliced:
     begin: int
     end: int
     each: int  # examples of a slice
-    input_moment: InputMoment | None = None  # where it takes no factors
+    moments: Mapping[Side, Moment] = field(default_factory=dict)  # those that take no making of the factors
 
     def __len__(self) -> int:
         return self.end - self.begin
@@ -309,26 +337,30 @@ class Sliced:
     def squares(self, weights: Tensor) -> Tensor:
         return self._added(weights, lambda part, w: part.squares(w))
 
-    def moment(self, side: Side, weights: Tensor) -> Tensor:
-        if side == "inputs" and self.input_moment is not None:
-            return self.input_moment(self.begin, self.end, weights)
-        return self._added(weights, lambda part, w: part.moment(side, w))
+    def moment(self, side: Side, weights: Tensor, total: Any = None) -> Tensor | Unfinished:
+        if side in self.moments:
+            return self.moments[side](self.begin, self.end, weights, total)
+        for part, rows in self.parts():
+            total = part.moment(side, weights[rows], total)
+        assert total is not None
+        return total
 
     def sq_norms(self, scale: Tensor | None = None) -> Tensor:
         return torch.cat([part.sq_norms(scale) for part, _ in self.parts()])
 
     def dots(self, directions: Tensor) -> Tensor:
-        # The gradients of several slices together, so that the directions, which are larger, are read less often.
-        out: list[Tensor] = []
-        held: list[Tensor] = []
-        for part, rows in self.parts():
-            if directions[0].numel() > part.entries // len(part):  # formed, they would be larger than their factors
-                out.append(part.dots(directions))
-                continue
-            held.append(part.formed())
-            if sum(m.numel() for m in held) >= _TOGETHER or rows.stop == len(self):
-                out.append(Formed(torch.cat(held)).dots(directions))
-                held = []
+        """Several slices together where gradients are formed, so that the directions are read less often."""
+        q, t = len(directions), self.positions
+        if q * t <= q + t:  # nothing is gained by forming them
+            return torch.cat([part.dots(directions) for part, _ in self.parts()], 1)
+        each = max(1, _TOGETHER // directions[0].numel())
+        formed = directions.new_empty((min(each, len(self)), *directions.shape[1:]))
+        out = []
+        for begin in range(0, len(self), each):
+            together = replace(self, begin=self.begin + begin, end=min(self.begin + begin + each, self.end))
+            for part, rows in together.parts():
+                part.form(formed[rows])
+            out.append(Formed(formed[: len(together)]).dots(directions))
         return torch.cat(out, 1)
 
     def by_position(self, directions: Tensor) -> Tensor:
@@ -339,7 +371,7 @@ class Sliced:
 
     def rotated(self, output_basis: Tensor | None, input_basis: Tensor) -> Sliced:
         make = lambda begin, end: self.make(begin, end).rotated(output_basis, input_basis)  # noqa: E731
-        return replace(self, make=make, input_moment=None)
+        return replace(self, make=make, moments={})
 
     @property
     def activations(self) -> Side | None:
@@ -375,8 +407,19 @@ def _times(x: Tensor, basis: Tensor) -> Tensor:
     return (x.flatten(1, 2) @ basis).unflatten(1, x.shape[1:3])
 
 
-def _second_moment(x: Tensor, weights: Tensor) -> Tensor:
-    """Σ_i Σ_t weights[i] x[s, i, t] x[s, i, t]ᵀ, [g, d, d] for x [g, n, t, d]; exactly symmetric."""
-    rows = (x * weights.sqrt()[:, None, None]).flatten(1, 2)
-    moment = rows.mT @ rows
-    return (moment + moment.mT) / 2
+def second_moment(x: Tensor, weights: Tensor, total: Tensor | None = None) -> Tensor:
+    """Σ_i Σ_t weights[i] x[s, i, t] x[s, i, t]ᵀ for x [g, n, t, d], added to total [g, d, d]: its lower triangle."""
+    g, n, t, d = x.shape
+    total = x.new_zeros((g, d, d)) if total is None else total
+    roots = weights.to(x).sqrt()[:, None, None]
+    each = max(1, _ROWS // (g * t * d))
+    for begin in range(0, n, each):
+        rows = x[:, begin : begin + each] * roots[begin : begin + each]
+        if t > 1 and d <= t and x.stride(2) == 1:  # positions run fastest in memory: turning costs more than adding
+            total += (rows.mT @ rows).sum(1)
+            continue
+        rows = rows.flatten(1, 2)
+        for i in range(0, d, _SIDE):
+            below = slice(i, min(i + _SIDE, d))
+            total[:, below, : below.stop].baddbmm_(rows[:, :, below].mT, rows[:, :, : below.stop])
+    return total

@@ -52,7 +52,8 @@ class Influence:
             (with joint=True all).
         measurement: what is asked of queries: "loss", "margin", "log_odds", or a function (outputs, batch) → [q].
         checkpoints: state dicts; influence is averaged over the model at each of them. Default: the model as it is.
-        batch_size: for data that brings no batches of its own; results do not depend on it.
+        batch_size: for data that brings no batches of its own; results do not depend on it. On a CPU a batch goes
+            through the model a few examples at a time where their layers' inputs and outputs take more than 16 MiB.
         memory: bytes that preconditioned query gradients may take at a time, and that a solve for the self-influence of
             several examples may.
         device: where to compute; default that of the model.

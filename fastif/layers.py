@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastif.convolutions import Window
-from fastif.gradients import Dense, InputMoment, OneHot
+from fastif.convolutions import PatchMoment, Window
+from fastif.gradients import Dense, Moment, OneHot, Side, second_moment
 
 
 class Piece(NamedTuple):
@@ -34,7 +34,7 @@ class Use(NamedTuple):
     source: str  # the recorded pair (x, u) that it reads
     gradients: Callable[[Tensor, Tensor], Dense | OneHot]
     sliceable: bool = True  # whether an example's gradient follows from its own rows of x and u
-    input_moment: Callable[[Tensor, Tensor], InputMoment | None] = lambda _x, _u: None  # a shorter way to it
+    moments: Callable[[Tensor, Tensor], dict[Side, Moment]] = lambda _x, _u: {}  # shorter ways to them
 
 
 class Block(NamedTuple):
@@ -172,23 +172,32 @@ def _convolution(name: str, module: nn.modules.conv._ConvNd, apart: set[Tensor])
         beside = (before, after) if zeros else (nothing, nothing)
         return x, Window(module.kernel_size, module.stride, module.dilation, *beside, positions)
 
+    def outputs(u: Tensor) -> Tensor:
+        return u.reshape(len(u), g, o, -1).transpose(0, 1).mT
+
     def gradients(x: Tensor, u: Tensor) -> Dense:
         image, window = seen(x, tuple(u.shape[2:]))
-        patches = window.patches(image, g, joint)
-        return Dense(patches, u.reshape(len(u), g, o, -1).transpose(0, 1).mT)
+        return Dense(window.patches(image, g, joint), outputs(u))
 
-    def input_moment(x: Tensor, u: Tensor) -> InputMoment | None:
+    def moments(x: Tensor, u: Tensor) -> dict[Side, Moment]:
         image, window = seen(x[:1], tuple(u.shape[2:]))
-        if g > 1 or not window.moment_is_shorter(image.shape[1], image.shape[2:]):
-            return None
-        return lambda begin, end, weights: window.moment(seen(x[begin:end], window.positions)[0], weights, joint)
+
+        def of_inputs(begin: int, end: int, weights: Tensor, total: PatchMoment | None) -> PatchMoment:
+            total = PatchMoment(window, joint) if total is None else total
+            return total.add(seen(x[begin:end], window.positions)[0], weights)
+
+        def of_outputs(begin: int, end: int, weights: Tensor, total: Tensor | None) -> Tensor:
+            return second_moment(outputs(u[begin:end]), weights, total)
+
+        shorter = g == 1 and window.moment_is_shorter(image.shape[1], image.shape[2:])
+        return {"inputs": of_inputs, "outputs": of_outputs} if shorter else {"outputs": of_outputs}
 
     def split(m: Tensor) -> list[Piece]:
         pieces = [Piece(weight, slice(None), m[:, :, :d].reshape(weight.shape))]
         return [*pieces, Piece(bias, slice(None), m[:, :, d].reshape(-1))] if joint and bias is not None else pieces
 
     parameters = (weight, bias) if joint and bias is not None else (weight,)
-    blocks = [Block(name, (g, o, d + joint), parameters, (Use(name, gradients, True, input_moment),), split)]
+    blocks = [Block(name, (g, o, d + joint), parameters, (Use(name, gradients, True, moments),), split)]
     if separate and bias is not None:
         blocks.append(_bias(f"{name}.bias", bias, name, channel_axis=1))
     return blocks

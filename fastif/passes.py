@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from fastif.features import moved_to, placed
 from fastif.gradients import Gradients
 from fastif.losses import Loss, Measurement, labels_in, measured
 
+_TOGETHER = 1 << 24  # bytes of inputs and outputs of covered layers that one forward pass brings on a CPU
 _RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
@@ -43,6 +45,7 @@ class Passes:
         self.device = places.pop() if device is None else torch.empty(0, device=device).device
         self.batch_size, self.autocast = batch_size, autocast
         self.allow_train_mode, self.progress = allow_train_mode, progress
+        self._example_bytes = 0  # of inputs and outputs of covered layers
 
     @contextmanager
     def running(self, checkpoint: Mapping[str, Tensor] | None) -> Iterator[None]:
@@ -81,6 +84,7 @@ class Passes:
             forward = self.forward(few)
             if not self.capture.ambiguous:
                 break
+        self._example_bytes = forward.nbytes // forward.n
         values = measured(value, self.loss, forward.outputs, labels, forward.n)
         if not self.allow_train_mode and any(module.training for module in self.model.modules()):
             again = measured(value, self.loss, self.forward(few).outputs, labels, forward.n)
@@ -91,8 +95,29 @@ class Passes:
                 )
         forward.check(values, mixing=not self.allow_train_mode)
 
+    def at_a_time(self, n: int) -> int:
+        """How many of a batch of n examples go through the model at once, as `check` found that their layers take room.
+
+        On a CPU a few fill it, and what they leave is still in a cache when it is needed; a GPU takes the batch whole,
+        and so does BatchNorm in train mode, to which a batch is one thing. Results are the same.
+        """
+        if self.device.type != "cpu" or self.allow_train_mode:
+            return n
+        parts = max(1, math.ceil(n * self._example_bytes / _TOGETHER))
+        return math.ceil(n / parts)
+
+    def slices(self, x: Any, y: Any) -> Iterator[tuple[slice, Any, Any]]:
+        """The parts of a checked batch that go through the model one after another, and where they stand in it."""
+        n = batch_length(x)
+        each = self.at_a_time(n)
+        if each == n:
+            yield slice(0, n), x, y
+            return
+        for rows in torch.arange(n).split(each):
+            yield slice(int(rows[0]), int(rows[-1]) + 1), rows_of(x, rows), None if y is None else rows_of(y, rows)
+
     def gradients(self, data: Any, name: str, value: Any = "loss") -> Iterator[tuple[int, int, dict[str, Gradients]]]:
-        """First index, number of examples, and the gradients of every batch: of the loss or of a measurement."""
+        """First index, number of examples, and the gradients of every slice: of the loss or of a measurement."""
         start = 0
         with tqdm(as_loader(data, self.batch_size), name, disable=not self.progress) as batches:
             for number, (x, y) in enumerate(batches):
@@ -100,12 +125,26 @@ class Passes:
                 x, y = moved_to(x, self.device), moved_to(y, self.device)
                 if not self.capture.checked:
                     self.check(x, y, value)
-                forward = self.forward(x)
-                n, values = forward.n, measured(value, self.loss, forward.outputs, labels_in(x, y), forward.n)
-                gradients = forward.gradients(values)
-                del forward, values  # and the graph with them
-                yield start, n, gradients
-                del gradients
-                start += n
+                for rows, part, labels in self.slices(x, y):
+                    with counted_from(rows.start):
+                        forward = self.forward(part)
+                        n = forward.n
+                        values = measured(value, self.loss, forward.outputs, labels_in(part, labels), n)
+                        gradients = forward.gradients(values)
+                    del forward, values  # and the graph with them
+                    yield start, n, gradients
+                    del gradients
+                    start += n
         if start == 0:
             raise ValueError("data holds no examples")
+
+
+@contextmanager
+def counted_from(first: int) -> Iterator[None]:
+    """Errors that name an example of a slice say which one of the batch the slice begins with."""
+    try:
+        yield
+    except ValueError as error:
+        if first == 0 or type(error) is not ValueError or "example " not in str(error):
+            raise
+        raise ValueError(f"{error} (counted from example {first} of the batch on)") from error

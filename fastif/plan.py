@@ -18,7 +18,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastif.capture import SLICE, dtype_of
+from fastif.capture import dtype_of
 from fastif.curvature import CG, KFAC, Arnoldi, ExactBlock, LiSSA
 from fastif.curvature.network import STANDING, Alone, FitData, JointCurvature, Multiplied, NetworkCurvature, Together
 from fastif.curvature.products import Operator
@@ -89,7 +89,7 @@ def plan(influence: Influence, train: Any, query: Any | None, rank: int | None) 
     item, batch = dtype_of(influence.model).itemsize, getattr(train, "batch_size", None) or influence.passes.batch_size
     batch = min(n, batch)
     probe = _probe(influence, train, batch)
-    held = making = turned = solving = 0
+    held = making = solving = 0
     solve_flops = 0.0
     layers: dict[str, LayerPlan] = {}
     flops = probe.flops * n
@@ -109,8 +109,6 @@ def plan(influence: Influence, train: Any, query: Any | None, rank: int | None) 
         for name, (g, o, d) in shapes.items():
             t, kind = probe.positions[name], type(influence.parts.by_block[name]).__name__
             layers[name] = LayerPlan((g, o, d), t, kind, stays * g * o * d // size)
-            if part.passes > 1:  # one block at a time is turned into its eigenbasis
-                turned = max(turned, item * (min(g * batch * t * (d + o), SLICE) + g * o * d))
             moments = d * d + o * o + (o * d if part.passes > 1 else 0)
             if not isinstance(influence.parts.by_block[name], ExactBlock):
                 flops += n * g * t * min(2, part.passes) * 2 * moments * probe.columns[part.fisher]
@@ -124,8 +122,8 @@ def plan(influence: Influence, train: Any, query: Any | None, rank: int | None) 
             flops += ExactBlock.operations(size, n, columns, alone)
     fit_bytes = None
     if probe.peaks is not None:
-        gradients, observed = probe.peaks
-        streamed = max(observed, held + gradients + turned if turned else 0) + batch * probe.input_bytes
+        first, second = probe.peaks
+        streamed = max(first, held + second if second else 0) + batch * probe.input_bytes
         fit_bytes = int(max(streamed, held + making))
     query_bytes = sum(block.size for block in capture.blocks.values()) * item
     multiplying = sorted({type(p).__name__ for p in influence.parts.parts.values() if p.multiplied(n) != Multiplied()})
@@ -202,13 +200,13 @@ def _of_layers(part: JointCurvature) -> Any:
 
 
 class _Probe(NamedTuple):
-    """A batch that went through the model forwards and backwards."""
+    """A slice of a batch that went through the model forwards and backwards."""
 
     curvature: NetworkCurvature  # that has observed it
     positions: dict[str, int]
     tables: dict[str, bool]  # blocks whose rows are looked up
     columns: dict[str, int]  # backward passes by fisher
-    peaks: tuple[int, int] | None  # bytes: forward and backward; and with what the estimators make of it
+    peaks: tuple[int, int] | None  # bytes of the first pass, with all that the estimators make of it, and of the second
     flops: float  # per example, of all passes
     input_bytes: float  # per example
     products: dict[tuple[str, ...], _Products]
@@ -226,9 +224,12 @@ class _Products(NamedTuple):
 def _probe(influence: Influence, train: Any, size: int) -> _Probe:
     ((x, y), _) = next(iter(picked(train, size, torch.arange(size))))
     x, y = moved_to(x, influence.device), moved_to(y, influence.device)
-    n, labels = batch_length(x), labels_in(x, y)
     influence.passes.check(x, y)
-    with Measure(influence.device) as gradients_work, FlopCounterMode(display=False) as counter:
+    weights = torch.full((size,), 1 / size, dtype=torch.float64, device=influence.device)
+    batch, input_bytes = (x, y, weights), _bytes_of(x) / size
+    _, x, y = next(influence.passes.slices(x, y))
+    n, labels = batch_length(x), labels_in(x, y)
+    with FlopCounterMode(display=False) as counter:
         forward = influence.capture.forward(x)
         gradients = forward.gradients(per_sample(influence.passes.loss, forward.outputs, labels, n), keep=True)
     parts = influence.parts.parts.values()
@@ -248,22 +249,28 @@ def _probe(influence: Influence, train: Any, size: int) -> _Probe:
     }
     del forward, gradients
     curvature = begun(influence.parts, influence.capture, None)
-    weights = torch.full((n,), 1 / n, dtype=torch.float64, device=influence.device)
+    weights = weights[:n]
     with Measure(influence.device) as observed:
         for _ in range(2):  # from the second batch on, what was learned is there beside what is being learned
             observe(influence.passes, curvature.open(0), x, y, weights, 0, Generator())
+    second = copy.deepcopy(curvature.open(1))
+    for part in second.parts.values():
+        part.stand_in()
+    with Measure(influence.device) as turned:
+        if second.parts:
+            observe(influence.passes, second, x, y, weights, 1, Generator())
     peaks = None
-    if gradients_work.peak_bytes is not None and observed.peak_bytes is not None:
-        peaks = gradients_work.peak_bytes, observed.peak_bytes
+    if observed.peak_bytes is not None and turned.peak_bytes is not None:
+        peaks = observed.peak_bytes, turned.peak_bytes
     flops = passes * counter.get_total_flops() * (1 + 2 * max(columns.values())) / 3 / n
     total = count(train, influence.passes.batch_size)
     products = {
-        names: _rows_of(influence, names, x, y, weights)
+        names: _rows_of(influence, names, *batch)
         if names in by_rows
-        else _products_of(influence, names, part, x, y, weights, total)
+        else _products_of(influence, names, part, *batch, total)
         for names, part in influence.parts.parts.items()
     }
-    return _Probe(curvature, positions, tables, columns, peaks, flops, _bytes_of(x) / n, products)
+    return _Probe(curvature, positions, tables, columns, peaks, flops, input_bytes, products)
 
 
 def _is_hessian(part: JointCurvature) -> bool:

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from fastif.capture import dtype_of
 from fastif.curvature import Directions, Explicit, LowRank
+from fastif.curvature.directions import Factors
 from fastif.curvature.network import NetworkCurvature
 from fastif.data import count
 from fastif.gradients import Gradients
 
 if TYPE_CHECKING:
     from fastif.influence import Influence
+
+_MADE = 1 << 23  # bytes of preconditioned query gradients that are made at a time
 
 By = Literal["all", "layer", "token"]
 
@@ -103,7 +106,7 @@ def _query_blocks(
         yield 0, _grouped_queries(influence, query, curvature, groups)
         return
     whole = sum(block.size for block in influence.capture.blocks.values()) * dtype_of(influence.model).itemsize
-    each = max(1, influence.memory // (4 * whole))  # making them takes some copies
+    each = max(1, min(influence.memory // 4, _MADE) // whole)  # making them takes some copies
     total, room = count(query, influence.passes.batch_size), max(1, influence.memory // whole)
     first, held, used = 0, _Held(min(room, total)), 0
     for start, n, gradients in influence.passes.gradients(query, "queries", influence.measurement):
@@ -134,6 +137,9 @@ class _Held:
     def add(self, made: Mapping[str, Directions]) -> None:
         for name, directions in made.items():
             parts = self.parts.setdefault(name, [])
+            if isinstance(directions, Factors) and parts and isinstance(parts[0], Factors):
+                parts[:] = [parts[0].joined(directions)]
+                continue
             if not isinstance(directions, Explicit) or not self._joins(name, parts, directions):
                 parts.append(directions)
                 continue
@@ -141,14 +147,14 @@ class _Held:
             if not parts:
                 self._rows[name] = matrices.new_empty((self._room, *matrices.shape[1:]))
             self._rows[name][before : before + len(matrices)] = matrices
-            parts[:] = [Explicit(self._rows[name][: before + len(matrices)], directions.rotate)]
+            parts[:] = [Explicit(self._rows[name][: before + len(matrices)])]
 
     def _joins(self, name: str, parts: list[Directions], directions: Explicit) -> bool:
         if not parts:
             return len(directions) <= self._room
         first, *others = parts
-        same = isinstance(first, Explicit) and first.rotate == directions.rotate
-        return same and not others and name in self._rows and len(first) + len(directions) <= self._room
+        room = name in self._rows and len(first) + len(directions) <= self._room
+        return isinstance(first, Explicit) and not others and room
 
 
 def _directions(

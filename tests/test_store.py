@@ -158,7 +158,7 @@ def test_the_folder_holds_parts_of_the_scores(tmp_path, parts, form, checkpoints
     assert got.finished
     assert got.shape == want.shape
     assert len(list(tmp_path.glob("*.npy"))) >= 4
-    assert torch.allclose(got.load(), want, rtol=1e-12, atol=1e-18)
+    assert torch.allclose(got.load(), want, rtol=1e-9, atol=1e-15)
     sums = want if parts == "query groups" else want.sum(2)
     scores = influence.scores(query, data)
     if parts == "query groups":

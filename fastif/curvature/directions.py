@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from fastif.gradients import Dense, Gradients, Sliced
 
 _ENTRIES = 1 << 24  # of the largest intermediate of LowRank
+_FORMED = 1 << 20  # entries of matrices that are made of factors at a time: 4 MiB in float32, a cache's
 _SAMPLE = 64  # queries and training examples on which an approximation measures its error
 
 
@@ -30,10 +31,9 @@ class Directions(Protocol):
 
 @dataclass(frozen=True)
 class Explicit:
-    """The matrices themselves, or what they are in another basis, into which training gradients have to be turned."""
+    """The matrices themselves."""
 
     matrices: Tensor  # [q, g, o, d]
-    rotate: Callable[[Gradients], Gradients] | None = None
 
     def __len__(self) -> int:
         return len(self.matrices)
@@ -43,7 +43,7 @@ class Explicit:
         return self.matrices.nbytes
 
     def dots(self, train: Gradients) -> Tensor:
-        return (train if self.rotate is None else self.rotate(train)).dots(self.matrices)
+        return train.dots(self.matrices)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class LowRank:
 
 
 class Basis(Protocol):
-    """An estimator that is diagonal in a basis: what `Separable` needs of it."""
+    """An estimator that is diagonal in a basis: what the forms below need of it."""
 
     separable_rank: int | None
 
@@ -96,18 +96,19 @@ class Basis(Protocol):
 
     def rotated(self, gradients: Gradients) -> Gradients: ...
 
+    def unrotated(self, matrices: Tensor) -> Tensor: ...
 
-class Separable:
-    """For rank-one gradients u aᵀ in the eigenbasis: the inverse eigenvalues as a sum of r products x yᵀ.
 
-    Then a score is Σ_r (Σ_o u_q u_t x_r)(Σ_d a_q a_t y_r): r (o + d) operations per pair in the place of o·d, and
-    nothing of size o·d is kept of a query. The rank is the smallest that keeps the tolerance on a sample of the pairs
-    that are asked for first; where the exact form is as cheap, it is used. docs/math.md (16).
+class Factors:
+    """Rank-one gradients u aᵀ in the eigenbasis, o + d numbers of each: matrices are made of them as they are needed.
+
+    Training gradients are turned into the eigenbasis in their factors, too; or, where that is more work than the dot
+    products, which few queries leave it, the queries' matrices are turned back once and kept.
     """
 
-    def __init__(self, query: Gradients, basis: Basis, products: tuple[Tensor, Tensor], tolerance: float):
-        self._query, self._basis, self._products, self._tolerance = query, basis, products, tolerance
-        self._rank: int | None = None  # 0: exact
+    def __init__(self, query: Gradients, basis: Basis):
+        self._query, self._basis = query, basis
+        self._matrices: Tensor | None = None
 
     @staticmethod
     def suits(gradients: Gradients) -> bool:
@@ -121,21 +122,54 @@ class Separable:
         a, u = _factors(self._query)
         return a.nbytes + u.nbytes
 
+    def joined(self, other: Factors) -> Factors:
+        """With the queries of another of the same block after its own."""
+        parts = zip(_factors(self._query), _factors(other._query), strict=True)
+        a, u = (torch.cat(factors)[None, :, None] for factors in parts)
+        made = copy.copy(self)
+        made._query = Dense(a, u)
+        return made
+
+    def dots(self, train: Gradients) -> Tensor:
+        o, d = self._basis.inverse_eigenvalues.shape[1:]
+        if d * d + o * o > len(self) * o * d:
+            if self._matrices is None:
+                matrices = _of(self._query, 0, len(self), self._basis.inverse_eigenvalues)
+                self._matrices = self._basis.unrotated(matrices)
+            return train.dots(self._matrices)
+        return self._exact(self._basis.rotated(train))
+
+    def _exact(self, train: Gradients) -> Tensor:
+        """With training gradients in the eigenbasis."""
+        inverse = self._basis.inverse_eigenvalues
+        each = max(1, _FORMED // inverse.numel())
+        return torch.cat([train.dots(_of(self._query, i, i + each, inverse)) for i in range(0, len(self), each)])
+
+
+class Separable(Factors):
+    """The inverse eigenvalues as a sum of r products x yᵀ.
+
+    Then a score is Σ_r (Σ_o u_q u_t x_r)(Σ_d a_q a_t y_r): r (o + d) operations per pair in the place of o·d. The rank
+    is the smallest that keeps the tolerance on a sample of the pairs that are asked for first; where the exact form is
+    as cheap, it is used. docs/math.md (16).
+    """
+
+    def __init__(self, query: Gradients, basis: Basis, products: tuple[Tensor, Tensor], tolerance: float):
+        super().__init__(query, basis)
+        self._products, self._tolerance = products, tolerance
+        self._rank: int | None = None  # 0: exact
+
     def dots(self, train: Gradients) -> Tensor:
         rotated = self._basis.rotated(train)
         if self._rank is None:
             self._rank = self._sufficient(rotated.rows(0, _SAMPLE))
             self._basis.separable_rank = self._rank or None
-        if self._rank:
-            return self._pairs(self._query, rotated, self._rank)
-        inverse = self._basis.inverse_eigenvalues
-        parts = (self._query.rows(begin, begin + _SAMPLE) for begin in range(0, len(self), _SAMPLE))
-        return torch.cat([rotated.dots(part.formed() * inverse) for part in parts])
+        return self._pairs(self._query, rotated, self._rank) if self._rank else self._exact(rotated)
 
     def _sufficient(self, train: Gradients) -> int:
         """The smallest rank within the tolerance, or 0 where the exact form is as cheap."""
         query, inverse = self._query.rows(0, _SAMPLE), self._basis.inverse_eigenvalues
-        exact = train.dots(query.formed() * inverse)
+        exact = train.dots(_of(query, 0, len(query), inverse))
         allowed = self._tolerance * float(exact.norm())
 
         def suffices(rank: int) -> bool:
@@ -174,6 +208,12 @@ def products_of(inverse: Tensor, eigenvalues: Tensor) -> tuple[Tensor, Tensor]:
     left, s, right = torch.linalg.svd(rows[:, None] * inverse.double() * columns, full_matrices=False)
     x, y = (left * s.sqrt()).T / rows, s.sqrt()[:, None] * right / columns
     return x.to(inverse), y.to(inverse)
+
+
+def _of(query: Gradients, begin: int, end: int, inverse: Tensor) -> Tensor:
+    """The matrices [q, 1, o, d] of some queries, times the inverse eigenvalues [1, o, d]."""
+    a, u = (factor[begin:end] for factor in _factors(query))
+    return (u[:, None, :, None] * inverse).mul_(a[:, None, None, :])
 
 
 def _factors(gradients: Gradients) -> tuple[Tensor, Tensor]:

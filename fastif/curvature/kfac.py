@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastif.curvature.called import Called
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
-from fastif.curvature.directions import Directions, Explicit, Separable, products_of
-from fastif.gradients import Gradients
+from fastif.curvature.directions import Directions, Explicit, Factors, Separable, products_of
+from fastif.gradients import Gradients, Unfinished
 from fastif.losses import Fisher
 
 _RELATIVE_DAMPING = 0.1  # of the mean eigenvalue, for damping="auto" (Grosse et al. 2023)
@@ -53,7 +53,7 @@ class KFAC(Called):
         self.fisher: Fisher = fisher
         self.separable = separable
         self.name = "layer"
-        self._moments: dict[str, Tensor] = {}
+        self._moments: dict[str, Tensor | Unfinished] = {}
         self._positions = 0.0
         self.input_basis: Tensor | None = None  # [g, d, d], columns are eigenvectors
         self.output_basis: Tensor | None = None  # [g, o, o], None where the outputs are rows of a table
@@ -74,8 +74,7 @@ class KFAC(Called):
         activations = gradients.activations
         for side in ("inputs", "outputs"):
             if column == 0 or side != activations:
-                moment = gradients.moment(side, weights)
-                self._moments[side] = self._moments[side].add_(moment) if side in self._moments else moment
+                self._moments[side] = gradients.moment(side, weights, self._moments.get(side))
         if column == 0 or activations is None:
             self._positions += float(weights.double().sum()) * gradients.positions
 
@@ -86,22 +85,23 @@ class KFAC(Called):
         _ = self.damping_used
 
     def _decompose(self) -> None:
-        for side, moment in self._moments.items():
-            if not bool(moment.isfinite().all()):
-                raise NotPositiveDefinite(f"{self.name}: the second moment of its {side} holds NaN or Inf")
-        inputs = self._moments["inputs"].double()
-        outputs = self._moments["outputs"].double() / max(self._positions, 1e-300)
-        like = self._moments["inputs"]
-        self._moments = {}
-        input_values, input_basis = torch.linalg.eigh(inputs)
+        input_values, self.input_basis = _eigenvectors(self._moment("inputs"))
+        outputs = self._moment("outputs")
         if outputs.dim() == 3:
-            output_values, output_basis = torch.linalg.eigh(outputs)
-            self.output_basis = output_basis.to(like)
+            output_values, self.output_basis = _eigenvectors(outputs)
         else:
-            output_values, self.output_basis = outputs, None
-        self.input_basis = input_basis.to(like)
+            output_values, self.output_basis = outputs.double(), None
+        output_values /= max(self._positions, 1e-300)
         values = output_values.clamp(min=0)[:, :, None] * input_values.clamp(min=0)[:, None, :]
-        self._eigenvalues = values.to(like)
+        self._eigenvalues = values.to(self.input_basis)
+
+    def _moment(self, side: str) -> Tensor:
+        """The second moment of a side, which is not kept any longer."""
+        moment = self._moments.pop(side)
+        moment = moment if isinstance(moment, Tensor) else moment.matrix()
+        if not bool(moment.isfinite().all()):
+            raise NotPositiveDefinite(f"{self.name}: the second moment of its {side} holds NaN or Inf")
+        return moment
 
     @property
     def eigenvalues(self) -> Tensor:
@@ -137,7 +137,7 @@ class KFAC(Called):
 
     def solve(self, rhs: Tensor) -> Tensor:
         """(G + λI)⁻¹ rhs for rhs [..., g, o, d]."""
-        return self._from_basis(self._to_basis(rhs) * self.inverse_eigenvalues)
+        return self.unrotated(self._to_basis(rhs) * self.inverse_eigenvalues)
 
     def sq_norms(self, gradients: Gradients) -> Tensor:
         """g_iᵀ (G + λI)⁻¹ g_i, [n]."""
@@ -145,17 +145,14 @@ class KFAC(Called):
 
     def directions(self, gradients: Gradients) -> Directions:
         """The query side of pairwise scores."""
-        if self.separable is not None and Separable.suits(gradients):
-            if self._products is None:
-                self._products = products_of(self.inverse_eigenvalues[0], self.eigenvalues[0])
-            return Separable(self.rotated(gradients), self, self._products, self.separable)
         rotated = self.rotated(gradients)
-        matrices = rotated.formed() * self.inverse_eigenvalues
-        q, t = len(gradients), gradients.positions
-        _, o, d = self.shape
-        if 4 * t * (d * d + o * o) <= q * o * d:  # little beside the products: training gradients are turned instead
-            return Explicit(matrices, self.rotated)
-        return Explicit(self._from_basis(matrices))
+        if not Factors.suits(gradients):
+            return Explicit(self.unrotated(rotated.formed() * self.inverse_eigenvalues))
+        if self.separable is None:
+            return Factors(rotated, self)
+        if self._products is None:
+            self._products = products_of(self.inverse_eigenvalues[0], self.eigenvalues[0])
+        return Separable(rotated, self, self._products, self.separable)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {"eigenvalues": self.eigenvalues, "input_basis": self.input_basis, "output_basis": self.output_basis}
@@ -168,28 +165,39 @@ class KFAC(Called):
 
     def stand_in(self) -> None:
         """The moments in the place of their eigenvectors."""
-        self.input_basis, outputs = self._moments["inputs"], self._moments["outputs"]
+        self.input_basis, outputs = self._moment("inputs"), self._moment("outputs")
         self.output_basis = outputs if outputs.dim() == 3 else None
         self._moments, self._eigenvalues = {}, self.input_basis.new_ones(self.shape)
 
     @staticmethod
     def footprint(shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
-        """Bytes held: bases and eigenvalues; and taken beside them: float64 moments, eigenvectors and their making."""
+        """Bytes held: bases and eigenvalues; and taken beside them: the largest basis in float64, and its making."""
         g, o, d = shape
-        squares = d * d + (o if table else o * o)
-        return g * item * (squares + o * d), 8 * (g * squares + g * o * d + (g + 2) * max(d, 0 if table else o) ** 2)
+        squares, largest = d * d + (o if table else o * o), max(d, 0 if table else o) ** 2
+        return g * item * (squares + o * d), max(8 * (g + 2) * largest - g * item * largest, 8 * g * o * d)
 
     def rotated(self, gradients: Gradients) -> Gradients:
         """The gradients in the eigenbases."""
         assert self.input_basis is not None
         return gradients.rotated(self.output_basis, self.input_basis)
 
+    def unrotated(self, matrices: Tensor) -> Tensor:
+        """Matrices [..., g, o, d] out of the eigenbases."""
+        assert self.input_basis is not None
+        m = matrices @ self.input_basis.mT
+        return m if self.output_basis is None else self.output_basis @ m
+
     def _to_basis(self, m: Tensor) -> Tensor:
         assert self.input_basis is not None
         m = m.to(self.input_basis) @ self.input_basis
         return m if self.output_basis is None else self.output_basis.mT @ m
 
-    def _from_basis(self, m: Tensor) -> Tensor:
-        assert self.input_basis is not None
-        m = m @ self.input_basis.mT
-        return m if self.output_basis is None else self.output_basis @ m
+
+def _eigenvectors(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, in float64, and eigenvectors of a matrix whose lower triangle is given, found in its own place: what
+    LAPACK takes beside it is twice its size already."""
+    matrix = torch.empty(moment.shape, dtype=torch.float64, device=moment.device).mT.copy_(moment)
+    values, dtype = matrix.new_empty(moment.shape[:-1]), moment.dtype
+    del moment
+    torch.linalg.eigh(matrix, out=(values, matrix))
+    return values, matrix.to(dtype)
