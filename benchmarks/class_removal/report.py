@@ -91,7 +91,7 @@ def tables(results: Mapping[str, Any]) -> str:
         if not entry["runs"]:
             lines.append(first + " |" * (len(heads) - 4) + f" {entry['failed']} |")
             continue
-        spread = "" if entry[f"{decides}_std"] is None else f" ± {entry[f'{decides}_std']:.4f}"
+        spread = "" if entry[f"{decides}_std"] is None else f" ± {entry[f'{decides}_std']:.0e}"
         memory = "" if entry["ME"] is None else f"{entry['ME'] / 2**20:.0f}"
         searched = "" if entry["held_out"] is None else f"{entry['held_out']:.4f}"
         lines.append(
