@@ -443,10 +443,16 @@ def growth_picture(name: str, path: Path) -> None:
 
 
 def published_pictures() -> None:
+    """Of all pictures of the experiments those that docs/published.md shows."""
     from benchmarks.class_removal.report import draw
 
-    for name in ("published-cifar10", "published-fashion-mnist"):
-        draw(json.loads((KEPT / f"{name}.json").read_text()), ROOT / "docs" / f"{name}-")
+    page = (ROOT / "docs" / "published.md").read_text()
+    for kept in sorted(KEPT.glob("published-*.json")):
+        with TemporaryDirectory() as folder:
+            draw(json.loads(kept.read_text()), f"{folder}/{kept.stem}-")
+            for picture in Path(folder).iterdir():
+                if picture.name in page:
+                    (ROOT / "docs" / picture.name).write_bytes(picture.read_bytes())
 
 
 def with_tables(page: str) -> str:
