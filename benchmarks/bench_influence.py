@@ -119,7 +119,7 @@ def resnet9() -> Work:
         *(convolution(2 * w, 4 * w), nn.MaxPool2d(2), convolution(4 * w, 4 * w), nn.MaxPool2d(2), Residual(4 * w)),
         *(nn.MaxPool2d(4), nn.Flatten(), nn.Linear(4 * w, 10)),
     )
-    return image_work(model, "cifar10", 5000, 200, (50, 100), 50)
+    return image_work(model, "cifar10", 5000, 200, (250, 1000), 50)
 
 
 class Block(nn.Module):
