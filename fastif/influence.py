@@ -104,7 +104,8 @@ class Influence:
         self.parts = assigned(self.capture, curvature)  # estimators that have learned nothing, for `plan` and `store`
         self._fitted: list[NetworkCurvature] = []  # by checkpoint
         self.n = 0  # training examples
-        self.bound: float | None = None  # of the last fit's subset, where it has one
+        self.subset: Subset | None = None  # of the last fit; a state does not hold it
+        self.bound: float | None = None  # of that subset, where it has one
         self.rank_error = 0.0  # of the last scores with rank=
 
     @property
@@ -156,11 +157,12 @@ class Influence:
         indices, weights = torch.arange(n), torch.full((n,), 1 / n, dtype=torch.float64)
         if subset is not None:
             indices, weights = check_subset(subset, n)
+        chosen = Subset(indices, weights)
         fitted: list[NetworkCurvature] = []
         for checkpoint in self.checkpoints or [None]:
             with self.passes.running(checkpoint):
-                fitted.append(fit(self.passes, self.parts, train, Subset(indices, weights), self.seed, self.memory))
-        self._fitted, self.n, self.bound = fitted, n, getattr(subset, "bound", None)
+                fitted.append(fit(self.passes, self.parts, train, chosen, self.seed, self.memory))
+        self._fitted, self.n, self.subset, self.bound = fitted, n, chosen, getattr(subset, "bound", None)
         return self
 
     def on_parameters(self, batch: Any) -> dict[str, Tensor]:
@@ -360,7 +362,7 @@ class Influence:
             fitted[-1].load_state_dict(own, f"{number}/")
         if left:
             raise ValueError(f"load_state_dict: the state is another model's: {min(left)}")
-        self._fitted, self.n = fitted, int(state["n"])
+        self._fitted, self.n, self.subset = fitted, int(state["n"]), None
         return self
 
     def _described(self) -> Tensor:

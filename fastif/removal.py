@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fastif.capture import Capture
 from fastif.curvature import ExactBlock
 from fastif.curvature.cholesky import check_damping
-from fastif.data import count
+from fastif.data import as_loader, count
 from fastif.features import Extracted, extract, find_head
 from fastif.newton import Figures, newton
 from fastif.retained_head import RetainedHead, without_removed
@@ -121,12 +121,12 @@ def remove(
             ∇F_all(θ̂) − ∇F(θ̂) = (1/n) Σ_{i removed} ∇ℓ_i.
         head, batch_size, device, progress: as in `fastif.extract`.
         extracted: what `fastif.extract(model, train)` returned, for the head's steps: the pass over the data is then
-            not made again. Several removals from one model need one pass.
+            not made again, but for its first batch, which is compared. Several removals from one model need one pass.
         generator: for samplers that draw; default torch's global one, so that runs differ unless it is seeded.
 
     Raises ValueError for indices out of range, repeated or all there are, for missing labels, for damping > 0 beside an
-    "auto", for `extracted` of other data or another model or beside layers that it cannot serve, and what `extract`,
-    `Influence`, the sampler and the curvature raise.
+    "auto", for `extracted` of another number of examples, of a first batch that the model sees otherwise, or beside
+    layers that it cannot serve, and what `extract`, `Influence`, the sampler and the curvature raise.
     """
     _check_settings(steps, damping)
     name, layer = find_head(model, head)
@@ -136,7 +136,7 @@ def remove(
         if extracted is None:
             extracted = extract(model, train, head=head, batch_size=batch_size, device=device, progress=progress)
         else:
-            _check_extracted(extracted, layer, count(train, batch_size))
+            _check_extracted(extracted, model, layer, train, head, batch_size, device)
         features, _, labels = extracted
         if labels is None:
             raise ValueError("remove: the training data has no labels")
@@ -289,23 +289,38 @@ def _removal(model: nn.Module, history: list[Any], parameters: list[dict[str, Te
     return Removal({**state, **{key: value.clone() for key, value in moved[-1].items()}}, history, moved)
 
 
-def _check_extracted(extracted: Extracted, layer: nn.Linear, n: int) -> None:
-    """Raises ValueError unless there is a row for each of n examples and the head makes its logits of its features."""
-    features, logits, _ = extracted
-    c, d = layer.weight.shape
-    if features.shape != (n, d) or logits.shape != (n, c):
+def _check_extracted(
+    extracted: Extracted,
+    model: nn.Module,
+    layer: nn.Linear,
+    train: Any,
+    head: str | None,
+    batch_size: int,
+    device: torch.device | str | None,
+) -> None:
+    """Raises ValueError unless there is a row for each example of `train`, its first batch's as the model makes them.
+
+    Another order of the data, other labels and layers below the head that have changed show in a batch.
+    """
+    n, (c, d) = count(train, batch_size), layer.weight.shape
+    if extracted.features.shape != (n, d) or extracted.logits.shape != (n, c):
         raise ValueError(
             f"remove: extracted must be of the n={n} training examples and this head, features [n, d={d}] and logits "
-            f"[n, c={c}], got {list(features.shape)} and {list(logits.shape)}"
+            f"[n, c={c}], got {list(extracted.features.shape)} and {list(extracted.logits.shape)}"
         )
-    with torch.no_grad():
-        away = float((layer(features.to(layer.weight)) - logits.to(layer.weight)).abs().max())
-    allowed = 4 * torch.finfo(logits.dtype).eps ** 0.5 * float(logits.abs().max())
-    if not away <= allowed:
-        raise ValueError(
-            f"remove: extracted is of another model: its logits are off by up to {away:.2g} from what the head makes "
-            f"of its features, more than {allowed:.2g}"
-        )
+    x, y = next(iter(as_loader(train, batch_size)))
+    own = extract(model, [x if y is None else (x, y)], head=head, device=device, progress=False)
+    what = f"of other data or another model: of the first {len(own.logits)} examples its"
+    for name in ("features", "logits"):
+        want, given = getattr(own, name), getattr(extracted, name)
+        away = float((given[: len(want)].to(want) - want).abs().max())
+        allowed = 4 * torch.finfo(given.dtype).eps ** 0.5 * float(want.abs().max())
+        if not away <= allowed:
+            raise ValueError(f"remove: extracted is {what} {name} are off by up to {away:.2g}, more than {allowed:.2g}")
+    if own.labels is not None and extracted.labels is not None:
+        wrong = int((extracted.labels[: len(own.labels)].to(own.labels) != own.labels).sum())
+        if wrong:
+            raise ValueError(f"remove: extracted is {what} labels differ in {wrong}")
 
 
 def _check_settings(steps: int, damping: float) -> None:

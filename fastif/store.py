@@ -335,7 +335,7 @@ def settings_of(
         "by": None if by == "all" else by,
         "parts": parts,
         "query groups": None if query_groups is None else fingerprint([query_groups]),
-        "curvature state": fingerprint(influence.state_dict().values()),
+        "curvature state": fingerprint((*influence.state_dict().values(), *_multiplied(influence))),
         "query": _first_batch(query, influence.passes.batch_size),
         "rows": [*range(0, height, rows), height],
         "columns": _borders(lengths[1], max(widest, BLOCK_BYTES // (rows * item))),
@@ -365,6 +365,11 @@ def fit_settings(influence: Influence, train: Any) -> dict[str, Any]:
         "fastif": __version__,
         "torch": torch.__version__,
     }
+
+
+def _multiplied(influence: Influence) -> Iterable[Tensor]:
+    """The subset with whose curvature solves multiply, which no state holds."""
+    return influence.subset if influence.parts.needs_data and influence.subset is not None else ()
 
 
 def _positions(influence: Influence, train: Any) -> int:

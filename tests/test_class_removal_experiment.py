@@ -112,11 +112,14 @@ def test_a_random_part_is_removed(tmp_path):
     runs = ["--task", "random", "--seeds", "1", "--cases", "0", "1", "--shares", "0.2", "--methods", "head"]
     results = experiment.main([*SMALL, *runs, "--out", str(tmp_path)])
     networks = {"all.safetensors", "without-random-0.safetensors", "without-random-1.safetensors"}
-    assert {path.name for path in tmp_path.iterdir()} == networks | {"random"}
+    assert {path.name for path in tmp_path.iterdir()} == networks | {"networks.json", "random"}
     of = {(row["method"], row["case"]): row for row in results["references"]}
     assert of["retrained", 0]["KL"] == 0 < of["nothing removed", 0]["KL"]
     assert all(row["KL"] > 0 and 0 < row["accuracy"] < 1 for row in results["rows"])
     assert results["summary"][0]["beyond_retrained"] == results["summary"][0]["KL"]
+    for other in (["--examples", "200"], ["--bfloat16"]):  # of another task, too: they share the networks
+        with pytest.raises(ValueError, match=r"networks.json holds a job with other settings.*(300, is 200|was False)"):
+            experiment.main([*SMALL, *other, "--task", "class", "--cases", "0", "--out", str(tmp_path)])
 
 
 def test_wrong_labels_are_those_that_people_gave(monkeypatch):

@@ -353,6 +353,11 @@ def test_help_lists_the_commands():
         assert command in shown.output
 
 
+def test_help_of_sample_tells_shapes():
+    shown = CliRunner().invoke(cli.app, ["sample", "--help"])  # square brackets would be taken for markup
+    assert all(shape in shown.output for shape in ("n × d, .npy", "n × c, .npy", "n numbers, .npy"))
+
+
 def test_the_module_runs_and_the_library_needs_no_extra():
     done = subprocess.run(
         [sys.executable, "-m", "fastif", "--version"], cwd=REPOSITORY, capture_output=True, text=True, check=False

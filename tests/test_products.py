@@ -319,6 +319,38 @@ def test_a_function_without_forward_derivative_is_differentiated_backwards_twice
     assert want.mode == "forward over reverse"
 
 
+class Scaled(nn.Module):
+    """Divides by a norm that gradients do not flow through."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        return self.second(h / self.norm(h))
+
+    @torch.no_grad()
+    def norm(self, h):
+        return h.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("matrix", ["ggn", "hessian"])
+@pytest.mark.parametrize("m", [1, 2])
+def test_what_is_computed_without_gradients_is_constant(matrix, m, operator_of):
+    torch.manual_seed(0)
+    model, x, y = Scaled(), data(), LOSSES["cross_entropy"]
+    operator = operator_of(model, x, y, matrix=matrix)
+    v = vectors(43, m)
+    got = operator(v)
+    assert operator.mode == "double backward"
+    assert "torch.no_grad" in operator.reason
+    model.norm = lambda h: h.detach().norm(dim=1, keepdim=True)
+    want = operator_of(model, x, y, matrix=matrix)
+    assert torch.allclose(got, want(v), rtol=1e-12)
+    assert want.mode == "forward over reverse"
+
+
 @pytest.mark.parametrize("matrix", ["ggn", "hessian"])
 @pytest.mark.parametrize("keep_graph", [False, True])
 def test_a_function_that_cannot_be_differentiated_twice_is_named(matrix, keep_graph, operator_of):

@@ -215,17 +215,35 @@ def test_remove_a_head_without_bias_as_the_whole_model():
     assert not torch.equal(removal.state_dict["weight"], model.weight)
 
 
-def test_several_removals_share_one_pass(problem, monkeypatch):
+def test_several_removals_share_one_pass(problem):
     data = problem.x, problem.y
     seen = extract(problem.model, data, progress=False)
     settings = {"subset": partial(samplers.logit, k=30), "weight_decay": WEIGHT_DECAY, "progress": False}
+    settings["batch_size"] = 16
+    passed = []
     draws = (torch.Generator().manual_seed(1) for _ in range(4))
     alone = [remove(problem.model, data, gone, generator=next(draws), **settings) for gone in (REMOVED, ONE)]
-    monkeypatch.setattr(problem.model, "forward", None)  # no further pass
+    hook = problem.model.register_forward_hook(lambda module, inputs, outputs: passed.append(len(outputs)))
     for gone, want in zip((REMOVED, ONE), alone, strict=True):
         removal = remove(problem.model, data, gone, extracted=seen, generator=next(draws), **settings)
         assert all(torch.equal(value, want.state_dict[key]) for key, value in removal.state_dict.items())
         assert [step.objective for step in removal.history] == [step.objective for step in want.history]
+    hook.remove()
+    assert passed == [16, 16]  # the first batch is looked at, and no further one
+
+
+def test_a_pass_over_other_data_or_another_network_is_refused(problem):
+    x, y, model = problem.x, problem.y, copy.deepcopy(problem.model)
+    seen = extract(model, (x, y), progress=False)
+    settings = {"extracted": seen, "batch_size": 16, "progress": False}
+    with pytest.raises(ValueError, match=r"first 16 examples its features are off by up to .*, more than"):
+        remove(model, (x.flip(0), y.flip(0)), ONE, **settings)
+    with pytest.raises(ValueError, match=r"first 16 examples its labels differ in 1$"):
+        remove(model, (x, (y + (torch.arange(len(y)) == 3).long()) % 3), ONE, **settings)
+    with torch.no_grad():
+        model[0].weight.mul_(1.1)  # below the head: its logits are still those of its features
+    with pytest.raises(ValueError, match="of other data or another model: .* its features are off"):
+        remove(model, (x, y), ONE, **settings)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +251,7 @@ def test_several_removals_share_one_pass(problem, monkeypatch):
     [
         (lambda seen: seen._replace(features=seen.features[1:]), {}, r"n=90 .*features \[n, d=6\].*got \[89, 6\]"),
         (lambda seen: seen._replace(logits=seen.logits[:, 1:]), {}, r"logits \[n, c=3\], got .* and \[90, 2\]"),
-        (lambda seen: seen._replace(features=1.01 * seen.features), {}, "extracted is of another model: its logits"),
+        (lambda seen: seen._replace(features=1.01 * seen.features), {}, "another model: of .* its features are off"),
         (lambda seen: seen._replace(logits=seen.logits * float("nan")), {}, "off by up to nan"),
         (lambda seen: seen._replace(labels=None), {}, "the training data has no labels"),
         (lambda seen: seen, {"layers": "*"}, "extracted serves the steps of the head alone"),

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastif import EKFAC, KFAC, Diagonal, Identity, Influence, ScoreFolder, store
+from fastif import CG, EKFAC, KFAC, Diagonal, Identity, Influence, LiSSA, ScoreFolder, store
+from fastif.samplers import Subset
 from tests.problems import clusters
 
 REPOSITORY = Path(__file__).parents[1]
@@ -496,6 +497,22 @@ def test_other_subsets_and_ranks_are_refused(tmp_path):
     with pytest.raises(ValueError, match="curvature state was '[0-9a-f]{16}', is '[0-9a-f]{16}'") as caught:
         influence.scores(query, train, out=tmp_path, resume=True)
     assert str(caught.value).count(" was ") == 1
+
+
+@pytest.mark.parametrize("curvature", [CG(), LiSSA(1.0, scale=10.0)])
+def test_another_subset_to_multiply_with_is_refused(tmp_path, curvature):
+    """It is in no state."""
+    model, query, train = problem()
+    first, second = (Subset(indices, torch.full((45,), 1 / 45)) for indices in torch.arange(N).chunk(2))
+    influence = fitted(model, train, curvature)
+    for subset, other, folder in ((None, first, tmp_path / "all"), (first, second, tmp_path / "first")):
+        influence.fit(train, subset=subset).scores(query, train, out=folder)
+        want = bits(folder)
+        influence.fit(train, subset=other)
+        with pytest.raises(ValueError, match="curvature state was"):
+            influence.scores(query, train, out=folder, resume=True)
+        influence.fit(train, subset=subset).scores(query, train, out=folder, resume=True)
+        assert bits(folder) == want
 
 
 def test_what_cannot_be_is_refused(tmp_path):

@@ -25,7 +25,7 @@ from fastif import extract, samplers
 from fastif.data import load
 from fastif.evaluation.training import RECIPES
 from fastif.features import Extracted
-from fastif.journal import Journal, write_whole
+from fastif.journal import Journal, refuse_differences, write_whole
 from fastif.measure import Measure, environment
 
 ROOT = Path(__file__).parents[2]
@@ -86,8 +86,9 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     task = prepared(options.task, images, options.cases, options.root, options.data)
     n = len(task.images.y_train)
-    settings = {"data": options.data, "task": options.task, "examples": n, "recipe": recipe._asdict(),
-                "bfloat16": options.bfloat16, "matrix": options.matrix, "damping": options.damping,
+    learning = {"data": options.data, "examples": n, "recipe": recipe._asdict(), "bfloat16": options.bfloat16}
+    _keep_to(out / "networks.json", learning)
+    settings = {**learning, "task": options.task, "matrix": options.matrix, "damping": options.damping,
                 "iterations": options.iterations}  # fmt: skip
     journal = Journal(folder / "rows.jsonl", settings, resume=True)
     rows: dict[tuple[Any, ...], dict[str, Any]] = {_key(row): row for row in journal.of_kind("row")}
@@ -186,6 +187,14 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     write_whole(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     write_report(results, folder)
     return results
+
+
+def _keep_to(path: Path, settings: dict[str, Any]) -> None:
+    """Notes what the folder's networks learn from and how, which they serve all tasks with; refuses anything else."""
+    if path.exists():
+        refuse_differences(path, json.loads(path.read_text(encoding="utf-8")), settings)
+    else:
+        write_whole(path, json.dumps(settings, indent=1) + "\n")
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -21,9 +21,9 @@ def sample_command(
     sampler: Annotated[str, typer.Argument(help=f"One of {', '.join(SAMPLERS)}.")],
     out: Annotated[Path, typer.Option(help="FILE.npz or FILE.safetensors for indices and weights.")],
     k: Annotated[str, typer.Option(help="How many examples: a number or a percentage.")],
-    features: Annotated[Path | None, typer.Option(help="[n, d], .npy or .safetensors with a tensor features.")] = None,
-    logits: Annotated[Path | None, typer.Option(help="[n, c], .npy or .safetensors with a tensor logits.")] = None,
-    labels: Annotated[Path | None, typer.Option(help="[n], .npy or .safetensors with a tensor labels.")] = None,
+    features: Annotated[Path | None, typer.Option(help="n × d, .npy or .safetensors with a tensor features.")] = None,
+    logits: Annotated[Path | None, typer.Option(help="n × c, .npy or .safetensors with a tensor logits.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="n numbers, .npy or .safetensors with a tensor labels.")] = None,
     seed: Annotated[int, typer.Option(help="For samplers that draw.")] = 0,
 ) -> None:
     """Choose examples, with weights, from saved features, logits and labels."""

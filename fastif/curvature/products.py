@@ -20,6 +20,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from fastif.capture import dtype_of
@@ -74,9 +75,10 @@ class Operator:
     G = Σ_i w_i J_iᵀ H_i J_i ("ggn") or Σ_i w_i ∇²ℓ_i ("hessian") over the weighted subset of a fit. A product takes a
     forward and a backward pass per batch and right-hand side, by forward-over-reverse differentiation where torch can
     (the right-hand sides share what is not differentiated along them), by two backward passes where it cannot: layers
-    that are checkpointed, custom functions without a forward derivative, tied embeddings with padding; `mode` tells
-    which, `reason` why. With `keep_graph` the passes of all batches are made once and kept for all products, as the
-    reference paper does: a third less work, but `graph_bytes` grow with the number of examples. The graph goes with
+    that are checkpointed, custom functions without a forward derivative, parts that run under torch.no_grad, through
+    which forward derivatives would flow, tied embeddings with padding; `mode` tells which, `reason` why. With
+    `keep_graph` the passes of all batches are made once and kept for all products, as the reference paper does: a third
+    less work, but `graph_bytes` grow with the number of examples. The graph goes with
     the operator; until then the parameters must not change. docs/math.md (18).
 
     Raises ValueError, naming them, for functions that cannot be differentiated twice and layers whose product holds NaN
@@ -131,7 +133,7 @@ class Operator:
     def _parts(self, x: Any, y: Any, weights: Tensor, m: int) -> Iterator[tuple[Any, Any, Tensor]]:
         """A batch in slices whose activations, and tangents along m vectors, stay near."""
         if self._activations is None:
-            self._activations = self._bytes_of_an_example(x)
+            self._activations = self._looked_at(x)
         each = max(_LEAST, _NEAR // max(1, (m + 1) * self._activations))
         if each >= len(weights):
             yield x, y, weights
@@ -139,14 +141,23 @@ class Operator:
         for rows in torch.arange(len(weights)).split(each):
             yield rows_of(x, rows), None if y is None else rows_of(y, rows), weights[rows]
 
-    def _bytes_of_an_example(self, x: Any) -> int:
-        """What a forward pass keeps of an example on the CPU; 0 elsewhere and where examples may depend on others."""
-        mixing = (m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self._modules)
-        if self.device.type != "cpu" or any(mixing):
-            return 0
+    def _looked_at(self, x: Any) -> int:
+        """What a forward pass keeps of an example on the CPU; 0 elsewhere and where examples may depend on others.
+
+        In this pass it shows, too, whether forward derivatives are those of the model.
+        """
+        mixing = any(m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self._modules)
         own = {p.untyped_storage().data_ptr() for p in self.data.model.parameters()}
-        with torch.enable_grad(), _counting() as kept:
-            self.outputs(rows_of(x, torch.arange(1)))
+        with torch.enable_grad(), _counting() as kept, _WithoutGradients() as cut:
+            self.outputs(
+                x if mixing else rows_of(x, torch.arange(1)), [p.detach().requires_grad_() for p in self.parameters]
+            )
+        if cut.found:
+            self._double_backward(
+                "a part of the model runs under torch.no_grad: forward derivatives would flow through"
+            )
+        if mixing or self.device.type != "cpu":
+            return 0
         return sum(size for place, size in kept.items() if place not in own)
 
     def _product(self, x: Any, y: Any, weights: Tensor, tangents: list[Tensor]) -> list[Tensor]:
@@ -267,6 +278,24 @@ def _along(product: Callable[[list[Tensor]], list[Tensor]], tangents: list[Tenso
     if len(tangents[0]) == 1:
         return [v[None] for v in product([t[0] for t in tangents])]
     return vmap(product)(tangents)
+
+
+class _WithoutGradients(TorchFunctionMode):
+    """Whether something is computed under torch.no_grad, within it, of what requires gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self._off = False, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch._C._set_grad_enabled:
+            self._off = not args[0]
+        elif self._off and isinstance(made, Tensor) and made.is_floating_point():
+            given = (*args, *(kwargs or {}).values())
+            read = (t for part in given for t in (part if isinstance(part, list | tuple) else [part]))
+            self.found = self.found or any(isinstance(t, Tensor) and t.requires_grad for t in read)
+        return made
 
 
 class _OutputHessian:
