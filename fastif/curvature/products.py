@@ -266,7 +266,8 @@ class Operator:
             with torch.enable_grad():
                 leaves = [p.requires_grad_() for p in parameters]
                 scores, moved = jvp(scores_of, (leaves,), ([t[0] for t in tangents],))[:2]
-            (slope,) = _OutputHessian(self, scores, batch, weights)(moved.detach()[None])
+            moved = moved.detach()  # and the graph that it has of its own is gone
+            (slope,) = _OutputHessian(self, scores, batch, weights)(moved[None])
             return [v[None] for v in torch.autograd.grad(scores, leaves, slope, materialize_grads=True)]
         scores, back = vjp(scores_of, parameters)[:2]
         moved = vmap(lambda t: jvp(scores_of, (parameters,), (t,))[1])(tangents)
