@@ -220,6 +220,7 @@ def _against_size(summary: Sequence[Mapping[str, Any]], panels: Sequence[tuple[s
             ax.errorbar([e["k"] for e in known], [e[metric] for e in known], spread, fmt=style, markersize=3, capsize=2,
                         color=_COLOURS[number % len(_COLOURS)], linewidth=1, label=name)  # fmt: skip
         ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter("")  # of sizes within a decade they would stand one on the other
         ax.set_title(title, fontsize=9)
         if metric in ("RTE", "ME"):
             ax.set_yscale("log")
