@@ -108,4 +108,4 @@ def test_scores_that_are_not_finite_are_told_and_not_judged():
 def test_tables_are_those_of_the_results():
     page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
     assert results.with_tables(page) == page
-    assert page.count("<!-- table:") == 3
+    assert page.count("<!-- table:") == 4
