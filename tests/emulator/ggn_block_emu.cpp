@@ -119,6 +119,24 @@ void compare(const char* op, Shape shape, GgnPlan plan, const std::vector<T>& x,
   }
 }
 
+// Entry (a, b) of H_i in float64, as the two ops define it; the vectors must outlive what is returned.
+template <typename T>
+auto softmax_hessian(const std::vector<T>& p, const std::vector<T>& w, int64_t c) {
+  return [&p, &w, c](int64_t i, int64_t a, int64_t b) {
+    double h = a == b ? 0 : -double(p[i * c + a]) * double(p[i * c + b]);
+    for (int64_t e = 0; a == b && e < c; ++e)
+      if (e != a) h += double(p[i * c + a]) * double(p[i * c + e]);
+    return h * double(w[i]);
+  };
+}
+
+template <typename T>
+auto given_hessian(const std::vector<T>& outer, int64_t c) {
+  return [&outer, c](int64_t i, int64_t a, int64_t b) {
+    return double(outer[(i * c + std::max(a, b)) * c + std::min(a, b)]);
+  };
+}
+
 template <typename T>
 void ggn_block(Shape shape, const GgnPlan& plan, bool confident = false) {
   const auto [n, d, c] = shape;
@@ -130,12 +148,7 @@ void ggn_block(Shape shape, const GgnPlan& plan, bool confident = false) {
     for (int64_t a = 0; a < c; ++a) total += p[i * c + a] = confident && a != i % c ? T(1e-12) : p[i * c + a] + T(1);
     for (int64_t a = 0; a < c; ++a) p[i * c + a] /= total;
   }
-  const auto hessian = [&, c = c](int64_t i, int64_t a, int64_t b) {
-    double h = a == b ? 0 : -double(p[i * c + a]) * double(p[i * c + b]);
-    for (int64_t e = 0; a == b && e < c; ++e)
-      if (e != a) h += double(p[i * c + a]) * double(p[i * c + e]);
-    return h * double(w[i]);
-  };
+  const auto hessian = softmax_hessian(p, w, c);
   const std::vector<T> zero(c * d * c * d);
   const SoftmaxHessians<T> hessians{p.data(), w.data()};
   compare("ggn_block_", shape, plan, x, hessians, hessian, zero);
@@ -155,9 +168,7 @@ void kronecker_block(Shape shape, const GgnPlan& plan) {
         if (i % 3 == 2) h = 0;
         if (b > a) h = T(NAN);
       }
-  const auto hessian = [&, c = c](int64_t i, int64_t a, int64_t b) {
-    return double(outer[(i * c + std::max(a, b)) * c + std::min(a, b)]);
-  };
+  const auto hessian = given_hessian(outer, c);
   const GivenHessians<T> hessians{outer.data()};
   for (const auto& start : {std::vector<T>(c * d * c * d), uniform<T>(c * d * c * d, 2)})
     compare("kronecker_block_", shape, plan, x, hessians, hessian, start);
@@ -231,15 +242,8 @@ void scaled(Shape shape) {
     for (int64_t a = 0; a < c; ++a) total += p[i * c + a] = std::exp(8 * p[i * c + a]);
     for (int64_t a = 0; a < c; ++a) p[i * c + a] /= total;
   }
-  const auto softmax = [&, c = c](int64_t i, int64_t a, int64_t b) {
-    double h = a == b ? 0 : -double(p[i * c + a]) * double(p[i * c + b]);
-    for (int64_t e = 0; a == b && e < c; ++e)
-      if (e != a) h += double(p[i * c + a]) * double(p[i * c + e]);
-    return h * double(w[i]);
-  };
-  const auto given = [&, c = c](int64_t i, int64_t a, int64_t b) {
-    return double(outer[(i * c + std::max(a, b)) * c + std::min(a, b)]);
-  };
+  const auto softmax = softmax_hessian(p, w, c);
+  const auto given = given_hessian(outer, c);
   const std::vector<float> zero(c * d * c * d);
   const auto check = [&](const char* op, auto hessians, auto hessian) {
     const bool rows_sum_to_zero = std::is_same_v<decltype(hessians), SoftmaxHessians<float>>;
