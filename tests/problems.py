@@ -85,3 +85,12 @@ def residuals(a, x, b, damping=0.0):
     """Of x (A + λI) = b, row by row, relative to b."""
     left = b - x @ a - damping * x
     return left.norm(dim=1) / b.norm(dim=1).clamp(min=1e-300)
+
+
+@cache
+def wide() -> tuple[nn.Sequential, tuple[Tensor, Tensor]]:
+    """A float64 net whose first layer has 40 inputs, of scales that fall, and 30 outputs, with its data."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 4)).double()
+    scales = torch.logspace(0, -2, 40, dtype=torch.float64)
+    return model, (torch.randn(60, 40, dtype=torch.float64) * scales, torch.arange(60) % 4)

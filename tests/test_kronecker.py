@@ -13,13 +13,11 @@ from torch.nn import functional as F
 from fastif import EKFAC, KFAC, Diagonal, ExactBlock, Identity, Influence, NotPositiveDefinite
 from fastif.capture import Capture
 from fastif.curvature import LowRank
-from fastif.curvature.kfac import _eigenvectors
-from fastif.gradients import second_moment
 from fastif.losses import output_columns
-from fastif.measure import Measure
 from fastif.samplers import Subset
 from tests import reference
 from tests.networks import Apply
+from tests.problems import wide
 
 N, CLASSES, DAMPING = 24, 3, 3e-3
 
@@ -346,14 +344,6 @@ def test_rank_keeps_the_largest_singular_vectors_and_tells_its_error(name):
 # ------------------------------------------------------------------------------------------------------------ separable
 
 
-@cache
-def wide():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 4)).double()
-    scales = torch.logspace(0, -2, 40, dtype=torch.float64)
-    return model, (torch.randn(60, 40, dtype=torch.float64) * scales, torch.arange(60) % 4)
-
-
 @pytest.mark.parametrize("estimator", [KFAC, EKFAC])
 def test_separable_scores_keep_their_tolerance(estimator):
     model, data = wide()
@@ -606,48 +596,6 @@ def test_slices_of_a_batch_give_what_the_whole_gives(which, make, monkeypatch):
         assert torch.allclose(whole, sliced, rtol=1e-9, atol=1e-12 * float(whole.abs().max()))
 
 
-def test_a_batch_that_goes_through_the_model_in_slices_takes_the_memory_of_one(monkeypatch):
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(2048, 3))
-    data = torch.randn(96, 3, 16, 16), torch.arange(96) % 3
-    monkeypatch.setattr("fastif.passes._TOGETHER", 12 * 4 * (3 * 256 + 8 * 256 + 2048 + 3))
-    peaks = []
-    for batch_size in (12, 96):
-        influence = Influence(
-            model, curvature=KFAC(1e-2, "empirical"), layers="*", batch_size=batch_size, progress=False
-        )
-        influence.fit(data)
-        with Measure() as work:
-            influence.self_influence(data)
-        peaks.append(work.peak_bytes)
-    if None not in peaks:
-        assert peaks[1] == pytest.approx(peaks[0], rel=0.1)
-
-
-def test_an_error_in_a_slice_says_where_in_the_batch_it_counts_from(monkeypatch):
-    model, (x, y) = wide()
-    x = x.clone()
-    x[7, 0] = torch.nan
-    monkeypatch.setattr("fastif.passes._TOGETHER", 10 * 8 * (40 + 30))  # six slices of ten
-    influence = Influence(model, curvature=KFAC(1e-2), layers="0", batch_size=60, progress=False)
-    with pytest.raises(ValueError, match=r"the input of layer '0' holds NaN or Inf, example 7 of batch 0$"):
-        influence.fit((x, y))
-    x[7, 0], x[43, 0] = 0, torch.nan
-    with pytest.raises(ValueError, match=r"example 3 of batch 0 \(counted from example 40 of the batch on\)"):
-        influence.fit((x, y))
-
-
-def test_a_batch_in_train_mode_is_not_cut(monkeypatch):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double().train()
-    data = torch.randn(12, 5, dtype=torch.float64), torch.arange(12) % 3
-    results = []
-    for limit in (1 << 24, 1):
-        monkeypatch.setattr("fastif.passes._TOGETHER", limit)
-        influence = Influence(model, curvature=EKFAC(1e-2), layers="2", allow_train_mode=True, progress=False)
-        results.append(influence.fit(data).self_influence(data))
-    assert torch.equal(*results)
-
-
 @pytest.mark.parametrize("estimator", [KFAC, EKFAC])
 def test_queries_of_one_position_are_kept_in_their_factors(estimator):
     """Few of them are turned back into matrices, many are not; the scores are those of the definition."""
@@ -665,29 +613,3 @@ def test_queries_of_one_position_are_kept_in_their_factors(estimator):
     directions = block.directions(g)
     assert directions.nbytes == len(g) * (30 + 41) * 8
     assert torch.allclose(directions.dots(g) / len(g), want, rtol=1e-9, atol=1e-12)
-
-
-def test_moments_are_taken_in_blocks_of_the_lower_triangle(monkeypatch):
-    torch.manual_seed(0)
-    monkeypatch.setattr("fastif.gradients._SIDE", 3)
-    weights = torch.rand(5, dtype=torch.float64)
-    for t, d in ((1, 7), (4, 8), (9, 4)):
-        x = torch.randn(2, 5, d, t, dtype=torch.float64).mT  # positions fastest
-        want = torch.einsum("n,sntd,snte->sde", weights, x, x).tril()
-        for layout in (x, x.contiguous()):
-            got = second_moment(layout, weights)
-            assert torch.allclose(got.tril(), want, rtol=1e-12)
-            assert second_moment(layout, weights, got) is got
-            assert torch.allclose(got.tril(), 2 * want, rtol=1e-12)
-
-
-def test_eigenvectors_are_found_in_the_place_of_the_matrix():
-    torch.manual_seed(0)
-    x = torch.randn(2, 6, 6)
-    lower = (x @ x.mT).tril()
-    given = lower.clone()
-    values, vectors = _eigenvectors(given + torch.ones(6, 6).triu(1))  # what stands above does not count
-    whole = (lower + lower.mT - torch.diag_embed(lower.diagonal(dim1=1, dim2=2))).double()
-    assert (values.dtype, vectors.dtype) == (torch.float64, torch.float32)
-    assert torch.allclose(values, torch.linalg.eigvalsh(whole), rtol=1e-12, atol=1e-12)
-    assert torch.allclose((vectors.double() * values[:, None]) @ vectors.double().mT, whole, atol=1e-5)
