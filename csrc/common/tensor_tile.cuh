@@ -19,6 +19,10 @@
 
 #include "register_tile.cuh"
 
+#ifdef FASTIF_EMULATOR
+#include "tensor_core_emu.h"  // has mma_m16n8k8_tf32
+#endif
+
 namespace fastif {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -29,7 +33,7 @@ struct TensorCores : CudaCores {};
 
 inline constexpr int kMmaDepth = 8;
 
-#ifndef FASTIF_EMULATOR  // else cuda_emu.h has it
+#ifndef FASTIF_EMULATOR
 // d = a b + c for a [16, 8], b [8, 8] of TF32 and c, d [16, 8] of float32, by a warp. Of these, with g = lane / 4 and
 // t = lane % 4, a lane holds (PTX ISA, fragments of mma.m16n8k8 with .tf32)
 //   a[i] = a(g + 8 (i % 2), t + 4 (i / 2))   b[i] = b(t + 4 i, g)   c[i], d[i] = c, d(g + 8 (i / 2), 2 t + i % 2)

@@ -1,5 +1,6 @@
 // One planted mistake per value of the argument: the emulator must catch each, and must find nothing to say about 0.
 #include "emulate.h"
+#include "tensor_core_emu.h"
 
 namespace {
 
