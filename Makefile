@@ -43,7 +43,7 @@ bench-kcenter: build/ready  ## every k-center peer, growth with n, d and k, 10 m
 	$(PY) -m benchmarks.results tables
 
 bench-influence: build/ready  ## EK-FAC against kronfluence and dattri, growth with n, q and width; FASTIF_DATA=folder
-	OMP_NUM_THREADS=1 FASTIF_BENCH_SCALE=$${FASTIF_BENCH_SCALE:-0.4} $(PY) -m pytest benchmarks/bench_influence.py --benchmark-enable -s --benchmark-json runs/influence.json
+	OMP_NUM_THREADS=1 FASTIF_BENCH_SCALE=$${FASTIF_BENCH_SCALE:-0.2} $(PY) -m pytest benchmarks/bench_influence.py --benchmark-enable -s --benchmark-json runs/influence.json
 	$(PY) -m benchmarks.results keep runs/influence.json influence-cpu
 	$(PY) -m benchmarks.results tables
 

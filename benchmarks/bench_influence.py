@@ -177,21 +177,27 @@ class Stages(NamedTuple):
 
     seconds: dict[str, float]
     wall: dict[str, float]
-    peak: float
+    peaks: dict[str, float]
     scores: Tensor  # [q, n], without the 1/n
     own: Tensor | None  # self-scores [n], likewise
 
+    @property
+    def peak(self) -> float:
+        return max(self.peaks.values())
 
-def staged(stages: dict[str, Callable[[], Any]]) -> tuple[dict[str, float], dict[str, float], float, dict[str, Any]]:
-    cpu, wall, results, peak = {}, {}, {}, 0.0
+
+def staged(
+    stages: dict[str, Callable[[], Any]],
+) -> tuple[dict[str, float], dict[str, float], dict[str, float], dict[str, Any]]:
+    cpu, wall, peaks, results = {}, {}, {}, {}
     for name, work in stages.items():
         with Measure(DEVICE) as measured:
             start = time.process_time()
             results[name] = work()
             cpu[name] = time.process_time() - start
         wall[name] = measured.seconds
-        peak = max(peak, (measured.peak_bytes or 0) / 2**20)
-    return cpu, wall, peak, results
+        peaks[name] = (measured.peak_bytes or 0) / 2**20
+    return cpu, wall, peaks, results
 
 
 def run_fastif(work: Work, n: int, separable: float | None = None) -> Stages:
@@ -204,14 +210,14 @@ def run_fastif(work: Work, n: int, separable: float | None = None) -> Stages:
         batch_size=work.batch,
         progress=False,
     )
-    cpu, wall, peak, results = staged(
+    cpu, wall, peaks, results = staged(
         {
             "fit": lambda: influence.fit(train),
             "scores": lambda: influence.scores(work.query, train),
             "self": lambda: influence.self_influence(train),
         }
     )
-    return Stages(cpu, wall, peak, results["scores"] * n, results["self"] * n)
+    return Stages(cpu, wall, peaks, results["scores"] * n, results["self"] * n)
 
 
 def run_kronfluence(work: Work, n: int) -> Stages:
@@ -240,7 +246,7 @@ def run_kronfluence(work: Work, n: int) -> Stages:
         factors = FactorArguments(strategy="ekfac", use_empirical_fisher=True)
         score = ScoreArguments(damping_factor=DAMPING)
         sizes = {"per_device_train_batch_size": work.batch, "score_args": score, "overwrite_output_dir": True}
-        cpu, wall, peak, _ = staged(
+        cpu, wall, peaks, _ = staged(
             {
                 "fit": lambda: analyzer.fit_all_factors(
                     "f", train, per_device_batch_size=work.batch, factor_args=factors, overwrite_output_dir=True
@@ -252,7 +258,7 @@ def run_kronfluence(work: Work, n: int) -> Stages:
             }
         )
         own = analyzer.load_self_scores("t")["all_modules"]
-        return Stages(cpu, wall, peak, analyzer.load_pairwise_scores("s")["all_modules"], own)
+        return Stages(cpu, wall, peaks, analyzer.load_pairwise_scores("s")["all_modules"], own)
 
 
 def run_dattri(work: Work, n: int) -> Stages:
@@ -270,10 +276,10 @@ def run_dattri(work: Work, n: int) -> Stages:
     attributor = IFAttributorEKFAC(task, module_name=work.layers, damping=DAMPING)
     load = lambda data: torch.utils.data.DataLoader(TensorDataset(*data), batch_size=work.batch)  # noqa: E731
     train, query = load([x[:n] for x in work.train]), load(work.query)
-    cpu, wall, peak, results = staged(
+    cpu, wall, peaks, results = staged(
         {"fit": lambda: attributor.cache(train), "scores": lambda: attributor.attribute(train, query)}
     )
-    return Stages(cpu, wall, peak, results["scores"].T, None)
+    return Stages(cpu, wall, peaks, results["scores"].T, None)
 
 
 PEERS = {"kronfluence": run_kronfluence, "dattri": run_dattri}
@@ -336,7 +342,7 @@ def test_influence(benchmark, capsys, make):
     benchmark.pedantic(lambda: None, rounds=1)
     benchmark.extra_info.update(
         n=n, q=len(work.query[0]), parameters=sum(p.numel() for p in work.model.parameters()), parts=work.parts,
-        fastif=ours, peers=peers, cpu_ratio=ratio,
+        batch=work.batch, stage_peaks_mib=exact.peaks, fastif=ours, peers=peers, cpu_ratio=ratio,
     )  # fmt: skip
     with capsys.disabled():
         print(f"\n{make.__name__}: {n} train x {len(work.query[0])} queries")

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("kcenter", "blocks", "removal", "published", "evaluation")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("kcenter", "blocks", "removal", "published", "evaluation", "memory")),
 )
 SAMPLERS = ("logit", "leverage", "random", "stratified", "k_center", "certified", "intermediate_distance", "prefix")
 
@@ -267,6 +267,22 @@ def published_table(name: str) -> str:
     return tables(json.loads((KEPT / f"{name}.json").read_text())).rstrip()
 
 
+def memory_table(name: str) -> str:
+    """What influence_table says of fastif's memory, stage by stage."""
+    results = json.loads((KEPT / f"{name.replace('memory', 'influence')}.json").read_text())
+    lines = [
+        "| model, training examples × queries, batches of | fit: peak MiB | scores | self-influence |",
+        "|---|---|---|---|",
+    ]
+    for benchmark in results["benchmarks"]:
+        extra: dict[str, Any] = benchmark["extra_info"]
+        if "stage_peaks_mib" in extra:
+            label = benchmark["name"].split("[")[1].rstrip("]")
+            peaks = " | ".join(f"{extra['stage_peaks_mib'][stage]:.1f}" for stage in ("fit", "scores", "self"))
+            lines.append(f"| {label}, {extra['n']:,} × {extra['q']:,}, {extra['batch']:,} | {peaks} |")
+    return "\n".join([*lines, "", "EK-FAC with the empirical Fisher, float32. Made by `make bench-influence`."])
+
+
 def mislabel_table(name: str) -> str:
     results = json.loads((KEPT / f"{name}.json").read_text())
     meta, kinds = results["meta"], results["meta"]["labels"]
@@ -466,6 +482,7 @@ def with_tables(page: str) -> str:
             "published": published_table,
             "kcenter": kcenter_table,
             "influence": influence_table,
+            "memory": memory_table,
             "mislabel": mislabel_table,
             "lds": lds_table,
             "solvers": solvers_table,
