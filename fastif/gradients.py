@@ -10,7 +10,7 @@ of it is a method here, so that no estimator knows how a layer's gradient is sto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -162,6 +162,17 @@ class Dense:
             (_times(self.output_grads, direction) * self.inputs).sum((0, 3)) for direction in directions
         ]  # one query at a time: [g, n, t, d]
         return torch.stack(parts)
+
+    @staticmethod
+    def cat(parts: Sequence[Dense]) -> Dense:
+        """One after another; those of fewer positions get empty ones."""
+        most = max(part.positions for part in parts)
+
+        def joined(factors: list[Tensor]) -> Tensor:
+            return torch.cat([torch.nn.functional.pad(x, (0, 0, 0, most - x.shape[2])) for x in factors], 1)
+
+        factors = joined([part.inputs for part in parts]), joined([part.output_grads for part in parts])
+        return Dense(*factors, parts[0].activations)
 
     def _groups(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.inputs, self.output_grads, strict=True))
@@ -380,6 +391,14 @@ class Sliced:
     @property
     def positions(self) -> int:
         return self.make(self.begin, self.begin + 1).positions
+
+
+def whole(gradients: Gradients) -> Dense:
+    """Gradients whose factors are dense, with all factors standing."""
+    if isinstance(gradients, Sliced):
+        return Dense.cat([whole(part) for part, _ in gradients.parts()])
+    assert isinstance(gradients, Dense)
+    return gradients
 
 
 def of_table(gradients: Gradients) -> bool:

@@ -52,10 +52,11 @@ class Influence:
             (with joint=True all).
         measurement: what is asked of queries: "loss", "margin", "log_odds", or a function (outputs, batch) → [q].
         checkpoints: state dicts; influence is averaged over the model at each of them. Default: the model as it is.
-        batch_size: for data that brings no batches of its own; results do not depend on it. On a CPU a batch goes
-            through the model a few examples at a time where their layers' inputs and outputs take more than 16 MiB.
+        batch_size: for data that brings no batches of its own; results do not depend on it.
         memory: bytes that preconditioned query gradients may take at a time, and that a solve for the self-influence of
-            several examples may.
+            several examples may. Queries of few positions stand in factors where their matrices would not fit; what
+            does not fit then takes further passes over `train`. On a CPU a batch goes through the model a few examples
+            at a time where their layers' inputs and outputs take more than a quarter of it, or 16 MiB.
         device: where to compute; default that of the model.
         autocast: run forward and backward passes under autocast of this 16-bit type, whatever surrounds the call; sums
             are float32 all the same. Default: not.
@@ -96,6 +97,7 @@ class Influence:
             loss,
             layers,
             batch_size=batch_size,
+            memory=memory,
             device=device,
             autocast=autocast,
             allow_train_mode=allow_train_mode,

@@ -17,7 +17,8 @@ from fastif.features import moved_to, placed
 from fastif.gradients import Gradients
 from fastif.losses import Loss, Measurement, labels_in, measured
 
-_TOGETHER = 1 << 24  # bytes of inputs and outputs of covered layers that one forward pass brings on a CPU
+_TOGETHER = 1 << 24  # bytes of inputs and outputs of covered layers that one forward pass brings on a CPU, at most
+_LEAST = 1 << 20  # so little memory, and passes of fewer examples would only be slower
 _RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
@@ -31,6 +32,7 @@ class Passes:
         layers: str | Sequence[str] | None,
         *,
         batch_size: int,
+        memory: int,
         device: torch.device | str | None,
         autocast: torch.dtype | None,
         allow_train_mode: bool,
@@ -45,6 +47,7 @@ class Passes:
         self.device = places.pop() if device is None else torch.empty(0, device=device).device
         self.batch_size, self.autocast = batch_size, autocast
         self.allow_train_mode, self.progress = allow_train_mode, progress
+        self._together = min(_TOGETHER, max(_LEAST, memory // 4))
         self._example_bytes = 0  # of inputs and outputs of covered layers
 
     @contextmanager
@@ -103,7 +106,7 @@ class Passes:
         """
         if self.device.type != "cpu" or self.allow_train_mode:
             return n
-        parts = max(1, math.ceil(n * self._example_bytes / _TOGETHER))
+        parts = max(1, math.ceil(n * self._example_bytes / self._together))
         return math.ceil(n / parts)
 
     def slices(self, x: Any, y: Any) -> Iterator[tuple[slice, Any, Any]]:

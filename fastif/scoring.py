@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -107,23 +108,25 @@ def _query_blocks(
         return
     whole = sum(block.size for block in influence.capture.blocks.values()) * dtype_of(influence.model).itemsize
     each = max(1, min(influence.memory // 4, _MADE) // whole)  # making them takes some copies
-    total, room = count(query, influence.passes.batch_size), max(1, influence.memory // whole)
-    first, held, used = 0, _Held(min(room, total)), 0
+    total, memory = count(query, influence.passes.batch_size), influence.memory
+    first, held, used = 0, _Held(0), 0
     for start, n, gradients in influence.passes.gradients(query, "queries", influence.measurement):
         for begin in range(0, n, each):
             part = {name: g.rows(begin, begin + each) for name, g in gradients.items()}
             made = _directions(influence, curvature, part, rank, explicit)
             size = sum(directions.nbytes for directions in made.values())
             del part
-            if used and used + size > influence.memory:
-                yield first, held.parts
-                first, used = start + begin, 0
-                held = _Held(min(room, total - first))
+            if used and used + size > memory:
+                yield first, held.settled(memory - used)
+                used = 0
+            if not used:  # as many as will be held in this form
+                first, few = start + begin, min(each, n - begin)
+                held = _Held(min(total - first, max(few, few * memory // size)))
             held.add(made)
             del made
             used += size
         del gradients  # before those of the next batch come, and the training examples
-    yield first, held.parts
+    yield first, held.settled(memory - used)
 
 
 class _Held:
@@ -137,9 +140,6 @@ class _Held:
     def add(self, made: Mapping[str, Directions]) -> None:
         for name, directions in made.items():
             parts = self.parts.setdefault(name, [])
-            if isinstance(directions, Factors) and parts and isinstance(parts[0], Factors):
-                parts[:] = [parts[0].joined(directions)]
-                continue
             if not isinstance(directions, Explicit) or not self._joins(name, parts, directions):
                 parts.append(directions)
                 continue
@@ -148,6 +148,19 @@ class _Held:
                 self._rows[name] = matrices.new_empty((self._room, *matrices.shape[1:]))
             self._rows[name][before : before + len(matrices)] = matrices
             parts[:] = [Explicit(self._rows[name][: before + len(matrices)])]
+
+    def settled(self, room: int) -> dict[str, list[Directions]]:
+        """All of them, those in factors in the form that takes the least work; `room`: bytes that are left for it."""
+        for parts in self.parts.values():
+            runs = [list(run) for _, run in groupby(parts, type)]
+            parts.clear()
+            for run in runs:
+                if isinstance(run[0], Factors):
+                    whole = Factors.joined([part for part in run if isinstance(part, Factors)])
+                    run[:] = [whole.settled(room + whole.nbytes)]
+                    room += whole.nbytes - run[0].nbytes
+                parts += run
+        return self.parts
 
     def _joins(self, name: str, parts: list[Directions], directions: Explicit) -> bool:
         if not parts:

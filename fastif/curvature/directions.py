@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fastif.gradients import Dense, Gradients, Sliced
+from fastif.gradients import Dense, Formed, Gradients, Sliced, whole
 
 _ENTRIES = 1 << 24  # of the largest intermediate of LowRank
 _FORMED = 1 << 20  # entries of matrices that are made of factors at a time: 4 MiB in float32, a cache's
+_TOGETHER = 1 << 21  # entries of training gradients that meet matrices made of factors, of several positions
 _SAMPLE = 64  # queries and training examples on which an approximation measures its error
 
 
@@ -100,47 +102,68 @@ class Basis(Protocol):
 
 
 class Factors:
-    """Rank-one gradients u aᵀ in the eigenbasis, o + d numbers of each: matrices are made of them as they are needed.
+    """Gradients Σ_t u_t a_tᵀ in the eigenbasis, t (o + d) numbers of each: matrices are made of them when needed.
 
-    Training gradients are turned into the eigenbasis in their factors, too; or, where that is more work than the dot
-    products, which few queries leave it, the queries' matrices are turned back once and kept.
+    Training gradients are turned into the eigenbasis, too; or, where that is more work than it saves, the queries'
+    matrices are turned back once and kept: see `settled`.
     """
 
     def __init__(self, query: Gradients, basis: Basis):
-        self._query, self._basis = query, basis
-        self._matrices: Tensor | None = None
+        self._query, self._basis = whole(query), basis
 
     @staticmethod
     def suits(gradients: Gradients) -> bool:
-        return isinstance(gradients, Dense) and gradients.positions == 1 and len(gradients.inputs) == 1
+        """Whether a block is one matrix [o, d] and its gradients' factors take half of it at most, or one position."""
+        one = gradients.rows(0, 1)
+        if not isinstance(one, Dense) or len(one.inputs) > 1:
+            return False
+        (t, d), o = one.inputs.shape[2:], one.output_grads.shape[3]
+        return t == 1 or 2 * t * (o + d) <= o * d
 
     def __len__(self) -> int:
         return len(self._query)
 
     @property
     def nbytes(self) -> int:
-        a, u = _factors(self._query)
-        return a.nbytes + u.nbytes
+        return self._query.inputs.nbytes + self._query.output_grads.nbytes
 
-    def joined(self, other: Factors) -> Factors:
-        """With the queries of another of the same block after its own."""
-        parts = zip(_factors(self._query), _factors(other._query), strict=True)
-        a, u = (torch.cat(factors)[None, :, None] for factors in parts)
-        made = copy.copy(self)
-        made._query = Dense(a, u)
+    @staticmethod
+    def joined(parts: Sequence[Factors]) -> Factors:
+        """The queries of several, of one block, one after another."""
+        made = copy.copy(parts[0])
+        made._query = Dense.cat([part._query for part in parts])
         return made
 
-    def dots(self, train: Gradients) -> Tensor:
+    def settled(self, room: int) -> Directions:
+        """The form in which training gradients meet them; matrices may take `room` bytes.
+
+        With several positions matrices are faster by far, where there is room for them. With one, turning a training
+        gradient in its factors takes d² + o² operations, and q·o·d its products with q queries: only if these are
+        fewer, the queries are turned back, and take less room than the bases.
+        """
         o, d = self._basis.inverse_eigenvalues.shape[1:]
-        if d * d + o * o > len(self) * o * d:
-            if self._matrices is None:
-                matrices = _of(self._query, 0, len(self), self._basis.inverse_eigenvalues)
-                self._matrices = self._basis.unrotated(matrices)
-            return train.dots(self._matrices)
+        size = len(self) * o * d
+        fits = d * d + o * o > size if self._query.positions == 1 else size * self._query.inputs.itemsize <= room
+        if not fits:
+            return self
+        matrices, inverse = self._query.inputs.new_empty((len(self), 1, o, d)), self._basis.inverse_eigenvalues
+        each = max(1, _FORMED // (o * d))
+        for i in range(0, len(self), each):
+            matrices[i : i + each] = self._basis.unrotated(_of(self._query, i, i + each, inverse))
+        return Explicit(matrices)
+
+    def dots(self, train: Gradients) -> Tensor:
         return self._exact(self._basis.rotated(train))
 
     def _exact(self, train: Gradients) -> Tensor:
         """With training gradients in the eigenbasis."""
+        if self._query.positions == 1:
+            return self._with(train)
+        each = max(1, _TOGETHER // self._basis.inverse_eigenvalues.numel())
+        parts = (Formed(train.rows(i, i + each).formed()) for i in range(0, len(train), each))
+        return torch.cat([self._with(part) for part in parts], 1)
+
+    def _with(self, train: Gradients) -> Tensor:
         inverse = self._basis.inverse_eigenvalues
         each = max(1, _FORMED // inverse.numel())
         return torch.cat([train.dots(_of(self._query, i, i + each, inverse)) for i in range(0, len(self), each)])
@@ -159,8 +182,14 @@ class Separable(Factors):
         self._products, self._tolerance = products, tolerance
         self._rank: int | None = None  # 0: exact
 
+    def settled(self, room: int) -> Directions:
+        del room
+        return self
+
     def dots(self, train: Gradients) -> Tensor:
         rotated = self._basis.rotated(train)
+        if train.positions > 1:
+            return self._exact(rotated)
         if self._rank is None:
             self._rank = self._sufficient(rotated.rows(0, _SAMPLE))
             self._basis.separable_rank = self._rank or None
@@ -210,8 +239,10 @@ def products_of(inverse: Tensor, eigenvalues: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(inverse), y.to(inverse)
 
 
-def _of(query: Gradients, begin: int, end: int, inverse: Tensor) -> Tensor:
+def _of(query: Dense, begin: int, end: int, inverse: Tensor) -> Tensor:
     """The matrices [q, 1, o, d] of some queries, times the inverse eigenvalues [1, o, d]."""
+    if query.positions > 1:
+        return query.rows(begin, end).formed().mul_(inverse)
     a, u = (factor[begin:end] for factor in _factors(query))
     return (u[:, None, :, None] * inverse).mul_(a[:, None, None, :])
 

@@ -148,7 +148,7 @@ class KFAC(Called):
         rotated = self.rotated(gradients)
         if not Factors.suits(gradients):
             return Explicit(self.unrotated(rotated.formed() * self.inverse_eigenvalues))
-        if self.separable is None:
+        if self.separable is None or gradients.positions > 1:
             return Factors(rotated, self)
         if self._products is None:
             self._products = products_of(self.inverse_eigenvalues[0], self.eigenvalues[0])

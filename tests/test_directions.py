@@ -1,0 +1,151 @@
+"""Queries of few positions stand in their factors until they are all there, then in the form that memory allows."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import fastif.scoring
+from fastif import EKFAC, KFAC, Influence, build_info
+from fastif.capture import Capture
+from fastif.curvature import Explicit
+from fastif.curvature.directions import Factors
+from fastif.gradients import Dense
+from fastif.measure import Measure
+
+
+class Words(nn.Module):
+    """Features by position; their mean is classified."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(24, 40), nn.Linear(40, 3)
+
+    def forward(self, x):
+        return self.last(self.first(x).tanh().mean(1))
+
+
+def convolutional() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    g = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 20, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(80, 3)).double()
+    return model, (torch.randn(23, 8, 5, 5, generator=g).double(), torch.randint(3, (23,), generator=g))
+
+
+def by_words(t: int = 3) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    g = torch.Generator().manual_seed(t)
+    torch.manual_seed(0)
+    model = Words().double()
+    return model, (torch.randn(23, t, 24, generator=g).double(), torch.randint(3, (23,), generator=g))
+
+
+def defined(influence: Influence, query, train) -> torch.Tensor:
+    """The scores by matrices: solved query gradients times training gradients, block by block."""
+    formed = []
+    for x, y in (query, train):
+        capture = Capture(influence.model, "*")
+        with capture.attached():
+            forward = capture.forward(x)
+            gradients = forward.gradients(F.cross_entropy(forward.outputs, y, reduction="none"))
+            formed.append({name: g.formed() for name, g in gradients.items()})
+    parts = [
+        torch.einsum("qsod,nsod->qn", influence.curvature[name].solve(formed[0][name]), formed[1][name])
+        for name in formed[0]
+    ]
+    return torch.stack(parts).sum(0) / influence.n
+
+
+@pytest.fixture
+def forms(monkeypatch):
+    """By name of a block the form that its queries were held in, in the order of the blocks of queries."""
+    seen: list[dict[str, list[str]]] = []
+    settled = fastif.scoring._Held.settled
+
+    def told(self, room):
+        parts = settled(self, room)
+        seen.append({name: [type(part).__name__ for part in of_block] for name, of_block in parts.items()})
+        return parts
+
+    monkeypatch.setattr(fastif.scoring._Held, "settled", told)
+    return seen
+
+
+@pytest.mark.parametrize("estimator", [KFAC, EKFAC])
+@pytest.mark.parametrize("make", [convolutional, by_words])
+def test_whatever_the_form_the_scores_are_the_definitions(make, estimator, forms):
+    model, data = make()
+    name = next(name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    size = sum(p.numel() for p in model.parameters()) * 8
+    for memory, form in ((len(data[0]) * size, "Explicit"), (len(data[0]) * size // 2, "Factors"), (1, "Explicit")):
+        forms.clear()
+        influence = Influence(model, curvature=estimator(1e-2), layers="*", memory=memory, progress=False).fit(data)
+        scores = influence.scores(data, data)
+        assert torch.allclose(scores, defined(influence, data, data), rtol=1e-9, atol=1e-12)
+        if memory > 1:  # else a single query at a time, whose matrices are over the limit as its factors are
+            assert forms == [{**forms[0], name: [form]}]
+
+
+def test_all_queries_are_in_one_pass_where_their_factors_fit(forms):
+    model, data = by_words()
+    size = sum(p.numel() for p in model.parameters()) * 8
+    Influence(model, curvature=KFAC(1e-2), layers="*", memory=6 * size, progress=False).fit(data).scores(data, data)
+    assert len(forms) == 1  # of matrices there would be four blocks, of six queries at most
+
+
+def test_queries_of_several_lengths_are_held_together(forms):
+    model, _ = by_words()
+    batches = [by_words(t)[1] for t in (1, 2, 3, 9)]  # nine positions are too many for factors to be smaller
+    train = by_words(4)[1]
+    for separable in (None, 1e-9):
+        influence = Influence(
+            model, curvature=EKFAC(1e-2, separable=separable), layers="*", memory=1 << 16, progress=False
+        ).fit(train)
+        want = torch.cat([defined(influence, batch, train) for batch in batches])
+        assert torch.allclose(influence.scores(batches, train), want, rtol=1e-7, atol=1e-12)
+    assert {"Factors", "Explicit", "Separable"} <= {form for seen in forms for form in seen["first"]}
+
+
+@given(t=st.integers(1, 12), o=st.integers(1, 30), d=st.integers(1, 30))
+@settings(max_examples=60, deadline=None)
+def test_factors_suit_where_they_take_half(t, o, d):
+    gradients = Dense(torch.zeros(1, 2, t, d), torch.zeros(1, 2, t, o))
+    assert Factors.suits(gradients) == (t == 1 or 2 * t * (o + d) <= o * d)
+    assert not Factors.suits(Dense(torch.zeros(2, 2, t, d), torch.zeros(2, 2, t, o)))  # of groups
+
+
+@pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
+def test_factors_take_less_memory_than_matrices():
+    g = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 256, 3))
+    data = torch.randn(40, 4, 256, generator=g), torch.randint(3, (40,), generator=g)
+    peaks = []
+    for memory in (1 << 27, 1 << 20):
+        influence = Influence(model, curvature=KFAC(1e-2), layers="0", memory=memory, progress=False).fit(data)
+        with Measure("cpu") as work:
+            influence.scores(data, data)
+        peaks.append(work.peak_bytes)
+    matrices, factors = 40 * 256 * 257 * 4, 40 * 4 * (256 + 257) * 4
+    assert peaks[0] > matrices
+    assert peaks[1] < peaks[0] - matrices + factors + (1 << 24)  # 8 MiB of training gradients, 4 of queries
+
+
+def test_matrices_are_turned_back_in_parts(monkeypatch):
+    monkeypatch.setattr("fastif.curvature.directions._FORMED", 3 * 40 * 25)
+    monkeypatch.setattr("fastif.curvature.directions._TOGETHER", 4 * 40 * 25)
+    model, data = by_words()
+    influence = Influence(model, curvature=EKFAC(1e-2), layers="first", progress=False).fit(data)
+    block, capture = influence.curvature["first"], Capture(model, "first")
+    with capture.attached():
+        forward = capture.forward(data[0])
+        g = forward.gradients(F.cross_entropy(forward.outputs, data[1], reduction="none"))["first"]
+    want = torch.einsum("qsod,nsod->qn", block.solve(g.formed()), g.formed())
+    held = block.directions(g)
+    assert isinstance(held, Factors)
+    assert held.nbytes == 23 * 3 * (40 + 25) * 8
+    explicit = held.settled(23 * 40 * 25 * 8)
+    assert isinstance(explicit, Explicit)
+    assert held.settled(23 * 40 * 25 * 8 - 1) is held
+    for form in (held, explicit, Factors.joined([block.directions(g.rows(0, 5)), block.directions(g.rows(5, 23))])):
+        assert torch.allclose(form.dots(g), want, rtol=1e-9, atol=1e-12)
