@@ -1,14 +1,17 @@
 import signal
+import sys
 from contextlib import ExitStack
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from fastif import cli
 from fastif.capture import Capture
 from fastif.curvature import FitData
 from fastif.data import count, picked
 from fastif.subset import Subset
+from tests.user_script import SCRIPT
 
 # Reproducible everywhere; more examples with `pytest --hypothesis-profile=thorough`.
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
@@ -38,3 +41,27 @@ def fit_data():
             return FitData(model, loss, capture.blocks, subset, batches, seed, autocast)
 
         yield make
+
+
+@pytest.fixture
+def run(capfd):
+    """Runs the command line in this process: exit code, stdout, stderr."""
+
+    def run(*arguments):
+        capfd.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """The folder with the user's script as the working directory."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "ownscript.py").write_text(SCRIPT)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "ownscript", raising=False)
+    return folder

@@ -175,8 +175,9 @@ def test_a_layer_or_a_token_is_read_by_itself(tmp_path):
     assert torch.allclose(got[1:7:2, :, "2"], want["2"][1:7:2], rtol=1e-12, atol=1e-18)
     with pytest.raises(ValueError, match="no layer '1' in .*: 0, 2"):
         got[:, :, "1"]
-    with pytest.raises(ValueError, match=r"top: needs scores \[q, n\], these are parts of them, \[11, 90, 2\]"):
-        got.top(3)
+    values, indices = influence.top(query, train, 3)
+    assert torch.equal(got.top(3)[1], indices)
+    assert torch.allclose(got.top(3)[0], values)
     model, query, train = tokens()
     got = fitted(model, train).scores_by_token(query, train, out=tmp_path / "b")
     whole = got.load()
