@@ -12,14 +12,7 @@ from hypothesis import strategies as st
 from fastif import ops
 from fastif.samplers import Subset, k_center, k_center_by_class, stratified
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Thousands of tiny problems: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def seeded(seed: int) -> torch.Generator:

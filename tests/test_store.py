@@ -19,17 +19,10 @@ from fastif import CG, EKFAC, KFAC, Diagonal, Identity, Influence, LiSSA, ScoreF
 from fastif.samplers import Subset
 from tests.problems import clusters
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 REPOSITORY = Path(__file__).parents[1]
 Q, N, BATCH = 11, 90, 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Little work: threads would wait for each other. And the job in a process of its own has one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
