@@ -79,6 +79,7 @@ def test_the_folder_may_be_a_subfolder(fashion):
         (gzip.compress(bytes((0, 0, 8, 3)) + np.array([6, 28, 28], ">u4").tobytes() + bytes(99)), "99 values where"),
         (gzip.compress(b""), "is not an idx file"),
     ],
+    ids=["no gzip", "cut off", "another format", "too few values", "empty"],
 )
 def test_damaged_idx_files_are_named(fashion, content, words):
     root, _ = fashion
