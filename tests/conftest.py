@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from fastif import cli
+from fastif import cli, store
 from fastif.capture import Capture
 from fastif.curvature import FitData
 from fastif.data import count, picked
 from fastif.subset import Subset
+from tests.stored import BLOCK
 from tests.user_script import SCRIPT
 
 # Reproducible everywhere; more examples with `pytest --hypothesis-profile=thorough`.
@@ -30,6 +31,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def small_blocks():
+    """Folders of scores in blocks of `tests.stored.BLOCK` bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "BLOCK_BYTES", BLOCK)
+        yield
 
 
 @pytest.fixture
