@@ -22,6 +22,8 @@ from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from fastif.pages import new_figure
+
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results"
 PAGES = (
@@ -427,11 +429,6 @@ def products_table(name: str) -> str:
 
 def growth_picture(name: str, path: Path) -> None:
     """Time (and memory, where it was taken) against each size, one column each, from the kept NAME.json."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     results = json.loads((KEPT / f"{name}.json").read_text())
     panels = [b["extra_info"] for b in results["benchmarks"] if "axis" in b["extra_info"]]
     words = {"n": "examples n", "d": "coordinates d", "k": "picks k", "q": "queries q", "width": "width of the layers"}
@@ -441,10 +438,7 @@ def growth_picture(name: str, path: Path) -> None:
     )
     measures = {"cpu": "processor seconds", "peak_mib": "peak MiB"}
     measures = {key: label for key, label in measures.items() if key in panels[0]["rows"][0]}
-    figure, axes = pyplot.subplots(
-        *(len(measures), len(panels)), figsize=(11, 0.9 + 3 * len(measures)), sharey="row", squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    figure, axes = new_figure(len(panels), len(measures), 11, 0.9 + 3 * len(measures), sharey="row")
     for row_of_axes, (measure, label) in zip(axes, measures.items(), strict=True):
         for axis, panel in zip(row_of_axes, panels, strict=True):
             over = panel["axis"]
@@ -456,13 +450,10 @@ def growth_picture(name: str, path: Path) -> None:
             first = panel["rows"][0]
             fixed = ", ".join(f"{a} = {first[a]:,}" for a in words if a in first and a != over)
             axis.set(title=fixed, xlabel=words[over])
-            axis.grid(alpha=0.25, which="major")
-            axis.spines[["top", "right"]].set_visible(False)
         row_of_axes[0].set_ylabel(label)
     handles = next(a.get_legend_handles_labels() for a in axes[0][::-1] if len(a.lines) == len(contenders))
     figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None, "Description": results["datetime"]})
-    pyplot.close(figure)
 
 
 def published_pictures() -> None:

@@ -56,5 +56,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pybind11::class_<fastif::PeakMemory>(m, "PeakMemory")
       .def(pybind11::init<>())
       .def("start", &fastif::PeakMemory::start)
-      .def("stop", &fastif::PeakMemory::stop, "Ends the measurement; returns the peak in bytes.");
+      .def("stop", &fastif::PeakMemory::stop, "Ends the measurement; returns the peak in bytes.")
+      .def_static("alive", &fastif::PeakMemory::alive, "Measurements whose memory is held, of all threads.");
 }

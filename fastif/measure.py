@@ -17,8 +17,9 @@ from fastif.ops._library import build_info, extension
 class Measure:
     """Context manager: `seconds`, and `peak_bytes` of tensors allocated within it on `device` beyond those before it.
 
-    On the CPU the allocations of the calling thread are counted by the compiled extension; without it, and where
-    another library has put an allocator of its own above torch's, peak_bytes is None.
+    On the CPU the allocations of the thread that enters it are counted by the compiled extension, until it ends, in
+    whichever thread; without the extension, and where another library has put an allocator of its own above torch's,
+    peak_bytes is None.
 
     >>> with Measure() as work:
     ...     x = torch.empty(1000, dtype=torch.float32)

@@ -132,9 +132,10 @@ class ScoreFolder:
                 yield Block(rows.start, columns.start, torch.from_numpy(np.array(self._read(rows, columns))))
 
     def top(self, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
-        """The k training examples with the largest scores for each query, as `Influence.top` gives them."""
-        if self.shape[2:]:
-            raise ValueError(f"top: needs scores [q, n], these are parts of them, {list(self.shape)}; add them first")
+        """The k training examples with the largest scores for each query, as `Influence.top` gives them.
+
+        Of scores by layer or by token, those with the largest sums of parts, which are the scores.
+        """
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.shape[1]:
             raise ValueError(f"top: k must be an integer in [1, n={self.shape[1]}], got k={k}")
         best: list[tuple[Tensor, Tensor]] = []
@@ -142,6 +143,7 @@ class ScoreFolder:
             held = None
             for columns in self._columns:
                 values = self[rows.start : rows.stop, columns.start : columns.stop]
+                values = values.sum(2) if self.shape[2:] else values
                 held = best_of(held, values, columns.start, k, largest)
             assert held is not None
             best.append(held)

@@ -1,14 +1,18 @@
 import signal
+import sys
 from contextlib import ExitStack
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from fastif import cli, store
 from fastif.capture import Capture
 from fastif.curvature import FitData
 from fastif.data import count, picked
 from fastif.subset import Subset
+from tests.stored import BLOCK
+from tests.user_script import SCRIPT
 
 # Reproducible everywhere; more examples with `pytest --hypothesis-profile=thorough`.
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
@@ -18,6 +22,23 @@ settings.load_profile("default")
 # A job in the background of a shell ignores Ctrl-C, and so would the processes that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For little work: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def small_blocks():
+    """Folders of scores in blocks of `tests.stored.BLOCK` bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "BLOCK_BYTES", BLOCK)
+        yield
 
 
 @pytest.fixture
@@ -38,3 +59,27 @@ def fit_data():
             return FitData(model, loss, capture.blocks, subset, batches, seed, autocast)
 
         yield make
+
+
+@pytest.fixture
+def run(capfd):
+    """Runs the command line in this process: exit code, stdout, stderr."""
+
+    def run(*arguments):
+        capfd.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """The folder with the user's script as the working directory."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "ownscript.py").write_text(SCRIPT)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "ownscript", raising=False)
+    return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 WEIGHT_DECAY = 5e-3
+REMOVED = torch.tensor([3, 7, 11, 40])  # of `trained` and `small_images`
+QUIET = dict(progress=False, weight_decay=WEIGHT_DECAY)
 
 
 class Problem(NamedTuple):
@@ -39,6 +42,27 @@ def trained(n: int = 90, seed: int = 0) -> Problem:
         optimizer.step()
     converge(model[2], model[:2](x).detach(), y)
     return Problem(model, x, y)
+
+
+@cache
+def small_images() -> tuple[nn.Sequential, Tensor, Tensor]:
+    """A convolutional net with batch norm (statistics of its own, in eval mode) in float64, partly trained; x and y."""
+    torch.manual_seed(1)
+    x, y = torch.randn(60, 1, 5, 5, dtype=torch.float64), torch.arange(60) % 3
+    x[:, 0, 0, 0] += 2.0 * y  # something to learn
+    body = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten())
+    model = nn.Sequential(body, nn.Linear(27, 3)).double()
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(30):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model.eval(), x, y
+
+
+def flat(values: Mapping[str, Tensor]) -> Tensor:
+    """Tensors by name as one vector."""
+    return torch.cat([value.flatten() for value in values.values()])
 
 
 def converge(head: nn.Linear, features: Tensor, labels: Tensor, n: int | None = None) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,9 +102,3 @@ def test_scores_that_are_not_finite_are_told_and_not_judged():
     left_out = evaluation.LeftOut([], torch.zeros(0), torch.zeros(0), None)
     found = lds.judged(torch.full((2, 3), torch.nan), retrained, left_out)
     assert found == {"lds": None, "loo": None, "loo_pearson": None}
-
-
-def test_tables_are_those_of_the_results():
-    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
-    assert results.with_tables(page) == page
-    assert page.count("<!-- table:") == 4

@@ -1,4 +1,4 @@
-"""docs/blocks.md: its code runs as it stands."""
+"""docs/blocks.md: its code runs as it stands, and its tables are those of the kept results."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from benchmarks import results
 
 PAGE = (Path(__file__).parents[1] / "docs" / "blocks.md").read_text()
 
@@ -20,3 +22,8 @@ def test_the_code_runs():
     assert names["scores"].shape == (4, len(names["data"][1]))
     assert names["moved"].isfinite().all()
     assert {layer.curvature for layer in names["plan"].layers.values()} == {"ExactBlock"}
+
+
+def test_tables_are_those_of_the_results():
+    assert results.with_tables(PAGE) == PAGE
+    assert PAGE.count("<!-- table:") >= 1

@@ -1,71 +1,23 @@
+"""The gradients that a capture gives are autograd's, example by example; what it covers is told."""
+
 import importlib.util
+import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from fastif import KFAC, Identity, Influence
 from fastif.capture import Capture
-from fastif.data import rows_of
 from fastif.features import call
 from fastif.gradients import Dense, OneHot, Sliced
-from fastif.losses import per_sample
 from tests import networks
-from tests.networks import Apply, Attends, Checkpointed, Masked, N, build, inputs, norm, tokens, wavy
+from tests.captures import assert_unchanged, by_autograd, captured, snapshot
+from tests.networks import Apply, Attends, Masked, N, build, inputs, norm, tokens, wavy
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed (make test installs it)"
 )
 NETWORKS = [*networks.LAYERS, *(pytest.param(name, marks=needs_transformers) for name in networks.TRANSFORMERS)]
-
-
-def captured(capture, network):
-    with capture.attached():
-        forward = capture.forward(network.x)
-        losses = per_sample(network.loss, forward.outputs, network.batch, forward.n)
-        forward.check(losses)
-        return forward.gradients(losses)
-
-
-def by_autograd(network, parameters):
-    """Each example's gradient by itself, {parameter: [n, *shape]}."""
-    rows = {parameter: [] for parameter in parameters}
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    for i in range(N):
-        x, batch = rows_of(network.x, torch.tensor([i])), rows_of(network.batch, torch.tensor([i]))
-        loss = per_sample(network.loss, call(network.model, x), batch, 1)[0]
-        grads = torch.autograd.grad(loss, list(parameters), allow_unused=True)
-        for parameter, grad in zip(parameters, grads, strict=True):
-            rows[parameter].append(torch.zeros_like(parameter) if grad is None else grad)
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    return {parameter: torch.stack(parts) for parameter, parts in rows.items()}
-
-
-def snapshot(model):
-    """All that a capture might leave behind."""
-    tensors = {name: (t.detach().clone(), t.requires_grad) for name, t in model.named_parameters()}
-    tensors |= {name: (t.clone(), t.requires_grad) for name, t in model.named_buffers()}
-    tensors |= {f"{n}.grad": (p.grad.clone(), False) for n, p in model.named_parameters() if p.grad is not None}
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
-    modules = [
-        (module.training, vars(module).get("forward"), *(list(getattr(module, h)) for h in hooks))
-        for module in model.modules()
-    ]
-    return tensors, modules
-
-
-def assert_unchanged(before, model):
-    tensors, modules = snapshot(model)
-    assert modules == before[1]
-    assert tensors.keys() == before[0].keys()
-    for name, (value, requires_grad) in tensors.items():
-        assert torch.equal(value, before[0][name][0]), name
-        assert requires_grad == before[0][name][1], name
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -290,6 +242,20 @@ def test_what_is_not_covered_is_listed_with_its_reason(build_model, reason):
     assert all(reason in why for why in capture.skipped.values())
 
 
+def test_layers_that_cannot_be_covered_are_listed_and_blocks_can_be_named():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        old = nn.utils.weight_norm(nn.Linear(3, 3))
+    norms = [nn.LayerNorm(3), nn.LayerNorm(3)]
+    norms[1].weight = norms[0].weight
+    model = nn.Sequential(old, *norms, nn.MultiheadAttention(3, 1), nn.Linear(3, 2))
+    capture = Capture(model)
+    assert set(capture.covered) | set(capture.skipped) == {name for name, _ in model.named_parameters()}
+    assert "weight norm" in capture.skipped["0.weight_v"]
+    assert {"1.weight", "2.bias"} <= set(capture.skipped)
+    assert list(Capture(model, ["3.out_proj", "3.q_proj"]).blocks) == ["3.q_proj", "3.out_proj"]
+
+
 def test_a_shared_weight_is_covered_by_all_its_layers_or_not_at_all():
     model = build("tied embedding with bias").model
     capture = Capture(model, "second")
@@ -322,256 +288,3 @@ def test_autocast_gives_float32_gradients_close_to_the_exact_ones(name):
         assert formed.isfinite().all()
         exact = want[block].formed()
         assert (formed - exact).norm() <= 0.05 * exact.norm(), block
-
-
-# ------------------------------------------------------------------------------------------------------ what is refused
-
-
-class Refused(Exception):
-    pass
-
-
-@pytest.mark.parametrize("name", ["linear", "self-attention", "encoder", "frozen", "tied embedding"])
-@pytest.mark.parametrize("where", ["forward", "loss", "backward"])
-def test_an_error_inside_leaves_the_model_as_it_was(name, where):
-    network = build(name)
-    capture, before = Capture(network.model), snapshot(network.model)
-
-    def refuse(*_):
-        raise Refused
-
-    def loss(outputs, batch):
-        if where == "loss":
-            refuse()
-        outputs.register_hook(refuse)
-        return wavy(outputs, batch)
-
-    model = network.model if where == "forward" else nn.Module()
-    handle = model.register_forward_hook(refuse)  # after every layer has run
-    with pytest.raises(Refused):
-        captured(capture, network._replace(loss=loss))
-    handle.remove()
-    assert_unchanged(before, network.model)
-    assert captured(capture, network)  # and it can be used again
-
-
-def attempt(model, x=None, loss=wavy, layers=None):
-    model.double()
-    network = networks.Network(model, inputs(6) if x is None else x, None, loss)
-    before = snapshot(model)
-    try:
-        captured(Capture(model, layers), network)
-    finally:
-        if not any(isinstance(module, nn.BatchNorm1d) and module.training for module in model.modules()):
-            assert_unchanged(before, model)
-
-
-def _overwrites(m, x):
-    h = m.first(x) + 1
-    y = m.second(h)
-    h.mul_(2)
-    return y
-
-
-class Behind(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table, self.out = nn.Embedding(11, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return F.linear(self.out(self.table(x)), self.table.weight)
-
-
-def _batch_last(m, x):
-    return m.first(x.T).T
-
-
-def _mixes(m, x):
-    h = m.first(x)
-    return m.second(h - h.mean(0))
-
-
-def _divides(m, x):
-    h = m.first(x)
-    scale = torch.ones(len(x), 1, dtype=x.dtype)
-    scale[3] = torch.nan
-    return m.second(h * scale)
-
-
-def _infinite_gradient(m, x):
-    h = m.first(x)
-    return m.second(torch.cat([h[:2], (h[2:3] * 0).sqrt(), h[3:]]))
-
-
-def _checkpoint_all(m, x):
-    return checkpoint(m.first, x, use_reentrant=True)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda: attempt(Apply(lambda m, x: m.first(x), first=nn.Linear(6, 3), second=nn.Linear(3, 2))),
-            "layer 'second' was not called in the forward pass; leave it out with layers=",
-        ),
-        (
-            lambda: attempt(Apply(_overwrites, first=nn.Linear(6, 4), second=nn.Linear(4, 3))),
-            "input of layer 'second' was overwritten in place",
-        ),
-        (
-            lambda: attempt(nn.Linear(6, 3), loss=lambda outputs, _: outputs.square().mean()),
-            r'shape \[n=5\], got \[\]; a mean or a sum will not do: use reduction="none"',
-        ),
-        (
-            lambda: attempt(Apply(_divides, first=nn.Linear(6, 4), second=nn.Linear(4, 3))),
-            "the input of layer 'second' holds NaN or Inf, example 3 of (the batch|batch 0)",
-        ),
-        (
-            lambda: attempt(Apply(_infinite_gradient, first=nn.Linear(6, 4), second=nn.Linear(4, 3))),
-            "the output gradient of layer 'first' holds NaN or Inf, example 2 of (the batch|batch 0)",
-        ),
-        (
-            lambda: attempt(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))),
-            r"in layer '0' the loss of one example depends on the rows of others: .*BatchNorm in train mode\?",
-        ),
-        (
-            lambda: attempt(Apply(_mixes, first=nn.Linear(6, 4), second=nn.Linear(4, 3))),
-            "in layer 'first' the loss of one example depends on the rows of others",
-        ),
-        (
-            lambda: attempt(Apply(_batch_last, first=nn.Linear(5, 4)), inputs(6)),
-            r"layer 'first' saw an input of shape \[6, 5\], whose first axis is not the batch of 5",
-        ),
-        (
-            lambda: attempt(Apply(_batch_last, first=nn.Linear(5, 5)), inputs(5)),
-            "in layer 'first' the loss of one example depends on the rows of others: .* the batch is not its first",
-        ),
-        (
-            lambda: attempt(Apply(lambda m, x: m.layer(x, x, x)[0], layer=nn.MultiheadAttention(6, 2))),
-            r"must see batches \[n, t, e\], got a query of shape \[5, 6\]",
-        ),
-        (lambda: attempt(Behind(), tokens()), r"captured for 'table.weight' in layer 'table' is not autograd's"),
-        (
-            lambda: attempt(Apply(_checkpoint_all, first=nn.Linear(6, 4))),
-            r"layer 'first' ran without a graph: .*use_reentrant=True \(use_reentrant=False works\)",
-        ),
-        (lambda: attempt(Checkpointed(use_reentrant=True)), "layer 'second.0' ran without a graph"),
-        (
-            lambda: attempt(Apply(lambda m, x: torch.no_grad()(m.first)(x), first=nn.Linear(6, 4))),
-            "layer 'first' ran without a graph: under torch.no_grad",
-        ),
-        (
-            lambda: attempt(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)), layers="2"),
-            "layers='2' names no layer with parameters; there are: 0, 1",
-        ),
-        (
-            lambda: Capture(nn.Sequential(nn.Bilinear(2, 2, 2), nn.Linear(2, 2)), "0"),
-            "cannot cover '0': Bilinear is not a kind of layer that is known",
-        ),
-        (lambda: Capture(nn.ReLU()), r"no layer that can be covered \(it has no parameters\)"),
-        (
-            lambda: Capture(networks.Tied(nn.Linear(4, 4, bias=False), nn.Conv1d(4, 4, 1, groups=4, bias=False))),
-            r"'first' and 'second' share a weight as matrices of different shapes, \[1, 4, 4\] and \[4, 1, 4\]",
-        ),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_bad_input(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_forward_needs_the_hooks():
-    with pytest.raises(RuntimeError, match="with capture.attached"):
-        Capture(nn.Linear(2, 2)).forward(torch.ones(1, 2))
-
-
-# ----------------------------------------------------------------------------------- what Influence refuses before that
-
-
-def fitted(model, x=None, y=None, **options):
-    x = inputs(6) if x is None else x
-    y = torch.arange(len(x)) % 3 if y is None else y
-    return Influence(model.double(), curvature=KFAC(1e-2), progress=False, **options).fit((x, y))
-
-
-class FunctionalDropout(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.second(F.dropout(self.first(x).tanh(), 0.5, self.training))
-
-
-@pytest.mark.parametrize(
-    ("layer", "kind"), [(nn.Dropout(0.1), "Dropout"), (nn.BatchNorm1d(4), "BatchNorm1d"), (nn.Dropout1d(), "Dropout1d")]
-)
-def test_random_or_mixing_layers_in_train_mode_are_refused_with_advice(layer, kind):
-    model = nn.Sequential(nn.Linear(6, 4), layer, nn.Linear(4, 3))
-    with pytest.raises(ValueError, match=rf"'1' \({kind}\) is in train mode.*call model.eval\(\)"):
-        fitted(model)
-    assert model.training
-    assert fitted(model.eval()).self_influence((inputs(6), torch.arange(N) % 3)).shape == (N,)
-
-
-def test_dropout_that_drops_nothing_is_no_dropout():
-    assert fitted(nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.0), nn.Linear(4, 3))).curvature
-
-
-def test_functional_dropout_in_train_mode_is_found_out():
-    torch.manual_seed(0)
-    with pytest.raises(ValueError, match=r"two forward passes of one batch differ \(dropout\?\)"):
-        fitted(FunctionalDropout())
-    assert fitted(FunctionalDropout().eval()).curvature
-
-
-def test_allow_train_mode_runs_dropout_and_batchnorm_and_leaves_its_statistics():
-    torch.manual_seed(0)
-    assert fitted(nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.1), nn.Linear(4, 3)), allow_train_mode=True).curvature
-    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert fitted(model, allow_train_mode=True).curvature
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-def test_a_model_on_two_devices_is_refused():
-    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3, device="meta"))
-    with pytest.raises(ValueError, match="the model is spread over cpu, meta"):
-        Influence(model)
-
-
-def test_positions_as_many_as_examples_are_not_taken_for_them():
-    """[t] with t = n cannot be told from one token per example: the first batch says so, unless another size came."""
-    model = Apply(
-        lambda m, x: (m.tokens(x) + m.places(torch.arange(x.shape[1]))).mean(1),
-        tokens=nn.Embedding(11, 3),
-        places=nn.Embedding(9, 3),
-    )
-    model.double()
-    ids = tokens(N)
-    with pytest.raises(ValueError, match="vector of positions happens to be as long as the batch"):
-        captured(Capture(model), networks.Network(model, ids, None, wavy))
-    capture = Capture(model)
-    captured(capture, networks.Network(model, ids[:4], None, wavy))
-    gradients = captured(capture, networks.Network(model, ids, None, wavy))  # the layer is known by now
-    want = by_autograd(networks.Network(model, ids, None, wavy), capture.names)
-    assert torch.allclose(gradients["places"].formed()[:, 0], want[model.places.weight], rtol=1e-10)
-
-
-@pytest.mark.parametrize("t", [4, 5, 6])
-def test_influence_tells_positions_from_examples_whatever_their_number(t):
-    model = Apply(
-        lambda m, x: (m.tokens(x) + m.places(torch.arange(x.shape[1]))).sum(1),
-        tokens=nn.Embedding(11, 3),
-        places=nn.Embedding(9, 3),
-    ).double()
-    x, y = torch.randint(0, 11, (N, t)), torch.arange(N) % 3
-    scores = [
-        Influence(model, curvature=Identity(), layers="*", batch_size=size, progress=False)
-        .fit((x, y))
-        .scores((x, y), (x, y))
-        for size in (1, t, N)
-    ]
-    assert torch.allclose(scores[0], scores[1])
-    assert torch.allclose(scores[0], scores[2])

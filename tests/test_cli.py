@@ -31,18 +31,6 @@ def _threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def run(capfd):
-    """Runs the command line in this process: exit code, stdout, stderr."""
-
-    def run(*arguments):
-        capfd.readouterr()
-        code = cli.main([str(argument) for argument in arguments])
-        return code, *capfd.readouterr()
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with a finished quick job."""

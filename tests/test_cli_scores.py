@@ -1,9 +1,9 @@
-"""`fastif scores` on a user's own script: what it writes is what Python gives; it resumes, and says what is wrong."""
+"""`fastif scores` on a user's own script: what it writes is what Python gives, and it resumes."""
 
 import csv
 import errno
-import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+import fastif.cli.scores
+import fastif.plan
 from fastif import (
     CG,
     EKFAC,
@@ -27,86 +29,13 @@ from fastif import (
     LiSSA,
     RandomProjection,
     ScoreFolder,
-    cli,
     extract,
     samplers,
     store,
 )
+from tests.user_script import files, returned
 
 REPOSITORY = Path(__file__).parents[1]
-SCRIPT = """
-import time
-import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-
-
-def problem():  # the weights are from torch's own generator: --seed decides
-    draw = torch.Generator().manual_seed(0)
-    x, y = torch.randn(40, 5, generator=draw), torch.arange(40) % 3
-    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
-    return model, (x, y), (x[:6], y[:6])
-
-def loaders():
-    model, train, query = problem()
-    return model, DataLoader(TensorDataset(*train), batch_size=8), [query]
-
-def slow():
-    class Slow(nn.Linear):
-        def forward(self, x):
-            time.sleep(0.05)
-            return super().forward(x)
-    _, train, query = problem()
-    return Slow(5, 3), train, query
-
-def takes(one): ...
-def nothing(): ...
-def two(): return problem()[:2]
-def shuffled():
-    model, train, query = problem()
-    return model, DataLoader(TensorDataset(*train), shuffle=True), query
-def no_model(): return "model", *problem()[1:]
-def no_data(): return problem()[0], 3, problem()[2]
-def training(): return nn.Sequential(nn.Dropout(), nn.Linear(5, 3)), *problem()[1:]
-def raises(): raise ValueError("the user's own words\\nin two lines")
-number = 3
-"""
-
-
-@pytest.fixture
-def run(capfd):
-    def run(*arguments):
-        capfd.readouterr()
-        code = cli.main([str(argument) for argument in arguments])
-        return code, *capfd.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def script(tmp_path, monkeypatch):
-    """The folder with the user's script as the working directory."""
-    folder = tmp_path / "own"
-    folder.mkdir()
-    (folder / "ownscript.py").write_text(SCRIPT)
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "ownscript", raising=False)
-    return folder
-
-
-def returned(name="problem", seed=0):
-    """What the script returns after torch.manual_seed(seed), as the command calls it."""
-    torch.manual_seed(seed)
-    spaces = {}
-    exec(SCRIPT, spaces)
-    return spaces[name]()
-
-
-def files(folder):
-    return sorted(path.name for path in folder.rglob("*") if "__pycache__" not in path.parts)
-
-
 WRITTEN = ["curvature.safetensors", "manifest.json", "scores-000000000-000000000.npy", "top.csv"]
 
 
@@ -129,6 +58,7 @@ def test_it_writes_the_scores_of_the_script(run, script):
     for words in (
         "0.weight [4, 5]",
         "40 training examples",
+        "6 queries; scores: peak ",
         "6 queries; scores take",
         "query",
         f"{int(indices[0, 0])}  ",
@@ -182,6 +112,79 @@ def test_a_sampler_chooses_the_examples_of_the_curvature(run, script, name):
     influence = Influence(model, curvature=EKFAC(), layers="2", measurement="margin", progress=False)
     want = influence.fit(train, subset=subset).scores(query, train)
     assert torch.allclose(ScoreFolder("out").load(), want, rtol=1e-3, atol=1e-6 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize(("by", "function"), [("layer", "problem"), ("token", "tokens")])
+def test_parts_of_the_scores(run, script, by, function):
+    job = ["scores", f"ownscript:{function}", "--out", "out", "--curvature", "diagonal", "--by", by]
+    code, printed, _ = run(*job, "--top", "3")
+    assert code == 0
+    model, train, query = returned(function)
+    influence = Influence(model, curvature=Diagonal(), progress=False).fit(train)
+    want = influence.scores_by_layer(query, train) if by == "layer" else influence.scores_by_token(query, train)
+    want = torch.stack([*want.values()], 2) if isinstance(want, dict) else want
+    got = ScoreFolder("out")
+    assert got.layers == (["0", "2"] if by == "layer" else None)
+    assert torch.allclose(got.load(), want, rtol=1e-3, atol=1e-6 * float(want.abs().max()))
+    with open("out/top.csv", newline="") as file:
+        found = [int(row["train"]) for row in csv.DictReader(file)]
+    assert found == influence.top(query, train, 3)[1].flatten().tolist()
+    assert f"6 queries; scores take {want.numel() * 4 / 2**20:.1f} MiB" in printed
+    assert "peak" in printed
+    assert "6 queries; scores: peak" not in printed  # a plan knows that of whole scores alone
+    assert run(*job, "--resume", "--quiet") == (0, "", "")
+    code, _, error = run(*job[:-2], "--resume", "--quiet")
+    assert (code, f"by was '{by}', is None" in error) == (2, True)
+
+
+def test_groups_of_queries(run, script):
+    groups = torch.tensor([0, 1, 0, 2, 2, 1])
+    np.save("groups.npy", groups.numpy())
+    job = ["scores", "ownscript:problem", "--out", "out", "--query-groups", "groups.npy", "--curvature", "diagonal"]
+    code, printed, _ = run(*job)
+    assert code == 0
+    assert "3 groups of queries; scores take" in printed
+    assert "help the first groups of queries most" in printed
+    model, train, query = returned()
+    influence = Influence(model, curvature=Diagonal(), progress=False).fit(train)
+    want = influence.scores(query, train, query_groups=groups)
+    assert torch.allclose(ScoreFolder("out").load(), want, rtol=1e-3, atol=1e-6 * float(want.abs().max()))
+    with open("out/top.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["group"]) for row in rows] == [group for group in range(3) for _ in range(10)]
+    assert [int(row["train"]) for row in rows[:10]] == want[0].argsort(descending=True)[:10].tolist()
+
+
+def test_gradients_of_queries_at_a_rank(run, script):
+    job = ["scores", "ownscript:tokens", "--out", "out", "--curvature", "diagonal", "--rank", "1"]
+    code, printed, _ = run(*job)
+    assert code == 0
+    model, train, query = returned("tokens")
+    influence = Influence(model, curvature=Diagonal(), progress=False).fit(train)
+    exact, want = influence.scores(query, train), influence.scores(query, train, rank=1)
+    assert not torch.allclose(exact, want, rtol=1e-3)
+    assert torch.allclose(ScoreFolder("out").load(), want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
+    assert f"relative error of the queries' gradients at rank 1: at most {influence.rank_error:.1e}" in printed
+
+
+def test_the_plan_of_scores_that_go_to_the_disk_holds_a_block_of_them(run, script, monkeypatch):
+    """And not all of them, which Influence.scores would."""
+    job = ["scores", "ownscript:problem", "--curvature", "diagonal", "--out"]
+
+    def peak(block, out):
+        with monkeypatch.context() as patch:
+            patch.setattr(fastif.cli.scores, "BLOCK_BYTES", block)
+            printed = run(*job, out)[1]
+        return re.search("scores: peak (.*); self", printed)[1]
+
+    model, train, query = returned()
+    plan = Influence(model, curvature=Diagonal(), memory=1 << 30, progress=False).plan(train, query)
+    if plan.score_bytes is None:
+        assert peak(1 << 26, "a") == "unknown"
+        return
+    monkeypatch.setattr(fastif.plan.Plan, "__str__", lambda plan: f"scores: peak {plan.score_bytes}; self")
+    assert peak(1 << 26, "a") == str(plan.score_bytes)
+    assert peak(300, "b") == str(plan.score_bytes - 6 * 40 * 4 + 300)
 
 
 def test_resume(run, script, monkeypatch):
@@ -258,103 +261,3 @@ def test_ctrl_c_in_a_real_process(script):
     done = subprocess.run([*job, "--resume", "--quiet"], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert ScoreFolder("out").finished
-
-
-# ------------------------------------------------------------------------------------------------------------ bad input
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["ownscript"], "must be given as module:function or path/to/file.py:function, got 'ownscript'"),
-        (["ownscript:"], "must be given as module:function"),
-        (["nowhere.py:problem"], "no file nowhere.py"),
-        (["nowhere:problem"], "no module nowhere in "),
-        (["ownscript:problems"], "ownscript has no function problems"),
-        (["ownscript:number"], "ownscript has no function number"),
-        (["ownscript:takes"], "ownscript:takes must take no arguments: missing a required argument: 'one'"),
-        (["ownscript:nothing"], "ownscript:nothing must return (model, train, query), got NoneType"),
-        (["ownscript:two"], "must return (model, train, query), got 2 values"),
-        (["ownscript:no_model"], "must return (model, train, query): the model must be a torch.nn.Module, got str"),
-        (["ownscript:no_data"], "must return (model, train, query): train: data must be a DataLoader"),
-        (["ownscript:shuffled"], "train: the DataLoader draws its order with RandomSampler"),
-        (["ownscript:training"], "'0' (Dropout) is in train mode"),
-        (["ownscript:problem", "--curvature", "hessian"], "--curvature must be one of ekfac, kfac,"),
-        (["ownscript:problem", "--damping", "much"], "--damping must be a number >= 0 or auto, got much"),
-        (["ownscript:problem", "--damping", "-1"], "damping must be"),
-        (["ownscript:problem", "--fisher", "true"], "--fisher must be one of exact, monte_carlo, empirical, got true"),
-        (
-            ["ownscript:problem", "--curvature", "exact", "--fisher", "monte_carlo"],
-            "--fisher must be exact or empirical",
-        ),
-        (["ownscript:problem", "--curvature", "identity", "--damping", "1"], "--damping must be left out with"),
-        (
-            ["ownscript:problem", "--curvature", "identity", "--fisher", "exact"],
-            "--fisher must be left out with --curvature identity, got exact",
-        ),
-        (
-            ["ownscript:problem", "--curvature", "cg", "--fisher", "empirical"],
-            "--fisher must be exact with --curvature cg, got empirical",
-        ),
-        (
-            ["ownscript:problem", "--curvature", "data-inf", "--fisher", "exact"],
-            "--fisher must be empirical with --curvature data-inf, got exact",
-        ),
-        (["ownscript:problem", "--curvature", "cg", "--damping", "auto"], "damping must be a number, got 'auto'"),
-        (["ownscript:problem", "--curvature", "arnoldi", "--damping", "0"], "damping must be a number > 0, got 0"),
-        (["ownscript:problem", "--curvature", "data-inf", "--damping", "0"], "damping must be a number > 0 or 'auto'"),
-        (["ownscript:problem", "--layers", "nine"], "layers='nine' names no layer"),
-        (
-            ["ownscript:problem", "--loss", "hinge"],
-            "--loss must be one of cross_entropy, causal_lm, bce, mse, got",
-        ),
-        (["ownscript:problem", "--measurement", "logit"], "--measurement must be one of loss, margin, log_odds"),
-        (["ownscript:problem", "--sampler", "random"], "--sampler and --k go together"),
-        (["ownscript:problem", "--k", "3"], "--sampler and --k go together"),
-        (["ownscript:problem", "--sampler", "rendom", "--k", "3"], "sampler must be one of"),
-        (["ownscript:problem", "--sampler", "random", "--k", "41"], "n=40"),
-        (["ownscript:problem", "--top", "41"], "--top must be at most the 40 training examples, got 41"),
-        (["ownscript:problem", "--top", "-1"], "--top must be >= 0, got -1"),
-        (["ownscript:problem", "--batch-size", "0"], "--batch-size must be >= 1, got 0"),
-        (["ownscript:problem", "--memory", "0"], "--memory must be >= 1, got 0"),
-        (["ownscript:problem", "--seed", "-1"], "--seed must be in [0, 2^63), got -1"),
-        (["ownscript:problem", "--device", "abacus"], "--device must be cpu, cuda or cuda:N, got abacus"),
-    ],
-)
-def test_one_line_and_exit_code_2(run, script, arguments, words):
-    code, printed, error = run("scores", "--quiet", "--out", "deep/out", *arguments)
-    assert (code, printed, error.count("\n")) == (2, "", 1)
-    assert error.startswith("error: ")
-    assert words in error
-    assert files(script) == ["__pycache__", "ownscript.py"] or files(script) == ["ownscript.py"]
-
-
-@pytest.mark.parametrize("place", ["ownscript", "ownscript.py"])
-def test_errors_of_the_script_are_shown_as_they_are(run, script, place):
-    code, printed, error = run("scores", f"{place}:raises", "--out", "out")
-    assert (code, printed) == (1, "")
-    assert error.startswith("Traceback (most recent call last):\n  File ")
-    assert error.splitlines()[1].endswith("in raises")
-    assert error.endswith("ValueError: the user's own words\nin two lines\n")
-    (script / "broken.py").write_text("import no_such_module_anywhere\n")
-    code, _, error = run("scores", f"{place.replace('ownscript', 'broken')}:problem", "--out", "out")
-    assert code == 1
-    assert error.splitlines()[-1] == "ModuleNotFoundError: No module named 'no_such_module_anywhere'"
-    assert "broken.py" in error.splitlines()[1]
-    (script / "torn.py").write_text("def problem(:\n")
-    code, _, error = run("scores", f"{place.replace('ownscript', 'torn')}:problem", "--out", "out")
-    assert (code, error.splitlines()[-1].startswith("SyntaxError")) == (1, True)
-    assert not (script / "out").exists()
-
-
-def test_a_damaged_curvature_is_named(run, script):
-    job = ["scores", "ownscript:problem", "--out", "out", "--quiet"]
-    assert run(*job)[0] == 0
-    stored = script / "out" / "curvature.safetensors"
-    stored.write_bytes(stored.read_bytes()[:100])
-    code, _, error = run(*job, "--resume")
-    assert (code, error.count("\n")) == (2, 1)
-    assert "curvature.safetensors is damaged" in error
-    stored.unlink()
-    assert run(*job, "--resume") == (0, "", "")
-    assert json.loads((script / "out" / "manifest.json").read_text())["settings"]["q"] == 6

@@ -5,7 +5,7 @@ import torch
 
 from fastif import DataInf, ExactBlock, Influence, NotPositiveDefinite
 from fastif.samplers import Subset
-from tests.test_kronecker import N, answers, by_hand, influence_of, problem
+from tests.by_hand import N, answers, by_hand, influence_of, problem
 
 DAMPING = 3e-2
 

@@ -1,4 +1,4 @@
-"""docs/evaluation.md: its code runs as it stands."""
+"""docs/evaluation.md: its code runs as it stands, and its tables are those of the kept results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+
+from benchmarks import results
 
 PAGE = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
 
@@ -18,3 +20,8 @@ def test_the_code_runs(tmp_path, monkeypatch):
         exec(block, names)
     assert names["left_out"].rises.shape == (20, 10)
     assert (tmp_path / "report" / "evaluations.html").exists()
+
+
+def test_tables_are_those_of_the_results():
+    assert results.with_tables(PAGE) == PAGE
+    assert PAGE.count("<!-- table:") == 4

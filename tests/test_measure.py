@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from fastif import build_info
 from fastif.measure import Measure
+from fastif.ops._library import extension
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
@@ -17,6 +19,15 @@ pytestmark = pytest.mark.skipif(not build_info()["compiled"], reason="memory is 
 
 def bytes_of(count):
     return torch.empty(count, dtype=torch.uint8)
+
+
+def gone(thread):
+    """Waits for the end of the thread, not of Python's part of it alone."""
+    thread.join()
+    end = time.monotonic() + 30
+    while Path(f"/proc/self/task/{thread.native_id}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_the_peak_is_of_what_stands_at_a_time():
@@ -61,6 +72,45 @@ def test_a_block_that_another_thread_frees_is_no_loss():
     assert passed == [50]
     assert 20_000 <= work.peak_bytes <= 21_000
     del again
+
+
+def test_a_measure_may_end_in_another_thread_and_nothing_of_it_stays():
+    alive = extension.PeakMemory.alive()
+    work, inner = Measure(), Measure()
+    work.__enter__()
+    first = bytes_of(1000)
+    inner.__enter__()
+    first = bytes_of(300)
+    thread = threading.Thread(target=lambda: (bytes_of(5000), work.__exit__()))
+    thread.start()
+    thread.join()
+    bytes_of(9000)
+    inner.__exit__()
+    assert work.peak_bytes == 1300  # of this thread, until the other ended it
+    assert inner.peak_bytes == 9300
+    assert extension.PeakMemory.alive() == alive
+    del first
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_measure_may_outlive_its_thread(ended):
+    alive = extension.PeakMemory.alive()
+    work = [Measure()]
+
+    def begin():
+        work[0].__enter__()
+        bytes_of(700)
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    gone(thread)
+    assert extension.PeakMemory.alive() == alive + 1
+    bytes_of(5000)
+    if ended:
+        work[0].__exit__()
+        assert work[0].peak_bytes == 700
+    work.clear()
+    assert extension.PeakMemory.alive() == alive
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from fastif import ExactBlock, Influence, RandomProjection
 from fastif.curvature.projection import signs
 from fastif.samplers import Subset
-from tests.test_kronecker import N, answers, by_hand, influence_of, problem
+from tests.by_hand import N, answers, by_hand, influence_of, problem
 
 DAMPING = 1e-2
 CPU = torch.device("cpu")

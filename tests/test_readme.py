@@ -1,11 +1,13 @@
-"""README's example runs, and its tables are those of the kept results."""
+"""README's example runs, and its tables and its picture are those of the kept results."""
 
-import importlib.util
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+
+from benchmarks import results
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,10 +28,12 @@ def test_examples_run(capsys, tmp_path, monkeypatch):
 
 
 def test_tables_are_those_of_the_results():
-    spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
-    assert spec is not None
-    assert spec.loader is not None
-    results = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(results)
     assert results.with_tables(README) == README
     assert README.count("<!-- table:") >= 3
+
+
+def test_picture_is_that_of_the_results():
+    """The PNG carries the date of the results that it shows."""
+    kept = json.loads((ROOT / "benchmarks" / "results" / "influence-cpu.json").read_text())
+    (picture,) = re.findall(r"!\[[^\]]+\]\((docs/[\w.-]+)\)", README)
+    assert kept["datetime"].encode() in (ROOT / picture).read_bytes()

@@ -3,7 +3,6 @@
 import inspect
 from fractions import Fraction
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,71 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastif import samplers
 from fastif.samplers import (
     Subset,
     certified,
-    check_subset,
     draw,
     intermediate_distance,
     k_center,
-    k_center_by_class,
-    leverage,
     logit,
     prefix,
     random,
     stratified,
 )
-from fastif.systematic import inclusion_probabilities
+from tests.sampling import WEIGHTED, Problem, problem, seeded, weighted
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Thousands of draws from tiny data: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-class Problem(NamedTuple):
-    features: torch.Tensor
-    logits: torch.Tensor
-    labels: torch.Tensor
-
-    def draw(self, sampler, seed: int = 0) -> Subset:
-        return draw(sampler, **self._asdict(), generator=seeded(seed))
-
-
-def problem(n: int = 60, d: int = 5, c: int = 4, seed: int = 0, confidence: float = 2.0) -> Problem:
-    g = seeded(seed)
-    features = torch.randn(n, d, generator=g)
-    logits = confidence * torch.randn(n, c, generator=g)
-    labels = torch.randint(c, (n,), generator=g)
-    return Problem(features, logits, labels)
-
-
-WEIGHTED = {
-    "random": random,
-    "prefix": prefix,
-    "stratified": stratified,
-    "intermediate_distance": intermediate_distance,
-    "k_center": k_center,
-    "k_center-cosine": partial(k_center, metric="cosine"),
-    "k_center_by_class": k_center_by_class,
-    "logit": logit,
-    "leverage-trace": partial(leverage, kind="trace"),
-    "leverage-ridge": partial(leverage, kind="ridge", damping=1e-2),
-    "certified": certified,
-}
-IMPORTANCE = {key: WEIGHTED[key] for key in ("logit", "leverage-trace", "leverage-ridge")}
-weighted = pytest.mark.parametrize("sampler", WEIGHTED.values(), ids=WEIGHTED)
-importance = pytest.mark.parametrize("sampler", IMPORTANCE.values(), ids=IMPORTANCE)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # -------------------------------------------------------------------------------------------------------- every sampler
 
@@ -120,10 +68,13 @@ def test_the_generator_alone_decides(sampler):
 def test_the_number_of_threads_does_not_matter(sampler):
     data = problem(3000, d=40, c=10, seed=4)
     sampler = partial(sampler, k=100)
-    subsets = []
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        subsets.append(data.draw(sampler))
+    subsets, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            subsets.append(data.draw(sampler))
+    finally:
+        torch.set_num_threads(threads)
     assert torch.equal(subsets[0].indices, subsets[1].indices)
     torch.testing.assert_close(subsets[0].weights, subsets[1].weights, rtol=1e-12, atol=0)
 
@@ -237,135 +188,6 @@ def test_intermediate_distance_keeps_the_middle_band_of_each_class(n, d, c, seed
     assert plain.weights.tolist() == [1 / k] * k
 
 
-# -------------------------------------------------------------------------------------------------- systematic sampling
-
-
-def water_filled(shares: list[float], k: int) -> list[float]:
-    """min(1, alpha s_i) with sum k: cap at 1 what exceeds it and rescale the rest, until nothing does."""
-    capped: set[int] = set()
-    while True:
-        free = [i for i in range(len(shares)) if i not in capped]
-        total = sum(Fraction(shares[i]) for i in free)
-        over = {i for i in free if (k - len(capped)) * Fraction(shares[i]) > total}
-        if not over:
-            pi = dict.fromkeys(capped, 1.0)
-            pi.update({i: float((k - len(capped)) * Fraction(shares[i]) / total) for i in free})
-            return [pi[i] for i in range(len(shares))]
-        capped |= over
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    shares=st.lists(st.floats(1e-12, 1e12), min_size=1, max_size=60),
-    data=st.data(),
-)
-def test_inclusion_probabilities_sum_to_k_exactly(shares, data):
-    k = data.draw(st.integers(1, len(shares)))
-    pi = inclusion_probabilities(torch.tensor(shares, dtype=torch.float64), k)
-    assert sum(map(Fraction, pi.tolist())) == k
-    assert 0 < pi.min() <= pi.max() <= 1
-    np.testing.assert_allclose(pi.numpy(), water_filled(shares, k), rtol=1e-9, atol=len(shares) * 2.0**-47)
-
-
-def test_inclusion_probabilities_of_equal_shares_are_equal():
-    assert torch.equal(inclusion_probabilities(torch.ones(8), 4), torch.full((8,), 0.5, dtype=torch.float64))
-    pi = inclusion_probabilities(torch.ones(3), 2)
-    assert sum(map(Fraction, pi.tolist())) == 2
-    assert (pi - 2 / 3).abs().max() < 1e-14
-
-
-def test_inclusion_probabilities_under_extreme_shares():
-    for shares in ([1e300, 1e-300, 1e-300], [1.0, 5e-324], [1e-320] * 3, [1.0] + [1e-30] * 999):
-        for k in range(1, min(len(shares), 5)):
-            pi = inclusion_probabilities(torch.tensor(shares, dtype=torch.float64), k)
-            assert sum(map(Fraction, pi.tolist())) == k
-            assert 0 < pi.min() <= pi.max() <= 1
-
-
-def shares_by_hand(data: Problem, sampler) -> torch.Tensor:
-    p = data.logits.double().softmax(1)
-    u = 1 - p.square().sum(1)
-    n = len(u)
-    if sampler is not logit:
-        a = torch.cat([data.features.double(), torch.ones(n, 1, dtype=torch.float64)], 1)
-        if sampler.keywords["kind"] == "trace":
-            u = u * a.square().sum(1)
-        else:
-            inverse = torch.linalg.inv(a.T @ (u[:, None] * a) / n + 1e-2 * torch.eye(a.shape[1], dtype=torch.float64))
-            u = u * torch.einsum("ij,jk,ik->i", a, inverse, a)
-    return 0.9 * u / u.sum() + 0.1 / n
-
-
-@importance
-def test_weights_are_inverse_inclusion_probabilities(sampler):
-    data = problem(80, confidence=6.0)
-    for k in (1, 7, 40, 79):
-        pi = inclusion_probabilities(shares_by_hand(data, sampler), k)
-        subset = data.draw(partial(sampler, k=k))
-        torch.testing.assert_close(subset.weights, 1 / (80 * pi[subset.indices]), rtol=1e-9, atol=0)
-        assert subset.weights.max() <= 10 / k * (1 + 1e-9)
-        plain = data.draw(partial(sampler, k=k, weighted=False))
-        assert torch.equal(plain.indices, subset.indices)
-        assert plain.weights.tolist() == [1 / k] * k
-
-
-@importance
-def test_examples_are_included_with_their_probability_and_sums_are_unbiased(sampler):
-    data = problem(30, confidence=4.0, seed=1)
-    x = data.features.double().square().sum(1) * 10 ** torch.linspace(-1, 1, 30)  # nothing to do with the shares
-    draws = 3000
-    included = torch.zeros(30, dtype=torch.float64)
-    sums = []
-    for seed in range(draws):
-        subset = data.draw(partial(sampler, k=6), seed)
-        included[subset.indices] += 1
-        sums.append(float((subset.weights * x[subset.indices]).sum()))
-    pi = inclusion_probabilities(shares_by_hand(data, sampler), 6)
-    deviation = (included / draws - pi) / (pi * (1 - pi) / draws).sqrt().clamp(min=1e-9)
-    assert deviation.abs().max() < 4.5
-    assert abs(np.mean(sums) - float(x.mean())) < 4 * np.std(sums) / draws**0.5
-
-
-@importance
-def test_each_class_gets_its_expected_number_of_picks_rounded_up_or_down(sampler):
-    data = problem(90, confidence=3.0, seed=2)
-    classes = data.labels if sampler is logit else data.logits.argmax(1)
-    pi = inclusion_probabilities(shares_by_hand(data, sampler), 17)
-    expected = torch.zeros(4, dtype=torch.float64).index_add_(0, classes, pi)
-    for seed in range(100):
-        picks = torch.bincount(classes[data.draw(partial(sampler, k=17), seed).indices], minlength=4)
-        assert ((picks - expected).abs() < 1).all()
-
-
-@importance
-def test_without_any_uncertainty_the_shares_are_uniform(sampler):
-    certain = problem(20)._replace(logits=1000 * torch.nn.functional.one_hot(torch.arange(20) % 4).float())
-    subset = certain.draw(partial(sampler, k=5))
-    torch.testing.assert_close(subset.weights, torch.full((5,), 1 / 5, dtype=torch.float64), rtol=1e-12, atol=0)
-
-
-def test_uncertainty_keeps_its_digits_when_the_model_is_confident():
-    logits = torch.tensor([[40.0, 0.0, 0.0], [50.0, 0.0, 0.0]])  # 1 - sum(p^2) would be 0 in float64
-    # u is close to 2 (1 - p_top) = 4 exp(-z): the ratio of the two is exp(10)
-    u = samplers._curvature_traces(logits)
-    torch.testing.assert_close(u, 4 * torch.tensor([-40.0, -50.0], dtype=torch.float64).exp(), rtol=1e-12, atol=0)
-
-
-def test_ridge_leverage_is_below_the_exact_one():
-    data, damping = problem(40, d=3, c=3), 1e-2
-    n, a = 40, torch.nn.functional.pad(data.features.double(), (0, 1), value=1.0)
-    p = data.logits.double().softmax(1)
-    blocks = torch.stack(
-        [torch.kron(torch.diag(p[i]) - torch.outer(p[i], p[i]), torch.outer(a[i], a[i])) for i in range(n)]
-    )
-    inverse = torch.linalg.inv(blocks.mean(0) + damping * torch.eye(blocks.shape[1], dtype=torch.float64))
-    exact = torch.einsum("ijk,kj->i", blocks, inverse)
-    traces = 1 - p.square().sum(1)
-    bound = traces * samplers._ridge_norms(data.features, traces, damping)
-    assert (bound <= exact * (1 + 1e-9)).all()
-    assert bound.sum() / n <= 4  # the effective dimension of a d + 1 = 4 dimensional problem
-
-
 # ------------------------------------------------------------------------------------------------------------ certified
 
 
@@ -451,170 +273,3 @@ def test_draw_says_what_is_missing():
         data.draw(lambda n: Subset(torch.tensor([n]), torch.ones(1)))
     with pytest.raises(TypeError, match="subset: must have indices and weights, got list"):
         data.draw(lambda: [1, 2])
-
-
-# --------------------------------------------------------------------------------------------------------------- errors
-
-
-def test_check_subset_accepts_any_object_with_indices_and_weights():
-    class Mine:
-        indices = np.array([4, 2])
-        weights = (0.25, 0.75)
-
-    subset = check_subset(Mine(), 5)
-    assert subset.indices.tolist() == [4, 2]
-    assert subset.weights.tolist() == [0.25, 0.75]
-    assert subset.weights.dtype == torch.float64
-    whole = certified(torch.ones(3, 1), torch.zeros(3, 2), k=2)
-    assert torch.equal(check_subset(whole, 3).indices, whole.indices)
-
-
-@pytest.mark.parametrize(
-    ("indices", "weights", "error", "message"),
-    [
-        ([[0]], [1.0], ValueError, r"subset: indices must be \[k\], got shape \[1, 1\]"),
-        ([], [], ValueError, "subset: indices must not be empty"),
-        ([0.0], [1.0], TypeError, "subset: indices must be int64, got torch.float32"),
-        ([0, 3], [0.5, 0.5], ValueError, r"subset: indices must be in \[0, n=3\), got 3"),
-        ([-1], [1.0], ValueError, r"subset: indices must be in \[0, n=3\), got -1"),
-        ([2, 1, 2], [0.1] * 3, ValueError, "subset: indices must be distinct, 2 appears more than once"),
-        ([0, 1], [1.0], ValueError, r"subset: weights must be \[k=2\], got shape \[1\]"),
-        ([0, 1], [1, 1], TypeError, "subset: weights must be floating point, got torch.int64"),
-        ([0, 1], [1.0, -0.5], ValueError, "subset: weights must be finite and >= 0, entry 1 is -0.5"),
-        ([0, 1], [float("nan"), 1.0], ValueError, "subset: weights must be finite and >= 0, entry 0 is nan"),
-        ([0, 1], [1.0, float("inf")], ValueError, "subset: weights must be finite and >= 0, entry 1 is inf"),
-    ],
-)
-def test_check_subset_names_the_broken_rule(indices, weights, error, message):
-    with pytest.raises(error, match=message):
-        check_subset(Subset(torch.tensor(indices), torch.tensor(weights)), 3)
-
-
-X, Z, Y = torch.ones(3, 2), torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
-TAKES_K = {
-    "random": partial(random, 3),
-    "prefix": partial(prefix, 3),
-    "stratified": partial(stratified, Y),
-    "intermediate_distance": partial(intermediate_distance, X, Y),
-    "k_center": partial(k_center, X),
-    "k_center_by_class": partial(k_center_by_class, X, Y),
-    "logit": partial(logit, Z, Y),
-    "leverage": partial(leverage, X, Z),
-    "certified": lambda k: certified(X, Z, k=k),
-    "inclusion_probabilities": partial(inclusion_probabilities, torch.ones(3)),
-}
-
-
-@pytest.mark.parametrize("name", TAKES_K)
-def test_k_is_an_integer_from_one_to_n(name):
-    for k in (0, -1, 4):
-        with pytest.raises(ValueError, match=rf"{name}: k must be in \[1, n=3\], got k={k}"):
-            TAKES_K[name](k)
-    for k, kind in ((1.0, "float"), (True, "bool"), ("2", "str")):
-        with pytest.raises(TypeError, match=f"{name}: k must be an integer, got {kind}"):
-            TAKES_K[name](k)
-    TAKES_K[name](np.int64(2))
-
-
-def spoiled(x: torch.Tensor, row: int, value: float) -> torch.Tensor:
-    x = x.clone()
-    x[row, -1] = value
-    return x
-
-
-MATRICES = {
-    "intermediate_distance: features": (lambda x: intermediate_distance(x, Y, 1), "d"),
-    "k_center_by_class: points": (lambda x: k_center_by_class(x, Y, 1), "d"),
-    "logit: logits": (lambda x: logit(x, Y, 1), "c"),
-    "leverage: features": (lambda x: leverage(x, Z, 1), "d"),
-    "leverage: logits": (lambda x: leverage(X, x, 1), "c"),
-    "certified: features": (lambda x: certified(x, Z, k=1), "d"),
-    "certified: logits": (lambda x: certified(X, x, k=1), "c"),
-}
-
-
-@pytest.mark.parametrize("what", MATRICES)
-def test_matrices_are_checked_and_the_row_is_named(what):
-    call, columns = MATRICES[what]
-    for value in (float("nan"), float("inf"), -float("inf")):
-        with pytest.raises(ValueError, match=f"{what} must be finite, row 2 holds NaN or Inf"):
-            call(spoiled(X, 2, value))
-    with pytest.raises(ValueError, match=rf"{what} must be \[n, {columns}\], got shape \[3\]"):
-        call(torch.ones(3))
-    with pytest.raises(ValueError, match=rf"{what} must have at least one row and one column, got shape \[0, 2\]"):
-        call(torch.ones(0, 2))
-    with pytest.raises(ValueError, match=rf"{what} must have at least one row and one column, got shape \[3, 0\]"):
-        call(torch.ones(3, 0))
-    with pytest.raises(TypeError, match=f"{what} must be a floating-point tensor, got torch.int64"):
-        call(torch.ones(3, 2, dtype=torch.int64))
-    with pytest.raises(TypeError, match=f"{what} must be a floating-point tensor, got ndarray"):
-        call(np.ones((3, 2)))
-    name = what.replace(": ", r": \|") + r"\|"
-    with pytest.raises(ValueError, match=rf"{name} must be at most 1e\+140 \(squares overflow\), got 1e\+141"):
-        call(spoiled(X.double(), 0, -1e141))
-    call(spoiled(X, 0, 3e38))  # finite, although a row of such sums to more than float32 can hold
-    call(spoiled(X.double(), 0, 1e140))
-
-
-LABELLED = {
-    "stratified": lambda y: stratified(y, 1),
-    "intermediate_distance": lambda y: intermediate_distance(X, y, 1),
-    "k_center_by_class": lambda y: k_center_by_class(X, y, 1),
-    "logit": lambda y: logit(Z, y, 1),
-}
-
-
-@pytest.mark.parametrize("name", LABELLED)
-def test_labels_are_checked_and_the_row_is_named(name):
-    call = LABELLED[name]
-    with pytest.raises(TypeError, match=f"{name}: labels must be an integer tensor, got torch.float32"):
-        call(torch.zeros(3))
-    with pytest.raises(TypeError, match=f"{name}: labels must be an integer tensor, got torch.bool"):
-        call(torch.zeros(3, dtype=torch.bool))
-    with pytest.raises(TypeError, match=f"{name}: labels must be an integer tensor, got list"):
-        call([0, 1, 2])
-    with pytest.raises(ValueError, match=rf"{name}: labels must be \[n\], got shape \[3, 1\]"):
-        call(Y[:, None])
-    with pytest.raises(ValueError, match=f"{name}: labels must not be empty"):
-        call(Y[:0])
-    with pytest.raises(ValueError, match=rf"{name}: labels must be .*0.*, row 1 is -1"):
-        call(torch.tensor([0, -1, 0]))
-    if name != "stratified":
-        with pytest.raises(ValueError, match=f"{name}: labels must have n=3 entries, got 2"):
-            call(Y[:2])
-
-
-def test_other_rules():
-    with pytest.raises(ValueError, match=r"logit: labels must be in \[0, c=4\), row 2 is 4"):
-        logit(Z, torch.tensor([0, 1, 4]), 1)
-    with pytest.raises(ValueError, match="leverage: logits must have n=3 rows, got 2"):
-        leverage(X, Z[:2], 1)
-    with pytest.raises(ValueError, match="certified: logits must have n=3 rows, got 2"):
-        certified(X, Z[:2], 0.1)
-    with pytest.raises(ValueError, match="leverage: kind must be 'trace' or 'ridge', got 'row'"):
-        leverage(X, Z, 1, kind="row")
-    for damping in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"leverage: damping must be finite and > 0, got {damping}"):
-            leverage(X, Z, 1, kind="ridge", damping=damping)
-    with pytest.raises(ValueError, match=r"leverage: .* is not positive definite at row 1: damping=1e-12 .* would do"):
-        leverage(torch.full((3, 2), 1e6), Z, 1, kind="ridge", damping=1e-12)
-    for tolerance in (-0.1, 1.0, float("nan")):
-        with pytest.raises(ValueError, match=rf"certified: tolerance must be in \[0, 1\), got {tolerance}"):
-            certified(X, Z, tolerance)
-    with pytest.raises(ValueError, match="certified: give exactly one of tolerance and k, got tolerance=None, k=None"):
-        certified(X, Z)
-    with pytest.raises(ValueError, match=r"certified: give exactly one of tolerance and k, got tolerance=0\.1, k=2"):
-        certified(X, Z, 0.1, k=2)
-    for shares in ([1.0, 0.0], [1.0, float("nan")], [1.0, -1.0]):
-        with pytest.raises(ValueError, match="inclusion_probabilities: shares must be finite and > 0, got"):
-            inclusion_probabilities(torch.tensor(shares), 1)
-    with pytest.raises(ValueError, match=r"inclusion_probabilities: shares must be \[n\], got shape \[1, 2\]"):
-        inclusion_probabilities(torch.ones(1, 2), 1)
-    with pytest.raises(ValueError, match="prefix: n must be >= 1, got n=0"):
-        prefix(0, 1)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_cuda_generator_is_refused():
-    with pytest.raises(ValueError, match="random: generator must be a CPU generator, got one on cuda"):
-        random(3, 1, generator=torch.Generator("cuda"))

@@ -1,11 +1,6 @@
-"""Scores on disk: the same bits after any cut, nothing computed twice, nothing half-written, other jobs refused."""
+"""Scores on disk: the folder holds what Influence gives, reads any part of it, and takes no other job for its own."""
 
-import errno
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,87 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from fastif import CG, EKFAC, KFAC, Diagonal, Identity, Influence, LiSSA, ScoreFolder, store
 from fastif.samplers import Subset
-from tests.problems import clusters
+from tests.stored import BATCH, FORMS, PARTS, QUERY_GROUPS, N, Q, bits, fitted, problem, tokens, walked
 
-REPOSITORY = Path(__file__).parents[1]
-Q, N, BATCH = 11, 90, 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Little work: threads would wait for each other. And the job in a process of its own has one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch):
-    """Runs of two batches; fewer queries at a time by memory=."""
-    monkeypatch.setattr(store, "BLOCK_BYTES", 2 * BATCH * 5 * 8)
-
-
-def problem():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-    x, y = clusters(N, seed=0)
-    return model, (x[:Q] + 0.1, y[:Q]), (x, y)
-
-
-def fitted(model, train, curvature=None, **arguments):
-    """Five queries at a time fit the memory: three rows of blocks, the last of one query."""
-    memory = 5 * sum(p.numel() for p in model.parameters()) * 8
-    settings = {"batch_size": BATCH, "memory": memory, "progress": False, **arguments}
-    return Influence(model, curvature=EKFAC() if curvature is None else curvature, **settings).fit(train)
-
-
-def bits(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def walked(train):
-    """Batches of uneven lengths that can only be walked."""
-    x, y = train
-    sizes = [8, 3, 16, 15, 1, 9, 16, 2, 11, 9]
-    return list(zip(x.split(sizes), y.split(sizes), strict=True))
-
-
-class Mean(nn.Module):
-    """Over positions."""
-
-    def forward(self, x):
-        return x.mean(1)
-
-
-def tokens():
-    """As `problem`, with four positions per example."""
-    model, _, _ = problem()
-    x, y = clusters(4 * N, seed=0)
-    x, y = x.view(N, 4, 5), y[::4]
-    return model.append(Mean()), (x[:Q] + 0.1, y[:Q]), (x, y)
-
-
-QUERY_GROUPS = torch.arange(Q) * 5 % 3
-PARTS = {  # what a folder can hold beside scores: problem, call
-    "layers": (problem, lambda influence, query, train, **out: influence.scores_by_layer(query, train, **out)),
-    "tokens": (tokens, lambda influence, query, train, **out: influence.scores_by_token(query, train, **out)),
-    "query groups": (
-        problem,
-        lambda influence, query, train, **out: influence.scores(query, train, query_groups=QUERY_GROUPS, **out),
-    ),
-}
-
-FORMS = {
-    "tensors": lambda train: train,
-    "dataset": lambda train: TensorDataset(*train),
-    "loader": lambda train: DataLoader(TensorDataset(*train), batch_size=7),
-    "batches": walked,
-}
+pytestmark = pytest.mark.usefixtures("one_thread", "small_blocks")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -175,8 +95,9 @@ def test_a_layer_or_a_token_is_read_by_itself(tmp_path):
     assert torch.allclose(got[1:7:2, :, "2"], want["2"][1:7:2], rtol=1e-12, atol=1e-18)
     with pytest.raises(ValueError, match="no layer '1' in .*: 0, 2"):
         got[:, :, "1"]
-    with pytest.raises(ValueError, match=r"top: needs scores \[q, n\], these are parts of them, \[11, 90, 2\]"):
-        got.top(3)
+    values, indices = influence.top(query, train, 3)
+    assert torch.equal(got.top(3)[1], indices)
+    assert torch.allclose(got.top(3)[0], values)
     model, query, train = tokens()
     got = fitted(model, train).scores_by_token(query, train, out=tmp_path / "b")
     whole = got.load()
@@ -276,166 +197,6 @@ def test_an_unfinished_folder_reads_what_it_has(tmp_path):
     assert len(list(scores.blocks())) == len(paths) - 1
     with pytest.raises(ValueError, match=rf"no scores of queries 10 to 10 .* yet: {len(paths) - 1} of {len(paths)}"):
         scores.load()
-
-
-# ------------------------------------------------------------------------------------------------------------ resuming
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("checkpoints", [1, 2])
-def test_only_what_is_missing_goes_through_the_model(tmp_path, form, checkpoints):
-    model, query, train = problem()
-    influence = fitted(model, train, checkpoints=[model.state_dict()] * checkpoints)
-    data = FORMS[form](train)
-    influence.scores(query, data, out=tmp_path)
-    before, paths = bits(tmp_path), sorted(tmp_path.glob("*.npy"))
-    lost = [path for path in paths if "scores-000000005" in path.name][1:3]
-    lengths = {path: np.load(path).shape[1] for path in lost}
-    for path in lost:
-        path.unlink()
-    seen = []
-    with model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]))):
-        influence.scores(query, data, out=tmp_path, resume=True)
-    queries = 5 if checkpoints == 1 else 5 * len(lost) * checkpoints
-    assert sum(seen) == queries + checkpoints * sum(lengths.values())
-    assert bits(tmp_path) == before
-    seen.clear()
-    with model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]))):
-        assert influence.scores(query, data, out=tmp_path, resume=True).finished
-    assert seen == []
-
-
-_JOB = """
-import os, signal, sys, time
-import torch
-torch.set_num_threads(1)  # nothing runs in parallel before the process forks
-from fastif import journal, scoring, store
-from tests.test_store import *
-
-store.BLOCK_BYTES = 2 * BATCH * 5 * 8
-folder = Path(sys.argv[1])
-make, call = PARTS.get(sys.argv[2], (problem, Influence.scores))
-model, query, train = make()
-
-def job():
-    call(fitted(model, train), query, train, out=folder, resume=True)
-
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def nth(function, number, then):
-    calls = 0
-    def counted(*arguments, **keywords):
-        nonlocal calls
-        calls += 1
-        return (then if calls == number else function)(*arguments, **keywords)
-    return counted
-
-def torn(partial, values):
-    with open(partial, "wb") as file:
-        file.write(b"half a block")
-        file.flush()
-        die()
-
-def renamed_then_dead(self, target):
-    os.rename(self, target)
-    die()
-
-def killed(prepare):
-    pid = os.fork()
-    if pid == 0:
-        prepare()
-        job()
-        os._exit(0)
-    return os.WTERMSIG(os.waitpid(pid, 0)[1])
-
-def patched(owner, name, number, then):
-    return lambda: setattr(owner, name, nth(getattr(owner, name), number, then))
-
-moments = [
-    patched(Path, "write_text", 1, die),                         # before there is a manifest
-    patched(Path, "replace", 1, die),                            # the manifest is written, not yet in its place
-    patched(Path, "replace", 1, renamed_then_dead),              # a manifest and no block
-    patched(np, "save", 2, torn),                                # in the middle of a block
-    patched(os, "fsync", 1, die),                                # a block not yet on the disk
-    patched(Path, "replace", 2, renamed_then_dead),              # a block just finished
-    patched(scoring, "_directions", 1, die),                     # among the queries
-    patched(store._Part, "__iter__", 2, die),                    # before the first training batch
-]
-if sys.argv[2] == "query groups":  # whose queries are all seen to at once
-    moments[-2:] = [patched(scoring, "_grouped_queries", 1, die), patched(store._Part, "__iter__", 1, die)]
-for moment in moments:
-    assert killed(moment) == signal.SIGKILL
-    print(len(list(folder.glob("scores-*.npy"))) if folder.exists() else 0)
-delay, done = 0.05, False
-while not done:  # and at moments that nothing has chosen
-    delay *= 1.5
-    pid = os.fork()
-    if pid == 0:
-        job()
-        os._exit(0)
-    end = time.monotonic() + delay
-    while time.monotonic() < end and not done:
-        done = os.waitpid(pid, os.WNOHANG)[0] == pid
-        time.sleep(0.001)
-    if not done:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize("parts", ["scores", *PARTS])
-def test_killed_at_every_turn_it_ends_with_the_same_bits(tmp_path, parts):
-    folder, whole = tmp_path / "killed", tmp_path / "whole"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", _JOB, str(folder), parts],
-        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    counts = [int(line) for line in done.stdout.split()]
-    assert counts[:4] == [0, 0, 0, 1]
-    assert counts == sorted(counts)
-    assert counts[-1] >= 3
-    make, call = PARTS.get(parts, (problem, Influence.scores))
-    model, query, train = make()
-    call(fitted(model, train), query, train, out=whole)
-    assert bits(folder) == bits(whole)  # the same files, no other ones
-
-
-def test_a_full_disk_says_what_is_kept(tmp_path, monkeypatch):
-    model, query, train = problem()
-    influence = fitted(model, train)
-    whole = influence.scores(query, train, out=tmp_path / "whole")
-    save, saved = np.save, 0
-
-    def full(path, values):
-        nonlocal saved
-        saved += 1
-        if saved > 4:
-            Path(path).write_bytes(b"the part that had room")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(path, values)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "save", full)
-        with pytest.raises(OSError, match=r"No space left on device; 4 of \d+ blocks are kept in .*resumed") as caught:
-            influence.scores(query, train, out=tmp_path / "full")
-    assert caught.value.errno == errno.ENOSPC
-    assert len(list((tmp_path / "full").iterdir())) == 5  # four blocks, the manifest, nothing else
-    influence.scores(query, train, out=tmp_path / "full", resume=True)
-    assert bits(tmp_path / "full") == bits(whole.folder)
-
-
-def test_a_partial_file_of_somebody_else_stays(tmp_path):
-    model, query, train = problem()
-    for name in (".12-scores-000000000-000000000.npy", ".mine-scores-a.npy", "notes.txt"):
-        (tmp_path / name).write_text("")
-    fitted(model, train).scores(query, train, out=tmp_path)
-    assert not (tmp_path / ".12-scores-000000000-000000000.npy").exists()
-    assert (tmp_path / ".mine-scores-a.npy").exists()
-    assert (tmp_path / "notes.txt").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

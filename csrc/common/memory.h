@@ -8,6 +8,7 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <unordered_map>
 #include <utility>
@@ -15,22 +16,55 @@
 namespace fastif {
 
 // What one thread has allocated since a PeakMemory of it started: these blocks alone, so that one that was there
-// before, or that another thread frees, changes nothing.
+// before, or that another thread frees, changes nothing. Its thread alone writes to it; the PeakMemory may be stopped
+// in any. Whichever of the two leaves last deletes it.
 struct AllocationLog {
-  int64_t now = 0, peak = 0;
+  int64_t now = 0;
+  std::atomic<int64_t> peak{0};
   std::unordered_map<const void*, int64_t> sizes;
   AllocationLog* outer = nullptr;  // of the same thread, begun before
+  std::atomic<bool> left{false};   // by one of the two
+  inline static std::atomic<int64_t> alive{0};
+
+  AllocationLog() { ++alive; }
+  ~AllocationLog() { --alive; }
 
   // The innermost log of this thread. A plain pointer: tensors are freed while a thread's objects are destroyed.
-  static AllocationLog*& active() {
+  static AllocationLog*& innermost() {
     static thread_local AllocationLog* log = nullptr;
     return log;
   }
+  static void begin(AllocationLog* log) {
+    struct Thread {
+      ~Thread() {
+        while (innermost()) std::exchange(innermost(), innermost()->outer)->leave();
+      }
+    };
+    static thread_local const Thread thread;
+    log->outer = std::exchange(innermost(), log);
+  }
+  // Tells every log of this thread, and leaves those that nobody will ask any more.
+  template <typename Tell>
+  static void each(const Tell& tell) {
+    for (auto** place = &innermost(); AllocationLog* const log = *place;) {
+      if (log->left) {
+        *place = log->outer;
+        log->leave();
+      } else {
+        tell(*log);
+        place = &log->outer;
+      }
+    }
+  }
+  void leave() {
+    if (left.exchange(true)) delete this;
+  }
+
   void allocated(const void* block, int64_t bytes) {
     freed(block);  // by another thread, if it is there: its address is in use anew
     sizes.emplace(block, bytes);
     now += bytes;
-    peak = std::max(peak, now);
+    peak = std::max<int64_t>(peak, now);
   }
   void freed(const void* block) {
     const auto found = sizes.find(block);
@@ -59,8 +93,8 @@ class CountingAllocator : public c10::Allocator {
     c10::DataPtr block = before()->allocate(bytes);
     const bool ours = block.compare_exchange_deleter(before()->raw_deleter(), &release);
     TORCH_INTERNAL_ASSERT(ours, "CountingAllocator: a block has another deleter than its allocator");
-    for (auto* log = AllocationLog::active(); log && block; log = log->outer)
-      log->allocated(block.get(), static_cast<int64_t>(bytes));
+    if (block)
+      AllocationLog::each([&](AllocationLog& log) { log.allocated(block.get(), static_cast<int64_t>(bytes)); });
     return block;
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
@@ -72,7 +106,7 @@ class CountingAllocator : public c10::Allocator {
     return allocator;
   }
   static void release(void* block) {
-    for (auto* log = AllocationLog::active(); log; log = log->outer) log->freed(block);
+    AllocationLog::each([block](AllocationLog& log) { log.freed(block); });
     before()->raw_deleter()(block);
   }
 };
@@ -87,20 +121,17 @@ class PeakMemory {
   void start() {
     TORCH_CHECK_VALUE(!log_, "PeakMemory: is already active");
     if (!CountingAllocator::install()) return;
-    log_ = new AllocationLog;
-    log_->outer = std::exchange(AllocationLog::active(), log_);
+    AllocationLog::begin(log_ = new AllocationLog);
   }
-  std::optional<int64_t> stop() {  // nothing where allocations cannot be counted, and in a thread that did not start it
-    AllocationLog* const mine = std::exchange(log_, nullptr);
-    for (auto** place = &AllocationLog::active(); mine && *place; place = &(*place)->outer) {
-      if (*place != mine) continue;
-      *place = mine->outer;
-      const int64_t peak = mine->peak;
-      delete mine;
-      return peak;
-    }
-    return std::nullopt;  // a log of another thread stays with it
+  // What the thread that started it has allocated until now; nothing where allocations cannot be counted.
+  std::optional<int64_t> stop() {
+    if (!log_) return std::nullopt;
+    const int64_t peak = log_->peak;
+    std::exchange(log_, nullptr)->leave();
+    AllocationLog::each([](AllocationLog&) {});  // if it is of this thread, that leaves it now
+    return peak;
   }
+  static int64_t alive() { return AllocationLog::alive; }
 
  private:
   AllocationLog* log_ = nullptr;

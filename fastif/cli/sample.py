@@ -32,7 +32,7 @@ def sample_command(
         raise ValueError(f"--out must end in .npz or .safetensors, got {out}")
     check("seed", seed, 0 <= seed < 2**63, "in [0, 2^63)")
     paths = {"features": features, "logits": logits, "labels": labels}
-    given = {what: _read_array(path, what) for what, path in paths.items() if path is not None}
+    given = {what: read_array(path, what) for what, path in paths.items() if path is not None}
     if not given:
         raise ValueError("give at least one of --features, --logits, --labels")
     for what, values in given.items():
@@ -66,7 +66,7 @@ def drawn(name: str, function: Callable[..., Any], given: Mapping[str, Tensor], 
         raise ValueError(str(error)) from error
 
 
-def _read_array(path: Path, name: str) -> Tensor:
+def read_array(path: Path, name: str) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path} for --{name}")
     if path.suffix == ".npy":

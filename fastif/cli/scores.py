@@ -1,27 +1,24 @@
 """`fastif scores`."""
 
 import csv
-import importlib
-import importlib.util
 import inspect
 import json
-import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from torch import nn
+from torch import Tensor
 
 from fastif.capture import dtype_of
-from fastif.cli.arguments import Interrupted, ScriptError, check, device_named, split, terminal, writable
-from fastif.cli.sample import drawn
+from fastif.cli.arguments import Interrupted, check, device_named, split, terminal, writable
+from fastif.cli.sample import drawn, read_array
+from fastif.cli.script import function_named, returned
 from fastif.curvature import (
     CG,
     EKFAC,
@@ -34,14 +31,16 @@ from fastif.curvature import (
     LiSSA,
     RandomProjection,
 )
-from fastif.data import as_loader, count
+from fastif.data import count
 from fastif.evaluation.settings import check_budgets, choose_samplers
 from fastif.features import extract
 from fastif.influence import Influence
 from fastif.journal import refuse_differences, whole
 from fastif.losses import LOSSES, MEASUREMENTS
+from fastif.plan import Plan
 from fastif.samplers import Subset
-from fastif.store import MANIFEST, ScoreFolder, fit_settings
+from fastif.scoring import By, check_groups, check_positions
+from fastif.store import BLOCK_BYTES, MANIFEST, fit_settings, write_scores
 
 FISHERS = ("exact", "monte_carlo", "empirical")
 CURVATURES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {  # the estimator, and what --fisher may be
@@ -99,6 +98,23 @@ def scores_command(
         ),
     ] = None,
     k: Annotated[str | None, typer.Option(help="How many it picks: a number or a percentage.")] = None,
+    by: Annotated[
+        str,
+        typer.Option(
+            help=f"One of {', '.join(get_args(By))}: scores, or their parts by block of parameters, or by "
+            "position of the training examples."
+        ),
+    ] = "all",
+    query_groups: Annotated[
+        Path | None,
+        typer.Option(help="A group for each query, .npy or .safetensors with a tensor query-groups: rows are groups."),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Keep only so many singular vectors of each query's gradient: less memory.", show_default="all"
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="For data without batches of its own.")] = 256,
     memory: Annotated[int, typer.Option(help="MiB for query gradients: how many queries go at a time.")] = 1024,
     top: Annotated[int, typer.Option(help="Training examples per query in top.csv, the most helpful first.")] = 10,
@@ -123,14 +139,21 @@ def scores_command(
     check("seed", seed, 0 <= seed < 2**63, "in [0, 2^63)")
     check("loss", loss, loss in LOSSES, f"one of {', '.join(LOSSES)}")
     check("measurement", measurement, measurement in MEASUREMENTS, f"one of {', '.join(MEASUREMENTS)}")
+    check("by", by, by in get_args(By), f"one of {', '.join(get_args(By))}")
+    check("rank", rank, rank is None or rank >= 1, ">= 1")
+    for name, given in (("query-groups", query_groups), ("rank", rank)):
+        check(name, given, by == "all" or given is None, f"left out with --by {by}")
     if (sampler is None) != (k is None):
         raise ValueError("--sampler and --k go together: which examples carry the curvature, and how many")
+    groups = None if query_groups is None else read_array(query_groups, "query-groups")
+    if groups is not None:
+        check("query-groups", groups.dtype, groups.dtype == torch.int64, "int64")
     where, patterns = device_named(device), None if layers is None else split(layers)
     picker = None if sampler is None else choose_samplers([sampler])[0]
     if not resume and (out / MANIFEST).exists():
         raise ValueError(f"{out} holds scores already: go on with --resume, or choose another folder")
     torch.manual_seed(seed)
-    model, train, query = _returned(script, _function(script))
+    model, train, query = returned(script, function_named(script))
     influence = Influence(
         model,
         loss,  # pyright: ignore[reportArgumentType]
@@ -146,16 +169,33 @@ def scores_command(
     n, q = count(train, batch_size), count(query, batch_size)
     check("top", top, top <= n, f"at most the {n} training examples")
     size = None if k is None else check_budgets([k], n)[0]
-    if not quiet:
-        print(influence.plan(train))
-        print(f"{q:,} queries; scores take {q * n * dtype_of(model).itemsize / 2**20:.1f} MiB in {out}", flush=True)
+    row, rows = "query", "queries"
+    if groups is not None:
+        check_groups("query_groups", groups, q)
+        row, rows, q = "group", "groups of queries", int(groups.max()) + 1
+    if not quiet or by == "token":
+        plan = influence.plan(train, query if by == "all" and groups is None else None, rank=rank)
+        if by == "token":  # now, not after the fit
+            check_positions({name: layer.positions for name, layer in plan.layers.items()})
+        if not quiet:
+            _print_plan(influence, plan, q, rows, by, out)
     with writable(out):
         try:
             known = _fit(influence, train, out / "curvature.safetensors", resume, picker, size, seed)
-            scores = influence.scores(query, train, out=out, resume=resume)
+            scores = write_scores(
+                influence,
+                query,
+                train,
+                out,
+                resume=resume,
+                query_groups=groups,
+                rank=rank,
+                by=by,  # pyright: ignore[reportArgumentType]
+            )
+            best = scores.top(min(n, max(top, _SHOWN))) if top or not quiet else None
             paths = [path for path in (out / "top.csv",) if top]
-            if top:
-                _write_top(out / "top.csv", scores, top)
+            if best is not None and top:
+                _write_top(paths[0], row, *best, top)
             if self_influence:
                 paths.append(out / "self_influence.npy")
                 if not (known and paths[-1].exists()):
@@ -164,12 +204,24 @@ def scores_command(
                         np.save(partial, values.numpy())
         except KeyboardInterrupt:
             raise Interrupted(f"what was finished is in {out}; the same command with --resume continues") from None
-    if not quiet:
+    if best is not None and not quiet:
         console = terminal()
-        console.print(_table(scores))
+        console.print(_table(row, rows, *best, n))
+        if rank is not None:
+            console.print(f"relative error of the queries' gradients at rank {rank}: at most {scores.rank_error:.1e}")
         names = ", ".join(path.name for path in (out / MANIFEST, *paths))
         console.print(f"[bold]{out}[/bold]: the scores, as fastif.ScoreFolder reads them; {names}", soft_wrap=True)
         console.print(f"{time.perf_counter() - began:.1f} s in all")
+
+
+def _print_plan(influence: Influence, plan: Plan, rows: int, named: str, by: str, out: Path) -> None:
+    """The plan, with the size of scores that go to the disk block by block; its own peak has all of them in memory."""
+    parts = {"layer": len(plan.layers), "token": max(layer.positions for layer in plan.layers.values())}
+    size = rows * plan.n * parts.get(by, 1) * dtype_of(influence.model).itemsize
+    if plan.score_bytes is not None and influence.device.type == "cpu":
+        plan = plan._replace(score_bytes=plan.score_bytes - size + min(size, BLOCK_BYTES))
+    print(plan)
+    print(f"{rows:,} {named}; scores take {size / 2**20:.1f} MiB in {out}", flush=True)
 
 
 def _estimator(curvature: str, damping: str | None, fisher: str | None, seed: int) -> Any:
@@ -193,68 +245,6 @@ def _estimator(curvature: str, damping: str | None, fisher: str | None, seed: in
     elif make is ExactBlock and fisher == "empirical":
         options["matrix"] = "empirical_fisher"
     return make(**options)
-
-
-# ------------------------------------------------------------------------------------------------------- user's script
-
-
-def _function(script: str) -> Callable[[], Any]:
-    """The function that module:function or path/to/file.py:function names; what its import raises is a ScriptError."""
-    place, _, name = script.rpartition(":")
-    from_file = place.endswith(".py")
-    if not name.isidentifier() or not (from_file or all(part.isidentifier() for part in place.split("."))):
-        raise ValueError(f"the script must be given as module:function or path/to/file.py:function, got {script!r}")
-    if from_file and not Path(place).is_file():
-        raise FileNotFoundError(f"no file {place}")
-    folder = str(Path(place).parent.resolve()) if from_file else os.getcwd()
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        module = _from_file(Path(place)) if from_file else importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        if not from_file and f"{place}.".startswith(f"{error.name}."):
-            raise ValueError(f"no module {error.name} in {folder}, nor among what is installed") from None
-        raise ScriptError(script) from error
-    except Exception as error:
-        raise ScriptError(script) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"{place} has no function {name}")
-    return function
-
-
-def _from_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _returned(script: str, function: Callable[[], Any]) -> tuple[nn.Module, Any, Any]:
-    try:
-        inspect.signature(function).bind()
-    except TypeError as error:
-        raise ValueError(f"{script} must take no arguments: {error}") from None
-    try:
-        given = function()
-    except Exception as error:
-        raise ScriptError(script) from error
-    rule = f"{script} must return (model, train, query)"
-    if not isinstance(given, tuple | list) or len(given) != 3:
-        got = f"{len(given)} values" if isinstance(given, tuple | list) else type(given).__name__
-        raise ValueError(f"{rule}, got {got}")
-    model, train, query = given
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{rule}: the model must be a torch.nn.Module, got {type(model).__name__}")
-    for name, data in (("train", train), ("query", query)):
-        try:
-            as_loader(data)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{rule}: {name}: {error}") from error
-    return model, train, query
 
 
 # ----------------------------------------------------------------------------------------------------------- curvature
@@ -293,7 +283,7 @@ def _fit(
     return False
 
 
-def _read_curvature(path: Path) -> tuple[Mapping[str, Any], dict[str, torch.Tensor]]:
+def _read_curvature(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -317,30 +307,28 @@ def _subset(influence: Influence, train: Any, picker: tuple[str, Callable[..., A
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def _write_top(path: Path, scores: ScoreFolder, k: int) -> None:
-    values, indices = scores.top(k)
+def _write_top(path: Path, row: str, values: Tensor, indices: Tensor, k: int) -> None:
     with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("query", "rank", "train", "score"))
-        for query, (row, places) in enumerate(zip(values.tolist(), indices.tolist(), strict=True)):
+        writer.writerow((row, "rank", "train", "score"))
+        for query, (scores, places) in enumerate(zip(values[:, :k].tolist(), indices[:, :k].tolist(), strict=True)):
             writer.writerows(
-                (query, rank, t, value) for rank, (t, value) in enumerate(zip(places, row, strict=True), 1)
+                (query, rank, t, value) for rank, (t, value) in enumerate(zip(places, scores, strict=True), 1)
             )
 
 
-def _table(scores: ScoreFolder) -> Table:
-    """The most helpful training examples of the first queries."""
-    k = min(_SHOWN, scores.shape[1])
-    values, indices = scores[:_SHOWN].sort(dim=1, descending=True, stable=True)
+def _table(row: str, rows: str, values: Tensor, indices: Tensor, n: int) -> Table:
+    """The most helpful training examples of the first queries, or groups of them."""
+    k = min(_SHOWN, n)
     table = Table(
-        title=f"training examples that help the first queries most (of {scores.shape[1]:,}): index and score",
+        title=f"training examples that help the first {rows} most (of {n:,}): index and score",
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for name in ("query", *(f"{rank}." for rank in range(1, k + 1))):
+    for name in (row, *(f"{rank}." for rank in range(1, k + 1))):
         table.add_column(name, justify="right", no_wrap=True)
-    for query in range(len(values)):
+    for query in range(min(_SHOWN, len(values))):
         hits = zip(indices[query, :k].tolist(), values[query, :k].tolist(), strict=True)
         table.add_row(str(query), *(f"{index}  {value:.2e}" for index, value in hits))
     return table

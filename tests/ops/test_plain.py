@@ -34,8 +34,8 @@ def test_every_op_test_passes_in_plain_torch():
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
         + [
-            str(ROOT / "tests" / "ops" / f"test_{op}.py")
-            for op in ("farthest_first", "ggn_block", "kronecker_block", "per_sample_grad")
+            str(ROOT / "tests" / "ops" / f"test_{name}.py")
+            for name in ("farthest_first", "farthest_first_clouds", "ggn_block", "kronecker_block", "per_sample_grad")
         ],
         env={**os.environ, "FASTIF_PLAIN": "1"},
         capture_output=True,

@@ -1,0 +1,31 @@
+"""Data: readers for the image sets of the experiments, and one way to walk through anything that holds examples."""
+
+from fastif.data.batches import (
+    Batch,
+    as_loader,
+    batch_length,
+    batch_lengths,
+    count,
+    indexable,
+    picked,
+    rebuilt,
+    rows_of,
+)
+from fastif.data.image_sets import HUMAN_LABELS, NAMES, Data, human_labels, load
+
+__all__ = [
+    "HUMAN_LABELS",
+    "NAMES",
+    "Batch",
+    "Data",
+    "as_loader",
+    "batch_length",
+    "batch_lengths",
+    "count",
+    "human_labels",
+    "indexable",
+    "load",
+    "picked",
+    "rebuilt",
+    "rows_of",
+]
