@@ -104,7 +104,7 @@ def _query_blocks(
 ) -> Iterator[tuple[int, dict[str, list[Directions]]]]:
     """The query side for as many queries at a time as `memory` holds, with the first query's index."""
     if groups is not None:
-        yield 0, _grouped_queries(influence, query, curvature, groups)
+        yield 0, _grouped_queries(influence, query, curvature, groups, rank)
         return
     whole = sum(block.size for block in influence.capture.blocks.values()) * dtype_of(influence.model).itemsize
     each = max(1, min(influence.memory // 4, _MADE) // whole)  # making them takes some copies
@@ -179,7 +179,13 @@ def _directions(
 ) -> dict[str, Directions]:
     if rank is None and not explicit:
         return curvature.directions(gradients)
-    solved = curvature.solve({name: g.formed() for name, g in gradients.items()})
+    return _solved(influence, curvature, {name: g.formed() for name, g in gradients.items()}, rank)
+
+
+def _solved(
+    influence: Influence, curvature: NetworkCurvature, matrices: Mapping[str, Tensor], rank: int | None
+) -> dict[str, Directions]:
+    solved = curvature.solve(matrices)
     if rank is None:
         return {name: Explicit(matrices) for name, matrices in solved.items()}
     compressed = {name: LowRank.of(matrices, rank) for name, matrices in solved.items()}
@@ -188,7 +194,7 @@ def _directions(
 
 
 def _grouped_queries(
-    influence: Influence, query: Any, curvature: NetworkCurvature, groups: Tensor
+    influence: Influence, query: Any, curvature: NetworkCurvature, groups: Tensor, rank: int | None
 ) -> dict[str, list[Directions]]:
     number = int(groups.max()) + 1
     totals = {
@@ -200,7 +206,7 @@ def _grouped_queries(
         for group in here.unique().tolist():
             for name, g in gradients.items():
                 totals[name][group] += g.sum((here == group).to(influence.device))
-    return {name: [Explicit(solved)] for name, solved in curvature.solve(totals).items()}
+    return {name: [made] for name, made in _solved(influence, curvature, totals, rank).items()}
 
 
 def _dots(parts: list[Directions], g: Gradients) -> Tensor:

@@ -103,6 +103,9 @@ def test_rank_keeps_the_largest_singular_vectors_and_tells_its_error(name):
     assert torch.allclose(low, want, rtol=1e-8, atol=1e-13)
     assert influence.rank_error == pytest.approx(error, rel=1e-6)
     assert error > 1e-3
+    alone = influence.scores(query, data, rank=1, query_groups=torch.arange(5))  # groups of one query
+    assert torch.allclose(alone, low, rtol=1e-8, atol=1e-13)
+    assert influence.rank_error == pytest.approx(error, rel=1e-6)
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         influence.scores(query, data, rank=0)
 
