@@ -37,7 +37,7 @@ def diagnosed(
     damping: float | Literal["auto"],
     name: str,
     attempt: Callable[[float, float], F | None],
-    smallest_pivot: Callable[[float], float],
+    smallest_pivot: Callable[[float, float], float],
 ) -> tuple[F, float]:
     """What `attempt` makes of matrix + damping·I, and the damping used; or the diagnosis.
 
@@ -49,7 +49,7 @@ def diagnosed(
         damping: absolute λ >= 0 added to the diagonal, or "auto": the smallest power of ten that gives a factor.
         name: of the block, for the messages.
         attempt: of a damping and of what the smallest pivot must exceed: a factor, or None.
-        smallest_pivot: of a damping with which the attempt failed; may raise where that was not for a pivot.
+        smallest_pivot: of the same where no factor was made; raises where that was not for a pivot.
 
     Raises:
         NotPositiveDefinite: with the smallest pivot, the number of NaN, the smallest eigenvalue of an indefinite matrix
@@ -70,7 +70,7 @@ def diagnosed(
         damping = _sufficient_damping(attempt, floor)
     factor = attempt(damping, floor)
     if factor is None:
-        pivot = smallest_pivot(damping)
+        pivot = smallest_pivot(damping, floor)
         indefinite = ""
         if pivot < -floor:
             lowest = extreme_eigenvalues(partial(triangles.times, matrix), size, matrix.device)[0] + damping
@@ -137,5 +137,6 @@ def _sufficient_damping(attempt: Callable[[float, float], object | None], floor:
     raise NotPositiveDefinite("no damping up to 1e300 makes the block positive definite")  # entries near overflow
 
 
-def _smallest_pivot(matrix: Tensor, damping: float) -> float:
+def _smallest_pivot(matrix: Tensor, damping: float, floor: float) -> float:
+    del floor
     return triangles.smallest_pivot(_damped(matrix, damping))

@@ -52,7 +52,7 @@ class ExactBlock(Called):
         name: of the layer, for messages.
         joint: in `Influence`, one block over all the layers that it is chosen for, with what they have in common.
         in_place: whether the factor stands in the block's own square, or "auto": where no other fits into memory when
-            it is made (see `in_place_used`). Scores of the two agree to 1e-5 or better, not to the bit.
+            it is made (see `in_place_used`). Scores of the two agree to 1e-5 up to a condition of 1e6, not to the bit.
 
     Raises MemoryError, with the bytes and the estimator that would do, before a block is allocated that does not fit.
     """

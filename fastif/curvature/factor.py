@@ -170,10 +170,10 @@ class Within:
             factor = made(damping)
             return factor if factor._smallest() > floor and factor._random_residual() <= _RESIDUAL / 10 else None
 
-        def smallest_pivot(damping: float) -> float:
+        def smallest_pivot(damping: float, floor: float) -> float:
             factor = made(damping)
-            if factor._smallest() > 0 and (residual := factor._random_residual()) > _RESIDUAL / 10:
-                raise IllConditioned(factor._diagnosis(residual))
+            if factor._smallest() > floor:
+                raise IllConditioned(factor._diagnosis(factor._random_residual()))
             return factor._smallest()
 
         try:
