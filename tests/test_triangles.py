@@ -199,10 +199,12 @@ def test_nobody_elses_block_is_written_to(call):
 def test_a_block_is_changed_through_what_was_given_out_before_the_factor():
     inputs, logits, _ = head_problem(100, 20, 4, torch.float32)
     block = ExactBlock(1e-2, in_place=True).fit(inputs, logits)
-    block.block.mul_(0.5)
+    given = block.block.mul_(0.5)
+    before = given.clone()
     rhs = torch.randn(1, 4, 20, generator=G)
     half = ExactBlock(1e-2, in_place=False).fit(inputs, logits, weights=torch.full((100,), 0.5 / 100))
     assert close(block.solve(rhs), half.solve(rhs), 1e-5)
+    assert torch.equal(given, before)
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
@@ -288,6 +290,7 @@ def test_what_refinement_does_not_reach_is_refused_with_the_damping_that_would_d
     assert 1e-6 < float(message.split("relative residual of ")[1].split(",")[0]) <= 1
     assert "a float64 factor beside the block (in_place=False)" in message
     advised = float(message.split("; damping ")[1].split()[0])
+    assert torch.linalg.cond(damped(matrix, advised)) <= 1e5
     rhs = torch.randn(5, 1, 20, generator=G)
     assert residuals(made(matrix, advised).solve(rhs.double()), matrix, rhs, advised).max() <= 1e-6
     beside = ExactBlock(0.0, in_place=False)
@@ -299,8 +302,12 @@ def test_a_solve_that_is_worse_than_the_one_that_was_tried_is_refused_too():
     """The factor of another damping stands for one that was spoilt: refinement stagnates far from the solution."""
     square = positive(30)
     spoilt = Within(square, triangles.factorize(square, 0.0), 1e3, "conv")
+    rhs = torch.randn(30, 2, generator=G, dtype=torch.float64)
     with pytest.raises(IllConditioned, match=r"conv \[30, 30\] with damping 1000 .* residual of"):
-        spoilt.solve(torch.randn(30, 2, generator=G, dtype=torch.float64))
+        spoilt.solve(rhs)
+    solved, left = triangles.solve(square, spoilt._pivots, 1e3, rhs)  # no step makes it worse than it began
+    assert (left <= 1).all()
+    assert torch.allclose(left, (damped(square.tril(), 1e3) @ solved - rhs).norm(dim=0) / rhs.norm(dim=0))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -330,10 +337,12 @@ def test_a_square_is_factored_and_solved_with_in_little_more_than_its_own_bytes(
     assert 0.01 * 4 * size**2 <= work.peak_bytes <= 0.1 * 4 * size**2
     matrix = block.block.view(size, size)
     assert residuals(solved[:, None].flatten(2), matrix, rhs[:, None].flatten(2), 1e-3).max() <= 1e-6
-    singular = ExactBlock(0.0, in_place=True).fit(torch.randn(9, 200), torch.randn(9, 10))
+    singular = ExactBlock(0.0, in_place=True).fit(torch.randn(9, 200, generator=G), torch.randn(9, 10, generator=G))
     with Measure() as work, pytest.raises(NotPositiveDefinite):
         singular.end(0)
-    assert work.peak_bytes <= 0.1 * 4 * size**2
+    assert (
+        work.peak_bytes <= 0.25 * 4 * size**2
+    )  # with the vectors of Lanczos' method, where rounding makes it indefinite
 
 
 def wide():

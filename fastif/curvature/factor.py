@@ -168,13 +168,15 @@ class Within:
 
         def attempt(damping: float, floor: float) -> Within | None:
             factor = made(damping)
-            return factor if factor._smallest() > floor and factor._random_residual() <= _RESIDUAL / 10 else None
+            good = factor._pivots.min().item() > floor and factor._random_residual() <= _RESIDUAL / 10
+            return factor if good else None
 
         def smallest_pivot(damping: float, floor: float) -> float:
             factor = made(damping)
-            if factor._smallest() > floor:
+            pivot = factor._pivots.min().item()
+            if pivot > floor:
                 raise IllConditioned(factor._diagnosis(factor._random_residual()))
-            return factor._smallest()
+            return pivot
 
         try:
             return diagnosed(block, damping, name, attempt, smallest_pivot)[0]
@@ -225,10 +227,6 @@ class Within:
 
     def release(self) -> None:
         triangles.restore(self._square)
-
-    def _smallest(self) -> float:
-        """The smallest pivot; -inf where one has overflowed."""
-        return self._pivots.min().item() if self._pivots.max().item() < math.inf else -math.inf
 
     def _random_residual(self) -> float:
         """What the solve for a right-hand side leaves that has a part in every direction."""
