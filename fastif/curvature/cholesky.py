@@ -73,7 +73,7 @@ def diagnosed(
         pivot = smallest_pivot(damping, floor)
         indefinite = ""
         if pivot < -floor:
-            lowest = extreme_eigenvalues(partial(triangles.times, matrix), size, matrix.device)[0] + damping
+            lowest = eigenvalue_range(matrix)[0] + damping
             indefinite = f", its smallest eigenvalue about {lowest:.3g}, and Cholesky needs definiteness"
         raise NotPositiveDefinite(
             f"{name} [{size}, {size}] with damping {damping:g} is not positive definite: its smallest pivot is "
@@ -108,6 +108,11 @@ def extreme_eigenvalues(
     off = torch.tensor(beside, dtype=torch.float64)
     ritz = torch.linalg.eigvalsh(torch.tensor(diagonal, dtype=torch.float64).diag() + off.diag(1) + off.diag(-1))
     return float(ritz[0]), float(ritz[-1])
+
+
+def eigenvalue_range(matrix: Tensor) -> tuple[float, float]:
+    """The same of a symmetric matrix [P, P], of which the lower triangle is read."""
+    return extreme_eigenvalues(lambda v: triangles.times(matrix, v[:, None])[:, 0], len(matrix), matrix.device)
 
 
 def check_damping(damping: float | Literal["auto"]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Literal
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from fastif import ops
 from fastif.curvature import triangles
 from fastif.curvature.called import Called
-from fastif.curvature.cholesky import check_damping, extreme_eigenvalues
+from fastif.curvature.cholesky import check_damping, eigenvalue_range, extreme_eigenvalues
 from fastif.curvature.directions import Directions, Explicit
 from fastif.curvature.factor import Beside, Factor, Within
 from fastif.curvature.kfac import KFAC
@@ -241,7 +240,7 @@ class ExactBlock(Called):
     def condition(self) -> float:
         """An estimate, from below, of the largest over the smallest eigenvalue of G + λI, by Lanczos' method."""
         factor, flat = self._factored(), self._flat(self._fitted)
-        largest = extreme_eigenvalues(partial(triangles.times, flat), len(flat), flat.device)[1] + factor.damping
+        largest = eigenvalue_range(flat)[1] + factor.damping
         return largest * extreme_eigenvalues(lambda v: factor.solve(v[:, None])[:, 0], len(flat), flat.device)[1]
 
     @property

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastif.curvature import triangles
-from fastif.curvature.cholesky import IllConditioned, diagnosed, extreme_eigenvalues, factorize
+from fastif.curvature.cholesky import IllConditioned, diagnosed, eigenvalue_range, factorize
 
 _LOW_RANK = 1 / 8  # a downdate of fewer columns than this share of the block is kept beside the factor
 _SMALLEST_PIVOT = 1e-8  # of such a downdate: what its subtraction may cancel
@@ -236,7 +236,7 @@ class Within:
 
     def _diagnosis(self, residual: float) -> str:
         size = len(self._square)
-        largest = extreme_eigenvalues(lambda v: triangles.times(self._square, v), size, self._square.device)[1]
+        largest = eigenvalue_range(self._square)[1]
         enough = 10.0 ** math.ceil(math.log10(self.damping + 1e-5 * (largest + self.damping)))
         return (
             f"{self.name} [{size}, {size}] with damping {self.damping:g} is too ill-conditioned for a factor in place: "

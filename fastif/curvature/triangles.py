@@ -88,14 +88,14 @@ def solve(square: Tensor, pivots: Tensor, damping: float, rhs: Tensor) -> tuple[
 
 
 def times(square: Tensor, x: Tensor) -> Tensor:
-    """G x for x [P] or [P, m] in the dtype of x, from the lower triangle, a few rows at a time."""
-    product, panel = torch.zeros_like(x), panel_of(len(square)) // 4
+    """G x for x [P, m] in the dtype of x, from the lower triangle, a few rows at a time; quickest by columns of x."""
+    product, panel = torch.zeros_like(x), max(panel_of(len(square)) // 2, x.shape[1])
     for k in range(0, len(square), panel):
         m = min(k + panel, len(square))
         rows = square[k:m, :m].to(x.dtype, copy=True).tril_(k)
-        product[k:m] += rows @ x[:m]
+        product[k:m].addmm_(rows, x[:m])
         rows.diagonal(k).zero_()
-        product[:m] += rows.mT @ x[k:m]
+        product[:m].addmm_(rows.mT, x[k:m])
     return product
 
 
