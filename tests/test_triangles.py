@@ -332,6 +332,9 @@ def test_a_square_is_factored_and_solved_with_in_little_more_than_its_own_bytes(
     block = ExactBlock(1e-3, in_place=True).fit(torch.randn(50, 200, generator=G), torch.randn(50, 10, generator=G))
     rhs = torch.randn(4, 10, 200, generator=G, dtype=torch.float64)
     with Measure() as work:
+        block.end(0)
+    assert 0.01 * 4 * size**2 <= work.peak_bytes <= triangles.scratch_bytes(size, 4)
+    with Measure() as work:
         solved = block.solve(rhs)
     assert block.in_place_used
     assert 0.01 * 4 * size**2 <= work.peak_bytes <= 0.1 * 4 * size**2

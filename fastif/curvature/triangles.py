@@ -96,6 +96,7 @@ def times(square: Tensor, x: Tensor) -> Tensor:
         product[k:m].addmm_(rows, x[:m])
         rows.diagonal(k).zero_()
         product[:m].addmm_(rows.mT, x[k:m])
+        del rows  # before the next ones come
     return product
 
 
