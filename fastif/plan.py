@@ -95,7 +95,7 @@ def plan(influence: Influence, train: Any, query: Any | None, rank: int | None) 
     flops = probe.flops * n
     for names, part in influence.parts.parts.items():
         shapes = {name: capture.blocks[name].shape for name in names}
-        stays, extra = part.footprint(shapes, probe.tables, item)
+        stays, extra = probe.curvature.parts[names].footprint(shapes, probe.tables, item)  # knows its device
         for name, (g, o, d) in shapes.items():  # gradients of all examples that are kept, in their smaller form
             if getattr(influence.parts.by_block[name], "keeps_gradients", False):
                 stays += n * item * g * min(o * d, probe.positions[name] * (d + (0 if probe.tables[name] else o)))

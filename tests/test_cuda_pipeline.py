@@ -18,13 +18,14 @@ def problem():
     return trained()
 
 
-@pytest.mark.parametrize("matrix", ["ggn", "empirical_fisher"])
-def test_influence(problem, matrix):
+@pytest.mark.parametrize(("matrix", "in_place"), [("ggn", False), ("ggn", True), ("empirical_fisher", False)])
+def test_influence(problem, matrix, in_place):
     data = problem.x, problem.y
     results = []
     for device in ("cpu", "cuda"):
         model = copy.deepcopy(problem.model).to(device)
-        influence = Influence(model, curvature=ExactBlock(WEIGHT_DECAY, matrix), progress=False).fit(data)
+        curvature = ExactBlock(WEIGHT_DECAY, matrix, in_place=in_place)
+        influence = Influence(model, curvature=curvature, progress=False).fit(data)
         results.append((influence.scores(data, data), influence.self_influence(data), influence.top(data, data, 3)[1]))
         assert influence.curvature["2"].block.device.type == device
         assert influence.on_parameters(data)["2.weight"].device.type == device

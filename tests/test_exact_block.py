@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from fastif import ExactBlock, Influence, samplers
-from fastif.curvature import NotPositiveDefinite, exact_block
+from fastif.curvature import NotPositiveDefinite, exact_block, factor
 from fastif.curvature.cholesky import extreme_eigenvalues
+from fastif.curvature.softmax import output_roots
 from fastif.data import load
 from fastif.gradients import Dense
 from fastif.removal import head_steps
@@ -264,13 +265,13 @@ def test_few_examples_leave_the_factor_as_it_is(matrix, dtype, tolerance):
     inputs, logits, labels = head_problem(400, 30, 5, dtype)
     block = ExactBlock(1e-2, matrix).fit(inputs, logits, labels)
     weights = torch.full((400,), 1 / 400, dtype=dtype)
-    factor = block.factor
+    factor = block._factored()
     kept = torch.ones(400, dtype=torch.bool)
     for removed in (torch.tensor([3, 17]), torch.tensor([250])):
         block.downdate(inputs[removed], logits[removed], labels[removed], weights[removed])
         kept[removed] = False
         assert block._factor is factor
-        assert block._taken is not None
+        assert factor.corrected
     refit = ExactBlock(1e-2, matrix).fit(inputs[kept], logits[kept], labels[kept], weights[kept])
     rhs = torch.randn(3, 5, 30, generator=G, dtype=torch.float64)
     assert close(block.block, refit.block, tolerance)
@@ -286,7 +287,7 @@ def test_few_examples_leave_the_factor_as_it_is(matrix, dtype, tolerance):
 def test_confident_examples_can_be_taken_out():
     """Roots of outputs' Hessians keep the digits of 1 − p where p is near one."""
     probs = torch.tensor([[1.0, 1e-12, 1e-20]])
-    roots = exact_block.output_roots(probs)[0].double()
+    roots = output_roots(probs)[0].double()
     want = torch.tensor([1e-12, 1e-12, 1e-20], dtype=torch.float64)
     assert torch.allclose((roots @ roots.T).diagonal(), want, rtol=1e-5, atol=0)
 
@@ -298,7 +299,7 @@ def test_many_examples_and_automatic_damping_make_a_new_factor():
         block = ExactBlock(damping).fit(inputs, logits)
         factor = block.factor
         block.downdate(inputs[:count], logits[:count], None, weights[:count])
-        assert block._taken is None
+        assert block._factor is None
         refit = ExactBlock(block.damping_used).fit(inputs[count:], logits[count:], weights=weights[count:])
         assert block.factor is not factor
         assert close(block.factor @ block.factor.T, refit.factor @ refit.factor.T)
@@ -310,7 +311,7 @@ def test_what_cancels_too_much_makes_a_new_factor():
     block = ExactBlock(1.0).fit(1e6 * inputs, logits)
     _ = block.factor
     block.downdate(1e6 * inputs, logits)
-    assert block._taken is None
+    assert block._factor is None
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -323,15 +324,16 @@ def test_a_block_that_does_not_fit_is_refused_with_numbers(monkeypatch):
     monkeypatch.setattr(exact_block, "available_bytes", lambda device: 4_000_000)
     message = (
         r"ExactBlock: '0' has 620 parameters, so that its block and factor take 0.0043 GiB \(620 squared times 12 "
-        r"bytes\), of which 0.00373 GiB can be had; KFAC or EKFAC takes"
+        r"bytes\), of which 0.00373 GiB can be had; in_place=True takes 0.00[0-9]+ GiB"
     )
-    influence = Influence(model, curvature=ExactBlock(1e-3), layers="0", progress=False)
+    influence = Influence(model, curvature=ExactBlock(1e-3, in_place=False), layers="0", progress=False)
     for call in (influence.fit, influence.plan):
         with pytest.raises(MemoryError, match=message):
             call(data)
-    monkeypatch.setattr(exact_block, "available_bytes", lambda device: 10_000)
-    with pytest.raises(MemoryError, match=r"can be had; Diagonal takes"):
-        influence.fit(data)
+    for room, other in ((100_000, "KFAC or EKFAC"), (10_000, "Diagonal")):
+        monkeypatch.setattr(exact_block, "available_bytes", lambda device, room=room: room)
+        with pytest.raises(MemoryError, match=f"can be had; {other} takes"):
+            influence.fit(data)
     with pytest.raises(MemoryError, match=r"'head' has 310 parameters"):
         ExactBlock().fit(torch.randn(9, 31), torch.randn(9, 10))
     monkeypatch.setattr(exact_block, "available_bytes", lambda device: None)
@@ -418,7 +420,7 @@ def test_the_bound_of_a_certified_subset_holds_on_real_data(name):
         before = part.bound
 
 
-def test_one_step_of_removal_by_a_downdate_is_that_of_a_refit():
+def test_one_step_of_removal_by_a_downdate_is_that_of_a_refit(monkeypatch):
     problem = trained()
     head = problem.model[2]
     features = problem.model[:2](problem.x).detach()
@@ -426,13 +428,10 @@ def test_one_step_of_removal_by_a_downdate_is_that_of_a_refit():
     inputs = torch.cat([features, torch.ones(90, 1, dtype=torch.float64)], 1)
     logits, weights = head(features).detach(), torch.full((90,), 1 / 90, dtype=torch.float64)
     block = ExactBlock(WEIGHT_DECAY).fit(inputs, logits, weights=weights)
-    monkey, exact_block._LOW_RANK = exact_block._LOW_RANK, 0.5  # the head is small
-    try:
-        factor = block.factor
-        block.downdate(inputs[removed], logits[removed], weights=weights[removed])
-        assert block._factor is factor
-    finally:
-        exact_block._LOW_RANK = monkey
+    monkeypatch.setattr(factor, "_LOW_RANK", 0.5)  # the head is small
+    made = block._factored()
+    block.downdate(inputs[removed], logits[removed], weights=weights[removed])
+    assert block._factor is made
     gradients = head_gradients(problem)[removed].sum(0) / 90
     step = block.solve(gradients)
     (history,) = head_steps(

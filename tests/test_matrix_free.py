@@ -501,7 +501,7 @@ def test_a_preconditioner_must_be_an_estimator():
     [
         (EKFAC(0.1, "empirical"), "EKFAC(damping=0.1, fisher='empirical', separable=None)"),
         (Identity(), "Identity()"),
-        (ExactBlock("auto", joint=True), "ExactBlock(damping='auto', matrix='ggn', joint=True)"),
+        (ExactBlock("auto", joint=True), "ExactBlock(damping='auto', matrix='ggn', joint=True, in_place='auto')"),
         (DataInf(), "DataInf(damping='auto')"),
         (
             CG(0.1, preconditioner=Diagonal(1.0)),

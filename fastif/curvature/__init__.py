@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastif.curvature.arnoldi import Arnoldi
 from fastif.curvature.cg import CG
-from fastif.curvature.cholesky import NotPositiveDefinite
+from fastif.curvature.cholesky import IllConditioned, NotPositiveDefinite
 from fastif.curvature.data_inf import DataInf
 from fastif.curvature.diagonal import Diagonal, Identity
 from fastif.curvature.directions import Directions, Explicit, LowRank
@@ -92,6 +92,7 @@ __all__ = [
     "Explicit",
     "FitData",
     "Identity",
+    "IllConditioned",
     "JointCurvature",
     "LiSSA",
     "LowRank",

@@ -152,7 +152,8 @@ class CG(JointCurvature):
         """Of the preconditioner; a solve takes some vectors of its right-hand sides' size besides, and the graph."""
         if self.preconditioner is None:
             return 0, 0
-        parts = [self.preconditioner.footprint(shape, tables[name], item) for name, shape in shapes.items()]
+        by_block = dict.fromkeys(shapes, self.preconditioner) | self._preconditioners
+        parts = [by_block[name].footprint(shape, tables[name], item) for name, shape in shapes.items()]
         return sum(held for held, _ in parts), max(making for _, making in parts)
 
     def multiplied(self, n: int) -> Multiplied:

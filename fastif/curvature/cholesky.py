@@ -4,28 +4,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+from fastif.curvature import triangles
+
+_ROWS = 512  # of a matrix that are looked through at a time
+F = TypeVar("F")
 
 
 class NotPositiveDefinite(ValueError):
     """A damped curvature block has no Cholesky factor; the message names block, pivot and the damping that would do."""
 
 
+class IllConditioned(ValueError):
+    """Solves with a factor in single precision leave too large a residual; the message says what would do."""
+
+
 def factorize(matrix: Tensor, damping: float | Literal["auto"], name: str) -> tuple[Tensor, float]:
-    """Lower Cholesky factor of matrix + damping·I in float64, and the damping used.
+    """Lower Cholesky factor of matrix + damping·I in float64, and the damping used: see `diagnosed`.
+
+    Beside the matrix nothing but the factor is held.
+    """
+    return diagnosed(matrix, damping, name, partial(_try, matrix), partial(_smallest_pivot, matrix))
+
+
+def diagnosed(
+    matrix: Tensor,
+    damping: float | Literal["auto"],
+    name: str,
+    attempt: Callable[[float, float], F | None],
+    smallest_pivot: Callable[[float, float], float],
+) -> tuple[F, float]:
+    """What `attempt` makes of matrix + damping·I, and the damping used; or the diagnosis.
 
     A factor whose smallest pivot is within rounding of zero (P·eps times the largest diagonal entry, eps that of
     the matrix's own dtype) counts as a failure: its solves would be noise.
 
     Args:
-        matrix: [P, P], symmetric.
+        matrix: [P, P], symmetric; once an attempt was made, its lower triangle is read alone.
         damping: absolute λ >= 0 added to the diagonal, or "auto": the smallest power of ten that gives a factor.
         name: of the block, for the messages.
-
-    Beside the matrix nothing but the factor is held.
+        attempt: of a damping and of what the smallest pivot must exceed: a factor, or None.
+        smallest_pivot: of the same where no factor was made; raises where that was not for a pivot.
 
     Raises:
         NotPositiveDefinite: with the smallest pivot, the number of NaN, the smallest eigenvalue of an indefinite matrix
@@ -34,25 +58,27 @@ def factorize(matrix: Tensor, damping: float | Literal["auto"], name: str) -> tu
     """
     check_damping(damping)
     size = matrix.shape[0]
-    if not bool(matrix.sum().isfinite()) and not bool(matrix.isfinite().all()):  # a finite sum needs no mask
-        raise NotPositiveDefinite(
-            f"{name} [{size}, {size}] holds {int(matrix.isnan().sum())} NaN and {int(matrix.isinf().sum())} Inf "
-            "entries: no damping helps; look for NaN or overflow in features and logits"
-        )
+    if not bool(matrix.sum().isfinite()):  # a finite sum needs no masks
+        nan, inf = (sum(int(f(rows).sum()) for rows in matrix.split(_ROWS)) for f in (torch.isnan, torch.isinf))
+        if nan or inf:
+            raise NotPositiveDefinite(
+                f"{name} [{size}, {size}] holds {nan} NaN and {inf} Inf entries: no damping helps; look for NaN or "
+                "overflow in features and logits"
+            )
     floor = size * torch.finfo(matrix.dtype).eps * max(0.0, matrix.diagonal().max().item())
     if damping == "auto":
-        damping = _sufficient_damping(matrix, floor)
-    factor = _try(matrix, damping, floor)
+        damping = _sufficient_damping(attempt, floor)
+    factor = attempt(damping, floor)
     if factor is None:
-        pivot = _smallest_pivot(matrix, damping)
+        pivot = smallest_pivot(damping, floor)
         indefinite = ""
         if pivot < -floor:
-            lowest = extreme_eigenvalues(lambda v: (matrix @ v.to(matrix)).double(), size, matrix.device)[0] + damping
+            lowest = eigenvalue_range(matrix)[0] + damping
             indefinite = f", its smallest eigenvalue about {lowest:.3g}, and Cholesky needs definiteness"
         raise NotPositiveDefinite(
             f"{name} [{size}, {size}] with damping {damping:g} is not positive definite: its smallest pivot is "
             f"{pivot:.3g} (0 NaN, needs more than {floor:.3g}){indefinite}; damping "
-            f"{_sufficient_damping(matrix, floor):g} would do"
+            f"{_sufficient_damping(attempt, floor):g} would do"
         )
     return factor, damping
 
@@ -84,6 +110,11 @@ def extreme_eigenvalues(
     return float(ritz[0]), float(ritz[-1])
 
 
+def eigenvalue_range(matrix: Tensor) -> tuple[float, float]:
+    """The same of a symmetric matrix [P, P], of which the lower triangle is read."""
+    return extreme_eigenvalues(lambda v: triangles.times(matrix, v[:, None])[:, 0], len(matrix), matrix.device)
+
+
 def check_damping(damping: float | Literal["auto"]) -> None:
     if damping != "auto" and not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
         raise ValueError(f"damping must be a finite number >= 0 or 'auto', got {damping!r}")
@@ -103,25 +134,14 @@ def _try(matrix: Tensor, damping: float, floor: float) -> Tensor | None:
     return factor if good else None
 
 
-def _sufficient_damping(matrix: Tensor, floor: float) -> float:
+def _sufficient_damping(attempt: Callable[[float, float], object | None], floor: float) -> float:
     lowest = math.floor(math.log10(max(floor, 1e-12)))
     for exponent in range(lowest, 300):
-        if _try(matrix, 10.0**exponent, floor) is not None:
+        if attempt(10.0**exponent, floor) is not None:
             return 10.0**exponent
     raise NotPositiveDefinite("no damping up to 1e300 makes the block positive definite")  # entries near overflow
 
 
-def _smallest_pivot(matrix: Tensor, damping: float) -> float:
-    damped = _damped(matrix, damping)
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if info.item() == 0:
-        return factor.diagonal().min().item() ** 2
-    j = len(damped)
-    while info.item() and j:  # the columns before the one that failed; summed in another order, they may fail too
-        j = int(info.item()) - 1
-        factor, info = torch.linalg.cholesky_ex(damped[:j, :j])
-    if j == 0:
-        return damped[0, 0].item()
-    # The pivot of column j is what the columns before it leave of the diagonal.
-    column = torch.linalg.solve_triangular(factor, damped[:j, j : j + 1], upper=False)
-    return (damped[j, j] - column.square().sum()).item()
+def _smallest_pivot(matrix: Tensor, damping: float, floor: float) -> float:
+    del floor
+    return triangles.smallest_pivot(_damped(matrix, damping))

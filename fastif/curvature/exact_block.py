@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from fastif import ops
+from fastif.curvature import triangles
 from fastif.curvature.called import Called
-from fastif.curvature.cholesky import check_damping, extreme_eigenvalues, factorize
+from fastif.curvature.cholesky import check_damping, eigenvalue_range, extreme_eigenvalues
 from fastif.curvature.directions import Directions, Explicit
+from fastif.curvature.factor import Beside, Factor, Within
 from fastif.curvature.kfac import KFAC
+from fastif.curvature.softmax import check_labels, check_layer, check_values, output_grads, output_roots
 from fastif.gradients import Dense, Gradients
 from fastif.layers import Block
 from fastif.losses import Fisher
@@ -22,8 +25,6 @@ from fastif.measure import available_bytes
 Matrix = Literal["ggn", "hessian", "empirical_fisher"]
 _ENTRIES = 1 << 22  # of gradients, or of outputs' Hessians, that are formed at a time where they have to be
 _ROWS = 1024  # gradients per product where they have to be formed
-_LOW_RANK = 1 / 8  # a downdate of fewer columns than this share of the block is kept beside the factor
-_SMALLEST_PIVOT = 1e-8  # of such a downdate: what its subtraction may cancel
 
 
 class ExactBlock(Called):
@@ -37,17 +38,20 @@ class ExactBlock(Called):
     batch and may give a matrix that is not positive definite: damping has to exceed its most negative eigenvalue.
     docs/math.md (6), (14), (17).
 
-    Batches stream in through `update`, examples are taken out through `downdate`; the factor is made on demand. It is
-    float64 whatever the block is, twice the bytes of a float32 block: relative residuals of solves stay below 1e-6 far
-    beyond a condition of 1e6 without refinement.
+    Batches stream in through `update`, examples are taken out through `downdate`; the factor is made on demand. It
+    stands beside the block, float64 whatever the block is: 12 bytes an entry where that is float32. Where memory is
+    short it stands in the block's own square, above the diagonal and in the block's dtype: 4 bytes an entry. Solves are
+    then refined until their relative residual is at most 1e-6; where it is not, IllConditioned is raised.
 
     Args:
         damping: absolute λ >= 0 added to the diagonal of the mean-loss curvature, or "auto": the smallest power of
-            ten with which the block is positive definite (see `damping_used`). Softmax leaves d directions flat, so
-            0 never suffices for "ggn".
+            ten with which the block is positive definite and, factored in place, well enough conditioned (see
+            `damping_used`). Softmax leaves d directions flat, so 0 never suffices for "ggn".
         matrix: which curvature.
         name: of the layer, for messages.
         joint: in `Influence`, one block over all the layers that it is chosen for, with what they have in common.
+        in_place: whether the factor stands in the block's own square, or "auto": where no other fits into memory when
+            it is made (see `in_place_used`). Scores of the two agree to 1e-5 up to a condition of 1e6, not to the bit.
 
     Raises MemoryError, with the bytes and the estimator that would do, before a block is allocated that does not fit.
     """
@@ -58,25 +62,25 @@ class ExactBlock(Called):
         matrix: Matrix = "ggn",
         name: str = "head",
         joint: bool = False,
+        in_place: bool | Literal["auto"] = "auto",
     ):
         check_damping(damping)
         if matrix not in ("ggn", "hessian", "empirical_fisher"):
             raise ValueError(f"ExactBlock: matrix must be 'ggn', 'hessian' or 'empirical_fisher', got {matrix!r}")
+        if in_place not in (True, False, "auto"):
+            raise ValueError(f"ExactBlock: in_place must be True, False or 'auto', got {in_place!r}")
         self.damping: float | Literal["auto"] = damping
-        self.matrix, self.name, self.joint = matrix, name, joint
+        self.matrix, self.name, self.joint, self.in_place = matrix, name, joint, in_place
         self._shape = 0, 0, 0  # g, o, d of a layer that is given by its gradients
         self._forget()
 
     passes = 1
 
     def _forget(self) -> None:
-        self._block: Tensor | None = None  # [c, d, c, d]
+        self._block: Tensor | None = None  # [c, d, c, d]; its lower triangle alone where a factor stands in it
+        self._lent = False  # whether others may hold the block: then no factor may stand in it
         self._pending: tuple[Tensor, Tensor] | None = None  # inputs [n, d] and outputs' Hessians [n, o, o] of a batch
-        self._factored(None)
-
-    def _factored(self, factor: Tensor | None) -> None:
-        self._factor = factor  # [c·d, c·d] float64, of the block as it was
-        self._taken: tuple[Tensor, Tensor] | None = None  # what was taken out since: see _take
+        self._factor: Factor | None = None  # of the block as it is
 
     @property
     def fisher(self) -> Fisher:
@@ -94,7 +98,7 @@ class ExactBlock(Called):
         if self.matrix == "hessian":
             raise ValueError(f"ExactBlock: the Hessian of {self.name!r} is not made of gradients: see observe_loss")
         g, o, d = self._shape
-        self._factored(None)
+        self._outdate()
         if column == 0:
             self._flush()
         if isinstance(gradients, Dense) and g == gradients.positions == 1 and gradients.activations == "inputs":
@@ -115,7 +119,7 @@ class ExactBlock(Called):
 
         The rows are derivatives of its gradient, entry by entry. docs/math.md (17).
         """
-        self._factored(None)
+        self._outdate()
         parameters = list({parameter: None for block in blocks for parameter in block.parameters})
         size = sum(block.size for block in blocks)
         g, o, d = self._shape
@@ -137,7 +141,7 @@ class ExactBlock(Called):
     def end(self, turn: int) -> None:
         """Makes the factor; raises NotPositiveDefinite with a diagnosis."""
         del turn
-        self._lower()
+        self._factored()
 
     def directions(self, gradients: Gradients) -> Directions:
         """The query side of pairwise scores."""
@@ -148,18 +152,17 @@ class ExactBlock(Called):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._forget()
-        self._block = state["block"]
+        self._block, self._lent = state["block"], True
 
     def stand_in(self) -> None:
-        size = self.block.shape[0] * self.block.shape[1]
-        self._factored(torch.eye(size, dtype=torch.float64, device=self.block.device))
-        self._damping_used = 1.0
+        flat = self._flat(self._fitted.zero_())
+        self._factor = self._place(len(flat), flat.element_size()).stand_in(flat, self.name)
 
-    @staticmethod
-    def footprint(shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
-        """Bytes held: the block and its float64 factor; and taken beside them: nothing, it is factored in place."""
+    def footprint(self, shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
+        """Bytes held, of the block and of what of its factor stands beside it, and taken beside them in the making."""
         del table
-        return math.prod(shape) ** 2 * (item + 8), 0
+        size = math.prod(shape)
+        return self._place(size, item).footprint(size, item)
 
     @staticmethod
     def operations(size: int, n: int, columns: int, one_position: tuple[int, int, int] | None) -> float:
@@ -212,145 +215,142 @@ class ExactBlock(Called):
     def solve(self, rhs: Tensor) -> Tensor:
         """(G + λI)⁻¹ rhs for rhs [..., c, d] or [..., g, o, d], in the dtype of rhs.
 
-        Raises NotPositiveDefinite with a diagnosis.
+        Raises NotPositiveDefinite with a diagnosis, and IllConditioned where a factor in place does not do.
         """
-        columns, lower = self._columns("solve", rhs), self._lower()
-        half = torch.linalg.solve_triangular(lower, columns, upper=False)  # cholesky_solve would copy the factor
-        if self._taken is not None:
-            w, k = self._taken
-            half += w @ torch.cholesky_solve(w.T @ half, k)
-        solved = torch.linalg.solve_triangular(lower.mT, half, upper=True)
+        solved = self._factored().solve(self._columns("solve", rhs))
         return solved.T.reshape(rhs.shape).to(rhs.dtype)
 
     def sq_norms(self, gradients: Gradients) -> Tensor:
-        """g_iᵀ (G + λI)⁻¹ g_i, [n]: half the work of `solve`."""
-        parts = []
-        each = max(1, _ENTRIES // len(self._lower()))
+        """g_iᵀ (G + λI)⁻¹ g_i, [n]: half the work of `solve` where the factor stands beside the block."""
+        factor, parts = self._factored(), []
+        each = max(1, _ENTRIES // self._fitted.shape[:2].numel())
         for begin in range(0, len(gradients), each):
             columns = self._columns("sq_norms", gradients.rows(begin, begin + each).formed())
-            half = torch.linalg.solve_triangular(self._lower(), columns, upper=False)
-            norms = half.square().sum(0)
-            if self._taken is not None:
-                w, k = self._taken
-                norms += torch.linalg.solve_triangular(k, w.T @ half, upper=False).square().sum(0)
-            parts.append(norms.to(self.block.dtype))
+            parts.append(factor.sq_norms(columns).to(self._fitted.dtype))
         return torch.cat(parts)
 
     def inverse(self) -> Tensor:
         """(G + λI)⁻¹ as a matrix [c·d, c·d], float64."""
-        return torch.cholesky_inverse(self.factor)
+        return self._uncorrected().inverse()
 
     def logdet(self) -> float:
         """log det(G + λI)."""
-        total = self._lower().diagonal().log().sum()
-        if self._taken is not None:
-            total += self._taken[1].diagonal().log().sum()
-        return 2 * total.item()
+        return self._factored().logdet()
 
     def condition(self) -> float:
         """An estimate, from below, of the largest over the smallest eigenvalue of G + λI, by Lanczos' method."""
-        size, place = len(self._lower()), self.block.device
-        flat, shape = self.block.view(size, size), self.block.shape[:2]
-        largest = extreme_eigenvalues(lambda v: (flat @ v.to(flat)).double(), size, place)[1] + self.damping_used
-        return largest * extreme_eigenvalues(lambda v: self.solve(v.view(shape)).flatten(), size, place)[1]
+        factor, flat = self._factored(), self._flat(self._fitted)
+        largest = eigenvalue_range(flat)[1] + factor.damping
+        return largest * extreme_eigenvalues(lambda v: factor.solve(v[:, None])[:, 0], len(flat), flat.device)[1]
 
     @property
     def block(self) -> Tensor:
-        """G without damping, [c, d, c, d]."""
+        """G without damping, [c, d, c, d]; a copy where a factor stands in its square."""
+        block = self._fitted
+        if self._factor is not None and self._factor.in_place:
+            block = block.clone()
+            triangles.restore(self._flat(block))
+        else:
+            self._lent = True
+        return block
+
+    @property
+    def factor(self) -> Tensor:
+        """Lower Cholesky factor of G + λI, [c·d, c·d] float64; a copy of what stands in the block's own square."""
+        return self._uncorrected().lower()
+
+    @property
+    def damping_used(self) -> float:
+        """λ of the factor: the number given, or what "auto" found."""
+        return self._factored().damping
+
+    @property
+    def in_place_used(self) -> bool:
+        """Whether the factor stands in the block's own square: as given, or what "auto" came to."""
+        return self._factored().in_place
+
+    @property
+    def _fitted(self) -> Tensor:
+        """The block, which need not be whole: see `_forget`."""
         self._flush()
         if self._block is None:
             raise ValueError("ExactBlock: not fitted; call fit first")
         return self._block
 
-    @property
-    def factor(self) -> Tensor:
-        """Lower Cholesky factor of G + λI, [c·d, c·d] float64."""
-        if self._taken is not None:
-            self._factored(None)
-        return self._lower()
+    @staticmethod
+    def _flat(block: Tensor) -> Tensor:
+        return block.view(math.isqrt(block.numel()), -1)
 
-    @property
-    def damping_used(self) -> float:
-        """λ of the factor: the number given, or what "auto" found."""
-        self._lower()
-        return self._damping_used
-
-    def _lower(self) -> Tensor:
-        """The factor of G + λI, or of what it was before what `_taken` knows of was taken out."""
+    def _factored(self) -> Factor:
+        """The factor of G + λI."""
         if self._factor is None:
-            c, d = self.block.shape[:2]
-            self._factor, self._damping_used = factorize(self.block.view(c * d, c * d), self.damping, self.name)
+            block = self._fitted
+            place = self._place(math.isqrt(block.numel()), block.element_size())
+            if place.in_place and self._lent:
+                self._block, self._lent = block.clone(memory_format=torch.contiguous_format), False
+            self._factor = place.of(self._flat(self._fitted), self.damping, self.name)
         return self._factor
 
+    def _uncorrected(self) -> Factor:
+        if self._factored().corrected:
+            self._outdate()
+        return self._factored()
+
+    def _outdate(self) -> None:
+        """Before the block changes: it is made whole, and what factor it had is one of it no longer."""
+        if self._factor is not None:
+            self._factor.release()
+        self._factor = None
+
+    def _place(self, size: int, item: int) -> type[Beside] | type[Within]:
+        """Where the factor of a block of `size` parameters stands, or will."""
+        if self.in_place != "auto":
+            return Within if self.in_place else Beside
+        held = self._block if self._pending is None else self._pending[0]
+        room = available_bytes(torch.device("cpu") if held is None else held.device)
+        need = Beside.footprint(size, item)[0] - (0 if self._block is None else self._block.nbytes)
+        return Beside if room is None or need <= room else Within
+
     def _columns(self, op: str, rhs: Tensor) -> Tensor:
-        c, d = self.block.shape[:2]
+        c, d = self._fitted.shape[:2]
         if rhs.dim() >= 3 and rhs.shape[-3:] == self._shape:
             rhs = rhs.flatten(-3, -2)
         if rhs.shape[-2:] != (c, d):
             raise ValueError(f"ExactBlock.{op}: rhs must be [..., c={c}, d={d}], got {list(rhs.shape)}")
-        return rhs.reshape(-1, c * d).T.to(self.block.device, torch.float64)
+        return rhs.reshape(-1, c * d).T.to(self._fitted.device, torch.float64)
 
     def _add(
         self, name: str, inputs: Tensor, logits: Tensor, labels: Tensor | None, weights: Tensor | None, sign: int
     ) -> ExactBlock:
         op = f"ExactBlock.{name}"
         check_layer(op, inputs, logits)
-        (n, d), c = inputs.shape, logits.shape[1]
+        d, c = inputs.shape[1], logits.shape[1]
         if labels is not None:
-            check_labels(op, labels, n, c)
+            check_labels(op, labels, len(inputs), c)
         elif self.matrix == "empirical_fisher":
             raise ValueError(f"{op}: matrix='empirical_fisher' needs labels")
         if self._block is not None and self._block.shape != (c, d, c, d):
             held = list(self._block.shape[:2])
             raise ValueError(f"{op}: a batch must agree with the block's [c, d] = {held}, got [{c}, {d}]")
-        weights = inputs.new_full((n,), 1 / n) if weights is None else weights.to(inputs)
-        if weights.shape != (n,) or not bool((weights.isfinite() & (weights >= 0)).all()):
-            raise ValueError(f"{op}: weights must be [n={n}], finite and >= 0, got shape {list(weights.shape)}")
-        finite = inputs.isfinite().all(1) & logits.isfinite().all(1)
-        if not bool(finite.all()):
-            raise ValueError(f"{op}: inputs and logits must be finite, row {int((~finite).nonzero()[0])} is not")
+        weights = check_values(op, inputs, logits, weights)
         probs = logits.to(inputs.dtype).softmax(1)
         # Nothing is changed before a batch has passed every check: a refused one leaves the block as it was.
         block = self._block_for(inputs, (c, d))
+        if sign > 0 or (self._factor is not None and self._factor.in_place):
+            self._outdate()
         if sign > 0 and self.matrix != "empirical_fisher":
             self._block = ops.ggn_block(inputs, probs, weights, out=block)
-            self._factored(None)
             return self
-        if self.matrix == "empirical_fisher":
-            assert labels is not None
-            roots = output_grads(probs, labels)[:, :, None]
-        else:
-            roots = output_roots(probs)
+        empirical = labels if self.matrix == "empirical_fisher" else None
+        roots = output_roots(probs) if empirical is None else output_grads(probs, empirical)[:, :, None]
         roots = roots * weights.sqrt()[:, None, None]  # [n, c, s]
         each = max(1, _ENTRIES // (c * c))
         for part, x in zip(roots.split(each), inputs.split(each), strict=True):
             ops.kronecker_block(x, sign * part @ part.mT, out=block)
         self._block = block
-        if sign > 0:
-            self._factored(None)
-        else:
-            self._take(inputs, roots)
+        if self._factor is not None and (self.damping == "auto" or not self._factor.take(inputs, roots)):
+            self._factor = None
         return self
-
-    def _take(self, inputs: Tensor, roots: Tensor) -> None:
-        """Takes V Vᵀ out of what the factor stands for, the columns of V being roots[i, :, s] ⊗ inputs[i].
-
-        With L Lᵀ = A and W = L⁻¹V, (A − V Vᵀ)⁻¹ = L⁻ᵀ (I + W (I − WᵀW)⁻¹ Wᵀ) L⁻¹: W and the Cholesky factor of I − WᵀW
-        are kept beside L. docs/math.md (14).
-        """
-        lower, taken, self._taken = self._factor, self._taken, None
-        count = roots.shape[0] * roots.shape[2] + (0 if taken is None else taken[0].shape[1])
-        if lower is None or self.damping == "auto" or count > _LOW_RANK * len(lower):
-            self._factor = None
-            return
-        v = torch.einsum("ncs,nd->cdns", roots.to(lower), inputs.to(lower)).reshape(len(lower), -1)
-        w = torch.linalg.solve_triangular(lower, v, upper=False)
-        w = w if taken is None else torch.cat([taken[0], w], 1)
-        k, info = torch.linalg.cholesky_ex(torch.eye(count, dtype=w.dtype, device=w.device) - w.T @ w)
-        if info.item() or k.diagonal().min().item() ** 2 < _SMALLEST_PIVOT:
-            self._factor = None
-        else:
-            self._taken = w, k
 
     def _flush(self) -> None:
         """Adds what is pending to the block."""
@@ -370,15 +370,21 @@ class ExactBlock(Called):
     def _check_room(self, shape: tuple[int, int], like: Tensor) -> None:
         item, room = like.element_size(), available_bytes(like.device)
         whole = self._shape if math.prod(self._shape) == math.prod(shape) else (1, *shape)
-        need, _ = self.footprint(whole, False, item)
+        size, gib = math.prod(whole), 2**30
+        place = Within if self.in_place else Beside  # "auto" asks for no more than it can do with
+        need = sum(place.footprint(size, item))
         if room is None or need <= room:
             return
-        size, gib = math.prod(whole), 2**30
-        others = {"KFAC or EKFAC": sum(KFAC.footprint(whole, False, item)), "Diagonal": 2 * size * item}
+        others = {
+            "in_place=True": sum(Within.footprint(size, item)),
+            "KFAC or EKFAC": sum(KFAC.footprint(whole, False, item)),
+            "Diagonal": 2 * size * item,
+        }
         fits = [f"; {name} takes {taken / gib:.3g} GiB" for name, taken in others.items() if taken <= room]
+        take, each = ("with its factor in place takes", item) if self.in_place else ("and factor take", item + 8)
         raise MemoryError(
-            f"ExactBlock: {self.name!r} has {size:,} parameters, so that its block and factor take "
-            f"{need / gib:.3g} GiB ({size:,} squared times {item + 8} bytes), of which {room / gib:.3g} GiB can be had"
+            f"ExactBlock: {self.name!r} has {size:,} parameters, so that its block {take} "
+            f"{need / gib:.3g} GiB ({size:,} squared times {each} bytes), of which {room / gib:.3g} GiB can be had"
             + "".join(fits[:1])
         )
 
@@ -390,37 +396,3 @@ def _add_rows(flat: Tensor, rows: Tensor, weights: Tensor) -> None:
         ops.kronecker_block(rows, weights[:, None, None], out=flat.view(1, size, 1, size))
     else:
         flat.addmm_((rows * weights[:, None]).T, rows)
-
-
-def check_layer(op: str, inputs: Tensor, logits: Tensor) -> None:
-    if logits.dim() != 2 or inputs.dim() != 2 or logits.shape[0] != inputs.shape[0]:
-        raise ValueError(
-            f"{op}: inputs must be [n, d] and logits [n, c], got {list(inputs.shape)} and {list(logits.shape)}"
-        )
-    if inputs.shape[0] == 0:
-        raise ValueError(f"{op}: inputs must hold at least one example, got 0")
-    if inputs.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{op}: inputs must be float32 or float64, got {inputs.dtype}")
-
-
-def check_labels(op: str, labels: Tensor, n: int, c: int) -> None:
-    if labels.dtype != torch.int64 or labels.shape != (n,):
-        raise ValueError(f"{op}: labels must be int64 [n={n}], got {labels.dtype} {list(labels.shape)}")
-    if n and not 0 <= int(labels.min()) <= int(labels.max()) < c:
-        raise ValueError(f"{op}: labels must be in [0, c={c}), got {int(labels.min())} to {int(labels.max())}")
-
-
-def output_grads(probs: Tensor, labels: Tensor) -> Tensor:
-    """Gradients of softmax cross-entropy with respect to the logits, p_i − y_i, [n, c]."""
-    residuals = probs.clone()
-    residuals[torch.arange(len(labels), device=labels.device), labels] -= 1
-    return residuals
-
-
-def output_roots(probs: Tensor) -> Tensor:
-    """Columns r_is with Σ_s r_is r_isᵀ = diag(p_i) − p_i p_iᵀ, [n, c, s]: √p_is (e_s − p_i), docs/math.md (15)."""
-    scale = probs.sqrt()
-    roots = -probs[:, :, None] * scale[:, None, :]
-    others = probs @ (1 - torch.eye(probs.shape[1], dtype=probs.dtype, device=probs.device))  # 1 − p with its digits
-    roots.diagonal(dim1=1, dim2=2).copy_(others * scale)
-    return roots
