@@ -47,7 +47,7 @@ class Passes:
         self.device = places.pop() if device is None else torch.empty(0, device=device).device
         self.batch_size, self.autocast = batch_size, autocast
         self.allow_train_mode, self.progress = allow_train_mode, progress
-        self._together = min(_TOGETHER, max(_LEAST, memory // 4))
+        self.slice_bytes = min(_TOGETHER, max(_LEAST, memory // 4))  # of these inputs and outputs, at a time
         self._example_bytes = 0  # of inputs and outputs of covered layers
 
     @contextmanager
@@ -106,7 +106,7 @@ class Passes:
         """
         if self.device.type != "cpu" or self.allow_train_mode:
             return n
-        parts = max(1, math.ceil(n * self._example_bytes / self._together))
+        parts = max(1, math.ceil(n * self._example_bytes / self.slice_bytes))
         return math.ceil(n / parts)
 
     def slices(self, x: Any, y: Any) -> Iterator[tuple[slice, Any, Any]]:

@@ -338,6 +338,8 @@ def settings_of(
         "parts": parts,
         "query groups": None if query_groups is None else fingerprint([query_groups]),
         "curvature state": fingerprint((*influence.state_dict().values(), *_multiplied(influence))),
+        "factors in place": _in_place(influence),
+        "slices": influence.passes.slice_bytes,
         "query": _first_batch(query, influence.passes.batch_size),
         "rows": [*range(0, height, rows), height],
         "columns": _borders(lengths[1], max(widest, BLOCK_BYTES // (rows * item))),
@@ -372,6 +374,12 @@ def fit_settings(influence: Influence, train: Any) -> dict[str, Any]:
 def _multiplied(influence: Influence) -> Iterable[Tensor]:
     """The subset with whose curvature solves multiply, which no state holds."""
     return influence.subset if influence.parts.needs_data and influence.subset is not None else ()
+
+
+def _in_place(influence: Influence) -> list[str]:
+    """Exact blocks whose factor stands in their own square: as near, but not the same to the bit."""
+    fitted = [curvature.by_block for _, curvature in influence.at_checkpoints()]
+    return sorted({name for by in fitted for name, block in by.items() if getattr(block, "in_place_used", False)})
 
 
 def _positions(influence: Influence, train: Any) -> int:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fastif import CG, EKFAC, KFAC, Diagonal, Identity, Influence, LiSSA, ScoreFolder, store
+from fastif import CG, EKFAC, KFAC, Diagonal, ExactBlock, Identity, Influence, LiSSA, ScoreFolder, store
 from fastif.samplers import Subset
 from tests.stored import BATCH, FORMS, PARTS, QUERY_GROUPS, N, Q, bits, fitted, problem, tokens, walked
 
@@ -258,6 +258,21 @@ def test_other_subsets_and_ranks_are_refused(tmp_path):
     with pytest.raises(ValueError, match="curvature state was '[0-9a-f]{16}', is '[0-9a-f]{16}'") as caught:
         influence.scores(query, train, out=tmp_path, resume=True)
     assert str(caught.value).count(" was ") == 1
+
+
+def test_what_changes_only_the_last_bits_is_refused(tmp_path, monkeypatch):
+    """Slices of a batch, and where a factor came to stand."""
+    model, query, train = problem()
+    fitted(model, train, memory=1 << 27).scores(query, train, out=tmp_path / "slices")
+    with pytest.raises(ValueError, match=r"settings and cannot be resumed: slices was 16777216, is 2097152$"):
+        fitted(model, train, memory=1 << 23).scores(query, train, out=tmp_path / "slices", resume=True)
+    fitted(model, train, curvature=ExactBlock()).scores(query, train, out=tmp_path / "factors")
+    room = iter([1 << 30])  # to allocate the block, and none when its factor is made
+    monkeypatch.setattr("fastif.curvature.exact_block.available_bytes", lambda _: next(room, 0))
+    influence = fitted(model, train, curvature={"2": ExactBlock()}, layers="2")
+    assert influence.curvature["2"].in_place_used
+    with pytest.raises(ValueError, match=r"factors in place was \[\], is \['2'\]"):
+        influence.scores(query, train, out=tmp_path / "factors", resume=True)
 
 
 @pytest.mark.parametrize("curvature", [CG(), LiSSA(1.0, scale=10.0)])

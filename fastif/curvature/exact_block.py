@@ -16,6 +16,7 @@ from fastif.curvature.cholesky import check_damping, eigenvalue_range, extreme_e
 from fastif.curvature.directions import Directions, Explicit
 from fastif.curvature.factor import Beside, Factor, Within
 from fastif.curvature.kfac import KFAC
+from fastif.curvature.rows import Rows
 from fastif.curvature.softmax import check_labels, check_layer, check_values, output_grads, output_roots
 from fastif.gradients import Dense, Gradients
 from fastif.layers import Block
@@ -24,7 +25,7 @@ from fastif.measure import available_bytes
 
 Matrix = Literal["ggn", "hessian", "empirical_fisher"]
 _ENTRIES = 1 << 22  # of gradients, or of outputs' Hessians, that are formed at a time where they have to be
-_ROWS = 1024  # gradients per product where they have to be formed
+_ROWS = 256  # gradients at a time where they have to be formed
 
 
 class ExactBlock(Called):
@@ -79,6 +80,7 @@ class ExactBlock(Called):
     def _forget(self) -> None:
         self._block: Tensor | None = None  # [c, d, c, d]; its lower triangle alone where a factor stands in it
         self._lent = False  # whether others may hold the block: then no factor may stand in it
+        self._rows = Rows()
         self._pending: tuple[Tensor, Tensor] | None = None  # inputs [n, d] and outputs' Hessians [n, o, o] of a batch
         self._factor: Factor | None = None  # of the block as it is
 
@@ -112,7 +114,7 @@ class ExactBlock(Called):
         for begin in range(0, len(gradients), _ROWS):
             rows = gradients.rows(begin, begin + _ROWS).formed().flatten(1)
             self._block = self._block_for(rows, (g * o, d))
-            _add_rows(self._block.view(rows.shape[1], rows.shape[1]), rows, weights[begin : begin + _ROWS].to(rows))
+            self._rows.add(rows, weights[begin : begin + _ROWS], self._block)
 
     def observe_loss(self, total: Tensor, blocks: Sequence[Block]) -> None:
         """Adds the Hessian of `total`, a batch's part of the mean loss, over the parameters of `blocks`.
@@ -273,6 +275,7 @@ class ExactBlock(Called):
     def _fitted(self) -> Tensor:
         """The block, which need not be whole: see `_forget`."""
         self._flush()
+        self._rows.end(self._block)
         if self._block is None:
             raise ValueError("ExactBlock: not fitted; call fit first")
         return self._block
@@ -387,12 +390,3 @@ class ExactBlock(Called):
             f"{need / gib:.3g} GiB ({size:,} squared times {each} bytes), of which {room / gib:.3g} GiB can be had"
             + "".join(fits[:1])
         )
-
-
-def _add_rows(flat: Tensor, rows: Tensor, weights: Tensor) -> None:
-    """Adds rowsᵀ diag(weights) rows to flat [P, P]: half of a matrix product where a kernel makes one triangle."""
-    if rows.device.type == "cpu" and rows.dtype == torch.float32:
-        size = rows.shape[1]
-        ops.kronecker_block(rows, weights[:, None, None], out=flat.view(1, size, 1, size))
-    else:
-        flat.addmm_((rows * weights[:, None]).T, rows)
