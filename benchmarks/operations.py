@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,13 +39,15 @@ def counted() -> Iterator[FlopCounterMode]:
         yield counter
 
 
+def processor_seconds(work: Callable[[], object]) -> float:
+    start = time.process_time()
+    work()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.process_time() - start
+
+
 def products_per_second() -> float:
     """Operations of a float32 matrix product in a second of the processor."""
-    square, best = torch.randn(2048, 2048, device=DEVICE), float("inf")
-    for _ in range(5):
-        start = time.process_time()
-        _ = square @ square
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.process_time() - start)
-    return 2 * 2048**3 / best
+    square = torch.randn(2048, 2048, device=DEVICE)
+    return 2 * 2048**3 / min(processor_seconds(lambda: square @ square) for _ in range(5))

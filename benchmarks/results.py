@@ -252,18 +252,16 @@ def influence_table(name: str) -> str:
             shown = f"**fastif**, `{who}`" if who.startswith("memory") else shown
             lines.append(f"| {label} | {shown} | {stages} | {share} | {row['peak_mib']:.0f} |")
             label = ""
-        limit = extra["seconds_of_products"]
-        lines.append(
-            f"| | *matrix products of it, at the machine's rate* | | | | {limit:.1f} ({limit / whole:.2g}×) | |"
-        )
+        parts = extra["necessary"]
+        least, of = sum(parts.values()), ", ".join(f"{seconds:.1f} of {name}" for name, seconds in parts.items())
+        lines.append(f"| | *the least: {of}* | | | | {least:.1f} ({least / whole:.2g}×) | |")
     machine = results["machine_info"]
     lines += [
         "",
         "EK-FAC with the empirical Fisher; processor seconds of all threads, in brackets as a multiple of fastif's "
         "for the same stages; peers drawn on from two smaller numbers of training examples. Scores of kronfluence and "
-        "fastif correlate by at least 0.9999, which is asserted. Matrix products: what fastif, exactly, would take if "
-        "it did its matrix products and convolutions, and nothing else, at the rate of a large product in the same "
-        "run. "
+        "fastif correlate by at least 0.9999, which is asserted. The least: what four bare passes through the model "
+        "took in the same run, eigenvectors of such sizes, and all other matrix products at the rate of a large one. "
         f"{machine['cpu'].get('brand_raw', 'CPU')}, {machine['threads']} threads, {machine['build']['isa']}, torch "
         f"{machine['torch']}, {results['datetime'][:10]}. Made by `make bench-influence`.",
     ]
