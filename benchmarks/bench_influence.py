@@ -29,12 +29,13 @@ from torch.utils.data import TensorDataset
 
 import fastif
 from benchmarks.conftest import DEVICE
-from benchmarks.operations import counted, processor_seconds, products_per_second
+from benchmarks.operations import counted, products_per_second, seconds_of
 from fastif.measure import Measure
 
 DATA = os.environ.get("FASTIF_DATA")
 SCALE = float(os.environ.get("FASTIF_BENCH_SCALE", "1"))
 DAMPING = 1e-3
+CLOCK = "cpu_seconds" if DEVICE.type == "cpu" else "wall_seconds"  # what ratios are taken of
 
 pytestmark = [
     pytest.mark.skipif(DATA is None, reason="FASTIF_DATA names no folder with data sets"),
@@ -57,11 +58,12 @@ class Work(NamedTuple):
 
 def trained(model: nn.Module, x: Tensor, y: Tensor, loss: str, epochs: int = 1) -> nn.Module:
     torch.manual_seed(0)
+    model = model.to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for _ in range(epochs):
         for rows in torch.randperm(len(x)).split(64):
             optimizer.zero_grad()
-            summed(loss, model(x[rows]), y[rows]).div(len(rows)).backward()
+            summed(loss, model(x[rows].to(DEVICE)), y[rows].to(DEVICE)).div(len(rows)).backward()
             optimizer.step()
     return model.eval()
 
@@ -147,7 +149,7 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.words(tokens) + self.places(torch.arange(tokens.shape[1]))
+        x = self.words(tokens) + self.places(torch.arange(tokens.shape[1], device=tokens.device))
         return self.head(self.norm(self.blocks(x)))
 
 
@@ -303,17 +305,17 @@ def necessary(work: Work, n: int) -> dict[str, float]:
     def one_pass():
         for x, y in zip(*(part[:n].split(each) for part in work.train), strict=True):
             outputs.clear()
-            summed(work.loss, model(x), y).backward()
+            summed(work.loss, model(x.to(DEVICE)), y.to(DEVICE)).backward()
 
     with counted() as of_pass:
         one_pass()
     with counted() as of_all:
         run_fastif(work, n)
     products = (of_all.get_total_flops() - 4 * of_pass.get_total_flops()) / products_per_second()
-    moments = [torch.eye(size, dtype=torch.float64) + 1 / size for _, o, d in shapes for size in (o, d)]
+    moments = [torch.eye(size, dtype=torch.float64, device=DEVICE) + 1 / size for _, o, d in shapes for size in (o, d)]
     moments = [moment + 1e-3 * torch.randn_like(moment) for moment in moments]
-    bases = processor_seconds(lambda: [torch.linalg.eigh(moment) for moment in moments])
-    return {"passes": 4 * processor_seconds(one_pass), "eigenvectors": bases, "products": products}
+    bases = seconds_of(lambda: [torch.linalg.eigh(moment) for moment in moments])
+    return {"passes": 4 * seconds_of(one_pass), "eigenvectors": bases, "products": products}
 
 
 def drawn_on(small: dict[str, float], large: dict[str, float], parts: tuple[int, int], n: int) -> dict[str, float]:
@@ -372,23 +374,23 @@ def test_influence(benchmark, capsys, make):
         }  # fmt: skip
     floor = necessary(work, n)
     ratio = {
-        f"{peer} / {kind}": sum(theirs["cpu_seconds"].values())
-        / sum(seconds for stage, seconds in mine["cpu_seconds"].items() if stage in theirs["cpu_seconds"])
+        f"{peer} / {kind}": sum(theirs[CLOCK].values())
+        / sum(seconds for stage, seconds in mine[CLOCK].items() if stage in theirs[CLOCK])
         for peer, theirs in peers.items()
         for kind, mine in ours.items()
     }
     benchmark.pedantic(lambda: None, rounds=1)
     benchmark.extra_info.update(
         n=n, q=len(work.query[0]), parameters=sum(p.numel() for p in work.model.parameters()), parts=work.parts,
-        batch=work.batch, stage_peaks_mib=exact.peaks, fastif=ours, peers=peers, cpu_ratio=ratio,
-        necessary=floor, share_of_limit=sum(floor.values()) / sum(exact.seconds.values()),
+        batch=work.batch, stage_peaks_mib=exact.peaks, fastif=ours, peers=peers, ratio=ratio,
+        necessary=floor, share_of_limit=sum(floor.values()) / sum(ours["exact"][CLOCK].values()),
     )  # fmt: skip
     with capsys.disabled():
         print(f"\n{make.__name__}: {n} train x {len(work.query[0])} queries")
         for name, row in {**ours, **peers}.items():
-            stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in row["cpu_seconds"].items())
-            print(f"  {name:12} CPU s: {stages}; peak {row['peak_mib']:.0f} MiB")
-        print("  necessary   CPU s: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in floor.items()))
+            stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in row[CLOCK].items())
+            print(f"  {name:12} s: {stages}; peak {row['peak_mib']:.0f} MiB")
+        print("  necessary    s: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in floor.items()))
         print("  " + ", ".join(f"{name}: {value:.1f}x" for name, value in ratio.items()))
 
 

@@ -9,6 +9,7 @@ goes to benchmarks/results/gpu-<device>-<date>.json. Exit status: 0 all stages p
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import os
 import re
@@ -183,6 +184,20 @@ def sanitize(stages: Stages, tool: str, reserve: float) -> None:
         row.update(passed=None, note="no filter by kernel name: all kernels instead")
 
 
+def against_kronfluence(stages: Stages, reserve: float) -> list[dict[str, Any]]:
+    """EK-FAC from end to end on a tenth of the data, where the peer and the data were brought."""
+    name = "EK-FAC against kronfluence"
+    if importlib.util.find_spec("kronfluence") is None or "FASTIF_DATA" not in os.environ:
+        stages.add(name, rc=None, seconds=0.0, passed=None, note="needs kronfluence, and FASTIF_DATA for the data sets")
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "benchmarks.json"
+        command = [*PYTEST, "-s", "benchmarks/bench_influence.py", "-k", "test_influence", "--benchmark-enable"]
+        command += [f"--benchmark-json={out}"]
+        stages.run(name, command, limit=100, reserve=reserve, FASTIF_BENCH_SCALE="0.1")
+        return figures(out)
+
+
 def figures(path: Path) -> list[dict[str, Any]]:
     if not path.exists() or not path.read_text().strip():
         return []
@@ -221,7 +236,8 @@ def main() -> int:
         stages.run("tests on CUDA", [*PYTEST, "tests/ops/test_cuda.py"], limit=120, reserve=150)
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "benchmarks.json"
-            command = [*PYTEST, "-s", "benchmarks", "--benchmark-enable", f"--benchmark-json={out}"]
+            ops = [*PYTEST, "-s", "benchmarks", "--ignore=benchmarks/bench_influence.py"]
+            command = [*ops, "--benchmark-enable", f"--benchmark-json={out}"]
             stages.run("benchmarks", command, limit=120, reserve=100)
             rows = figures(out)
         with tempfile.TemporaryDirectory() as folder:
@@ -234,8 +250,9 @@ def main() -> int:
             command = [sys.executable, "-c", code, str(bandwidth), str(out)]
             if bandwidth and stages.run("farthest_first at scale", command, limit=90, reserve=100):
                 rows += json.loads(out.read_text())
-        sanitize(stages, "memcheck", reserve=60)
-        sanitize(stages, "racecheck", reserve=20)
+        rows += against_kronfluence(stages, reserve=130)
+        for tool, reserve in (("memcheck", 90), ("racecheck", 60), ("synccheck", 40), ("initcheck", 20)):
+            sanitize(stages, tool, reserve)
         rest = [*PYTEST, "tests", "--ignore=tests/emulator", "--deselect", "tests/ops/test_cuda.py"]
         stages.run("all other tests", rest, limit=BUDGET)
 
@@ -263,6 +280,8 @@ def main() -> int:
         if ours is not None:
             of_limits = "".join(f"  {share:.0%} of {limit}" for limit, share in shares.items() if share)
             print(f"  {row['name']:40s} {ours:8.4f} s{of_limits}")
+        elif "ratio" in row:
+            print(f"  {row['name']:40s} " + ", ".join(f"{value:.1f}x {of}" for of, value in row["ratio"].items()))
     for row in stages.rows:
         verdict = {True: "passed", False: "FAILED", None: "left out"}[row["passed"]]
         print(f"  {row['name']:20s} {verdict:8s} {row['seconds']:7.1f} s  {row['note']}")

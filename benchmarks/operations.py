@@ -39,15 +39,17 @@ def counted() -> Iterator[FlopCounterMode]:
         yield counter
 
 
-def processor_seconds(work: Callable[[], object]) -> float:
-    start = time.process_time()
+def seconds_of(work: Callable[[], object]) -> float:
+    """Of the processor, all threads together; of a GPU those on the clock."""
+    clock = time.process_time if DEVICE.type == "cpu" else time.perf_counter
+    start = clock()
     work()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    return time.process_time() - start
+    return clock() - start
 
 
 def products_per_second() -> float:
-    """Operations of a float32 matrix product in a second of the processor."""
+    """Operations of a large float32 matrix product in a second, as `seconds_of` counts them."""
     square = torch.randn(2048, 2048, device=DEVICE)
-    return 2 * 2048**3 / min(processor_seconds(lambda: square @ square) for _ in range(5))
+    return 2 * 2048**3 / min(seconds_of(lambda: square @ square) for _ in range(5))
