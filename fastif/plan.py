@@ -61,6 +61,7 @@ class Plan(NamedTuple):
     q: int = 0  # queries, where they were given; these two are peaks, and None as for fit and where products are made:
     score_bytes: int | None = None  # of scores, [q, n] itself included where it is on the device
     self_bytes: int | None = None  # of self_influence
+    score_passes: int | None = None  # of scores over the training data; None where products are made
 
     def __str__(self) -> str:
         covered = "\n".join(f"  {name} {list(shape)}" for name, shape in self.covered.items()) or "  none"
@@ -70,7 +71,9 @@ class Plan(NamedTuple):
             "unknown" if taken is None else f"{taken / 2**20:.1f} MiB"
             for taken in (self.fit_bytes, self.score_bytes, self.self_bytes)
         )
-        queries = f"\n{self.q:,} queries; scores: peak {scores}; self-influence: peak {own}" if self.q else ""
+        passes = "passes" if self.score_passes != 1 else "pass"
+        over = "" if self.score_passes is None else f" in {self.score_passes:,} {passes} over the training data"
+        queries = f"\n{self.q:,} queries; scores: peak {scores}{over}; self-influence: peak {own}" if self.q else ""
         most = "at most " if self.multiplying else ""
         solve = "" if self.solve_bytes is None else f" and {self.solve_bytes / 2**20:.2f} MiB"
         solve = f", solved for with at most {self.solve_flops / 1e9:.1f} GFLOP{solve}" if self.solve_flops else ""
@@ -145,20 +148,21 @@ def plan(influence: Influence, train: Any, query: Any | None, rank: int | None) 
     q = count(query, influence.passes.batch_size)
     if multiplying:
         return made._replace(q=q)
-    scores, own = _rehearsed(influence, probe.curvature, query, train, n, rank)
+    scores, own, held = _rehearsed(influence, probe.curvature, query, train, n, rank)
     scored = q * n * item if influence.device.type == "cpu" else 0
     return made._replace(
         q=q,
         score_bytes=None if scores is None else scores + scored,
         self_bytes=None if own is None else own + n * item,
+        score_passes=-(-q // held) * len(influence.checkpoints or [None]),
     )
 
 
 def _rehearsed(
     influence: Influence, curvature: NetworkCurvature, query: Any, train: Any, n: int, rank: int | None
-) -> tuple[int | None, int | None]:
+) -> tuple[int | None, int | None, int]:
     """Peak bytes of the first two blocks of queries times two batches of training examples, and of the latter's
-    self-influence: from then on, whatever is held at a time has been held."""
+    self-influence: from then on, whatever is held at a time has been held. And how many queries the first block has."""
     for part in curvature.parts.values():
         part.memory = influence.memory
         part.stand_in()
@@ -173,15 +177,16 @@ def _rehearsed(
         made._fitted, made.n = [copy.deepcopy(curvature)], n
         return made
 
-    one = fitted()
+    one, held = fitted(), 0
     with Measure(influence.device) as scoring, closing(tiles(one, query, first, rank=rank)) as made:
         for tile in made:
             if tile.query > 0:
                 break
+            held = len(tile.values[""])
     one = fitted()
     with Measure(influence.device) as own:
         one.self_influence(first)
-    return scoring.peak_bytes, own.peak_bytes
+    return scoring.peak_bytes, own.peak_bytes, held
 
 
 class _First:

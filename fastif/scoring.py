@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastif.capture import dtype_of
-from fastif.curvature import Directions, Explicit, LowRank
+from fastif.curvature import KFAC, Directions, Explicit, LowRank
 from fastif.curvature.directions import Factors
 from fastif.curvature.network import NetworkCurvature
-from fastif.data import count
+from fastif.data import as_loader, count
 from fastif.gradients import Gradients
 
 if TYPE_CHECKING:
@@ -46,10 +46,11 @@ def tiles(
         raise ValueError(f"scores: rank must be at least 1, got {rank}")
     influence.rank_error = 0.0
     share = influence.n * len(influence.at_checkpoints())
+    total = count(query, influence.passes.batch_size) if query_groups is None else int(query_groups.max()) + 1
     for checkpoint, curvature in influence.at_checkpoints():
         with influence.passes.running(checkpoint):
-            for first, held in _query_blocks(influence, query, curvature, query_groups, rank, by == "token"):
-                for start, _, gradients in influence.passes.gradients(train, "scores"):
+            for first, held in _query_blocks(influence, query, total, curvature, query_groups, rank, by == "token"):
+                for start, _, gradients in influence.passes.gradients(train, _of_queries(first, held, total)):
                     parts = {}
                     for name, g in gradients.items():
                         dots = _by_position if by == "token" else _dots
@@ -59,6 +60,28 @@ def tiles(
                     del gradients  # before those of the next batch come
                     yield Tile(first, start, parts if by == "layer" else {"": _added(parts.values())})
                 held.clear()  # before the next queries are held
+
+
+def _of_queries(first: int, held: Mapping[str, list[Directions]], total: int) -> str:
+    """What a pass over the training data is for, to be shown."""
+    rows = sum(map(len, next(iter(held.values()))))
+    return "scores" if rows == total else f"scores, queries {first + 1:,} to {first + rows:,} of {total:,}"
+
+
+def query_bytes(influence: Influence, query: Any, rank: int | None, by: By) -> int:
+    """Of what is held of a query at least, as the first batch has it."""
+    item, blocks = dtype_of(influence.model).itemsize, influence.capture.blocks
+    if rank is not None:
+        return item * sum(b.shape[0] * min(rank, *b.shape[1:]) * sum(b.shape[1:]) for b in blocks.values())
+    checkpoint, curvature = influence.at_checkpoints()[0]
+    numbers = {name: block.size for name, block in blocks.items()}
+    factored = {name for name, estimator in curvature.by_block.items() if isinstance(estimator, KFAC)}
+    if factored and by != "token":
+        batch = next(iter(as_loader(query, influence.passes.batch_size)))
+        with influence.passes.running(checkpoint):
+            (_, _, gradients), *_ = influence.passes.gradients([batch], "positions", influence.measurement)
+        numbers.update({name: Factors.size(gradients[name]) or numbers[name] for name in factored})
+    return item * sum(numbers.values())
 
 
 def assembled(
@@ -97,6 +120,7 @@ def assembled(
 def _query_blocks(
     influence: Influence,
     query: Any,
+    total: int,
     curvature: NetworkCurvature,
     groups: Tensor | None,
     rank: int | None,
@@ -108,8 +132,7 @@ def _query_blocks(
         return
     whole = sum(block.size for block in influence.capture.blocks.values()) * dtype_of(influence.model).itemsize
     each = max(1, min(influence.memory // 4, _MADE) // whole)  # making them takes some copies
-    total, memory = count(query, influence.passes.batch_size), influence.memory
-    first, held, used = 0, _Held(0), 0
+    first, held, used, memory = 0, _Held(0), 0, influence.memory
     for start, n, gradients in influence.passes.gradients(query, "queries", influence.measurement):
         for begin in range(0, n, each):
             part = {name: g.rows(begin, begin + each) for name, g in gradients.items()}

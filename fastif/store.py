@@ -28,7 +28,7 @@ from fastif.capture import dtype_of
 from fastif.curvature.called import as_called
 from fastif.data import Batch, as_loader, batch_lengths, indexable, picked
 from fastif.journal import described, fingerprint, refuse_differences, remove_partial, tensors_in, whole, write_whole
-from fastif.scoring import By, Tile, check_groups, check_one_length, check_positions, tiles
+from fastif.scoring import By, Tile, check_groups, check_one_length, check_positions, query_bytes, tiles
 
 if TYPE_CHECKING:
     from fastif.influence import Influence
@@ -315,10 +315,7 @@ def settings_of(
     parts = [*influence.capture.blocks] if by == "layer" else _positions(influence, train) if by == "token" else None
     item = dtype_of(influence.model).itemsize
     lengths = [batch_lengths(data, influence.passes.batch_size) for data in (query, train)]
-    blocks = influence.capture.blocks.values()
-    each = sum(
-        item * (b.size if rank is None else b.shape[0] * min(rank, *b.shape[1:]) * sum(b.shape[1:])) for b in blocks
-    )
+    each = query_bytes(influence, query, rank, by)
     if parts is not None:  # the bytes of a score are those of all its parts
         item *= parts if isinstance(parts, int) else len(parts)
     widest, height = max(lengths[1]), sum(lengths[0])
@@ -339,7 +336,7 @@ def settings_of(
         "query groups": None if query_groups is None else fingerprint([query_groups]),
         "curvature state": fingerprint((*influence.state_dict().values(), *_multiplied(influence))),
         "factors in place": _in_place(influence),
-        "slices": influence.passes.slice_bytes,
+        "memory": influence.memory,
         "query": _first_batch(query, influence.passes.batch_size),
         "rows": [*range(0, height, rows), height],
         "columns": _borders(lengths[1], max(widest, BLOCK_BYTES // (rows * item))),

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastif import EKFAC, Influence
+from fastif import EKFAC, KFAC, Influence
 from tests.problems import clusters
 
 Q, N, BATCH = 11, 90, 8
@@ -20,9 +20,12 @@ def problem():
 
 def fitted(model, train, curvature=None, **arguments):
     """Five queries at a time fit the memory: three rows of blocks, the last of one query."""
-    memory = 5 * sum(p.numel() for p in model.parameters()) * 8
+    curvature = EKFAC() if curvature is None else curvature
+    factored = isinstance(curvature, KFAC) and not isinstance(model[-1], Mean)  # o + d numbers of each layer
+    numbers = (6 + 6) + (3 + 7) if factored else sum(p.numel() for p in model.parameters())
+    memory = 5 * numbers * 8
     settings = {"batch_size": BATCH, "memory": memory, "progress": False, **arguments}
-    return Influence(model, curvature=EKFAC() if curvature is None else curvature, **settings).fit(train)
+    return Influence(model, curvature=curvature, **settings).fit(train)
 
 
 def bits(folder):

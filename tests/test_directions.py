@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastif.scoring
-from fastif import EKFAC, KFAC, Influence, build_info
+from fastif import EKFAC, KFAC, Diagonal, Influence, build_info
 from fastif.capture import Capture
 from fastif.curvature import Explicit
 from fastif.curvature.directions import Factors
@@ -87,11 +87,30 @@ def test_whatever_the_form_the_scores_are_the_definitions(make, estimator, forms
             assert forms == [{**forms[0], name: [form]}]
 
 
-def test_all_queries_are_in_one_pass_where_their_factors_fit(forms):
+@pytest.mark.parametrize(("curvature", "passes"), [(KFAC(1e-2), 1), (Diagonal(1e-2), 4)])
+def test_passes_over_the_training_data_are_as_many_as_planned(forms, capsys, curvature, passes):
+    """Of factors all queries are there at once; of matrices six."""
     model, data = by_words()
     size = sum(p.numel() for p in model.parameters()) * 8
-    Influence(model, curvature=KFAC(1e-2), layers="*", memory=6 * size, progress=False).fit(data).scores(data, data)
-    assert len(forms) == 1  # of matrices there would be four blocks, of six queries at most
+    influence = Influence(model, curvature=curvature, layers="*", memory=6 * size).fit(data)
+    plan = influence.plan(data, data)
+    assert plan.score_passes == passes
+    assert f"in {passes} pass{'es' if passes > 1 else ''} over the training data" in str(plan)
+    forms.clear()
+    capsys.readouterr()
+    influence.scores(data, data)
+    assert len(forms) == passes
+    assert ("scores, queries 7 to 12 of 23" if passes > 1 else "scores:") in capsys.readouterr().err
+
+
+def test_queries_in_a_folder_are_as_many_at_a_time_as_their_factors_allow(tmp_path):
+    model, data = by_words()
+    size, numbers = sum(p.numel() for p in model.parameters()), 3 * (40 + 25) + (3 + 41)
+    influence = Influence(model, curvature=KFAC(1e-2), layers="*", memory=8 * numbers * 10, progress=False).fit(data)
+    assert 4 * numbers < size
+    stored = influence.scores(data, data, out=tmp_path)
+    assert [len(block.values) for block in stored.blocks()] == [10, 10, 3]
+    assert torch.allclose(stored.load(), influence.scores(data, data), rtol=1e-9, atol=1e-12)
 
 
 def test_queries_of_several_lengths_are_held_together(forms):
@@ -111,8 +130,8 @@ def test_queries_of_several_lengths_are_held_together(forms):
 @settings(max_examples=60, deadline=None)
 def test_factors_suit_where_they_take_half(t, o, d):
     gradients = Dense(torch.zeros(1, 2, t, d), torch.zeros(1, 2, t, o))
-    assert Factors.suits(gradients) == (t == 1 or 2 * t * (o + d) <= o * d)
-    assert not Factors.suits(Dense(torch.zeros(2, 2, t, d), torch.zeros(2, 2, t, o)))  # of groups
+    assert Factors.size(gradients) == (t * (o + d) if t == 1 or 2 * t * (o + d) <= o * d else None)
+    assert Factors.size(Dense(torch.zeros(2, 2, t, d), torch.zeros(2, 2, t, o))) is None  # of groups
 
 
 @pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")

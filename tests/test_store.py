@@ -220,7 +220,7 @@ OTHERS = [  # what the message says, without its quotes
     ("seed was 0, is 1", {"seed": 1}),
     ("measurement was loss, is margin", {"measurement": "margin"}),
     ("loss was cross_entropy, is tests.test_store._own_loss (", {"loss": _own_loss}),
-    ("rows was [0, 5, 10, 11], is [0, 3, 6, 9, 11]; columns", {"memory": 3 * 57 * 8}),
+    ("memory was 880, is 528; rows was [0, 5, 10, 11], is [0, 3, 6, 9, 11]; columns", {"memory": 3 * 22 * 8}),
     ("checkpoints was None, is 1", {"checkpoints": [problem()[0].state_dict()]}),
     ("q was 11, is 10; rows", lambda model, query, train: (model, (query[0][:10], query[1][:10]), train)),
     ("n was 90, is 89", lambda model, query, train: (model, query, (train[0][:89], train[1][:89]))),
@@ -261,11 +261,11 @@ def test_other_subsets_and_ranks_are_refused(tmp_path):
 
 
 def test_what_changes_only_the_last_bits_is_refused(tmp_path, monkeypatch):
-    """Slices of a batch, and where a factor came to stand."""
+    """The memory, by which batches are cut and forms of queries chosen, and where a factor came to stand."""
     model, query, train = problem()
-    fitted(model, train, memory=1 << 27).scores(query, train, out=tmp_path / "slices")
-    with pytest.raises(ValueError, match=r"settings and cannot be resumed: slices was 16777216, is 2097152$"):
-        fitted(model, train, memory=1 << 23).scores(query, train, out=tmp_path / "slices", resume=True)
+    fitted(model, train, memory=1 << 27).scores(query, train, out=tmp_path / "memory")
+    with pytest.raises(ValueError, match=r"settings and cannot be resumed: memory was 134217728, is 67108864$"):
+        fitted(model, train, memory=1 << 26).scores(query, train, out=tmp_path / "memory", resume=True)
     fitted(model, train, curvature=ExactBlock()).scores(query, train, out=tmp_path / "factors")
     room = iter([1 << 30])  # to allocate the block, and none when its factor is made
     monkeypatch.setattr("fastif.curvature.exact_block.available_bytes", lambda _: next(room, 0))

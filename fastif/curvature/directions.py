@@ -112,13 +112,16 @@ class Factors:
         self._query, self._basis = whole(query), basis
 
     @staticmethod
-    def suits(gradients: Gradients) -> bool:
-        """Whether a block is one matrix [o, d] and its gradients' factors take half of it at most, or one position."""
+    def size(gradients: Gradients) -> int | None:
+        """Numbers that each of the gradients takes; None where it had better be a matrix.
+
+        Factors suit a block of one matrix [o, d] with one position, or with so few that they are half of it at most.
+        """
         one = gradients.rows(0, 1)
         if not isinstance(one, Dense) or len(one.inputs) > 1:
-            return False
+            return None
         (t, d), o = one.inputs.shape[2:], one.output_grads.shape[3]
-        return t == 1 or 2 * t * (o + d) <= o * d
+        return t * (o + d) if t == 1 or 2 * t * (o + d) <= o * d else None
 
     def __len__(self) -> int:
         return len(self._query)

@@ -146,7 +146,7 @@ class KFAC(Called):
     def directions(self, gradients: Gradients) -> Directions:
         """The query side of pairwise scores."""
         rotated = self.rotated(gradients)
-        if not Factors.suits(gradients):
+        if Factors.size(gradients) is None:
             return Explicit(self.unrotated(rotated.formed() * self.inverse_eigenvalues))
         if self.separable is None or gradients.positions > 1:
             return Factors(rotated, self)
