@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 BLOCK_BYTES = 64 << 20  # of a block at most, where a single batch of training examples does not take more
+_AMPLE = 64 << 20  # bytes of `memory`: more changes no slice, only how many queries are held at a time
 
 
 class Block(NamedTuple):
@@ -339,7 +340,7 @@ def settings_of(
         "query groups": None if query_groups is None else fingerprint([query_groups]),
         "curvature state": fingerprint((*influence.state_dict().values(), *_multiplied(influence))),
         "factors in place": _in_place(influence),
-        "slices": influence.passes.slice_bytes,
+        "memory": min(influence.memory, max(_AMPLE, each)),  # `rows` tell of more
         "query": _first_batch(query, influence.passes.batch_size),
         "rows": [*range(0, height, rows), height],
         "columns": _borders(lengths[1], max(widest, BLOCK_BYTES // (rows * item))),

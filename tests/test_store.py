@@ -261,11 +261,16 @@ def test_other_subsets_and_ranks_are_refused(tmp_path):
 
 
 def test_what_changes_only_the_last_bits_is_refused(tmp_path, monkeypatch):
-    """Slices of a batch, and where a factor came to stand."""
+    """Slices of a batch, how many queries are made at a time, and where a factor came to stand."""
     model, query, train = problem()
-    fitted(model, train, memory=1 << 27).scores(query, train, out=tmp_path / "slices")
-    with pytest.raises(ValueError, match=r"settings and cannot be resumed: slices was 16777216, is 2097152$"):
-        fitted(model, train, memory=1 << 23).scores(query, train, out=tmp_path / "slices", resume=True)
+    for before, after in ((1 << 27, 1 << 23), (1 << 20, 1 << 21)):
+        folder, was = tmp_path / f"{before}", min(before, 1 << 26)
+        fitted(model, train, memory=before).scores(query, train, out=folder)
+        with pytest.raises(ValueError, match=rf"settings and cannot be resumed: memory was {was}, is {after}$"):
+            fitted(model, train, memory=after).scores(query, train, out=folder, resume=True)
+    fitted(model, train, memory=1 << 26).scores(query, train, out=tmp_path / f"{1 << 27}", resume=True)
+    slices = [fitted(model, train, memory=memory).passes.slice_bytes for memory in (1 << 26, 1 << 27)]
+    assert slices[0] == slices[1]  # as the resumed job relies on
     fitted(model, train, curvature=ExactBlock()).scores(query, train, out=tmp_path / "factors")
     room = iter([1 << 30])  # to allocate the block, and none when its factor is made
     monkeypatch.setattr("fastif.curvature.exact_block.available_bytes", lambda _: next(room, 0))
