@@ -7,10 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import lds, mislabel_detection, operations, results
 from fastif import evaluation
-from fastif.gradients import second_moment
+from fastif.gradients import Dense, second_moment
 from tests.test_data import real_data, write_shard
 
 
@@ -110,6 +111,21 @@ def test_products_that_are_added_to_something_are_counted():
     with operations.counted() as counter:
         second_moment(x, torch.ones(11))
     assert counter.get_total_flops() == 2 * 11 * 40 * 40  # one square suffices
+
+
+@pytest.mark.parametrize(("t", "q", "products"), [(1, 5, 5), (3, 5, 8), (3, 1, 3)])
+def test_dots_are_counted_as_the_fewest_products(t, q, products):
+    gradients = Dense(torch.randn(1, 7, t, 4), torch.randn(1, 7, t, 6))
+    with operations.counted() as counter:
+        gradients.dots(torch.randn(q, 1, 6, 4))
+    assert counter.get_total_flops() == 2 * 7 * 4 * 6 * products
+
+
+def test_attention_is_counted():
+    one = torch.randn(2, 4, 16, 8, requires_grad=True)
+    with operations.counted() as counter:
+        nn.functional.scaled_dot_product_attention(one, one, one).sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * 2 * 2 * 4 * 16 * 16 * 8
 
 
 def test_scores_that_are_not_finite_are_told_and_not_judged():
