@@ -229,18 +229,19 @@ def test_kronecker_block(race, d):
     )
 
 
-def rows_by_addmm(model, x, loss_columns, layer):
-    """What a hidden layer's block takes in plain torch: formed gradients of every column, one product each."""
+def rows_by_addmm(model, x, loss_columns, layer, each):
+    """What a hidden layer's block takes in plain torch: formed gradients of every column, one product for `each`."""
     influence = Influence(model, curvature=ExactBlock(), layers=layer, progress=False)
 
     def work():
         total = None
         with influence.passes.running(None):
-            forward = influence.capture.forward(x)
-            for column in loss_columns(forward.outputs):
-                g = forward.gradients(forward.outputs, column, keep=True)[layer].formed().flatten(1)
-                total = g.new_zeros(g.shape[1], g.shape[1]) if total is None else total
-                total.addmm_(g.T, g, alpha=1 / len(x))
+            for part in x.split(each):
+                forward = influence.capture.forward(part)
+                for column in loss_columns(forward.outputs):
+                    g = forward.gradients(forward.outputs, column, keep=True)[layer].formed().flatten(1)
+                    total = g.new_zeros(g.shape[1], g.shape[1]) if total is None else total
+                    total.addmm_(g.T, g, alpha=1 / len(x))
         return total
 
     return work
@@ -284,19 +285,14 @@ def test_hidden_block(race, name):
                 observe(influence.passes, curvature, part, labels, weights, 0, torch.Generator())
         return curvature.by_block[layer].block
 
-    def plain(each):
-        parts = [rows_by_addmm(model, part, softmax_columns, layer)() for part in x.split(each)]
-        return torch.stack(parts).sum(0).mul_(each / n)
-
-    block, want = build_block(), plain(n)
+    plain, in_parts = (rows_by_addmm(model, x, softmax_columns, layer, each) for each in (n, 32))
+    block, want = build_block(), plain()
     worst = ((block.reshape_as(want) - want).norm() / want.norm()).item()
     assert worst <= 1e-5
+    assert (in_parts() - want).norm() <= 1e-5 * want.norm()
     size = len(want)
     del block, want
-    peers = {
-        "torch, addmm of formed gradients": lambda: plain(n),
-        "the same, 32 examples at a time": lambda: plain(32),
-    }
+    peers = {"torch, addmm of formed gradients": plain, "the same, 32 examples at a time": in_parts}
     race(build_block, peers, rounds=2, relative_error=worst, parameters=size)
 
 

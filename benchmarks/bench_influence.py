@@ -168,7 +168,7 @@ def gpt() -> Work:
     labels = tokens.masked_fill(tokens == 0, -100)
     model = trained(Transformer(len(words) + 1, length), tokens[:n], labels[:n], "causal_lm", epochs=2)
     layers = [k for k, m in model.named_modules() if isinstance(m, nn.Linear) and k.startswith("blocks.")]
-    parts = (size(50), size(100))
+    parts = (size(100), size(300))
     return Work(model, "causal_lm", layers, (tokens[:n], labels[:n]), (tokens[n:], labels[n:]), parts, 50)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,11 +21,32 @@ def _forming(inputs: Any, output_grads: Any, *_: Any, **__: Any) -> int:
 
 
 def _dots(inputs: Any, output_grads: Any, directions: Any, **_: Any) -> int:
-    formed = _forming(inputs, output_grads) if len(inputs) == 3 else 0
-    return formed + 2 * inputs[0] * directions[0] * output_grads[-1] * inputs[-1]
+    """Of every entry of a gradient: to form it and multiply it with q directions, or its t positions with each."""
+    (n, *positions, d), o, q = inputs, output_grads[-1], directions[0]
+    t = positions[0] if positions else 1
+    return 2 * n * o * d * min(t + q, t * q)
 
 
-_OURS = {
+def _adding(_: Any, left: Any, right: Any, **__: Any) -> int:
+    """A matrix product that is added to what stands there."""
+    return 2 * math.prod(left) * right[-1]
+
+
+def _attention(query: Any, key: Any, *_: Any, **__: Any) -> int:
+    """QKᵀ and what it makes of V; a causal mask is not looked at."""
+    return 4 * math.prod(query) * key[-2]
+
+
+def _attention_backward(_: Any, query: Any, key: Any, *__: Any, **___: Any) -> int:
+    """QKᵀ again, and the gradients of V, QKᵀ, Q and K."""
+    return 10 * math.prod(query) * key[-2]
+
+
+_MORE = {  # than torch counts
+    torch.ops.aten.addmm_: _adding,
+    torch.ops.aten.baddbmm_: _adding,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     torch.ops.fastif.per_sample_grad_accumulate: _forming,
     torch.ops.fastif.per_sample_grad_accumulate_squares: _forming,
     torch.ops.fastif.per_sample_grad_sq_norms: _forming,
@@ -35,7 +57,7 @@ _OURS = {
 @contextmanager
 def counted() -> Iterator[FlopCounterMode]:
     """`get_total_flops()`: of the matrix products and convolutions that ran inside; no eigenvectors, nothing else."""
-    with FlopCounterMode(display=False, custom_mapping=_OURS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_MORE) as counter:
         yield counter
 
 

@@ -56,7 +56,7 @@ class Influence:
         memory: bytes that preconditioned query gradients may take at a time, and that a solve for the self-influence of
             several examples may. Queries of few positions stand in factors where their matrices would not fit; what
             does not fit then takes further passes over `train`. On a CPU a batch goes through the model a few examples
-            at a time where their layers' inputs and outputs take more than a quarter of it, or 16 MiB.
+            at a time where their layers' inputs and outputs take more than a quarter of it (between 1 and 16 MiB).
         device: where to compute; default that of the model.
         autocast: run forward and backward passes under autocast of this 16-bit type, whatever surrounds the call; sums
             are float32 all the same. Default: not.

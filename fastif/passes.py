@@ -102,7 +102,7 @@ class Passes:
         """How many of a batch of n examples go through the model at once, as `check` found that their layers take room.
 
         On a CPU a few fill it, and what they leave is still in a cache when it is needed; a GPU takes the batch whole,
-        and so does BatchNorm in train mode, to which a batch is one thing. Results are the same.
+        and so does BatchNorm in train mode, to which a batch is one thing. Results are the same up to rounding.
         """
         if self.device.type != "cpu" or self.allow_train_mode:
             return n

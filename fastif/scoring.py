@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from itertools import groupby
@@ -132,24 +133,22 @@ def _query_blocks(
         return
     whole = sum(block.size for block in influence.capture.blocks.values()) * dtype_of(influence.model).itemsize
     each = max(1, min(influence.memory // 4, _MADE) // whole)  # making them takes some copies
-    first, held, used, memory = 0, _Held(0), 0, influence.memory
+    first, held, memory = 0, _Held(0), influence.memory
     for start, n, gradients in influence.passes.gradients(query, "queries", influence.measurement):
         for begin in range(0, n, each):
             part = {name: g.rows(begin, begin + each) for name, g in gradients.items()}
             made = _directions(influence, curvature, part, rank, explicit)
-            size = sum(directions.nbytes for directions in made.values())
             del part
-            if used and used + size > memory:
-                yield first, held.settled(memory - used)
-                used = 0
-            if not used:  # as many as will be held in this form
-                first, few = start + begin, min(each, n - begin)
+            if held.parts and held.nbytes_with(made) > memory:
+                yield first, held.settled(memory - held.nbytes)
+                held = _Held(0)
+            if not held.parts:  # as many as will be held in this form
+                first, few, size = start + begin, min(each, n - begin), held.nbytes_with(made)
                 held = _Held(min(total - first, max(few, few * memory // size)))
             held.add(made)
             del made
-            used += size
         del gradients  # before those of the next batch come, and the training examples
-    yield first, held.settled(memory - used)
+    yield first, held.settled(memory - held.nbytes)
 
 
 class _Held:
@@ -158,10 +157,30 @@ class _Held:
 
     def __init__(self, room: int):
         self.parts: dict[str, list[Directions]] = {}
+        self.nbytes = 0
         self._room, self._rows = room, dict[str, Tensor]()
+        self._factors: dict[str, tuple[int, int]] = {}  # queries in factors, and bytes of the longest
+
+    def nbytes_with(self, made: Mapping[str, Directions]) -> int:
+        """`nbytes` once these are added: factors all take as many positions as the longest."""
+        total = self.nbytes
+        for name, directions in made.items():
+            if not isinstance(directions, Factors):
+                total += directions.nbytes
+                continue
+            before, after = self._factors.get(name, (0, 0)), self._factors_with(name, directions)
+            total += math.prod(after) - math.prod(before)
+        return total
+
+    def _factors_with(self, name: str, directions: Factors) -> tuple[int, int]:
+        number, longest = self._factors.get(name, (0, 0))
+        return number + len(directions), max(longest, directions.nbytes // len(directions))
 
     def add(self, made: Mapping[str, Directions]) -> None:
+        self.nbytes = self.nbytes_with(made)
         for name, directions in made.items():
+            if isinstance(directions, Factors):
+                self._factors[name] = self._factors_with(name, directions)
             parts = self.parts.setdefault(name, [])
             if not isinstance(directions, Explicit) or not self._joins(name, parts, directions):
                 parts.append(directions)

@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import lds, mislabel_detection, results
+from benchmarks import lds, mislabel_detection, operations, results
 from fastif import evaluation
+from fastif.gradients import Dense, second_moment
 from tests.test_data import real_data, write_shard
 
 
@@ -95,6 +97,35 @@ def test_benchmarks_take_the_place_of_their_own(tmp_path, monkeypatch):
     write("other", ["test_b"], threads=1)
     with pytest.raises(ValueError, match="add: threads must be that of the kept results, 2, got 1"):
         results.add(tmp_path / "other.json", "blocks")
+
+
+def test_products_that_are_added_to_something_are_counted():
+    """Second moments are such; torch's own counter leaves them out."""
+    left, right, total = torch.randn(7, 3), torch.randn(3, 5), torch.zeros(7, 5)
+    with operations.counted() as counter:
+        total.addmm_(left, right)
+        total[None].baddbmm_(left[None], right[None])
+        _ = left @ right
+    assert counter.get_total_flops() == 3 * 2 * 7 * 3 * 5
+    x = torch.randn(1, 11, 1, 40)
+    with operations.counted() as counter:
+        second_moment(x, torch.ones(11))
+    assert counter.get_total_flops() == 2 * 11 * 40 * 40  # one square suffices
+
+
+@pytest.mark.parametrize(("t", "q", "products"), [(1, 5, 5), (3, 5, 8), (3, 1, 3)])
+def test_dots_are_counted_as_the_fewest_products(t, q, products):
+    gradients = Dense(torch.randn(1, 7, t, 4), torch.randn(1, 7, t, 6))
+    with operations.counted() as counter:
+        gradients.dots(torch.randn(q, 1, 6, 4))
+    assert counter.get_total_flops() == 2 * 7 * 4 * 6 * products
+
+
+def test_attention_is_counted():
+    one = torch.randn(2, 4, 16, 8, requires_grad=True)
+    with operations.counted() as counter:
+        nn.functional.scaled_dot_product_attention(one, one, one).sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * 2 * 2 * 4 * 16 * 16 * 8
 
 
 def test_scores_that_are_not_finite_are_told_and_not_judged():

@@ -19,9 +19,9 @@ from fastif.measure import Measure
 class Words(nn.Module):
     """Features by position; their mean is classified."""
 
-    def __init__(self):
+    def __init__(self, width: int = 24):
         super().__init__()
-        self.first, self.last = nn.Linear(24, 40), nn.Linear(40, 3)
+        self.first, self.last = nn.Linear(width, 40), nn.Linear(40, 3)
 
     def forward(self, x):
         return self.last(self.first(x).tanh().mean(1))
@@ -41,11 +41,11 @@ def by_words(t: int = 3) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
     return model, (torch.randn(23, t, 24, generator=g).double(), torch.randint(3, (23,), generator=g))
 
 
-def defined(influence: Influence, query, train) -> torch.Tensor:
+def defined(influence: Influence, query, train, layers: str = "*") -> torch.Tensor:
     """The scores by matrices: solved query gradients times training gradients, block by block."""
     formed = []
     for x, y in (query, train):
-        capture = Capture(influence.model, "*")
+        capture = Capture(influence.model, layers)
         with capture.attached():
             forward = capture.forward(x)
             gradients = forward.gradients(F.cross_entropy(forward.outputs, y, reduction="none"))
@@ -124,6 +124,48 @@ def test_queries_of_several_lengths_are_held_together(forms):
         want = torch.cat([defined(influence, batch, train) for batch in batches])
         assert torch.allclose(influence.scores(batches, train), want, rtol=1e-7, atol=1e-12)
     assert {"Factors", "Explicit", "Separable"} <= {form for seen in forms for form in seen["first"]}
+
+
+def test_factors_of_a_long_query_do_not_lengthen_those_of_short_ones_beyond_memory(monkeypatch):
+    """All factors that are held together take as many positions as the longest."""
+    torch.manual_seed(0)
+    model, held = Words(width=96).double(), []
+    settled = fastif.scoring._Held.settled
+
+    def told(self, room):
+        parts = settled(self, room)
+        held.append(sum(part.nbytes for of_block in parts.values() for part in of_block))
+        return parts
+
+    monkeypatch.setattr(fastif.scoring._Held, "settled", told)
+    g = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(n, t, 96, generator=g).double(), torch.arange(n) % 3) for n, t in ((60, 1), (2, 14), (5, 2))
+    ]
+    train, memory = batches[-1], 1 << 17
+    influence = Influence(model, curvature=KFAC(1e-2), layers="first", memory=memory, progress=False).fit(train)
+    scores = influence.scores(batches, train)
+    assert max(held) <= memory
+    assert len(held) == 2  # the first queries, and the others
+    want = [defined(influence, batch, train, "first") for batch in batches]
+    assert torch.allclose(scores, torch.cat(want), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["convolution", "linear"])
+def test_separable_scores_of_training_gradients_that_come_in_slices(kind, monkeypatch):
+    """The moments of a convolution are taken without its patches; a layer may see more than is to stand at once."""
+    monkeypatch.setattr("fastif.capture.SLICE", 1 << 12)
+    g = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    first = nn.Conv2d(8, 40, 4) if kind == "convolution" else nn.Sequential(nn.Flatten(), nn.Linear(128, 40))
+    model = nn.Sequential(first, nn.Tanh(), nn.Flatten(), nn.Linear(40, 3)).double()
+    data = torch.randn(200, 8, 4, 4, generator=g).double(), torch.arange(200) % 3
+    query = data[0][:30], data[1][:30]
+    influence = Influence(model, curvature=EKFAC(1e-2, separable=1e-3), layers="*", progress=False).fit(data)
+    scores, want = influence.scores(query, data), defined(influence, query, data)
+    name = next(iter(influence.curvature))
+    assert influence.curvature[name].separable_rank is not None
+    assert 0 < (scores - want).norm() <= 2e-3 * want.norm()
 
 
 @given(t=st.integers(1, 12), o=st.integers(1, 30), d=st.integers(1, 30))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import re
 
 import pytest
@@ -194,6 +195,39 @@ def test_nobody_elses_block_is_written_to(call):
     assert torch.equal(block.block.view_as(matrix), matrix)
     assert block._factor is factor
     assert torch.equal(block.solve(rhs), before)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_pickled_block_goes_on_as_it_was(in_place):
+    """A pickle knows no views: the factor in place has to find its square again, or a downdate would leave it there."""
+    inputs, logits, _ = head_problem(100, 20, 4, torch.float32)
+    block, weights = ExactBlock(1e-2, in_place=in_place).fit(inputs, logits), torch.full((100,), 1 / 100)
+    rhs = torch.randn(2, 4, 20, generator=G)
+    before = block.solve(rhs)
+    other = pickle.loads(pickle.dumps(block))
+    assert torch.equal(other.solve(rhs), before)
+    assert other.in_place_used == in_place
+    rows = slice(0, 40)
+    for one in (block, other):
+        one.downdate(inputs[rows], logits[rows], weights=weights[rows])
+    assert torch.equal(other.block, block.block)
+    assert torch.equal(other.solve(rhs), block.solve(rhs))
+
+
+def test_a_block_that_is_fitted_anew_is_nobody_elses():
+    inputs, logits, _ = head_problem(100, 20, 4, torch.float32)
+    block = ExactBlock(1e-2, in_place=True).fit(inputs, logits)
+    given = block.block
+    before = given.clone()
+    with pytest.raises(ValueError, match="row 0 is not"):
+        block.fit(inputs.log(), logits)
+    block.solve(torch.ones(4, 20))  # with the factor of a copy
+    assert torch.equal(given, before)
+    given = block.fit(inputs, logits).block
+    place = block.fit(inputs, logits)._fitted.data_ptr()
+    block.solve(torch.ones(4, 20))
+    assert block._fitted.data_ptr() == place  # factored where it stands
+    assert torch.equal(given, before)
 
 
 def test_a_block_is_changed_through_what_was_given_out_before_the_factor():

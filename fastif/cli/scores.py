@@ -116,7 +116,7 @@ def scores_command(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="For data without batches of its own.")] = 256,
-    memory: Annotated[int, typer.Option(help="MiB for query gradients: how many queries go at a time.")] = 1024,
+    memory: Annotated[int, typer.Option(help="MiB for query gradients, a quarter of it for slices of a batch.")] = 1024,
     top: Annotated[int, typer.Option(help="Training examples per query in top.csv, the most helpful first.")] = 10,
     self_influence: Annotated[
         bool, typer.Option("--self-influence", help="Write self_influence.npy, too: each example's score on itself.")

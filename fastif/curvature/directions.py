@@ -194,11 +194,14 @@ class Separable(Factors):
         if train.positions > 1:
             return self._exact(rotated)
         if self._rank is None:
-            self._rank = self._sufficient(rotated.rows(0, _SAMPLE))
+            self._rank = self._sufficient(whole(rotated.rows(0, _SAMPLE)))
             self._basis.separable_rank = self._rank or None
-        return self._pairs(self._query, rotated, self._rank) if self._rank else self._exact(rotated)
+        if self._rank == 0:
+            return self._exact(rotated)
+        parts = (part for part, _ in rotated.parts()) if isinstance(rotated, Sliced) else (rotated,)
+        return torch.cat([self._pairs(self._query, part, self._rank) for part in parts], 1)
 
-    def _sufficient(self, train: Gradients) -> int:
+    def _sufficient(self, train: Dense) -> int:
         """The smallest rank within the tolerance, or 0 where the exact form is as cheap."""
         query, inverse = self._query.rows(0, _SAMPLE), self._basis.inverse_eigenvalues
         exact = train.dots(_of(query, 0, len(query), inverse))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -76,6 +76,12 @@ class ExactBlock(Called):
         self._forget()
 
     passes = 1
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A factor in place stands in the block again, of which a pickle holds two."""
+        self.__dict__.update(state)
+        if isinstance(self._factor, Within):
+            self._factor = self._factor.moved(self._flat(self._fitted))
 
     def _forget(self) -> None:
         self._block: Tensor | None = None  # [c, d, c, d]; its lower triangle alone where a factor stands in it
@@ -182,11 +188,12 @@ class ExactBlock(Called):
         self, inputs: Tensor, logits: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
     ) -> ExactBlock:
         """Builds the curvature anew; arguments as in `update`."""
-        before, self._block = self._block, None
+        before = self._block, self._lent
+        self._block, self._lent = None, False
         try:
             return self.update(inputs, logits, labels, weights)
         except Exception:
-            self._block = before
+            self._block, self._lent = before
             raise
 
     def update(

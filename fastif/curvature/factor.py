@@ -189,6 +189,10 @@ class Within:
         """Of a block of zeros, damped by 1."""
         return cls(block, torch.ones(len(block), dtype=torch.float64, device=block.device), 1.0, name)
 
+    def moved(self, block: Tensor) -> Within:
+        """The same in a copy of its block."""
+        return Within(block, self._pivots, self.damping, self.name)
+
     @staticmethod
     def footprint(size: int, item: int) -> tuple[int, int]:
         """Bytes held, of the block of `item` bytes an entry, and taken in the making beside them."""
