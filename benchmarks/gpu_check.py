@@ -3,7 +3,8 @@
 python benchmarks/gpu_check.py        (or `make gpu-check`)
 
 Within BUDGET seconds in all. A stage that fails or runs out of time is recorded and the next one starts. What was found
-goes to benchmarks/results/gpu-<device>-<date>.json. Exit status: 0 all stages passed, 1 some failed, 2 no GPU here.
+goes to benchmarks/results/gpu-<device>-<date>.json, of which `python -m benchmarks.results tables` makes README's
+table. Exit status: 0 all stages passed, 1 some failed, 2 no GPU here.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import lds, mislabel_detection, operations, results
+from benchmarks import lds, mislabel_detection, operations, results, tables
 from fastif import evaluation
 from fastif.gradients import Dense, second_moment
 from tests.test_data import real_data, write_shard
@@ -39,9 +39,9 @@ def test_mislabel_detection_runs_and_resumes(tmp_path, monkeypatch):
     assert [row["cpu_seconds"] == -1 for row in resumed] == [True] * 3 + [False] * (len(made) - 3)
     assert [row["auc"] for row in resumed] == [row["auc"] for row in made]
     stored = tmp_path / "a" / "results.json"
-    monkeypatch.setattr(results, "KEPT", tmp_path)
+    monkeypatch.setattr(tables, "KEPT", tmp_path)
     results.keep(stored, "mislabel")
-    assert results.mislabel_table("mislabel").count("\n| ") == 3 + 2 + 5 + 2
+    assert tables.mislabel_table("mislabel").count("\n| ") == 3 + 2 + 5 + 2
 
 
 def test_lds_runs_and_its_table_is_whole(tmp_path, monkeypatch):
@@ -53,13 +53,13 @@ def test_lds_runs_and_its_table_is_whole(tmp_path, monkeypatch):
     ours = [name for name in lds.CONTENDERS if name.startswith("fastif")]
     assert [row["contender"] for row in made] == [name for name in ours for _ in range(2)]  # two models of digits
     assert all(-1 <= row["lds"]["mean"] <= 1 for row in made)
-    monkeypatch.setattr(results, "KEPT", tmp_path)
+    monkeypatch.setattr(tables, "KEPT", tmp_path)
     results.keep(tmp_path / "a" / "results.json", "lds")
-    assert results.lds_table("lds").count("\n| fastif") == len(ours)
+    assert tables.lds_table("lds").count("\n| fastif") == len(ours)
 
 
 def test_rows_of_another_run_are_added_to_those_that_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "KEPT", tmp_path)
+    monkeypatch.setattr(tables, "KEPT", tmp_path)
 
     def write(name, *rows, **facts):
         meta = {"models": {"CNN": {"n": 9, "seconds_of_a_retraining": len(rows), **facts}}}
@@ -78,7 +78,7 @@ def test_rows_of_another_run_are_added_to_those_that_are_kept(tmp_path, monkeypa
 
 
 def test_benchmarks_take_the_place_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "KEPT", tmp_path)
+    monkeypatch.setattr(tables, "KEPT", tmp_path)
     machine = {"cpu": {"brand_raw": "x", "hz": 1}, "threads": 2, "build": {"isa": "avx512"}, "torch": "2"}
 
     def write(name, names, **facts):
@@ -133,3 +133,26 @@ def test_scores_that_are_not_finite_are_told_and_not_judged():
     left_out = evaluation.LeftOut([], torch.zeros(0), torch.zeros(0), None)
     found = lds.judged(torch.full((2, 3), torch.nan), retrained, left_out)
     assert found == {"lds": None, "loo": None, "loo_pearson": None}
+
+
+def test_the_table_of_gpus_has_the_newest_result_of_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "KEPT", tmp_path)
+    page = "before\n<!-- table: gpu -->\n<!-- end -->\nafter"
+    assert "No GPU has run them yet." in tables.with_tables(page)
+    stages = [{"name": "build", "passed": True}, {"name": "racecheck", "passed": False}, {"name": "x", "passed": None}]
+    rows = [
+        {"name": "test_dots", "seconds": {"fastif": 0.012}, "share_of_limit": 0.61, "ratio": {"torch": 2.5}},
+        {"name": "test_influence[mlp]", "ratio": {"kronfluence / exact": 4.0}},
+    ]
+    for device, date, scale in (("A", "2026-01-01", 2), ("A", "2026-02-01", 1), ("B", "2026-01-01", 3)):
+        benchmarks = [rows[0] | {"seconds": {"fastif": 0.012 * scale}}, rows[1]]
+        kept = dict(device=device, driver="1", torch="2", cuda="13", date=date, stages=stages, benchmarks=benchmarks)
+        limits = {"copy_bytes_per_second": 4e12, "matmul_float32_flops_per_second": 5e13}
+        (tmp_path / f"gpu-{device.lower()}-{date}.json").write_text(json.dumps({**kept, "limits": limits}))
+    made = tables.with_tables(page)
+    assert made.count("`dots`") == 2
+    assert "| `dots` | 0.012 | 61% | 2.5× torch |" in made
+    assert "| `dots` | 0.036 | 61% | 2.5× torch |" in made
+    assert "| `influence[mlp]` |  |  | 4.0× kronfluence / exact |" in made
+    assert "A, driver 1, torch 2, CUDA 13, 2026-02-01" in made
+    assert "4.00 TB/s copied, 50 TFLOP/s in float32 and 0 in TF32 products. Passed: build. Failed: racecheck." in made

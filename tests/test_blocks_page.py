@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import results
+from benchmarks import tables
 
 PAGE = (Path(__file__).parents[1] / "docs" / "blocks.md").read_text()
 
@@ -25,5 +25,5 @@ def test_the_code_runs():
 
 
 def test_tables_are_those_of_the_results():
-    assert results.with_tables(PAGE) == PAGE
+    assert tables.with_tables(PAGE) == PAGE
     assert PAGE.count("<!-- table:") >= 1

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import results
+from benchmarks import tables
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "kcenter.md").read_text()
@@ -20,7 +20,7 @@ def test_examples_run():
 
 
 def test_table_is_that_of_the_results():
-    assert results.with_tables(PAGE) == PAGE
+    assert tables.with_tables(PAGE) == PAGE
     assert PAGE.count("<!-- table:") == 1
 
 

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from benchmarks import results
+from benchmarks import tables
 
 PAGE = (Path(__file__).parents[1] / "docs" / "memory.md").read_text()
 
 
 def test_table_is_that_of_the_results():
-    assert results.with_tables(PAGE) == PAGE
+    assert tables.with_tables(PAGE) == PAGE
     assert PAGE.count("<!-- table: memory-cpu -->") == 1

@@ -3,14 +3,14 @@
 import re
 from pathlib import Path
 
-from benchmarks import results
+from benchmarks import tables
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "published.md").read_text()
 
 
 def test_tables_are_those_of_the_results():
-    assert results.with_tables(PAGE) == PAGE
+    assert tables.with_tables(PAGE) == PAGE
     assert PAGE.count("<!-- table: published-") == 8
 
 

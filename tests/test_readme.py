@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import results
+from benchmarks import tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -28,7 +28,7 @@ def test_examples_run(capsys, tmp_path, monkeypatch):
 
 
 def test_tables_are_those_of_the_results():
-    assert results.with_tables(README) == README
+    assert tables.with_tables(README) == README
     assert README.count("<!-- table:") >= 3
 
 
