@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from fastif.data import batch_length
 from fastif.features import call
-from fastif.gradients import Dense, Gradients, OneHot, Sliced, joined
+from fastif.gradients import Dense, Gradients, OneHot, joined
 from fastif.layers import Block, attention_forward, blocks_of
+from fastif.slices import Sliced
 
 SLICE = 1 << 21  # of a layer's factors that stand at a time: 8 MiB in float32
 _AGREE = 1e-2  # of captured gradients with autograd's, relative: an unseen use of a parameter is no rounding error

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fastif.capture import Capture
 from fastif.features import call
-from fastif.gradients import Dense, OneHot, Sliced
+from fastif.gradients import Dense, OneHot
+from fastif.slices import Sliced
 from tests import networks
 from tests.captures import assert_unchanged, by_autograd, captured, snapshot
 from tests.networks import Apply, Attends, Masked, N, build, inputs, norm, tokens, wavy

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fastif import KFAC, Influence
 from fastif.capture import Capture
 from fastif.convolutions import PatchMoment, Window
-from fastif.gradients import Sliced
+from fastif.slices import Sliced
 
 
 @st.composite
