@@ -12,8 +12,25 @@ KEPT = Path(__file__).parent / "results"
 SAMPLERS = ("logit", "leverage", "random", "stratified", "k_center", "certified", "intermediate_distance", "prefix")
 
 
+def _kept(name: str) -> Any:
+    return json.loads((KEPT / f"{name}.json").read_text())
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'s' if number > 1 else ''}"
+
+
+def _machine(results: dict[str, Any]) -> str:
+    """Of a file that pytest-benchmark wrote: processor, threads, versions, day."""
+    machine = results["machine_info"]
+    return (
+        f"{machine['cpu'].get('brand_raw', 'CPU')}, {_threads(machine['threads'])}, {machine['build']['isa']}, "
+        f"torch {machine['torch']}, {results['datetime'][:10]}"
+    )
+
+
 def class_removal_table(name: str) -> str:
-    results = json.loads((KEPT / f"{name}.json").read_text())
+    results = _kept(name)
     meta, summary = results["meta"], results["summary"]
     last = max(row["step"] for row in summary)
     lines = [
@@ -42,7 +59,7 @@ def class_removal_table(name: str) -> str:
     lines += [
         "",
         f"Means over {classes} classes and {seeds} seeds, ± the standard deviation over seeds; "
-        f"{meta['n_train']:,} training examples; {meta['device']}, {meta['threads']} threads, "
+        f"{meta['n_train']:,} training examples; {meta['device']}, {_threads(meta['threads'])}, "
         f"torch {meta['versions']['torch']}, {meta['date'][:10]}. "
         f"Made by `{meta['command']}`.",
     ]
@@ -50,7 +67,7 @@ def class_removal_table(name: str) -> str:
 
 
 def benchmark_table(name: str) -> str:
-    results = json.loads((KEPT / f"{name}.json").read_text())
+    results = _kept(name)
     lines = ["| op | seconds | share of the machine's limit | against |", "|---|---|---|---|"]
     for benchmark in sorted(results["benchmarks"], key=lambda b: b["name"]):
         extra: dict[str, Any] = benchmark["extra_info"]
@@ -59,12 +76,10 @@ def benchmark_table(name: str) -> str:
         share = f"{extra['share_of_limit']:.0%}" if extra["share_of_limit"] else ""
         kept = f", {extra['examples']} examples" if "examples" in extra else ""
         lines.append(f"| `{label}`{kept} | {extra['seconds']['fastif']:.3g} | {share} | {peers} |")
-    machine = results["machine_info"]
     limits = results["benchmarks"][0]["extra_info"]
     lines += [
         "",
-        f"{machine['cpu'].get('brand_raw', 'CPU')}, {machine['threads']} threads, {machine['build']['isa']}, torch "
-        f"{machine['torch']}, {results['datetime'][:10]}; the limit is what the same run measured: "
+        f"{_machine(results)}; the limit is what the same run measured: "
         f"{limits['bytes_per_second'] / 1e9:.0f} GB/s read, {limits['flops_per_second'] / 1e9:.0f} GFLOP/s in float32 "
         f"matrix products. Made by `make {'bench-blocks' if name.startswith('blocks') else 'bench'}`.",
     ]
@@ -72,7 +87,7 @@ def benchmark_table(name: str) -> str:
 
 
 def kcenter_table(name: str) -> str:
-    results = json.loads((KEPT / f"{name}.json").read_text())
+    results = _kept(name)
     data = [b for b in results["benchmarks"] if "peak_share_of_input" in b["extra_info"]]
     labels = [b["name"].split("[")[1].rstrip("]") for b in data]
     cells = {
@@ -99,21 +114,19 @@ def kcenter_table(name: str) -> str:
         lines.append(f"| {contender} | " + " | ".join(ratios) + " |")
     peaks = (f"{b['extra_info']['peak_share_of_input']:.2f}" for b in data)
     lines.append("| *memory besides the input, share of it* | " + " | ".join(peaks) + " |")
-    machine = results["machine_info"]
     absent = sorted({name for b in data for name in b["extra_info"]["absent"]})
     lines += [
         "",
         f"Processor time of all threads: of fastif in seconds, of the others as a multiple of fastif's at k = {most}, "
         "drawn on from a few of their picks. "
         + (f"Not installed: {', '.join(absent)}. " if absent else "")
-        + f"{machine['cpu'].get('brand_raw', 'CPU')}, {machine['threads']} threads, {machine['build']['isa']}, torch "
-        f"{machine['torch']}, {results['datetime'][:10]}. Made by `make bench-kcenter`.",
+        + f"{_machine(results)}. Made by `make bench-kcenter`.",
     ]
     return "\n".join(lines)
 
 
 def removal_layers_table(name: str) -> str:
-    results = json.loads((KEPT / f"{name}.json").read_text())
+    results = _kept(name)
     meta, cells = results["meta"], {(row["variant"], row["step"]): row for row in results["summary"]}
     shown = [step for step in (1, 2, 3, 4, 6) if step <= meta["steps"]]
     lines = [
@@ -144,14 +157,14 @@ def removal_layers_table(name: str) -> str:
             f"Means over classes {', '.join(map(str, meta['classes']))} and {meta['seeds']} trained networks; "
             "against the head after its last step: difference of KL, run by run, ± its standard error; its parts are "
             f"those after 3 steps. {meta['examples']:,} training examples, {meta['n_test']:,} held out; "
-            f"{meta['device']}, {meta['threads']} thread{'s' if meta['threads'] > 1 else ''} of a busy machine, torch "
+            f"{meta['device']}, {_threads(meta['threads'])} of a busy machine, torch "
             f"{meta['versions']['torch']}, {meta['date'][:10]}. Made by `{meta['command']}`.",
         ]
     )
 
 
 def influence_table(name: str) -> str:
-    results = json.loads((KEPT / f"{name}.json").read_text())
+    results = _kept(name)
     lines = [
         "| model, training examples × queries | | fit | scores | self-influence | in all | peak MiB |",
         "|---|---|---|---|---|---|---|",
@@ -177,15 +190,13 @@ def influence_table(name: str) -> str:
         parts = extra["necessary"]
         least, of = sum(parts.values()), ", ".join(f"{seconds:.1f} of {name}" for name, seconds in parts.items())
         lines.append(f"| | *the least: {of}* | | | | {least:.1f} ({least / whole:.2g}×) | |")
-    machine = results["machine_info"]
     lines += [
         "",
         "EK-FAC with the empirical Fisher; processor seconds of all threads, in brackets as a multiple of fastif's "
         "for the same stages; peers drawn on from two smaller numbers of training examples. Scores of kronfluence and "
         "fastif correlate by at least 0.9999, which is asserted. The least: what four bare passes through the model "
         "took in the same run, eigenvectors of such sizes, and all other matrix products at the rate of a large one. "
-        f"{machine['cpu'].get('brand_raw', 'CPU')}, {machine['threads']} threads, {machine['build']['isa']}, torch "
-        f"{machine['torch']}, {results['datetime'][:10]}. Made by `make bench-influence`.",
+        f"{_machine(results)}. Made by `make bench-influence`.",
     ]
     return "\n".join(lines)
 
@@ -193,12 +204,12 @@ def influence_table(name: str) -> str:
 def published_table(name: str) -> str:
     from benchmarks.class_removal.report import tables
 
-    return tables(json.loads((KEPT / f"{name}.json").read_text())).rstrip()
+    return tables(_kept(name)).rstrip()
 
 
 def memory_table(name: str) -> str:
     """What influence_table says of fastif's memory, stage by stage."""
-    results = json.loads((KEPT / f"{name.replace('memory', 'influence')}.json").read_text())
+    results = _kept(name.replace("memory", "influence"))
     lines = [
         "| model, training examples × queries, batches of | fit: peak MiB | scores | self-influence |",
         "|---|---|---|---|",
@@ -213,7 +224,7 @@ def memory_table(name: str) -> str:
 
 
 def mislabel_table(name: str) -> str:
-    results = json.loads((KEPT / f"{name}.json").read_text())
+    results = _kept(name)
     meta, kinds = results["meta"], results["meta"]["labels"]
     cells: dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]] = {}
     for row in results["detection"]:
@@ -240,14 +251,14 @@ def mislabel_table(name: str) -> str:
         f"{meta['n']:,} images of CIFAR-10, a CNN trained on their CIFAR-10N labels for {meta['epochs']} epochs (test "
         f"accuracy {accuracies}); by chance the AUC is 0.5 and the tenth holds the share of wrong labels, "
         f"{shares}. Damping {meta['damping']:g}; ± is the standard deviation over the sampler's seeds. "
-        f"{meta['device']}, {meta['threads']} thread, torch {meta['versions']['torch']}. "
+        f"{meta['device']}, {_threads(meta['threads'])}, torch {meta['versions']['torch']}. "
         "Made by `python benchmarks/mislabel_detection.py`.",
     ]
     return "\n".join(lines)
 
 
 def lds_table(name: str) -> str:
-    results = json.loads((KEPT / f"{name}.json").read_text())
+    results = _kept(name)
     models = results["meta"]["models"]
     cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in results["lds"]:
@@ -281,14 +292,14 @@ def lds_table(name: str) -> str:
         f"{facts['left_out']} examples left out. {sizes}. LDS ± half of its 95 % interval over the queries; LOO: "
         "Spearman's correlation with leaving single examples out. Of the dampings 0.001, 0.01 and 0.1 the best for "
         "each figure, contender by contender; CPU seconds, fit and scores, of the best LDS. –: not run, too large. "
-        f"{meta['device']}, {meta['threads']} thread, torch {meta['versions']['torch']}. "
+        f"{meta['device']}, {_threads(meta['threads'])}, torch {meta['versions']['torch']}. "
         "Made by `python benchmarks/lds.py`.",
     ]
     return "\n".join(lines)
 
 
 def solvers_table(name: str) -> str:
-    results = json.loads((KEPT / f"{name}.json").read_text())
+    results = _kept(name)
     extra: dict[str, Any] = next(b["extra_info"] for b in results["benchmarks"] if "tolerance" in b["extra_info"])
     cells: dict[tuple[float, str], dict[str, dict[str, Any]]] = {}
     for row in extra["rows"]:
@@ -307,7 +318,6 @@ def solvers_table(name: str) -> str:
         lines.append(f"| {source} | {' | '.join(figures)} |")
     draws = {row["estimator"]: row["draws"] for row in extra["rows"] if row["sampler"] != "all"}
     drawn = ", ".join(f"{times} draw{'s' if times > 1 else ''} for {who}" for who, times in draws.items())
-    machine = results["machine_info"]
     lines += [
         "",
         f"A CNN of {extra['parameters']:,} parameters, {extra['examples']:,} training examples of Fashion-MNIST, "
@@ -315,15 +325,14 @@ def solvers_table(name: str) -> str:
         f"tolerance {extra['tolerance']:g}. Times are CPU seconds of fit and solve, LiSSA's search for its scale "
         "included; the residual is relative, that of the subset's own curvature, the larger of the queries; the last "
         f"figure is the relative distance from the solution with all examples. Means over {drawn}; –: not run. "
-        f"{machine['cpu'].get('brand_raw', 'CPU')}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''} "
-        f"of a busy machine, torch {machine['torch']}, {results['datetime'][:10]}. Made by "
+        f"The machine was busy. {_machine(results)}. Made by "
         "`pytest benchmarks/bench_products.py -k shares --benchmark-enable`.",
     ]
     return "\n".join(lines)
 
 
 def products_table(name: str) -> str:
-    results = json.loads((KEPT / f"{name}.json").read_text())
+    results = _kept(name)
     peers = list(results["benchmarks"][0]["extra_info"]["ratio"])
     heads = ["network", "matrix", "vectors at once", "products per CPU second", *peers, "MiB of the kept graph"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -335,13 +344,11 @@ def products_table(name: str) -> str:
             f"| {extra['network']}, {extra['parameters']:,} parameters | {extra['matrix']} | {m} "
             f"| {m / of['fastif']:.1f} | {rates} | {extra['graph_bytes'] / 2**20:.0f} |"
         )
-    machine, examples = results["machine_info"], results["benchmarks"][0]["extra_info"]["examples"]
-    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    examples = results["benchmarks"][0]["extra_info"]["examples"]
     lines += [
         "",
         f"{examples} examples of 28 × 28, all weighted alike; in brackets the others' time as a multiple of fastif's. "
-        f"{machine['cpu'].get('brand_raw', 'CPU')}, {threads}, torch {machine['torch']}, "
-        f"{results['datetime'][:10]}. Made by "
+        f"{_machine(results)}. Made by "
         "`pytest benchmarks/bench_products.py -k test_products --benchmark-enable`.",
     ]
     return "\n".join(lines)
@@ -349,12 +356,12 @@ def products_table(name: str) -> str:
 
 def gpu_table(name: str) -> str:
     """The newest result of each device that `make gpu-check` kept."""
-    newest = {json.loads(path.read_text())["device"]: path for path in sorted(KEPT.glob(f"{name}-*.json"))}
+    kept = [_kept(path.stem) for path in sorted(KEPT.glob(f"{name}-*.json"))]
+    newest = {results["device"]: results for results in kept}
     if not newest:
         return "No GPU has run them yet."
     parts = []
-    for device, path in newest.items():
-        results = json.loads(path.read_text())
+    for device, results in newest.items():
         lines = ["| op | seconds | share of the device's limit | against |", "|---|---|---|---|"]
         for row in results["benchmarks"]:
             seconds = row.get("seconds", {}).get("fastif")
