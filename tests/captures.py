@@ -2,6 +2,7 @@
 
 import torch
 
+from fastif.capture import Capture
 from fastif.data import rows_of
 from fastif.features import call
 from fastif.losses import per_sample
@@ -14,6 +15,14 @@ def captured(capture, network):
         losses = per_sample(network.loss, forward.outputs, network.batch, forward.n)
         forward.check(losses)
         return forward.gradients(losses)
+
+
+def gradients_of(model, layers, data):
+    """Of the cross-entropy, by block: every example's gradient as the capture keeps it."""
+    capture = Capture(model, layers)
+    with capture.attached():
+        forward = capture.forward(data[0])
+        return forward.gradients(torch.nn.functional.cross_entropy(forward.outputs, data[1], reduction="none"))
 
 
 def by_autograd(network, parameters):

@@ -5,15 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F
 
 import fastif.scoring
 from fastif import EKFAC, KFAC, Diagonal, Influence, build_info
-from fastif.capture import Capture
 from fastif.curvature import Explicit
 from fastif.curvature.directions import Factors
 from fastif.gradients import Dense
 from fastif.measure import Measure
+from tests.captures import gradients_of
+from tests.problems import wide
 
 
 class Words(nn.Module):
@@ -43,13 +43,9 @@ def by_words(t: int = 3) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
 
 def defined(influence: Influence, query, train, layers: str = "*") -> torch.Tensor:
     """The scores by matrices: solved query gradients times training gradients, block by block."""
-    formed = []
-    for x, y in (query, train):
-        capture = Capture(influence.model, layers)
-        with capture.attached():
-            forward = capture.forward(x)
-            gradients = forward.gradients(F.cross_entropy(forward.outputs, y, reduction="none"))
-            formed.append({name: g.formed() for name, g in gradients.items()})
+    formed = [
+        {name: g.formed() for name, g in gradients_of(influence.model, layers, data).items()} for data in (query, train)
+    ]
     parts = [
         torch.einsum("qsod,nsod->qn", influence.curvature[name].solve(formed[0][name]), formed[1][name])
         for name in formed[0]
@@ -197,10 +193,7 @@ def test_matrices_are_turned_back_in_parts(monkeypatch):
     monkeypatch.setattr("fastif.curvature.directions._TOGETHER", 4 * 40 * 25)
     model, data = by_words()
     influence = Influence(model, curvature=EKFAC(1e-2), layers="first", progress=False).fit(data)
-    block, capture = influence.curvature["first"], Capture(model, "first")
-    with capture.attached():
-        forward = capture.forward(data[0])
-        g = forward.gradients(F.cross_entropy(forward.outputs, data[1], reduction="none"))["first"]
+    block, g = influence.curvature["first"], gradients_of(model, "first", data)["first"]
     want = torch.einsum("qsod,nsod->qn", block.solve(g.formed()), g.formed())
     held = block.directions(g)
     assert isinstance(held, Factors)
@@ -210,3 +203,19 @@ def test_matrices_are_turned_back_in_parts(monkeypatch):
     assert held.settled(23 * 40 * 25 * 8 - 1) is held
     for form in (held, explicit, Factors.joined([block.directions(g.rows(0, 5)), block.directions(g.rows(5, 23))])):
         assert torch.allclose(form.dots(g), want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("estimator", [KFAC, EKFAC])
+def test_queries_of_one_position_are_kept_in_their_factors(estimator):
+    """Few of them are turned back into matrices, many are not; the scores are those of the definition."""
+    model, data = wide()
+    influence = Influence(model, curvature=estimator(1e-2), layers="0", progress=False).fit(data)
+    block, g = influence.curvature["0"], gradients_of(model, "0", data)["0"]
+    want = torch.einsum("qsod,nsod->qn", block.solve(g.formed()), g.formed()) / len(g)
+    assert torch.allclose(influence.scores(data, data), want, rtol=1e-9, atol=1e-12)
+    first = tuple(part[:1] for part in data)
+    assert 30 * 30 + 41 * 41 > 30 * 41  # more work than the dot products of one query
+    assert torch.allclose(influence.scores(first, data), want[:1], rtol=1e-9, atol=1e-12)
+    directions = block.directions(g)
+    assert directions.nbytes == len(g) * (30 + 41) * 8
+    assert torch.allclose(directions.dots(g) / len(g), want, rtol=1e-9, atol=1e-12)

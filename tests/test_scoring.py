@@ -3,10 +3,8 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from fastif import EKFAC, KFAC, Diagonal, ExactBlock, Identity, Influence
-from fastif.capture import Capture
 from fastif.curvature import LowRank
 from tests.by_hand import DAMPING, N, Table, answers, by_hand, influence_of, names_of, problem
 from tests.problems import wide
@@ -158,22 +156,3 @@ def test_slices_of_a_batch_give_what_the_whole_gives(which, make, monkeypatch):
         results.append([influence.scores(data, data), influence.self_influence(data), *by_layer.values()])
     for whole, sliced in zip(*results, strict=True):
         assert torch.allclose(whole, sliced, rtol=1e-9, atol=1e-12 * float(whole.abs().max()))
-
-
-@pytest.mark.parametrize("estimator", [KFAC, EKFAC])
-def test_queries_of_one_position_are_kept_in_their_factors(estimator):
-    """Few of them are turned back into matrices, many are not; the scores are those of the definition."""
-    model, data = wide()
-    influence = Influence(model, curvature=estimator(1e-2), layers="0", progress=False).fit(data)
-    block, capture = influence.curvature["0"], Capture(model, "0")
-    with capture.attached():
-        forward = capture.forward(data[0])
-        g = forward.gradients(F.cross_entropy(forward.outputs, data[1], reduction="none"))["0"]
-    want = torch.einsum("qsod,nsod->qn", block.solve(g.formed()), g.formed()) / len(g)
-    assert torch.allclose(influence.scores(data, data), want, rtol=1e-9, atol=1e-12)
-    first = tuple(part[:1] for part in data)
-    assert 30 * 30 + 41 * 41 > 30 * 41  # more work than the dot products of one query
-    assert torch.allclose(influence.scores(first, data), want[:1], rtol=1e-9, atol=1e-12)
-    directions = block.directions(g)
-    assert directions.nbytes == len(g) * (30 + 41) * 8
-    assert torch.allclose(directions.dots(g) / len(g), want, rtol=1e-9, atol=1e-12)

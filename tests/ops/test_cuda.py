@@ -19,7 +19,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, tolerance: float = 1e-5) -> None:
+def assert_close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, tolerance: float = 1e-5) -> None:
     """Largest error relative to the largest magnitude: what a sum of many terms can promise."""
     assert got.dtype == dtype
     error = (got.cpu().double() - want.cpu().double()).abs().max().item()
@@ -55,7 +55,9 @@ def kernel(request, monkeypatch):
 both_kernels = pytest.mark.parametrize("kernel", KERNELS, indirect=True)
 
 
-def same_farthest_first(x: torch.Tensor, k: int, start: int | torch.Tensor, **options: torch.Tensor | float) -> None:
+def assert_same_farthest_first(
+    x: torch.Tensor, k: int, start: int | torch.Tensor, **options: torch.Tensor | float
+) -> None:
     on_gpu = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
     got, want = farthest_first(x.cuda(), k, start, **on_gpu), farthest_first(x, k, start, **options)
     for name, mine, theirs in zip(got._fields, got, want, strict=True):
@@ -68,7 +70,7 @@ def same_farthest_first(x: torch.Tensor, k: int, start: int | torch.Tensor, **op
 @pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "duplicates", "offset", "huge", "tiny"])
 @pytest.mark.parametrize(("n", "d", "k", "start"), [(1, 1, 1, 0), (7, 3, 7, 6), (100, 33, 100, 5), (333, 130, 40, 332)])
 def test_small_farthest_first(n, d, k, start, kind, dtype, kernel):
-    same_farthest_first(points(kind, n, d, dtype), k, start)
+    assert_same_farthest_first(points(kind, n, d, dtype), k, start)
 
 
 def ragged(b: int, n: int, d: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,16 +87,16 @@ def ragged(b: int, n: int, d: int, dtype: torch.dtype) -> tuple[torch.Tensor, to
 def test_small_farthest_first_of_given_picks_masks_and_radii(dtype, kernel):
     x = points("duplicates", 300, 70, dtype)
     given = torch.tensor([4, 5, 250, 0, 17])
-    same_farthest_first(x, 40, given)
-    same_farthest_first(x, 5, given)
+    assert_same_farthest_first(x, 40, given)
+    assert_same_farthest_first(x, 5, given)
     radius = farthest_first(x, 30).sq_radii[20].sqrt().item()
-    same_farthest_first(x, 300, 7, until_radius=radius)
-    same_farthest_first(x, 300, given, until_radius=0.0)
+    assert_same_farthest_first(x, 300, 7, until_radius=radius)
+    assert_same_farthest_first(x, 300, given, until_radius=0.0)
     clouds, mask = ragged(5, 60, 9, dtype)
     picks = torch.tensor([2, 3, 1, 30, 60]).minimum(mask.sum(1))
-    same_farthest_first(clouds, 60, 0, picks=picks, mask=mask)
+    assert_same_farthest_first(clouds, 60, 0, picks=picks, mask=mask)
     starts = torch.tensor([[2, 0]] * 5)
-    same_farthest_first(clouds, 60, starts, picks=picks.clamp(min=2), mask=mask, until_radius=2.0)
+    assert_same_farthest_first(clouds, 60, starts, picks=picks.clamp(min=2), mask=mask, until_radius=2.0)
 
 
 @both_kernels
@@ -113,26 +115,26 @@ def test_small_farthest_first_of_given_picks_masks_and_radii(dtype, kernel):
     ],
 )
 def test_large_farthest_first(n, d, k, dtype, kernel):
-    same_farthest_first(points("normal", n, d, dtype), k, n // 2)
+    assert_same_farthest_first(points("normal", n, d, dtype), k, n // 2)
 
 
 @both_kernels
 @pytest.mark.parametrize("kind", ["ties", "zeros", "duplicates"])
 @pytest.mark.parametrize("d", [2, 32])
 def test_large_farthest_first_with_ties_across_blocks(kind, d, kernel):
-    same_farthest_first(points(kind, 60_000, d, torch.float32), 400, 59_999)
+    assert_same_farthest_first(points(kind, 60_000, d, torch.float32), 400, 59_999)
 
 
 def test_large_farthest_first_of_features():
     """As the penultimate layer of a network has them: of low rank, not negative. By the kernel that is chosen."""
     g = generator(3)
     x = (torch.randn(60_000, 24, generator=g) @ torch.randn(24, 256, generator=g)).relu()
-    same_farthest_first(x + 0.05 * torch.randn(x.shape, generator=g), 2000, 0)
+    assert_same_farthest_first(x + 0.05 * torch.randn(x.shape, generator=g), 2000, 0)
 
 
 def test_large_farthest_first_of_many_clouds():
     x, mask = ragged(300, 200, 16, torch.float32)
-    same_farthest_first(x, 20, 0, picks=mask.sum(1).clamp(max=20), mask=mask)
+    assert_same_farthest_first(x, 20, 0, picks=mask.sum(1).clamp(max=20), mask=mask)
 
 
 @both_kernels
@@ -188,21 +190,21 @@ def classification(n: int, d: int, c: int, dtype: torch.dtype, sharpness: float 
     return x.to(dtype), p.to(dtype), w.to(dtype)
 
 
-def same_ggn_block(n: int, d: int, c: int, dtype: torch.dtype, sharpness: float = 1) -> None:
+def assert_same_ggn_block(n: int, d: int, c: int, dtype: torch.dtype, sharpness: float = 1) -> None:
     x, p, w = classification(n, d, c, dtype, sharpness)
     gpu = [tensor.cuda() for tensor in (x, p, w)]
     out = torch.zeros(c, d, c, d, dtype=dtype, device="cuda")
     ops.ggn_block_(out, *gpu)
     want = torch.zeros(c, d, c, d, dtype=dtype)
     ops.ggn_block_(want, x, p, w)
-    close(out, want, dtype)
+    assert_close(out, want, dtype)
     if n * c * c * d * d <= 1e9:
-        close(out, reference.ggn_block(x, p, w), dtype)
+        assert_close(out, reference.ggn_block(x, p, w), dtype)
     assert torch.equal(out, out.permute(2, 3, 0, 1))
     before = torch.randn(c, d, c, d, generator=generator(1), dtype=dtype) * out.abs().max().item()
     added = before.cuda()
     ops.ggn_block_(added, *gpu)
-    close(added, before.double() + out.cpu().double(), dtype)
+    assert_close(added, before.double() + out.cpu().double(), dtype)
     again = torch.zeros_like(out)
     ops.ggn_block_(again, *gpu)
     assert torch.equal(again, out)  # the same bits from run to run
@@ -213,7 +215,7 @@ def same_ggn_block(n: int, d: int, c: int, dtype: torch.dtype, sharpness: float 
     ("n", "d", "c"), [(1, 1, 1), (1, 1, 2), (5, 3, 3), (37, 65, 2), (600, 33, 4), (1500, 20, 10), (40, 130, 5)]
 )
 def test_small_ggn_block(n, d, c, dtype):
-    same_ggn_block(n, d, c, dtype)
+    assert_same_ggn_block(n, d, c, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -222,10 +224,10 @@ def test_small_ggn_block(n, d, c, dtype):
     [(50_000, 193, 10, 1), (50_000, 130, 2, 1), (3_000, 64, 100, 3), (400, 8, 700, 1), (2_000, 97, 6, 40)],
 )
 def test_large_ggn_block(n, d, c, sharpness, dtype):
-    same_ggn_block(n, d, c, dtype, sharpness)
+    assert_same_ggn_block(n, d, c, dtype, sharpness)
 
 
-def same_kronecker_block(n: int, d: int, c: int, dtype: torch.dtype) -> None:
+def assert_same_kronecker_block(n: int, d: int, c: int, dtype: torch.dtype) -> None:
     x, p, w = classification(n, d, c, dtype)
     outer = (p * w[:, None])[:, :, None] * p[:, None, :]
     outer[:, ::2, 1::2] *= -1
@@ -235,14 +237,14 @@ def same_kronecker_block(n: int, d: int, c: int, dtype: torch.dtype) -> None:
     ops.kronecker_block_(out, *gpu)
     want = torch.zeros(c, d, c, d, dtype=dtype)
     ops.kronecker_block_(want, x, outer)
-    close(out, want, dtype)
+    assert_close(out, want, dtype)
     if n * c * c * d * d <= 1e9:
-        close(out, reference.kronecker_block(x, outer), dtype)
+        assert_close(out, reference.kronecker_block(x, outer), dtype)
     assert torch.equal(out, out.permute(2, 3, 0, 1))
     before = torch.randn(c, d, c, d, generator=generator(1), dtype=dtype) * out.abs().max().item()
     added = before.cuda()
     ops.kronecker_block_(added, *gpu)
-    close(added, before.double() + out.cpu().double(), dtype)
+    assert_close(added, before.double() + out.cpu().double(), dtype)
     again = torch.zeros_like(out)
     ops.kronecker_block_(again, gpu[0], gpu[1].tril())
     assert torch.equal(again, out)  # the same bits from run to run, of the lower triangle
@@ -253,13 +255,13 @@ def same_kronecker_block(n: int, d: int, c: int, dtype: torch.dtype) -> None:
     ("n", "d", "c"), [(1, 1, 1), (1, 1, 2), (5, 3, 3), (37, 65, 2), (600, 33, 4), (1500, 20, 10), (40, 130, 5)]
 )
 def test_small_kronecker_block(n, d, c, dtype):
-    same_kronecker_block(n, d, c, dtype)
+    assert_same_kronecker_block(n, d, c, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "d", "c"), [(50_000, 193, 10), (50_000, 130, 1), (3_000, 64, 50), (600, 3_000, 1)])
 def test_large_kronecker_block(n, d, c, dtype):
-    same_kronecker_block(n, d, c, dtype)
+    assert_same_kronecker_block(n, d, c, dtype)
 
 
 @pytest.mark.parametrize("cores", ["tensor", "cuda"])
@@ -322,7 +324,7 @@ def test_ggn_block_where_the_pairs_do_not_fit_the_scratch():
     assert rows_of_h.abs().max() <= 1e-5 * out.abs().max()
     for a, b in ((0, 0), (3, 70), (95, 95), (95, 0)):
         h = w.double() * p[:, a].double() * ((p.double().sum(1) - p[:, a]) if a == b else -p[:, b].double())
-        close(out[a, :, b], (x.double() * h[:, None]).T @ x.double(), torch.float32)
+        assert_close(out[a, :, b], (x.double() * h[:, None]).T @ x.double(), torch.float32)
 
 
 def linear_map(n: int, t: int, d: int, o: int, dtype: torch.dtype):
@@ -339,16 +341,16 @@ LARGE_MAPS = [(5_000, 1, 512, 10), (3_000, 1, 130, 200), (300, 64, 144, 32), (60
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SMALL_MAPS)
 def test_small_per_sample_grad(shape, dtype):
-    same_per_sample_grad(*shape, dtype)
+    assert_same_per_sample_grad(*shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", LARGE_MAPS)
 def test_large_per_sample_grad(shape, dtype):
-    same_per_sample_grad(*shape, dtype)
+    assert_same_per_sample_grad(*shape, dtype)
 
 
-def same_per_sample_grad(n: int, t: int, d: int, o: int, dtype: torch.dtype) -> None:
+def assert_same_per_sample_grad(n: int, t: int, d: int, o: int, dtype: torch.dtype) -> None:
     inputs, output_grads = linear_map(n, t, d, o, dtype)
     g = generator(n)
     a, u = inputs.cuda(), output_grads.cuda()
@@ -357,22 +359,22 @@ def same_per_sample_grad(n: int, t: int, d: int, o: int, dtype: torch.dtype) -> 
         groups = torch.randint(num_groups, (n,), generator=g) // 2 * 2  # odd groups are empty
         arguments = (weights, groups, num_groups)
         got = ops.per_sample_grad_accumulate(a, u, weights.cuda(), groups.cuda(), num_groups)
-        close(got, ops.per_sample_grad_accumulate(inputs, output_grads, *arguments), dtype)
+        assert_close(got, ops.per_sample_grad_accumulate(inputs, output_grads, *arguments), dtype)
         assert torch.equal(got, ops.per_sample_grad_accumulate(a, u, weights.cuda(), groups.cuda(), num_groups))
         assert not got[1::2].any()
     weights = weights.abs()  # so that nothing cancels
     squares = ops.per_sample_grad_accumulate_squares(a, u, weights.cuda())
-    close(squares, ops.per_sample_grad_accumulate_squares(inputs, output_grads, weights), dtype)
+    assert_close(squares, ops.per_sample_grad_accumulate_squares(inputs, output_grads, weights), dtype)
     assert torch.equal(squares, ops.per_sample_grad_accumulate_squares(a, u, weights.cuda()))
     for scale in (None, torch.rand(o, d, generator=g, dtype=torch.float64).to(dtype)):
         on_gpu = None if scale is None else scale.cuda()
         norms = ops.per_sample_grad_sq_norms(a, u, on_gpu)
-        close(norms, ops.per_sample_grad_sq_norms(inputs, output_grads, scale), dtype)
+        assert_close(norms, ops.per_sample_grad_sq_norms(inputs, output_grads, scale), dtype)
         assert torch.equal(norms, ops.per_sample_grad_sq_norms(a, u, on_gpu))
     for q in (3, 40):  # by position; where positions are several, by gradient
         directions = torch.randn(q, o, d, generator=g, dtype=torch.float64).to(dtype)
         products = ops.per_sample_grad_dots(a, u, directions.cuda())
-        close(products, ops.per_sample_grad_dots(inputs, output_grads, directions), dtype)
+        assert_close(products, ops.per_sample_grad_dots(inputs, output_grads, directions), dtype)
         assert torch.equal(products, ops.per_sample_grad_dots(a, u, directions.cuda()))
 
 
@@ -391,15 +393,15 @@ def test_16_bit_inputs_give_what_their_values_in_32_bits_give(shape, dtype):
         lambda a, u: ops.per_sample_grad_sq_norms(a, u, scale),
         lambda a, u: ops.per_sample_grad_dots(a, u, directions),
     ):
-        close(call(a, u), call(a.float(), u.float()), torch.float32)
+        assert_close(call(a, u), call(a.float(), u.float()), torch.float32)
 
 
 def test_strides_do_not_matter():
     x = points("normal", 90, 44, torch.float32)[::2, ::3]
-    same_farthest_first(x, 12, 3)
+    assert_same_farthest_first(x, 12, 3)
     inputs, output_grads = (z.transpose(0, 1) for z in linear_map(4, 6, 10, 5, torch.float32))
     want = reference.sq_norms(inputs, output_grads)
-    close(ops.per_sample_grad_sq_norms(inputs.cuda(), output_grads.cuda()), want, torch.float32)
+    assert_close(ops.per_sample_grad_sq_norms(inputs.cuda(), output_grads.cuda()), want, torch.float32)
 
 
 def test_runs_on_the_current_stream():
