@@ -167,7 +167,7 @@ class Operator:
                     return self._forward_over_reverse(x, y, weights, tangents)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:  # NotImplementedError is one
+            except RuntimeError as error:  # what forward mode cannot do; an error of the model itself comes again below
                 self._double_backward(str(error).partition("\n")[0])
         return _Graph(self, x, y, weights)(tangents)
 
