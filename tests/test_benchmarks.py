@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import lds, mislabel_detection, operations, results, tables
+from benchmarks.experiments import lds, mislabel_detection
+from benchmarks.figures import keep, tables
+from benchmarks.influence import operations
 from fastif import evaluation
 from fastif.gradients import Dense, second_moment
 from tests.test_data import real_data, write_shard
@@ -40,7 +42,7 @@ def test_mislabel_detection_runs_and_resumes(tmp_path, monkeypatch):
     assert [row["auc"] for row in resumed] == [row["auc"] for row in made]
     stored = tmp_path / "a" / "results.json"
     monkeypatch.setattr(tables, "KEPT", tmp_path)
-    results.keep(stored, "mislabel")
+    keep.keep(stored, "mislabel")
     assert tables.mislabel_table("mislabel").count("\n| ") == 3 + 2 + 5 + 2
 
 
@@ -54,7 +56,7 @@ def test_lds_runs_and_its_table_is_whole(tmp_path, monkeypatch):
     assert [row["contender"] for row in made] == [name for name in ours for _ in range(2)]  # two models of digits
     assert all(-1 <= row["lds"]["mean"] <= 1 for row in made)
     monkeypatch.setattr(tables, "KEPT", tmp_path)
-    results.keep(tmp_path / "a" / "results.json", "lds")
+    keep.keep(tmp_path / "a" / "results.json", "lds")
     assert tables.lds_table("lds").count("\n| fastif") == len(ours)
 
 
@@ -68,13 +70,13 @@ def test_rows_of_another_run_are_added_to_those_that_are_kept(tmp_path, monkeypa
 
     write("lds", ("MLP", "a", 1), ("CNN", "b", 1), ("MLP", "b", 1), ("MLP", "c", 1))
     write("part", ("CNN", "b", 1), ("CNN", "b", 2), ("CNN", "a", 3))
-    results.main(["add", str(tmp_path / "part.json"), "lds"])
+    keep.main(["add", str(tmp_path / "part.json"), "lds"])
     rows = [tuple(row.values()) for row in json.loads((tmp_path / "lds.json").read_text())["lds"]]
     order = [("MLP", "a", 1), ("CNN", "a", 3), ("MLP", "b", 1), ("CNN", "b", 1), ("CNN", "b", 2), ("MLP", "c", 1)]
     assert rows == order
     write("other", ("CNN", "a", 1), n=8)
     with pytest.raises(ValueError, match="add: CNN: n must be that of the kept results, 9, got 8"):
-        results.add(tmp_path / "other.json", "lds")
+        keep.add(tmp_path / "other.json", "lds")
 
 
 def test_benchmarks_take_the_place_of_their_own(tmp_path, monkeypatch):
@@ -87,7 +89,7 @@ def test_benchmarks_take_the_place_of_their_own(tmp_path, monkeypatch):
 
     write("blocks", ["test_a[1]", "test_b"])
     write("some", ["test_a[2]", "test_a[3]"], cpu={"brand_raw": "x", "hz": 2})
-    results.add(tmp_path / "some.json", "blocks")
+    keep.add(tmp_path / "some.json", "blocks")
     kept = json.loads((tmp_path / "blocks.json").read_text())["benchmarks"]
     assert [(b["name"], b["from"]) for b in kept] == [
         ("test_b", "blocks"),
@@ -96,7 +98,7 @@ def test_benchmarks_take_the_place_of_their_own(tmp_path, monkeypatch):
     ]
     write("other", ["test_b"], threads=1)
     with pytest.raises(ValueError, match="add: threads must be that of the kept results, 2, got 1"):
-        results.add(tmp_path / "other.json", "blocks")
+        keep.add(tmp_path / "other.json", "blocks")
 
 
 def test_products_that_are_added_to_something_are_counted():

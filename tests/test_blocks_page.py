@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import tables
+from benchmarks.figures import tables
 
 PAGE = (Path(__file__).parents[1] / "docs" / "blocks.md").read_text()
 

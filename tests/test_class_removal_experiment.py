@@ -1,13 +1,13 @@
-"""The smallest form of benchmarks/class_removal: it runs, it can be cut off, and its tables are those of its rows."""
+"""The smallest form of benchmarks/experiments/class_removal: it runs, can be cut off, and its tables are its rows'."""
 
 import json
 
 import pytest
 import torch
 
-from benchmarks.class_removal import __main__ as experiment
-from benchmarks.class_removal import networks, tasks
-from benchmarks.class_removal.report import summarised, tables
+from benchmarks.experiments.class_removal import __main__ as experiment
+from benchmarks.experiments.class_removal import networks, tasks
+from benchmarks.experiments.class_removal.report import summarised, tables
 from fastif.data import Data
 from fastif.evaluation.training import Recipe
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import tables
+from benchmarks.figures import tables
 
 PAGE = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
 

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import tables
+from benchmarks.figures import tables
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "kcenter.md").read_text()

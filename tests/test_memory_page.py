@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks import tables
+from benchmarks.figures import tables
 
 PAGE = (Path(__file__).parents[1] / "docs" / "memory.md").read_text()
 

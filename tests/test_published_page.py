@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from benchmarks import tables
+from benchmarks.figures import tables
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "published.md").read_text()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import tables
+from benchmarks.figures import tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

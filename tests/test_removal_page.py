@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import tables
+from benchmarks.figures import tables
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "removal.md").read_text()

@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.cifar10_features import features as cifar10
 from benchmarks.conftest import DEVICE
-from benchmarks.kcenter_peers import ABSENT, BUCKETS, LOOPS, PEERS, SLOW, Peer, direct
+from benchmarks.ops.cifar10_features import features as cifar10
+from benchmarks.ops.kcenter_peers import ABSENT, BUCKETS, LOOPS, PEERS, SLOW, Peer, direct
 from fastif.measure import Measure
 from fastif.ops import farthest_first
 

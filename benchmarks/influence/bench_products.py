@@ -4,7 +4,7 @@ Products race against torch.func's jvp of grad (one right-hand side after anothe
 curvlinops, on the same weighted data, after the same answer has been asserted. Solvers run on subsets of the digits:
 their answer is held against the solution with all data, so that time and faithfulness stand side by side. With
 FASTIF_DATA, a folder with Fashion-MNIST, the same for a CNN and subsets of three sizes: OMP_NUM_THREADS=1
-pytest benchmarks/bench_products.py -k shares --benchmark-enable -s --benchmark-json runs/solvers.json
+pytest benchmarks/influence/bench_products.py -k shares --benchmark-enable -s --benchmark-json runs/solvers.json
 """
 
 from __future__ import annotations

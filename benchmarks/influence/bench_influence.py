@@ -29,7 +29,7 @@ from torch.utils.data import TensorDataset
 
 import fastif
 from benchmarks.conftest import DEVICE
-from benchmarks.operations import counted, products_per_second, seconds_of
+from benchmarks.influence.operations import counted, products_per_second, seconds_of
 from fastif.measure import Measure
 
 DATA = os.environ.get("FASTIF_DATA")

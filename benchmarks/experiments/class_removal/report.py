@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks.class_removal.tasks import better_high, metrics
+from benchmarks.experiments.class_removal.tasks import better_high, metrics
 from fastif.journal import write_whole
 from fastif.pages import new_figure
 

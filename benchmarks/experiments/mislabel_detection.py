@@ -1,7 +1,7 @@
 """Real label noise, found by self-influence: CIFAR-10N, a small CNN trained on the labels that people gave.
 
-FASTIF_DATA=folder python benchmarks/mislabel_detection.py       # about 10 CPU minutes; goes on where it was cut off
-python -m benchmarks.results keep runs/mislabel/results.json mislabel
+FASTIF_DATA=folder python benchmarks/experiments/mislabel_detection.py  # about 10 CPU minutes; resumable
+python -m benchmarks.figures.keep keep runs/mislabel/results.json mislabel
 
 The suspicion of an example is its self-influence: how much its own loss would rise if it were removed. The curvature in
 it comes from 1 %, 5 %, 20 % of the training data, picked by a sampler, or from all; of the head alone (exact) or of all

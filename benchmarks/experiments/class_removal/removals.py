@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastif
-from benchmarks.class_removal.networks import channels_last
+from benchmarks.experiments.class_removal.networks import channels_last
 from fastif import Influence, remove, samplers
 from fastif.curvature.products import Matrix
 from fastif.data import Data

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-KEPT = Path(__file__).parent / "results"
+KEPT = Path(__file__).parents[1] / "results"
 SAMPLERS = ("logit", "leverage", "random", "stratified", "k_center", "certified", "intermediate_distance", "prefix")
 
 
@@ -202,7 +202,7 @@ def influence_table(name: str) -> str:
 
 
 def published_table(name: str) -> str:
-    from benchmarks.class_removal.report import tables
+    from benchmarks.experiments.class_removal.report import tables
 
     return tables(_kept(name)).rstrip()
 
@@ -252,7 +252,7 @@ def mislabel_table(name: str) -> str:
         f"accuracy {accuracies}); by chance the AUC is 0.5 and the tenth holds the share of wrong labels, "
         f"{shares}. Damping {meta['damping']:g}; ± is the standard deviation over the sampler's seeds. "
         f"{meta['device']}, {_threads(meta['threads'])}, torch {meta['versions']['torch']}. "
-        "Made by `python benchmarks/mislabel_detection.py`.",
+        "Made by `python benchmarks/experiments/mislabel_detection.py`.",
     ]
     return "\n".join(lines)
 
@@ -293,7 +293,7 @@ def lds_table(name: str) -> str:
         "Spearman's correlation with leaving single examples out. Of the dampings 0.001, 0.01 and 0.1 the best for "
         "each figure, contender by contender; CPU seconds, fit and scores, of the best LDS. –: not run, too large. "
         f"{meta['device']}, {_threads(meta['threads'])}, torch {meta['versions']['torch']}. "
-        "Made by `python benchmarks/lds.py`.",
+        "Made by `python benchmarks/experiments/lds.py`.",
     ]
     return "\n".join(lines)
 
@@ -326,7 +326,7 @@ def solvers_table(name: str) -> str:
         "included; the residual is relative, that of the subset's own curvature, the larger of the queries; the last "
         f"figure is the relative distance from the solution with all examples. Means over {drawn}; –: not run. "
         f"The machine was busy. {_machine(results)}. Made by "
-        "`pytest benchmarks/bench_products.py -k shares --benchmark-enable`.",
+        "`pytest benchmarks/influence/bench_products.py -k shares --benchmark-enable`.",
     ]
     return "\n".join(lines)
 
@@ -349,7 +349,7 @@ def products_table(name: str) -> str:
         "",
         f"{examples} examples of 28 × 28, all weighted alike; in brackets the others' time as a multiple of fastif's. "
         f"{_machine(results)}. Made by "
-        "`pytest benchmarks/bench_products.py -k test_products --benchmark-enable`.",
+        "`pytest benchmarks/influence/bench_products.py -k test_products --benchmark-enable`.",
     ]
     return "\n".join(lines)
 

@@ -1,6 +1,6 @@
 """Real features for the benchmarks: those of a small CNN, trained on CIFAR-10 on the CPU, kept in runs/.
 
-FASTIF_DATA=folder-with-cifar10 python benchmarks/cifar10_features.py
+FASTIF_DATA=folder-with-cifar10 python benchmarks/ops/cifar10_features.py
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastif.data import load
 from fastif.evaluation.training import train
 
-CACHE = Path(__file__).parents[1] / "runs" / "cifar10-features.pt"
+CACHE = Path(__file__).parents[2] / "runs" / "cifar10-features.pt"
 
 
 class Features(NamedTuple):

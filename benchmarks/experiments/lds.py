@@ -1,7 +1,7 @@
 """Which scores predict retraining? LDS and leave-one-out of fastif, kronfluence and dattri on the same networks.
 
-FASTIF_DATA=folder python benchmarks/lds.py       # goes on where it was cut off
-python -m benchmarks.results keep runs/lds/results.json lds
+FASTIF_DATA=folder python benchmarks/experiments/lds.py       # goes on where it was cut off
+python -m benchmarks.figures.keep keep runs/lds/results.json lds
 
 Retraining takes a few CPU minutes, CG and LiSSA of all contenders about ten, everything else two.
 

@@ -1,11 +1,11 @@
 r"""Which layers should a removal move, and how? Classes are removed from trained networks and held against retraining.
 
-python benchmarks/removal_layers.py digits
-python benchmarks/removal_layers.py fashion-mnist --root DIR --examples 10000 --share 0.02 --steps 3 \
+python benchmarks/experiments/removal_layers.py digits
+python benchmarks/experiments/removal_layers.py fashion-mnist --root DIR --examples 10000 --share 0.02 --steps 3 \
     --classes 2 5 --seeds 2 --variants head "last block" all "all, going on with the training"
 
 Resumable: what is finished stays in runs/removal-layers-DATA, and the same command goes on. The summary is written to
-benchmarks/results/removal-layers-DATA.json, from which `python -m benchmarks.results tables` makes the table of
+benchmarks/results/removal-layers-DATA.json, from which `python -m benchmarks.figures.keep tables` makes the table of
 docs/removal.md. The yardstick is the mean over the networks retrained from scratch without the class, one per seed, of
 KL(retrained ‖ removed) over the held-out examples; the networks retrained with two seeds are as far apart as the row
 "retrained, another seed" says. The method and its default damping were chosen with classes 0, 3 and 8 of the
@@ -39,7 +39,7 @@ from fastif.measure import environment
 from fastif.newton import newton
 from fastif.retained_network import RetainedNetwork
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BLOCK = ["body.8", "body.9", "head"]  # the last convolution, its batch norm and the head of the small CNN
 
 States = Iterator[tuple[dict[str, Tensor], float]]  # the model's state after each step, and the seconds up to there
@@ -232,7 +232,7 @@ def command(arguments: list[str]) -> str:
     pairs = list(zip(arguments, ["", *arguments], strict=False))
     kept = [w for w, before in pairs if w not in ("--out", "--kept") and before not in ("--out", "--kept")]
     kept = ["DIR" if before == "--root" else w for w, before in zip(kept, ["", *kept], strict=False)]
-    return f"python benchmarks/removal_layers.py {shlex.join(kept)}"
+    return f"python benchmarks/experiments/removal_layers.py {shlex.join(kept)}"
 
 
 def carried_on(run: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:

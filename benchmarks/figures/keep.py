@@ -1,15 +1,15 @@
 """Keeps results in benchmarks/results/ and makes the pages' tables and pictures from them: no figure is typed by hand.
 
-python -m benchmarks.results keep runs/fashion-mnist/results.json class-removal-fashion-mnist
-python -m benchmarks.results keep runs/bench.json cpu
-python -m benchmarks.results keep runs/kcenter.json kcenter-cpu
-python -m benchmarks.results keep runs/mislabel/results.json mislabel
-python -m benchmarks.results keep runs/lds/results.json lds
-python -m benchmarks.results keep runs/class-removal-cifar10-0.25/class/results.json published-cifar10
-python -m benchmarks.results add runs/lds/results.json lds     # of a run of some contenders or benchmarks: these alone
-python -m benchmarks.results keep runs/solvers.json solvers-cpu
-python -m benchmarks.results keep runs/products.json products-cpu
-python -m benchmarks.results tables          # rewrites README.md and the pages in docs between markers; pictures
+python -m benchmarks.figures.keep keep runs/fashion-mnist/results.json class-removal-fashion-mnist
+python -m benchmarks.figures.keep keep runs/bench.json cpu
+python -m benchmarks.figures.keep keep runs/kcenter.json kcenter-cpu
+python -m benchmarks.figures.keep keep runs/mislabel/results.json mislabel
+python -m benchmarks.figures.keep keep runs/lds/results.json lds
+python -m benchmarks.figures.keep keep runs/class-removal-cifar10-0.25/class/results.json published-cifar10
+python -m benchmarks.figures.keep add runs/lds/results.json lds  # of a run of some contenders or benchmarks
+python -m benchmarks.figures.keep keep runs/solvers.json solvers-cpu
+python -m benchmarks.figures.keep keep runs/products.json products-cpu
+python -m benchmarks.figures.keep tables          # rewrites README.md and the pages in docs between markers; pictures
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks import tables
+from benchmarks.figures import tables
 from fastif.pages import new_figure
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = (
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("kcenter", "blocks", "removal", "published", "evaluation", "memory")),
@@ -118,7 +118,7 @@ def growth_picture(name: str, path: Path) -> None:
 
 def published_pictures() -> None:
     """Of all pictures of the experiments those that docs/published.md shows."""
-    from benchmarks.class_removal.report import draw
+    from benchmarks.experiments.class_removal.report import draw
 
     page = (ROOT / "docs" / "published.md").read_text()
     for kept in sorted(tables.KEPT.glob("published-*.json")):

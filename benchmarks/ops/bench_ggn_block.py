@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import cifar10_features
 from benchmarks.conftest import DEVICE
+from benchmarks.ops import cifar10_features
 from fastif import ExactBlock, Influence, samplers
 from fastif.curvature.cholesky import extreme_eigenvalues
 from fastif.data import load

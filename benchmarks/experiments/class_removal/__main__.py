@@ -1,4 +1,4 @@
-"""One command, resumable: python -m benchmarks.class_removal --root DIR [--device cuda] ...; see README.md."""
+"""One command, resumable: python -m benchmarks.experiments.class_removal --root DIR [--device cuda] ...; README.md."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks.class_removal.networks import channels_last, network, sha256
-from benchmarks.class_removal.removals import SAMPLERS, LiSSA, Removed, Setting, last_block, lowest, newton
-from benchmarks.class_removal.report import summarised, write_report
-from benchmarks.class_removal.tasks import TASKS, better_high, metrics, prepared
+from benchmarks.experiments.class_removal.networks import channels_last, network, sha256
+from benchmarks.experiments.class_removal.removals import SAMPLERS, LiSSA, Removed, Setting, last_block, lowest, newton
+from benchmarks.experiments.class_removal.report import summarised, write_report
+from benchmarks.experiments.class_removal.tasks import TASKS, better_high, metrics, prepared
 from fastif import extract, samplers
 from fastif.data import load
 from fastif.evaluation.training import RECIPES
@@ -28,7 +28,7 @@ from fastif.features import Extracted
 from fastif.journal import Journal, refuse_differences, write_whole
 from fastif.measure import Measure, environment
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OWN_SAMPLERS = {
     "random": samplers.random,
     "stratified": samplers.stratified,
@@ -43,7 +43,7 @@ STEPS = {"head": 6, "last block": 3, "all": 3}
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.class_removal", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments.class_removal", description=__doc__)
     parser.add_argument("--data", choices=("cifar10", "fashion-mnist", "digits"), default="cifar10")
     parser.add_argument("--root", help="folder with the data set's files")
     parser.add_argument("--examples", type=int, help="of the training set, the first so many; default all")
@@ -207,7 +207,7 @@ def _command(words: list[str]) -> str:
     for word, before in zip(words, ["", *words], strict=False):
         if word != "--out" and before != "--out":
             kept.append("DIR" if before == "--root" else word)
-    return f"python -m benchmarks.class_removal {shlex.join(kept)}"
+    return f"python -m benchmarks.experiments.class_removal {shlex.join(kept)}"
 
 
 if __name__ == "__main__":
