@@ -18,8 +18,8 @@ from fastif.curvature import (
     NotPositiveDefinite,
     RandomProjection,
 )
-from fastif.features import Extracted, extract, find_head
 from fastif.influence import Influence
+from fastif.model.features import Extracted, extract, find_head
 from fastif.ops import build_info
 from fastif.plan import Plan
 from fastif.removal import HeadStep, NetworkStep, Removal, remove

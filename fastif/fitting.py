@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastif.capture import Capture, Forward
 from fastif.curvature import Curvature, ExactBlock
 from fastif.curvature.network import Alone, FitData, JointCurvature, NetworkCurvature, Together, check_estimator
-from fastif.data import picked
-from fastif.features import moved_to
-from fastif.losses import IGNORED, labels_in, labels_of, output_columns, per_sample
-from fastif.passes import Passes, counted_from
+from fastif.data.batches import moved_to, picked
+from fastif.model.capture import Capture, Forward
+from fastif.model.losses import IGNORED, labels_in, labels_of, output_columns, per_sample
+from fastif.model.passes import Passes, counted_from
 from fastif.subset import Subset
 
 Estimator = Curvature | JointCurvature

@@ -14,14 +14,14 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from fastif.capture import Capture
 from fastif.curvature import ExactBlock
 from fastif.curvature.network import NetworkCurvature
-from fastif.data import count
-from fastif.features import find_head
+from fastif.data.batches import count
 from fastif.fitting import Estimator, assigned, begun, fit
-from fastif.losses import Loss, Measurement, check_loss, check_measurement
-from fastif.passes import Passes
+from fastif.model.capture import Capture
+from fastif.model.features import find_head
+from fastif.model.losses import Loss, Measurement, check_loss, check_measurement
+from fastif.model.passes import Passes
 from fastif.plan import Plan, plan
 from fastif.scoring import assembled, tiles
 from fastif.store import ScoreFolder, best_of, write_scores
@@ -41,8 +41,8 @@ class Influence:
     Args:
         model: left as it is by every method. It runs as it is: a model in train mode whose dropout or BatchNorm would
             act is refused unless `allow_train_mode`.
-        loss: "cross_entropy", "causal_lm", "bce", "mse", or a function (outputs, batch) → [n]; see `fastif.losses`. The
-            model was trained on its mean over the training examples.
+        loss: "cross_entropy", "causal_lm", "bce", "mse", or a function (outputs, batch) → [n]; see
+            `fastif.model.losses`. The model was trained on its mean over the training examples.
         curvature: an estimator of single layers (`ExactBlock`, `KFAC`, `EKFAC`, `Diagonal`, `DataInf`, `Identity`) or
             of all together (`CG`, `LiSSA`, `Arnoldi`, `RandomProjection`, `ExactBlock` with joint=True), or a mapping
             from patterns of layer names to estimators, the first match counts. They are copied. Default ExactBlock().

@@ -18,16 +18,15 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastif.capture import dtype_of
 from fastif.curvature import CG, KFAC, Arnoldi, ExactBlock, LiSSA
 from fastif.curvature.network import STANDING, Alone, FitData, JointCurvature, Multiplied, NetworkCurvature, Together
 from fastif.curvature.products import Operator
-from fastif.data import Batch, as_loader, batch_length, count, picked
-from fastif.features import moved_to
+from fastif.data.batches import Batch, as_loader, batch_length, count, moved_to, picked
 from fastif.fitting import begun, head_of, observe
-from fastif.gradients import of_table
-from fastif.losses import labels_in, output_columns, per_sample
 from fastif.measure import Measure
+from fastif.model.calls import dtype_of
+from fastif.model.gradients import of_table
+from fastif.model.losses import labels_in, output_columns, per_sample
 from fastif.scoring import tiles
 from fastif.subset import Subset
 

@@ -17,11 +17,11 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from fastif.capture import Capture
 from fastif.curvature import ExactBlock
 from fastif.curvature.cholesky import check_damping
-from fastif.data import as_loader, count
-from fastif.features import Extracted, extract, find_head
+from fastif.data.batches import as_loader, count
+from fastif.model.capture import Capture
+from fastif.model.features import Extracted, extract, find_head
 from fastif.newton import Figures, newton
 from fastif.retained_head import RetainedHead, without_removed
 from fastif.retained_network import RetainedNetwork, Sampler

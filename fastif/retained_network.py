@@ -12,10 +12,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fastif.curvature import EKFAC, ExactBlock
-from fastif.data import batch_length, count, picked
-from fastif.features import call, find_head, moved_to
+from fastif.data.batches import batch_length, count, moved_to, picked
 from fastif.influence import Influence
-from fastif.losses import labels_in, labels_of, logits_of, output_columns, per_sample
+from fastif.model.calls import call
+from fastif.model.features import find_head
+from fastif.model.losses import labels_in, labels_of, logits_of, output_columns, per_sample
 from fastif.retained_head import SMALLEST_STEP, check_removed, check_weight_decay, without_removed
 from fastif.samplers import Subset, check_subset, draw
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastif.capture import dtype_of
 from fastif.curvature import KFAC, Directions, Explicit, LowRank
 from fastif.curvature.directions import Factors
 from fastif.curvature.network import NetworkCurvature
-from fastif.data import as_loader, count
-from fastif.gradients import Gradients
+from fastif.data.batches import as_loader, count
+from fastif.model.calls import dtype_of
+from fastif.model.gradients import Gradients
 
 if TYPE_CHECKING:
     from fastif.influence import Influence

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from fastif._version import __version__
-from fastif.capture import dtype_of
 from fastif.curvature.called import as_called
-from fastif.data import Batch, as_loader, batch_lengths, indexable, picked
+from fastif.data.batches import Batch, as_loader, batch_lengths, indexable, picked
 from fastif.journal import described, fingerprint, refuse_differences, remove_partial, tensors_in, whole, write_whole
+from fastif.model.calls import dtype_of
 from fastif.scoring import By, Tile, check_groups, check_one_length, check_positions, query_bytes, tiles
 
 if TYPE_CHECKING:

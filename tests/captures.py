@@ -2,10 +2,10 @@
 
 import torch
 
-from fastif.capture import Capture
 from fastif.data import rows_of
-from fastif.features import call
-from fastif.losses import per_sample
+from fastif.model.calls import call
+from fastif.model.capture import Capture
+from fastif.model.losses import per_sample
 from tests.networks import N
 
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from fastif import cli, store
-from fastif.capture import Capture
 from fastif.curvature import FitData
 from fastif.data import count, picked
+from fastif.model.capture import Capture
 from fastif.subset import Subset
 from tests.stored import BLOCK
 from tests.user_script import SCRIPT

@@ -13,7 +13,7 @@ from benchmarks.experiments import lds, mislabel_detection
 from benchmarks.figures import keep, tables
 from benchmarks.influence import operations
 from fastif import evaluation
-from fastif.gradients import Dense, second_moment
+from fastif.model.gradients import Dense, second_moment
 from tests.test_data import real_data, write_shard
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastif.capture import Capture
-from fastif.features import call
-from fastif.gradients import Dense, OneHot
-from fastif.slices import Sliced
+from fastif.model.calls import call
+from fastif.model.capture import Capture
+from fastif.model.gradients import Dense, OneHot
+from fastif.model.sliced_gradients import Sliced
 from tests import networks
 from tests.captures import assert_unchanged, by_autograd, captured, snapshot
 from tests.networks import Apply, Attends, Masked, N, build, inputs, norm, tokens, wavy

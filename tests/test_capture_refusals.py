@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastif import KFAC, Identity, Influence
-from fastif.capture import Capture
+from fastif.model.capture import Capture
 from tests import networks
 from tests.captures import assert_unchanged, by_autograd, captured, snapshot
 from tests.networks import Apply, Checkpointed, N, build, inputs, tokens, wavy

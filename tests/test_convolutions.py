@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastif import KFAC, Influence
-from fastif.capture import Capture
-from fastif.convolutions import PatchMoment, Window
-from fastif.slices import Sliced
+from fastif.model.capture import Capture
+from fastif.model.patches import PatchMoment, Window
+from fastif.model.sliced_gradients import Sliced
 
 
 @st.composite
@@ -67,7 +67,7 @@ def test_moment_of_many_images_is_the_sum_of_its_slices(monkeypatch):
     whole = PatchMoment(window, True).add(x, weights).matrix()
     added = PatchMoment(window, True).add(x[:3], weights[:3]).add(x[3:], weights[3:])
     assert torch.allclose(added.matrix(), whole, rtol=1e-12)
-    monkeypatch.setattr("fastif.convolutions._ENTRIES", 1000)  # one image at a time
+    monkeypatch.setattr("fastif.model.patches._ENTRIES", 1000)  # one image at a time
     assert torch.allclose(PatchMoment(window, True).add(x, weights).matrix(), whole, rtol=1e-12)
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fastif.curvature import ExactBlock, NotPositiveDefinite
-from fastif.gradients import Dense
+from fastif.model.gradients import Dense
 from fastif.samplers import certified
 from tests import reference
 

@@ -12,7 +12,7 @@ from fastif.curvature import NotPositiveDefinite, exact_block, factor
 from fastif.curvature.cholesky import extreme_eigenvalues
 from fastif.curvature.softmax import output_roots
 from fastif.data import load
-from fastif.gradients import Dense
+from fastif.model.gradients import Dense
 from fastif.removal import head_steps
 from tests.networks import build
 from tests.problems import WEIGHT_DECAY, head_gradients, trained

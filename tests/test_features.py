@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from fastif.features import Extracted, extract, find_head
+from fastif.model.features import Extracted, extract, find_head
 from fastif.ops._checks import first_nonfinite_row
 
 N, D, C = 23, 6, 3

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from fastif import EKFAC, KFAC, Diagonal, ExactBlock, Identity, Influence, NotPositiveDefinite
-from fastif.capture import Capture
-from fastif.losses import output_columns
+from fastif.model.capture import Capture
+from fastif.model.losses import output_columns
 from fastif.samplers import Subset
 from tests.by_hand import (
     DAMPING,

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastif import EKFAC, KFAC, Diagonal, Influence
-from fastif.losses import measured, output_columns, per_sample
+from fastif.model.losses import measured, output_columns, per_sample
 
 N = 6
 

@@ -3,12 +3,12 @@
 import torch
 
 from fastif.curvature.kfac import _eigenvectors
-from fastif.gradients import second_moment
+from fastif.model.gradients import second_moment
 
 
 def test_moments_are_taken_in_blocks_of_the_lower_triangle(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr("fastif.gradients._SIDE", 3)
+    monkeypatch.setattr("fastif.model.gradients._SIDE", 3)
     weights = torch.rand(5, dtype=torch.float64)
     for t, d in ((1, 7), (4, 8), (9, 4)):
         x = torch.randn(2, 5, d, t, dtype=torch.float64).mT  # positions fastest

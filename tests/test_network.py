@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from fastif import CG, EKFAC, KFAC, ExactBlock, Influence, RandomProjection
-from fastif.capture import Capture
 from fastif.curvature.network import JointCurvature
+from fastif.model.capture import Capture
 from tests.networks import LAYERS
 
 DAMPING = 0.05

@@ -12,7 +12,7 @@ from tests.problems import wide
 def test_a_batch_that_goes_through_the_model_in_slices_takes_the_memory_of_one(monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(2048, 3))
     data = torch.randn(96, 3, 16, 16), torch.arange(96) % 3
-    monkeypatch.setattr("fastif.passes._TOGETHER", 12 * 4 * (3 * 256 + 8 * 256 + 2048 + 3))
+    monkeypatch.setattr("fastif.model.passes._TOGETHER", 12 * 4 * (3 * 256 + 8 * 256 + 2048 + 3))
     peaks = []
     for batch_size in (12, 96):
         influence = Influence(
@@ -30,7 +30,7 @@ def test_an_error_in_a_slice_says_where_in_the_batch_it_counts_from(monkeypatch)
     model, (x, y) = wide()
     x = x.clone()
     x[7, 0] = torch.nan
-    monkeypatch.setattr("fastif.passes._TOGETHER", 10 * 8 * (40 + 30))  # six slices of ten
+    monkeypatch.setattr("fastif.model.passes._TOGETHER", 10 * 8 * (40 + 30))  # six slices of ten
     influence = Influence(model, curvature=KFAC(1e-2), layers="0", batch_size=60, progress=False)
     with pytest.raises(ValueError, match=r"the input of layer '0' holds NaN or Inf, example 7 of batch 0$"):
         influence.fit((x, y))
@@ -45,7 +45,7 @@ def test_a_batch_in_train_mode_is_not_cut(monkeypatch):
     data = torch.randn(12, 5, dtype=torch.float64), torch.arange(12) % 3
     results = []
     for limit in (1 << 24, 1):
-        monkeypatch.setattr("fastif.passes._TOGETHER", limit)
+        monkeypatch.setattr("fastif.model.passes._TOGETHER", limit)
         influence = Influence(model, curvature=EKFAC(1e-2), layers="2", allow_train_mode=True, progress=False)
         results.append(influence.fit(data).self_influence(data))
     assert torch.equal(*results)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastif.curvature.products import Layout, Operator, _all_derivatives
-from fastif.losses import logits_of, per_sample
+from fastif.model.losses import logits_of, per_sample
 from fastif.subset import Subset
 from tests.networks import LAYERS, TRANSFORMERS, N, build
 

@@ -148,8 +148,14 @@ def test_slices_of_a_batch_give_what_the_whole_gives(which, make, monkeypatch):
     data = problem(which).data
     results = []
     for entries in (1 << 21, 1):  # all examples at once, and one at a time
-        for limit in ("capture.SLICE", "passes._TOGETHER", "slices._TOGETHER", "gradients._ROWS", "gradients._SIDE"):
-            monkeypatch.setattr(f"fastif.{limit}", entries)
+        for limit in (
+            "capture.SLICE",
+            "passes._TOGETHER",
+            "sliced_gradients._TOGETHER",
+            "gradients._ROWS",
+            "gradients._SIDE",
+        ):
+            monkeypatch.setattr(f"fastif.model.{limit}", entries)
         monkeypatch.setattr("fastif.scoring._MADE", entries)
         influence = influence_of(which, make(DAMPING)).fit(data)
         by_layer = influence.scores_by_layer(data, data)

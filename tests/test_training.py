@@ -11,7 +11,7 @@ from torch import nn
 from fastif.data import load
 from fastif.evaluation.models import ARCHITECTURES, VGG11, build
 from fastif.evaluation.training import RECIPES, Checkpoint, load_checkpoint, save_checkpoint, train
-from fastif.features import find_head
+from fastif.model.features import find_head
 
 TINY = RECIPES["digits"]._replace(width=0.25, epochs=1)
 

@@ -14,8 +14,8 @@ from torch import nn
 from fastif import ExactBlock, IllConditioned, Influence, build_info
 from fastif.curvature import NotPositiveDefinite, exact_block, triangles
 from fastif.curvature.factor import Within
-from fastif.gradients import Dense
 from fastif.measure import Measure
+from fastif.model.gradients import Dense
 from tests.test_exact_block import close, conditioned, head_problem
 
 G = torch.Generator().manual_seed(0)

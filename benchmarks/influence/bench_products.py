@@ -23,10 +23,10 @@ from torch.nn import functional as F
 
 import fastif
 from benchmarks.conftest import DEVICE
-from fastif.capture import Capture
 from fastif.curvature import FitData, JointCurvature
 from fastif.curvature.products import Matrix, Operator
 from fastif.evaluation.training import train
+from fastif.model.capture import Capture
 
 DAMPING = 1e-2
 N = 256

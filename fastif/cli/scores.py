@@ -15,7 +15,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
-from fastif.capture import dtype_of
 from fastif.cli.arguments import Interrupted, check, device_named, split, terminal, writable
 from fastif.cli.sample import drawn, read_array
 from fastif.cli.script import function_named, returned
@@ -31,12 +30,13 @@ from fastif.curvature import (
     LiSSA,
     RandomProjection,
 )
-from fastif.data import count
+from fastif.data.batches import count
 from fastif.evaluation.settings import check_budgets, choose_samplers
-from fastif.features import extract
 from fastif.influence import Influence
 from fastif.journal import refuse_differences, whole
-from fastif.losses import LOSSES, MEASUREMENTS
+from fastif.model.calls import dtype_of
+from fastif.model.features import extract
+from fastif.model.losses import LOSSES, MEASUREMENTS
 from fastif.plan import Plan
 from fastif.samplers import Subset
 from fastif.scoring import By, check_groups, check_positions

@@ -24,8 +24,8 @@ from fastif.curvature.lissa import Diverged, LiSSA
 from fastif.curvature.network import FitData, JointCurvature
 from fastif.curvature.products import NotConverged
 from fastif.curvature.projection import RandomProjection
-from fastif.gradients import Gradients
-from fastif.losses import Fisher
+from fastif.model.gradients import Gradients
+from fastif.model.losses import Fisher
 
 
 class Curvature(Protocol):

@@ -23,8 +23,8 @@ from fastif.curvature.products import (
     silent,
     warn_not_converged,
 )
-from fastif.gradients import Gradients
-from fastif.losses import Fisher
+from fastif.model.gradients import Gradients
+from fastif.model.losses import Fisher
 
 if TYPE_CHECKING:
     from fastif.curvature import Curvature

@@ -11,9 +11,9 @@ from torch import Tensor
 from fastif.curvature.called import Called
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
 from fastif.curvature.directions import Directions, Explicit
-from fastif.gradients import Dense, Formed, Gradients, OneHot
-from fastif.losses import Fisher
-from fastif.slices import Sliced
+from fastif.model.gradients import Dense, Formed, Gradients, OneHot
+from fastif.model.losses import Fisher
+from fastif.model.sliced_gradients import Sliced
 
 _RELATIVE_DAMPING = 0.1  # of the mean squared entry of the gradients, for damping="auto" (Kwon et al. 2024)
 _ENTRIES = 1 << 24  # of gradients that are formed at a time where they have to be

@@ -10,8 +10,8 @@ from torch import Tensor
 from fastif.curvature.called import Called
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
 from fastif.curvature.directions import Directions, Explicit
-from fastif.gradients import Gradients
-from fastif.losses import Fisher
+from fastif.model.gradients import Gradients
+from fastif.model.losses import Fisher
 
 
 class Diagonal(Called):

@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastif.gradients import Dense, Formed, Gradients
-from fastif.slices import Sliced, whole
+from fastif.model.gradients import Dense, Formed, Gradients
+from fastif.model.sliced_gradients import Sliced, whole
 
 _ENTRIES = 1 << 24  # of the largest intermediate of LowRank
 _FORMED = 1 << 20  # entries of matrices that are made of factors at a time: 4 MiB in float32, a cache's

@@ -18,10 +18,10 @@ from fastif.curvature.factor import Beside, Factor, Within
 from fastif.curvature.kfac import KFAC
 from fastif.curvature.rows import Rows
 from fastif.curvature.softmax import check_labels, check_layer, check_values, output_grads, output_roots
-from fastif.gradients import Dense, Gradients
-from fastif.layers import Block
-from fastif.losses import Fisher
 from fastif.measure import available_bytes
+from fastif.model.gradients import Dense, Gradients
+from fastif.model.layers import Block
+from fastif.model.losses import Fisher
 
 Matrix = Literal["ggn", "hessian", "empirical_fisher"]
 _ENTRIES = 1 << 22  # of gradients, or of outputs' Hessians, that are formed at a time where they have to be

@@ -11,8 +11,8 @@ from torch import Tensor
 from fastif.curvature.called import Called
 from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
 from fastif.curvature.directions import Directions, Explicit, Factors, Separable, products_of
-from fastif.gradients import Gradients, Unfinished
-from fastif.losses import Fisher
+from fastif.model.gradients import Gradients, Unfinished
+from fastif.model.losses import Fisher
 
 _RELATIVE_DAMPING = 0.1  # of the mean eigenvalue, for damping="auto" (Grosse et al. 2023)
 

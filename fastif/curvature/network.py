@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fastif.curvature.called import Called
 from fastif.curvature.directions import Directions, Explicit
-from fastif.gradients import Formed, Gradients
-from fastif.layers import Block
-from fastif.losses import Fisher, Loss
+from fastif.model.gradients import Formed, Gradients
+from fastif.model.layers import Block
+from fastif.model.losses import Fisher, Loss
 from fastif.subset import Subset
 
 if TYPE_CHECKING:

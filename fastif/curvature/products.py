@@ -23,11 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from fastif.capture import dtype_of
 from fastif.curvature.network import FitData
-from fastif.data import batch_length, rows_of
-from fastif.features import call
-from fastif.losses import labels_in, logits_of, per_sample
+from fastif.data.batches import batch_length, rows_of
+from fastif.model.calls import call, dtype_of
+from fastif.model.losses import labels_in, logits_of, per_sample
 from fastif.subset import Subset
 
 Matrix = Literal["ggn", "hessian"]

@@ -14,8 +14,8 @@ from fastif.curvature.cholesky import check_damping, factorize
 from fastif.curvature.directions import Directions
 from fastif.curvature.network import FitData, JointCurvature, Shape
 from fastif.curvature.products import check_iterations
-from fastif.gradients import Gradients
-from fastif.losses import Fisher
+from fastif.model.gradients import Gradients
+from fastif.model.losses import Fisher
 
 _ENTRIES = 1 << 23  # of signs that stand at a time
 _HELD = 1 << 24  # signs that are kept at most, 64 MiB in float32

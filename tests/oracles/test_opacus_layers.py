@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastif.capture import Capture
+from fastif.model.capture import Capture
 from tests.networks import N, build, wavy
 
 opacus = pytest.importorskip("opacus.grad_sample", reason="opacus is not installed (make test installs it)")

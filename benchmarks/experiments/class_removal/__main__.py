@@ -24,9 +24,9 @@ from benchmarks.experiments.class_removal.tasks import TASKS, better_high, metri
 from fastif import extract, samplers
 from fastif.data import load
 from fastif.evaluation.training import RECIPES
-from fastif.features import Extracted
 from fastif.journal import Journal, refuse_differences, write_whole
 from fastif.measure import Measure, environment
+from fastif.model.features import Extracted
 
 ROOT = Path(__file__).parents[3]
 OWN_SAMPLERS = {

@@ -16,8 +16,8 @@ from benchmarks.experiments.class_removal.networks import channels_last
 from fastif import Influence, remove, samplers
 from fastif.curvature.products import Matrix
 from fastif.data import Data
-from fastif.features import Extracted
 from fastif.measure import Measure
+from fastif.model.features import Extracted
 from fastif.samplers import Subset, draw
 
 STEP_SIZES = tuple(2.0**power for power in range(-6, 7))

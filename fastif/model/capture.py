@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastif.data import batch_length
-from fastif.features import call
-from fastif.gradients import Dense, Gradients, OneHot, joined
-from fastif.layers import Block, attention_forward, blocks_of
-from fastif.slices import Sliced
+from fastif.data.batches import batch_length
+from fastif.model.calls import call
+from fastif.model.gradients import Dense, Gradients, OneHot, joined
+from fastif.model.layers import Block, attention_forward, blocks_of
+from fastif.model.sliced_gradients import Sliced
 
 SLICE = 1 << 21  # of a layer's factors that stand at a time: 8 MiB in float32
 _AGREE = 1e-2  # of captured gradients with autograd's, relative: an unseen use of a parameter is no rounding error
@@ -359,12 +359,6 @@ class _Seen:
         self.x, self.version, self.edge = x, x._version, edge
         self.y, self.y_version = weakref.ref(y), y._version
         self.shape, self.dtype, self.device = y.shape, y.dtype, y.device
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """Of a model's gradients as they are computed with: float64 for a float64 model, else float32."""
-    double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
-    return torch.float64 if double else torch.float32
 
 
 def _own_parameters(module: nn.Module) -> Iterator[Tensor]:

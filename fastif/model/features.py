@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastif.data import as_loader, rebuilt
+from fastif.data.batches import as_loader, moved_to
+from fastif.model.calls import call, placed
 from fastif.ops._checks import first_nonfinite_row
 
 
@@ -168,38 +169,3 @@ def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
         finally:
             for module, flag in training:
                 module.training = flag
-
-
-@contextmanager
-def placed(model: nn.Module, device: torch.device, op: str) -> Iterator[None]:
-    """The model on `device`, and afterwards where it was. Raises ValueError for one that would have to be gathered."""
-    homes = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    moved = device not in homes
-    if moved and len(homes) > 1:
-        places = ", ".join(sorted(map(str, homes)))
-        raise ValueError(f"{op}: the model is spread over {places} and cannot be moved to {device}")
-    try:
-        if moved:
-            model.to(device)
-        yield
-    finally:
-        if moved:
-            model.to(homes.pop())
-
-
-def call(model: nn.Module, x: Any) -> Any:
-    """The model's outputs; a mapping is taken as keyword arguments, without "labels"."""
-    if isinstance(x, Mapping):
-        return model(**{key: value for key, value in x.items() if key != "labels"})
-    return model(x)
-
-
-def moved_to(x: Any, device: torch.device) -> Any:
-    """x on the device, where x is a tensor or a dict, list or tuple of them."""
-    if isinstance(x, Tensor):
-        return x.to(device)
-    if isinstance(x, Mapping):
-        return {key: moved_to(value, device) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return rebuilt(x, [moved_to(value, device) for value in x])
-    return x

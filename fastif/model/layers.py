@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastif.convolutions import PatchMoment, Window
-from fastif.gradients import Dense, Moment, OneHot, Side, second_moment
+from fastif.model.gradients import Dense, Moment, OneHot, Side, second_moment
+from fastif.model.patches import PatchMoment, Window
 
 
 class Piece(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastif.gradients import Dense, Formed, Gradients, Moment, OneHot, Side, Unfinished
+from fastif.model.gradients import Dense, Formed, Gradients, Moment, OneHot, Side, Unfinished
 
 _TOGETHER = 1 << 21  # entries of gradients that are multiplied with directions at a time: 8 MiB in float32
 

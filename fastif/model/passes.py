@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastif.capture import Capture, Forward
-from fastif.data import as_loader, batch_length, rows_of
-from fastif.features import moved_to, placed
-from fastif.gradients import Gradients
-from fastif.losses import Loss, Measurement, labels_in, measured
+from fastif.data.batches import as_loader, batch_length, moved_to, rows_of
+from fastif.model.calls import placed
+from fastif.model.capture import Capture, Forward
+from fastif.model.gradients import Gradients
+from fastif.model.losses import Loss, Measurement, labels_in, measured
 
 _TOGETHER = 1 << 24  # bytes of inputs and outputs of covered layers that one forward pass brings on a CPU, at most
 _LEAST = 1 << 20  # so little memory, and passes of fewer examples would only be slower
