@@ -17,7 +17,7 @@ from fastif.data.batches import moved_to, picked
 from fastif.model.capture import Capture, Forward
 from fastif.model.losses import IGNORED, labels_in, labels_of, output_columns, per_sample
 from fastif.model.passes import Passes, counted_from
-from fastif.subset import Subset
+from fastif.samplers.subset import Subset
 
 Estimator = Curvature | JointCurvature
 

@@ -23,9 +23,9 @@ from fastif.model.features import find_head
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement
 from fastif.model.passes import Passes
 from fastif.plan import Plan, plan
+from fastif.samplers.subset import Subset, check_subset
 from fastif.scoring import assembled, tiles
 from fastif.store import ScoreFolder, best_of, write_scores
-from fastif.subset import Subset, check_subset
 
 
 class Influence:

@@ -27,8 +27,8 @@ from fastif.measure import Measure
 from fastif.model.calls import dtype_of
 from fastif.model.gradients import of_table
 from fastif.model.losses import labels_in, output_columns, per_sample
+from fastif.samplers.subset import Subset
 from fastif.scoring import tiles
-from fastif.subset import Subset
 
 if TYPE_CHECKING:
     from fastif.influence import Influence

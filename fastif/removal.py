@@ -25,7 +25,8 @@ from fastif.model.features import Extracted, extract, find_head
 from fastif.newton import Figures, newton
 from fastif.retained_head import RetainedHead, without_removed
 from fastif.retained_network import RetainedNetwork, Sampler
-from fastif.samplers import Subset, check_subset, draw
+from fastif.samplers.draw import draw
+from fastif.samplers.subset import Subset, check_subset
 
 
 class HeadStep(NamedTuple):

@@ -18,7 +18,8 @@ from fastif.model.calls import call
 from fastif.model.features import find_head
 from fastif.model.losses import labels_in, labels_of, logits_of, output_columns, per_sample
 from fastif.retained_head import SMALLEST_STEP, check_removed, check_weight_decay, without_removed
-from fastif.samplers import Subset, check_subset, draw
+from fastif.samplers.draw import draw
+from fastif.samplers.subset import Subset, check_subset
 
 _TRUST = 1.0  # damping of the first step in the span of the layers' steps, as a share of its curvature
 

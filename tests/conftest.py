@@ -10,7 +10,7 @@ from fastif import cli, store
 from fastif.curvature import FitData
 from fastif.data import count, picked
 from fastif.model.capture import Capture
-from fastif.subset import Subset
+from fastif.samplers.subset import Subset
 from tests.stored import BLOCK
 from tests.user_script import SCRIPT
 

@@ -117,7 +117,7 @@ def test_no_more_than_a_chunk_and_the_picks_is_looked_at_together(tmp_path, monk
     k_center(points, 10, chunk_rows=500)
     assert sizes == [500] * 10 + [100] + [510] * 10  # round 1, round 2, the weights
     sizes.clear()
-    monkeypatch.setattr("fastif.k_center._CHUNK_BYTES", 400 * 4 * 4)
+    monkeypatch.setattr("fastif.samplers.centres._CHUNK_BYTES", 400 * 4 * 4)
     k_center(points, 10, weighted=False)
     assert sizes == [400] * 12 + [200, 130]
     sizes.clear()

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastif.curvature.products import Layout, Operator, _all_derivatives
 from fastif.model.losses import logits_of, per_sample
-from fastif.subset import Subset
+from fastif.samplers.subset import Subset
 from tests.networks import LAYERS, TRANSFORMERS, N, build
 
 WEIGHTS = torch.tensor([0.5, 0.1, 0.0, 0.3, 0.25], dtype=torch.float64)

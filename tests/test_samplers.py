@@ -83,7 +83,7 @@ def test_the_number_of_threads_does_not_matter(sampler):
 def test_rows_are_walked_in_blocks_without_a_trace(sampler, monkeypatch):
     data = problem(100, seed=5)
     whole = data.draw(partial(sampler, k=9))
-    monkeypatch.setattr("fastif.subset._BLOCK", 7)
+    monkeypatch.setattr("fastif.samplers.subset._BLOCK", 7)
     blocks = data.draw(partial(sampler, k=9))
     assert torch.equal(whole.indices, blocks.indices)
     torch.testing.assert_close(whole.weights, blocks.weights, rtol=1e-12, atol=0)

@@ -19,7 +19,7 @@ from fastif.samplers import (
     random,
     stratified,
 )
-from fastif.systematic import inclusion_probabilities
+from fastif.samplers.systematic import inclusion_probabilities
 
 
 def test_check_subset_accepts_any_object_with_indices_and_weights():

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastif import samplers
 from fastif.samplers import logit
-from fastif.systematic import inclusion_probabilities
+from fastif.samplers.importance import _curvature_traces, _ridge_norms
+from fastif.samplers.systematic import inclusion_probabilities
 from tests.sampling import Problem, importance, problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -124,7 +124,7 @@ def test_without_any_uncertainty_the_shares_are_uniform(sampler):
 def test_uncertainty_keeps_its_digits_when_the_model_is_confident():
     logits = torch.tensor([[40.0, 0.0, 0.0], [50.0, 0.0, 0.0]])  # 1 - sum(p^2) would be 0 in float64
     # u is close to 2 (1 - p_top) = 4 exp(-z): the ratio of the two is exp(10)
-    u = samplers._curvature_traces(logits)
+    u = _curvature_traces(logits)
     torch.testing.assert_close(u, 4 * torch.tensor([-40.0, -50.0], dtype=torch.float64).exp(), rtol=1e-12, atol=0)
 
 
@@ -138,6 +138,6 @@ def test_ridge_leverage_is_below_the_exact_one():
     inverse = torch.linalg.inv(blocks.mean(0) + damping * torch.eye(blocks.shape[1], dtype=torch.float64))
     exact = torch.einsum("ijk,kj->i", blocks, inverse)
     traces = 1 - p.square().sum(1)
-    bound = traces * samplers._ridge_norms(data.features, traces, damping)
+    bound = traces * _ridge_norms(data.features, traces, damping)
     assert (bound <= exact * (1 + 1e-9)).all()
     assert bound.sum() / n <= 4  # the effective dimension of a d + 1 = 4 dimensional problem

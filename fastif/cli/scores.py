@@ -38,7 +38,7 @@ from fastif.model.calls import dtype_of
 from fastif.model.features import extract
 from fastif.model.losses import LOSSES, MEASUREMENTS
 from fastif.plan import Plan
-from fastif.samplers import Subset
+from fastif.samplers.subset import Subset
 from fastif.scoring import By, check_groups, check_positions
 from fastif.store import BLOCK_BYTES, MANIFEST, fit_settings, write_scores
 

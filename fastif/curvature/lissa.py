@@ -25,7 +25,7 @@ from fastif.curvature.products import (
     silent,
     warn_not_converged,
 )
-from fastif.subset import Subset
+from fastif.samplers.subset import Subset
 
 _MARGIN = 1.25  # of the scale above the largest eigenvalue that was seen
 _POWER_STEPS = 30

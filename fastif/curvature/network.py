@@ -14,7 +14,7 @@ from fastif.curvature.directions import Directions, Explicit
 from fastif.model.gradients import Formed, Gradients
 from fastif.model.layers import Block
 from fastif.model.losses import Fisher, Loss
-from fastif.subset import Subset
+from fastif.samplers.subset import Subset
 
 if TYPE_CHECKING:
     from fastif.curvature import Curvature

@@ -27,7 +27,7 @@ from fastif.curvature.network import FitData
 from fastif.data.batches import batch_length, rows_of
 from fastif.model.calls import call, dtype_of
 from fastif.model.losses import labels_in, logits_of, per_sample
-from fastif.subset import Subset
+from fastif.samplers.subset import Subset
 
 Matrix = Literal["ggn", "hessian"]
 _PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"

@@ -1,57 +1,12 @@
-"""Samplers: which k of n training examples carry the curvature, and with which weights.
+"""Samplers in proportion to what each example adds to the curvature."""
 
-A sampler returns `indices` and `weights` such that the weighted sum of per-example curvatures stands for their mean,
-
-    sum_i weights[i] G_i  ~  G = (1/n) sum_i G_i        (docs/math.md (4)),
-
-so the weights of a subset sum to 1 (`logit` and `leverage`: in expectation; `certified`: to k/n). Samplers are plain
-functions of what they need and nothing else. Those that draw take `generator=`, a CPU generator: the draw is made on
-the CPU and does not depend on the device of the tensors. Arithmetic is float64, one block of rows at a time; nothing of
-size n x n is ever stored, nor a second copy of the features (but for the unit rows of `k_center` with "cosine" and the
-classes of `k_center_by_class`).
-
-The idea of choosing the curvature's examples by features or by logits, and the names, come from arXiv 2510.26776; its
-formulas are not given there, and the definitions on this page are our own.
-"""
-
-import inspect
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-from fastif.k_center import k_center, k_center_by_class
-from fastif.subset import (
-    Subset,
-    allocate,
-    block_size,
-    blocks,
-    check_generator,
-    check_labels,
-    check_matrix,
-    check_subset,
-    class_weights,
-    equal_weights,
-)
-from fastif.systematic import check_k, classes_in_turn, systematic_picks, tails
-
-__all__ = [
-    "CertifiedSubset",
-    "Subset",
-    "certified",
-    "check_subset",
-    "draw",
-    "intermediate_distance",
-    "k_center",
-    "k_center_by_class",
-    "leverage",
-    "logit",
-    "prefix",
-    "random",
-    "stratified",
-]
+from fastif.samplers.subset import Subset, blocks, check_generator, check_labels, check_matrix, equal_weights
+from fastif.samplers.systematic import check_k, systematic_picks, tails
 
 _UNIFORM = 0.1  # part of a sampling share that is the same for every example: bounds the weights by 1 / (0.1 k)
 
@@ -62,68 +17,6 @@ class CertifiedSubset(NamedTuple):
     indices: Tensor  # int64 [k], distinct, ascending
     weights: Tensor  # float64 [k], 1/n each
     bound: float  # in the units of the curvature
-
-
-def random(n: int, k: int, *, generator: Generator | None = None) -> Subset:
-    """k of n examples, every k-set equally likely; weights 1/k, unbiased. Indices ascend.
-
-    >>> random(5, 5).indices
-    tensor([0, 1, 2, 3, 4])
-    """
-    k = check_k("random", k, n)
-    check_generator("random", generator)
-    return equal_weights(torch.randperm(n, generator=generator)[:k])
-
-
-def prefix(n: int, k: int) -> Subset:
-    """The first k of n examples, weights 1/k: what several libraries take as their curvature subset; a baseline.
-
-    >>> prefix(5, 2).indices
-    tensor([0, 1])
-    """
-    return equal_weights(torch.arange(check_k("prefix", k, n)))
-
-
-def stratified(labels: Tensor, k: int, *, generator: Generator | None = None) -> Subset:
-    """A random draw within each class, classes in proportion to their sizes.
-
-    Class c of n_c examples gets k_c = k n_c / n picks, rounded by largest remainder (ties: the lower class), and its
-    picks weigh n_c / (n k_c) each: the total weight of a class is its share of the data. Where k is so small that a
-    class gets no pick, the shares are those among the classes that did, and the weights still sum to 1.
-    labels [n] are integers >= 0; indices ascend. Raises ValueError or TypeError. docs/math.md (4).
-    """
-    labels = check_labels("stratified", labels)
-    k = check_k("stratified", k, len(labels))
-    check_generator("stratified", generator)
-    labels, counts, picks = allocate(labels, k)
-    order = classes_in_turn(labels, generator)
-    rank_in_class = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
-    return class_weights(order[rank_in_class < picks[labels[order]]], labels, counts, picks)
-
-
-def intermediate_distance(features: Tensor, labels: Tensor, k: int, *, weighted: bool = True) -> Subset:
-    """The examples at middling distance from their class prototype: neither the typical ones nor the outliers.
-
-    The prototype of a class is the coordinate-wise median of its features (the mean of the two middle values where n_c
-    is even). Each class gets k_c picks as in `stratified`; with its examples ranked by Euclidean distance to the
-    prototype (ties: the lower index), the picks are the ranks floor((n_c - k_c) / 2), ..., + k_c - 1.
-    Weights as in `stratified`, or 1/k with `weighted=False`. Deterministic, and biased: the tails are never picked.
-    features [n, d], labels [n] integers >= 0; indices ascend. Raises ValueError or TypeError. docs/math.md (10).
-
-    >>> features, labels = torch.tensor([[0.0], [1.0], [2.0], [4.0], [9.0]]), torch.zeros(5, dtype=torch.int64)
-    >>> intermediate_distance(features, labels, 1).indices  # distances 2, 1, 0, 2, 7: the median distance is 2
-    tensor([0])
-    """
-    features = check_matrix("intermediate_distance", "features", features, "d")
-    labels = check_labels("intermediate_distance", labels, n=len(features))
-    k = check_k("intermediate_distance", k, len(features))
-    labels, counts, picks = allocate(labels, k)
-    bands = []
-    for members, k_c in zip(labels.argsort(stable=True).split(counts.tolist()), picks.tolist(), strict=True):
-        ranked = members[_sq_distance_to_median(features, members).argsort(stable=True)]
-        bands.append(ranked[(len(members) - k_c) // 2 :][:k_c])
-    indices = torch.cat(bands)
-    return class_weights(indices, labels, counts, picks) if weighted else equal_weights(indices)
 
 
 def logit(
@@ -224,53 +117,6 @@ def certified(
     return CertifiedSubset(indices, torch.full((k,), 1 / n, dtype=torch.float64), float(left_out[k]) / n)
 
 
-def draw(
-    sampler: Callable[..., Any],
-    *,
-    features: Tensor,
-    logits: Tensor,
-    labels: Tensor | None = None,
-    generator: Generator | None = None,
-) -> Subset:
-    """The subset that a sampler draws from a data set, checked.
-
-    `sampler` is a function whose arguments are among n, features, points (the features), logits, labels and generator,
-    or a `functools.partial` that binds the others; what is bound stays bound. Raises ValueError where the sampler
-    needs something else, or labels that the data does not have.
-
-    >>> x = torch.eye(4)
-    >>> draw(partial(prefix, k=2), features=x, logits=x)
-    Subset(indices=tensor([0, 1]), weights=tensor([0.5000, 0.5000], dtype=torch.float64))
-    """
-    known = {
-        "n": len(features),
-        "features": features,
-        "points": features,
-        "logits": logits,
-        "labels": labels,
-        "generator": generator,
-    }
-    function = sampler.func if isinstance(sampler, partial) else sampler
-    bound = sampler.keywords if isinstance(sampler, partial) else {}
-    name = getattr(function, "__name__", type(function).__name__)
-    given = {}
-    for parameter in inspect.signature(sampler).parameters.values():
-        needed = parameter.default is parameter.empty
-        if parameter.name in bound or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        if parameter.name == "labels" and labels is None:
-            if needed:
-                raise ValueError(f"draw: {name} needs labels, and the data has none")
-        elif parameter.name in known:
-            given[parameter.name] = known[parameter.name]
-        elif needed:
-            raise ValueError(
-                f"draw: {name} needs {parameter.name}, which is none of {', '.join(known)}: "
-                f"bind it with functools.partial({name}, {parameter.name}=...)"
-            )
-    return check_subset(sampler(**given), len(features))
-
-
 def _importance(values: Tensor, classes: Tensor, k: int, weighted: bool, generator: Generator | None) -> Subset:
     """Systematic sampling in proportion to values [n] >= 0, weighted by inverse inclusion probability."""
     indices, probabilities = systematic_picks(_shares(values), classes, k, generator)
@@ -323,14 +169,3 @@ def _ridge_norms(features: Tensor, traces: Tensor, damping: float) -> Tensor:
         a = torch.nn.functional.pad(block, (0, 1), value=1.0)
         norms.append(torch.linalg.solve_triangular(factor, a.mT, upper=False).square().sum(0))
     return torch.cat(norms)
-
-
-def _sq_distance_to_median(features: Tensor, members: Tensor) -> Tensor:
-    """Squared distances [len(members)] of the members to their coordinate-wise median, some columns at a time."""
-    sq_dists = torch.zeros(len(members), dtype=torch.float64)
-    for columns in features.split(block_size(len(members)), dim=1):
-        x = columns[members.to(features.device)].to("cpu", torch.float64)
-        ordered = x.sort(0).values
-        x -= (ordered[(len(x) - 1) // 2] + ordered[len(x) // 2]) / 2
-        sq_dists += x.square().sum(1)
-    return sq_dists

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from fastif import ops
-from fastif.subset import (
+from fastif.samplers.subset import (
     Subset,
     allocate,
     blocks,
@@ -21,7 +21,7 @@ from fastif.subset import (
     check_matrix,
     check_shape,
 )
-from fastif.systematic import check_k
+from fastif.samplers.systematic import check_k
 
 Metric = Literal["euclidean", "cosine"]
 
