@@ -143,12 +143,11 @@ Choice choose(int64_t d) {
   return {Choice::Kernel::lazy, *named};
 }
 
-using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
 // Cloud j. What its mask leaves out is no part of it: the rows that are points stand first (padding comes after them),
 // or are copied together; their order, and so every tie, stays.
 template <typename T>
-void run_cloud(const FarthestFirstArguments& arguments, const Choice& choice, int64_t j, const Results& results) {
+void run_cloud(const FarthestFirstArguments& arguments, const Choice& choice, int64_t j,
+               const FarthestFirstResults& results) {
   const int64_t n = arguments.n(), d = arguments.d(), k = arguments.k, count = arguments.counts[j];
   const int64_t* start = arguments.start.const_data_ptr<int64_t>() + j * arguments.starts();
   const bool* mask = arguments.mask.defined() ? arguments.mask.const_data_ptr<bool>() + j * n : nullptr;
@@ -202,9 +201,9 @@ void run_cloud(const FarthestFirstArguments& arguments, const Choice& choice, in
   }
 }
 
-Results farthest_first_cpu(const at::Tensor& points, int64_t k, const at::Tensor& start,
-                           const std::optional<at::Tensor>& picks, const std::optional<at::Tensor>& mask,
-                           std::optional<double> until_radius) {
+FarthestFirstResults farthest_first_cpu(const at::Tensor& points, int64_t k, const at::Tensor& start,
+                                        const std::optional<at::Tensor>& picks, const std::optional<at::Tensor>& mask,
+                                        std::optional<double> until_radius) {
   // The axes are found by tensor operations, which the caller's autograd and autocast are no part of.
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
@@ -213,8 +212,8 @@ Results farthest_first_cpu(const at::Tensor& points, int64_t k, const at::Tensor
   const bool is_float = arguments.points.scalar_type() == at::kFloat;
   const auto i64 = arguments.points.options().dtype(at::kLong), f64 = arguments.points.options().dtype(at::kDouble);
   const auto per_pick = arguments.shape(k), per_point = arguments.shape(arguments.n());
-  Results results{at::empty(per_pick, i64), at::empty(per_pick, f64), at::empty(per_point, f64),
-                  at::zeros(per_point, i64)};
+  FarthestFirstResults results{at::empty(per_pick, i64), at::empty(per_pick, f64), at::empty(per_point, f64),
+                               at::zeros(per_point, i64)};
 
   const Progress progress(std::accumulate(arguments.picks.begin(), arguments.picks.end(), int64_t{0}));
   const auto run = [&](int64_t j) {
@@ -229,6 +228,8 @@ Results farthest_first_cpu(const at::Tensor& points, int64_t k, const at::Tensor
 }
 
 }  // namespace
+
+static_assert(std::is_same_v<decltype(farthest_first_cpu), FarthestFirstOp>);
 
 TORCH_LIBRARY_IMPL(fastif, CPU, m) { m.impl("farthest_first", farthest_first_cpu); }
 

@@ -12,6 +12,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 #include "../common/poll.h"
 #include "farthest_first.h"
@@ -176,11 +177,9 @@ class Run {
   double seconds_ = 0;  // of work queued since the last poll
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> farthest_first_cuda(const at::Tensor& points, int64_t k,
-                                                                               const at::Tensor& start,
-                                                                               const std::optional<at::Tensor>& picks,
-                                                                               const std::optional<at::Tensor>& mask,
-                                                                               std::optional<double> until_radius) {
+FarthestFirstResults farthest_first_cuda(const at::Tensor& points, int64_t k, const at::Tensor& start,
+                                         const std::optional<at::Tensor>& picks, const std::optional<at::Tensor>& mask,
+                                         std::optional<double> until_radius) {
   const auto arguments = check_farthest_first(points, k, start, picks, mask, until_radius);
   const auto forced = forced_lazy();
   const c10::cuda::CUDAGuard guard(points.device());
@@ -197,6 +196,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> farthest_first_cuda(c
 }
 
 }  // namespace
-}  // namespace fastif
 
-TORCH_LIBRARY_IMPL(fastif, CUDA, m) { m.impl("farthest_first", fastif::farthest_first_cuda); }
+static_assert(std::is_same_v<decltype(farthest_first_cuda), FarthestFirstOp>);
+
+TORCH_LIBRARY_IMPL(fastif, CUDA, m) { m.impl("farthest_first", farthest_first_cuda); }
+
+}  // namespace fastif

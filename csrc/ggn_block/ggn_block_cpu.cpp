@@ -2,6 +2,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <type_traits>
+
 #include "ggn_block.h"
 #include "ggn_block_pairs.h"
 
@@ -78,6 +80,9 @@ void kronecker_block_cpu(const at::Tensor& out, const at::Tensor& features, cons
 }
 
 }  // namespace
+
+static_assert(std::is_same_v<decltype(ggn_block_cpu), GgnBlockOp>);
+static_assert(std::is_same_v<decltype(kronecker_block_cpu), KroneckerBlockOp>);
 
 TORCH_LIBRARY_IMPL(fastif, CPU, m) {
   m.impl("ggn_block_", ggn_block_cpu);

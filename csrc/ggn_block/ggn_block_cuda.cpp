@@ -7,6 +7,7 @@
 
 #include <cstdlib>
 #include <string>
+#include <type_traits>
 
 #include "ggn_block.h"
 #include "ggn_block_launch.h"
@@ -26,7 +27,7 @@ GgnPlan plan_of(const char* op, int64_t n, int64_t d, int64_t c, int64_t element
 }
 
 template <typename T>
-void ggn_block(at::Tensor& out, const at::Tensor& features, const at::Tensor& probs, const at::Tensor& weights) {
+void ggn_block(const at::Tensor& out, const at::Tensor& features, const at::Tensor& probs, const at::Tensor& weights) {
   const int64_t n = features.size(0), d = features.size(1), c = probs.size(1);
   const GgnPlan plan = plan_of("ggn_block", n, d, c, sizeof(T), /*rows_sum_to_zero=*/true);
   auto scratch = at::empty({plan.scratch}, features.options());
@@ -36,7 +37,7 @@ void ggn_block(at::Tensor& out, const at::Tensor& features, const at::Tensor& pr
 }
 
 template <typename T>
-void kronecker_block(at::Tensor& out, const at::Tensor& features, const at::Tensor& outer) {
+void kronecker_block(const at::Tensor& out, const at::Tensor& features, const at::Tensor& outer) {
   const int64_t n = features.size(0), d = features.size(1), c = outer.size(1);
   const GgnPlan plan = plan_of("kronecker_block", n, d, c, sizeof(T), /*rows_sum_to_zero=*/false);
   auto scratch = at::empty({plan.scratch}, features.options());
@@ -46,7 +47,7 @@ void kronecker_block(at::Tensor& out, const at::Tensor& features, const at::Tens
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-void ggn_block_cuda_(at::Tensor out,               // [c, d, c, d]
+void ggn_block_cuda_(const at::Tensor& out,        // [c, d, c, d]
                      const at::Tensor& features,   // [n, d]
                      const at::Tensor& probs,      // [n, c]
                      const at::Tensor& weights) {  // [n]
@@ -59,7 +60,7 @@ void ggn_block_cuda_(at::Tensor out,               // [c, d, c, d]
   }
 }
 
-void kronecker_block_cuda_(at::Tensor out,              // [c, d, c, d]
+void kronecker_block_cuda_(const at::Tensor& out,       // [c, d, c, d]
                            const at::Tensor& features,  // [n, d]
                            const at::Tensor& outer) {   // [n, c, c]
   check_kronecker_block(out, features, outer);
@@ -72,9 +73,13 @@ void kronecker_block_cuda_(at::Tensor out,              // [c, d, c, d]
 }
 
 }  // namespace
-}  // namespace fastif
+
+static_assert(std::is_same_v<decltype(ggn_block_cuda_), GgnBlockOp>);
+static_assert(std::is_same_v<decltype(kronecker_block_cuda_), KroneckerBlockOp>);
 
 TORCH_LIBRARY_IMPL(fastif, CUDA, m) {
-  m.impl("ggn_block_", fastif::ggn_block_cuda_);
-  m.impl("kronecker_block_", fastif::kronecker_block_cuda_);
+  m.impl("ggn_block_", ggn_block_cuda_);
+  m.impl("kronecker_block_", kronecker_block_cuda_);
 }
+
+}  // namespace fastif

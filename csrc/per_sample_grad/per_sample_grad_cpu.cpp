@@ -10,6 +10,8 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
+#include <type_traits>
+
 #include "../common/simd.h"
 #include "../common/tasks.h"
 #include "per_sample_grad.h"
@@ -261,6 +263,11 @@ at::Tensor dots_cpu(const at::Tensor& inputs, const at::Tensor& output_grads, co
 }
 
 }  // namespace
+
+static_assert(std::is_same_v<decltype(accumulate_cpu), AccumulateOp>);
+static_assert(std::is_same_v<decltype(accumulate_squares_cpu), AccumulateSquaresOp>);
+static_assert(std::is_same_v<decltype(sq_norms_cpu), SqNormsOp>);
+static_assert(std::is_same_v<decltype(dots_cpu), DotsOp>);
 
 TORCH_LIBRARY_IMPL(fastif, CPU, m) {
   m.impl("per_sample_grad_accumulate", accumulate_cpu);

@@ -14,6 +14,8 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <type_traits>
+
 #include "per_sample_grad.h"
 #include "per_sample_grad_launch.h"
 
@@ -180,11 +182,17 @@ at::Tensor dots_cuda(const at::Tensor& inputs,        // [n, t, d]
 }
 
 }  // namespace
-}  // namespace fastif
+
+static_assert(std::is_same_v<decltype(accumulate_cuda), AccumulateOp>);
+static_assert(std::is_same_v<decltype(accumulate_squares_cuda), AccumulateSquaresOp>);
+static_assert(std::is_same_v<decltype(sq_norms_cuda), SqNormsOp>);
+static_assert(std::is_same_v<decltype(dots_cuda), DotsOp>);
 
 TORCH_LIBRARY_IMPL(fastif, CUDA, m) {
-  m.impl("per_sample_grad_accumulate", fastif::accumulate_cuda);
-  m.impl("per_sample_grad_accumulate_squares", fastif::accumulate_squares_cuda);
-  m.impl("per_sample_grad_sq_norms", fastif::sq_norms_cuda);
-  m.impl("per_sample_grad_dots", fastif::dots_cuda);
+  m.impl("per_sample_grad_accumulate", accumulate_cuda);
+  m.impl("per_sample_grad_accumulate_squares", accumulate_squares_cuda);
+  m.impl("per_sample_grad_sq_norms", sq_norms_cuda);
+  m.impl("per_sample_grad_dots", dots_cuda);
 }
+
+}  // namespace fastif
