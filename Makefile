@@ -16,22 +16,25 @@ ifneq ($(wildcard /usr/local/cuda/include/cuda_runtime.h),)
 export CUDA_HOME ?= /usr/local/cuda
 endif
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
-SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 OUT     ?= runs/demo
 
-.PHONY: demo test lint bench bench-kcenter bench-influence bench-blocks results cuda-check arm-check gpu-check clean
+.PHONY: demo test test-slow lint bench bench-kcenter bench-influence bench-blocks results cuda-check cuda-link arm-check gpu-check clean
 
 demo: build/ready  ## remove each class of the digits from a small CNN, compare samplers with retraining
 	$(PY) -m fastif class-removal --out $(OUT)
 
 test: build/ready $(if $(SETUP),.venv/test)
-	$(PY) -m pytest $(if $(SETUP),--cov=fastif --cov-report=term:skip-covered --cov-fail-under=95) fastif tests
+	$(PY) -m pytest -m "not slow" $(if $(SETUP),--cov=fastif --cov-report=term:skip-covered --cov-fail-under=95) fastif tests
+
+test-slow: build/ready $(if $(SETUP),.venv/test)  ## what compiles or installs something
+	$(PY) -m pytest -m slow tests
 
 lint: .venv/lint
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright --pythonpath .venv/bin/python
-	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/emulator/*.h tests/emulator/*.cpp)
+	.venv/bin/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulator/*.* tests/ops/*.cpp))
 
 bench: build/ready  ## verify, then time every op against its peers, some minutes
 	@mkdir -p runs
@@ -70,6 +73,9 @@ results: bench  ## README's tables from scratch, about an hour: make results DAT
 cuda-check: $(SETUP)  ## compile every CUDA source; needs nvcc, no GPU
 	PY=$(PY) bash csrc/check_cuda.sh
 
+cuda-link:  ## before a release: build, link and import for CUDA without a GPU, several GB and minutes
+	PYTHON=$(PYTHON) bash csrc/link_cuda.sh
+
 arm-check: .venv/ready  ## compile every CPU source for 64-bit ARM
 	.venv/bin/pip install -q ziglang
 	PY=.venv/bin/python sh csrc/check_arm.sh
@@ -78,7 +84,7 @@ gpu-check: $(SETUP)  ## on a machine with a GPU: build, test, sanitize, benchmar
 	$(PY) benchmarks/gpu_check.py
 
 clean:
-	rm -rf build fastif/_C*.so .venv
+	rm -rf build fastif/_C*.so .venv .venv-cuda
 
 build/ready: $(SOURCES) $(SETUP)
 	@mkdir -p build

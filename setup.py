@@ -1,14 +1,18 @@
-"""Builds fastif._C: for CUDA too when torch has it and nvcc is found; FASTIF_CUDA=0 or 1 overrides."""
+"""Builds fastif._C: for CUDA too when torch has it and a fitting nvcc is found; FASTIF_CUDA=0 or 1 overrides."""
 
+import importlib.util
 import os
+import re
+import shutil
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import setup
 
 try:
     import torch
-    from torch.utils import cpp_extension
 except ImportError:
     sys.exit(
         "fastif builds against the torch that is installed, and none was found here.\n"
@@ -16,47 +20,103 @@ except ImportError:
     )
 
 HERE = Path(__file__).parent
+# Kernels for A100, H100 and B200; PTX, from which the driver compiles for later GPUs.
+ARCHITECTURES = "8.0;9.0;10.0+PTX"
+
+
+def find_nvccs() -> Iterator[str]:
+    """Every nvcc that this machine may mean: CUDA_HOME's alone if it is set, else PATH's, the usual folder's, pip's."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        yield str(Path(home, "bin", "nvcc"))
+        return
+    yield from filter(None, [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"])
+    pip = importlib.util.find_spec("nvidia")  # nvidia-cuda-nvcc and its siblings share this namespace package
+    for place in pip.submodule_search_locations or () if pip else ():
+        yield from map(str, sorted(Path(place).glob("cu*/bin/nvcc")))
+
+
+def find_toolkits() -> Iterator[tuple[str, str]]:
+    """Folder and version of each toolkit, as nvcc itself says them: the one on PATH may be a script that calls it."""
+    for nvcc in find_nvccs():
+        try:
+            plan = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+            version = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+        except OSError:
+            continue
+        top, release = re.search(r"^#\$ TOP=(.*)$", plan.stderr, re.M), re.search(r"release (\d+\.\d+)", version.stdout)
+        if top and release:
+            yield os.path.realpath(top[1]), release[1]
+
+
+def find_cuda_home() -> str | None:
+    """The toolkit to build with; None for a build for the CPU, of which one sentence says why."""
+    wanted = os.environ.get("FASTIF_CUDA", "auto")
+    if wanted not in ("0", "1", "auto"):
+        sys.exit(f"FASTIF_CUDA must be 0, 1 or auto, got {wanted!r}")
+    if wanted == "0":
+        return None
+    if torch.version.cuda is None:
+        lacking = "a CUDA build of torch"
+    else:
+        toolkits = list(find_toolkits())
+        major = torch.version.cuda.split(".")[0]
+        fitting = [home for home, version in toolkits if version.split(".")[0] == major]
+        if fitting:
+            return fitting[0]
+        found = ", ".join(f"{version} in {home}" for home, version in toolkits) or "none"
+        lacking = f"an nvcc of CUDA {major}, which torch {torch.__version__} was built with (found: {found})"
+    if wanted == "1":
+        sys.exit(f"FASTIF_CUDA=1, but this machine lacks {lacking}")
+    if torch.version.cuda is not None:
+        print(f"fastif: no CUDA kernels will be built, for want of {lacking}")
+    return None
+
+
+def find_cudart(home: str) -> list[str]:
+    """The folder, if any has to be made, where the linker finds cudart: pip's toolkit has only libcudart.so.<major>."""
+    places = [Path(home, lib) for lib in ("lib64", "lib")]
+    if any((place / "libcudart.so").exists() for place in places):
+        return []
+    runtimes = sorted(file for place in places for file in place.glob("libcudart.so.*"))
+    if not runtimes:
+        sys.exit(f"fastif: {home} has nvcc but no libcudart.so*, install the CUDA runtime there or set FASTIF_CUDA=0")
+    folder = HERE / "build" / "cudart"
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / "libcudart.so"
+    link.unlink(missing_ok=True)
+    link.symlink_to(runtimes[0])
+    return [str(folder)]
 
 
 def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(HERE)) for path in HERE.glob(pattern))
 
 
-def build_for_cuda() -> bool:
-    missing = [
-        what
-        for what, have in (
-            ("a CUDA build of torch", torch.version.cuda is not None),
-            ("nvcc (set CUDA_HOME)", cpp_extension.CUDA_HOME is not None),
-        )
-        if not have
-    ]
-    wanted = os.environ.get("FASTIF_CUDA", "auto")
-    if wanted not in ("0", "1", "auto"):
-        sys.exit(f"FASTIF_CUDA must be 0, 1 or auto, got {wanted!r}")
-    if wanted == "1" and missing:
-        sys.exit("FASTIF_CUDA=1, but this machine lacks " + " and ".join(missing))
-    return wanted != "0" and not missing
+cuda_home = find_cuda_home()
+if cuda_home is not None:
+    os.environ["CUDA_HOME"] = cuda_home
+from torch.utils import cpp_extension  # noqa: E402  (it reads CUDA_HOME when it is imported)
 
+# No contraction into fused multiply-adds: farthest_first defines its result to the last bit, and kernels that want them
+# say so. No debug information, which Python's own flags ask for: it would be nineteen twentieths of the library.
+CXX = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-g0"]
+cpu_sources = sources("csrc/*.cpp") + sources("csrc/*/cpu/*.cpp")
 
-# No contraction into fused multiply-adds: farthest_first defines its result to the last bit. Kernels that want them
-# say so.
-CXX = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off"]
-cpu_sources = sources("csrc/*.cpp") + sources("csrc/*/*_cpu.cpp")
-
-if build_for_cuda():
+if cuda_home is not None:
     if not torch.cuda.is_available():  # otherwise torch builds for the GPUs that it sees
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     target = os.environ.get("TORCH_CUDA_ARCH_LIST", "the GPUs here")
-    print(f"fastif: building for CPU and CUDA ({target}), torch {torch.__version__}")
+    print(f"fastif: building for CPU and CUDA ({target}), torch {torch.__version__}, toolkit {cuda_home}")
     extension = cpp_extension.CUDAExtension(
         "fastif._C",
-        cpu_sources + sources("csrc/*/*_cuda.cpp") + sources("csrc/*/*.cu"),
+        cpu_sources + sources("csrc/*/cuda/*.cpp") + sources("csrc/*/cuda/*.cu"),
         extra_compile_args={
             "cxx": [*CXX, "-DFASTIF_CUDA"],
             "nvcc": ["-O3", "-std=c++20", "-lineinfo", "-DFASTIF_CUDA"],
         },
         extra_link_args=["-fopenmp"],
+        library_dirs=find_cudart(cuda_home),
     )
 else:
     print(f"fastif: building for CPU, torch {torch.__version__}")

@@ -2,7 +2,8 @@
 
 python benchmarks/gpu_check.py        (or `make gpu-check`)
 
-Within BUDGET seconds in all. A stage that fails or runs out of time is recorded and the next one starts. What was found
+Within BUDGET seconds in all. A stage that fails or runs out of time is recorded, leaves what it printed in LOGS, and the
+next one starts. What was found
 goes to benchmarks/results/gpu-<device>-<date>.json, of which `python -m benchmarks.figures.keep tables` makes README's
 table. Exit status: 0 all stages passed, 1 some failed, 2 no GPU here.
 """
@@ -29,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 9 * 60.0
 CUDA_HOME = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-TAIL = 3000  # characters of a failed stage's output that are kept
+TAIL = 3000  # characters of a failed stage's output that are kept beside the results
+LOGS = ROOT / "runs" / "gpu-check"  # all of a failed stage's output
 
 
 class Stages:
@@ -69,7 +71,10 @@ class Stages:
         self.add(name, rc=rc, seconds=time.monotonic() - start, passed=rc == 0, note=note)
         if rc != 0:
             self.rows[-1]["output_tail"] = output[-TAIL:]
-            print(output[-TAIL:], flush=True)
+            LOGS.mkdir(parents=True, exist_ok=True)
+            log_path = LOGS / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.log"
+            log_path.write_text(f"{' '.join(command)}\n{note}\n{output}", errors="replace")
+            print(f"{output[-TAIL:]}\nall of it: {log_path.relative_to(ROOT)}", flush=True)
         return rc == 0
 
     def add(self, name: str, rc: int | None, seconds: float, passed: bool | None, note: str = "") -> None:

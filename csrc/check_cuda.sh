@@ -4,8 +4,12 @@
 #   PY    python that has torch (default python3)
 #   NVCC  nvcc to use (default /usr/local/cuda/bin/nvcc, else the one on PATH)
 #   ARCH  architecture to compile for (default sm_90)
+# Arguments: the wrappers to check, and nothing else is compiled then (default: all, and every kernel).
 set -u
+kernels="csrc/*/cuda/*.cu"
+[ $# = 0 ] || kernels=
 cd "$(dirname "$0")/.." || exit 1
+[ $# != 0 ] || set -- csrc/*/cuda/*.cpp
 PY=${PY:-python3}
 ARCH=${ARCH:-sm_90}
 if [ -z "${NVCC:-}" ]; then
@@ -24,7 +28,7 @@ torch=$("$PY" -c 'import os, torch; print(os.path.dirname(torch.__file__))') || 
 top=$("$NVCC" --dryrun -E -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
 (
   failed=0
-  for wrapper in csrc/*/*_cuda.cpp; do
+  for wrapper in "$@"; do
     if ${CXX:-g++} -std=c++20 -fsyntax-only -Wall -isystem "$out/include" -isystem "$torch/include" \
         -isystem "$torch/include/torch/csrc/api/include" -isystem "$top/include" "$wrapper"; then
       echo "$wrapper: syntax correct"
@@ -38,10 +42,11 @@ top=$("$NVCC" --dryrun -E -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
 wrappers=$!
 
 failed=0
-for source in csrc/*/*.cu; do
-  log=$out/$(basename "$source").log
+for source in $kernels; do
+  name=$(echo "$source" | tr / _)
+  log=$out/$name.log
   if "$NVCC" -c -std=c++20 -arch="$ARCH" -O3 -lineinfo -Xcompiler -fPIC,-Wall -Xptxas -v \
-      -o "$out/$(basename "$source").o" "$source" >"$log" 2>&1; then
+      -o "$out/$name.o" "$source" >"$log" 2>&1; then
     # One line per kernel. A mangled name holds the kernel's own after its namespace's, each with its length before it,
     # and then the template arguments.
     awk -v source="$source" '

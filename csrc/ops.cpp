@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <utility>
 
@@ -22,6 +23,11 @@ TORCH_LIBRARY(fastif, m) {
   m.def("per_sample_grad_sq_norms(Tensor inputs, Tensor output_grads, Tensor? scale=None) -> Tensor");
   m.def("per_sample_grad_dots(Tensor inputs, Tensor output_grads, Tensor directions) -> Tensor");
 }
+
+// Read from the library's bytes before it is loaded (fastif/ops/_library.py): under another torch, loading it would
+// register the kernels for the wrong devices.
+extern "C" __attribute__((used, visibility("default"))) const char fastif_built_for[] =
+    "fastif was built for torch " TORCH_VERSION;
 
 namespace {
 

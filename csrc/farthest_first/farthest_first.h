@@ -30,6 +30,13 @@
 
 namespace fastif {
 
+// The type of the op's kernels, which every device's is held against where it is registered: where two differ, torch
+// aborts the process at import.
+using FarthestFirstResults = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using FarthestFirstOp = FarthestFirstResults(const at::Tensor& points, int64_t k, const at::Tensor& start,
+                                             const std::optional<at::Tensor>& picks,
+                                             const std::optional<at::Tensor>& mask, std::optional<double> until_radius);
+
 inline constexpr int kLanes = 32;
 
 // What the caller gave, in the one form that kernels read; one cloud is b = 1. What is on the CPU is there whatever the

@@ -18,6 +18,12 @@
 
 namespace fastif {
 
+// The type of each op's kernels, which every device's is held against where it is registered: where two differ, torch
+// aborts the process at import.
+using GgnBlockOp = void(const at::Tensor& out, const at::Tensor& features, const at::Tensor& probs,
+                        const at::Tensor& weights);
+using KroneckerBlockOp = void(const at::Tensor& out, const at::Tensor& features, const at::Tensor& outer);
+
 inline void check_ggn_block(const at::Tensor& out,        // [c, d, c, d], contiguous
                             const at::Tensor& features,   // [n, d] float32 or float64
                             const at::Tensor& probs,      // [n, c], rows on the simplex

@@ -16,6 +16,16 @@
 
 namespace fastif {
 
+// The type of each op's kernels, which every device's is held against where it is registered: where two differ, torch
+// aborts the process at import.
+using AccumulateOp = at::Tensor(const at::Tensor& inputs, const at::Tensor& output_grads, const at::Tensor& weights,
+                                const at::Tensor& groups, int64_t num_groups);
+using AccumulateSquaresOp = at::Tensor(const at::Tensor& inputs, const at::Tensor& output_grads,
+                                       const at::Tensor& weights);
+using SqNormsOp = at::Tensor(const at::Tensor& inputs, const at::Tensor& output_grads,
+                             const std::optional<at::Tensor>& scale);
+using DotsOp = at::Tensor(const at::Tensor& inputs, const at::Tensor& output_grads, const at::Tensor& directions);
+
 inline bool has_16_bits(const at::Tensor& x) {
   return x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
 }

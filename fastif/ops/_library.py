@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import mmap
 import os
 import threading
 import warnings
@@ -28,18 +30,51 @@ SCHEMAS = {
 }
 
 
+_STAMP = b"fastif was built for torch "
+_BUILD = "pip install --no-build-isolation --no-deps --force-reinstall .   (in the folder of its source)"
+
+
+def _read_torch_built_for(library: str) -> str | None:
+    """The version of torch that the extension was built for, read from its bytes: csrc/ops.cpp has it."""
+    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        begin = mapped.find(_STAMP)
+        if begin < 0:
+            return None
+        begin += len(_STAMP)
+        return mapped[begin : mapped.find(b"\0", begin)].decode()
+
+
+def _reason_to_refuse() -> str | None:
+    """Why the extension must not be loaded, if there is a reason.
+
+    Its kernels register themselves while it is loaded, by numbers that another torch gives to other devices: to ask it
+    afterwards would be too late.
+    """
+    spec = importlib.util.find_spec("fastif._C")
+    if spec is None or spec.origin is None:
+        return None  # the import says so in its own words
+    built_for = _read_torch_built_for(spec.origin)
+    if built_for is None:
+        return "the compiled extension does not say which torch it was built for"
+    if built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
+        return f"the compiled extension was built for torch {built_for}, and this is torch {torch.__version__}"
+    return None
+
+
 def _load():
     if os.environ.get("FASTIF_PLAIN") == "1":
         return None
+    reason = None
     try:
-        return importlib.import_module("fastif._C")
-    except ImportError as error:
-        warnings.warn(
-            f"fastif: the compiled extension could not be loaded ({error}); every op runs as plain torch, slower. "
-            "Build it with: pip install --no-build-isolation .",
-            stacklevel=2,
-        )
-        return None
+        reason = _reason_to_refuse()
+        if reason is None:
+            return importlib.import_module("fastif._C")
+    except (ImportError, OSError, ValueError) as error:
+        reason = f"the compiled extension could not be loaded ({error})"
+    warnings.warn(
+        f"fastif: {reason}; every op runs as plain torch, slower. Build it for this torch with: {_BUILD}", stacklevel=2
+    )
+    return None
 
 
 extension = _load()

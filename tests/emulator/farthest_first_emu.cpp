@@ -1,6 +1,6 @@
 // farthest_first_kernel, by the whole grid and by a block per cloud, against the definition in farthest_first.h, bit
 // for bit, at several grid sizes.
-#include "farthest_first/farthest_first_kernel.cuh"
+#include "farthest_first/cuda/kernel.cuh"
 #include "farthest_first_problems.h"
 
 namespace {

@@ -2,8 +2,8 @@
 // that all levels are flushed again and again, launches cut at every turn, and the products of codes by themselves.
 #include <numeric>
 
-#include "farthest_first/farthest_first_kernel.cuh"
-#include "farthest_first/farthest_first_lazy_kernel.cuh"
+#include "farthest_first/cuda/kernel.cuh"
+#include "farthest_first/cuda/lazy_kernel.cuh"
 #include "farthest_first_problems.h"
 
 namespace {

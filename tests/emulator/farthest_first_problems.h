@@ -4,7 +4,7 @@
 #include <string>
 
 #include "emulate.h"
-#include "farthest_first/farthest_first_clouds.h"
+#include "farthest_first/cuda/clouds.h"
 
 template <typename T>
 struct Problem {

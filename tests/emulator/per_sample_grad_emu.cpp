@@ -1,6 +1,6 @@
 // The kernels of per_sample_grad against sums over examples and positions in float64.
 #include "emulate.h"
-#include "per_sample_grad/per_sample_grad_kernel.cuh"
+#include "per_sample_grad/cuda/kernel.cuh"
 
 namespace {
 

@@ -1,11 +1,11 @@
 // Every dot product kernel of this processor against plain loops: the integer ones to the last bit, the float32 ones
 // within the error that the filter's certificate grants them.
-#include "farthest_first/farthest_first_dots.h"
-
 #include <cmath>
 #include <cstdio>
 #include <random>
 #include <vector>
+
+#include "farthest_first/cpu/dots.h"
 
 using namespace fastif;
 

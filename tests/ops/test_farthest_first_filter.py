@@ -154,7 +154,7 @@ def test_int8_has_a_largest_dimension(axes):
 @pytest.mark.skipif(GXX is None, reason="g++ not found")
 def test_dot_products(tmp_path):
     """The kernels by themselves: one that errs on the safe side would only cost time, and pass every test above."""
-    sources = [HERE / "farthest_first_dots.cpp", CSRC / "farthest_first" / "farthest_first_dots_cpu.cpp"]
+    sources = [HERE / "farthest_first_dots.cpp", CSRC / "farthest_first" / "cpu" / "dots.cpp"]
     flags = ["-std=c++20", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", f"-I{CSRC}"]
     program = tmp_path / "dots"
     subprocess.run([GXX, *flags, *map(str, sources), "-o", str(program)], check=True, timeout=300)

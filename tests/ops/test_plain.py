@@ -1,7 +1,10 @@
 """Without the compiled extension every op works as plain torch, and one warning says so."""
 
 import importlib
+import importlib.machinery
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,3 +146,48 @@ def test_build_info_says_what_was_built():
     assert {"fastif", "compiled", "cuda", "isa", "torch", "cuda_device", "threads"} == set(info)
     if info["compiled"]:
         assert info["isa"] in ("avx512", "avx2", "generic")
+
+
+def import_with(library: Path, tmp_path: Path) -> str:
+    """What `import fastif` says where the extension is `library`; the last line tells whether it was loaded."""
+    package = tmp_path / "fastif"
+    shutil.copytree(ROOT / "fastif", package, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    shutil.copy(library, package / f"_C{suffix}")
+    code = "import fastif, torch; fastif.ops.farthest_first(torch.eye(3), 2); print(fastif.build_info()['compiled'])"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,  # the folder of a command comes before PYTHONPATH
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stderr + result.stdout
+
+
+@pytest.mark.skipif(not build_info()["compiled"], reason="the extension is not compiled")
+@pytest.mark.parametrize("torch_version", ["2.5.1", None])
+def test_extension_for_another_torch_is_refused_before_it_is_loaded(tmp_path, torch_version):
+    # A text file: loading it would end in "invalid ELF header", not in the sentence that is asked for.
+    fake = tmp_path / "fake"
+    fake.write_bytes(
+        b"no library\0" + (f"fastif was built for torch {torch_version}\0".encode() if torch_version else b"")
+    )
+    said = import_with(fake, tmp_path)
+    assert said.endswith("False\n")
+    assert said.count("UserWarning: fastif:") == 1
+    assert "pip install --no-build-isolation" in said
+    assert "ELF" not in said
+    if torch_version:
+        assert f"built for torch {torch_version}, and this is torch {torch.__version__}" in said
+    else:
+        assert "does not say which torch it was built for" in said
+
+
+@pytest.mark.skipif(not build_info()["compiled"], reason="the extension is not compiled")
+def test_extension_says_which_torch_it_was_built_for():
+    library = importlib.util.find_spec("fastif._C").origin
+    built_for = _library._read_torch_built_for(library)
+    assert built_for.split(".")[:2] == torch.__version__.split(".")[:2]
