@@ -1,12 +1,12 @@
 """The report of a class removal: figures as PNG files and one HTML page that holds everything and needs nothing."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fastif.evaluation.metrics import METRICS
+from fastif.evaluation.metrics import METRICS, summarise
 from fastif.journal import write_whole
 from fastif.pages import document, facts_table, new_figure, picture, png_of, table, text_of
 
@@ -26,11 +26,13 @@ _MARKERS = "osD^vP*X<>hp"
 _FLOOR = 1e-9  # excess below this is rounding of the objective, not distance
 _AXES = (("F1", True), ("SL", True), ("EL", False), ("RTE", False), ("ME", False))  # True: better high
 
+BASELINE = "LiSSA, one step"  # the paper's, over a random sample
+
 Results = Mapping[str, Any]
 
 
 def write_report(results: Results, out: str | Path) -> list[Path]:
-    """Writes `radar.png`, `bars.png`, `budget.png`, `steps.png` and `report.html` to the folder `out`; returns paths.
+    """Writes the figures as PNG files and `report.html` to the folder `out`, and returns the paths.
 
     `results` is what `fastif.evaluation.class_removal` returns. The page shows the figures from within itself. Raises
     ValueError where `results` has no summary.
@@ -79,6 +81,16 @@ def references(results: Results) -> list[tuple[str, list[Mapping[str, Any]]]]:
     return [(words, results[name]) for words, name in named if results[name]]
 
 
+def baselines(results: Results) -> list[dict[str, Any]]:
+    """The baseline's entries of the summary, one per budget; empty where it did not take part."""
+    return summarise(results.get("baseline", []))
+
+
+def seconds_of(entries: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean seconds that it took to retrain without a class; None for what was not retrained."""
+    return fmean(entry["seconds"] for entry in entries) if all("seconds" in entry for entry in entries) else None
+
+
 def share(k: int, results: Results) -> str:
     """A budget in words: "72 (5 %)"."""
     return f"{k:,} ({100 * k / results['meta']['n_train']:.2g}\u00a0%)"
@@ -104,6 +116,63 @@ def _legend(figure: Any, ax: Any) -> None:
     handles, labels = ax.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+
+
+def story(results: Results) -> bytes:
+    """F1 at the smallest budget after the first, second and last step, with the time and the memory it took."""
+    names, k, last = samplers_of(results), budgets_of(results)[0], last_step(results)
+    names = sorted(names, key=lambda name: -cell(results, name, k, last)["F1_mean"])
+    shown = sorted({1, min(2, last), last})
+    others = [entry for entry in baselines(results) if entry["k"] == k]
+    retrained = [(words, entries) for words, entries in references(results) if seconds_of(entries) is not None]
+    labels = [_words(name) for name in names] + [BASELINE] * len(others)
+    labels += [words.removesuffix(" to convergence") for words, _ in retrained]
+    colours = [_style(name, results)[0] for name in names] + ["#222222"] * (len(labels) - len(names))
+    ends = [cell(results, name, k, last) for name in names] + others
+    seconds = [entry["RTE_mean"] for entry in ends] + [seconds_of(entries) for _, entries in retrained]
+    memory = [None if entry["ME_mean"] is None else entry["ME_mean"] / 2**20 for entry in ends]
+    figure, axes = new_figure(
+        3, 1, 10.4, 1.5 + 0.31 * len(labels), sharey=True, gridspec_kw={"width_ratios": [2.2, 1, 1]}
+    )
+    left, middle, right = axes[0]
+    for row, (name, colour) in enumerate(zip(names, colours, strict=False)):
+        values = [cell(results, name, k, step)["F1_mean"] for step in shown]
+        left.plot(values, [row] * len(shown), color=colour, linewidth=1.2, alpha=0.5, zorder=2)
+        for value, size, alpha in zip(values, (16, 32, 64)[-len(shown) :], (0.4, 0.65, 1)[-len(shown) :], strict=True):
+            left.scatter(value, row, s=size, color=colour, alpha=alpha, linewidths=0, zorder=3)
+    after = [entry["F1_mean"] for entry in others]
+    after += [fmean(entry["F1"] for entry in entries) for _, entries in retrained]
+    for row, value in enumerate(after, len(names)):
+        left.scatter(value, row, s=64, color="#222222", marker="D", linewidths=0, zorder=3)
+    best = fmean(entry["F1"] for entry in results["retrained_head"])
+    left.axvline(best, color="#222222", linewidth=1, label="head retrained to convergence")
+    before = fmean(entry["F1"] for entry in results["original"])
+    left.axvline(before, color="#222222", linewidth=1, linestyle=":", label="nothing removed")
+    for step, size, alpha in zip(shown, (16, 32, 64)[-len(shown) :], (0.4, 0.65, 1)[-len(shown) :], strict=True):
+        left.scatter([], [], s=size, color="#0072b2", alpha=alpha, linewidths=0, label=f"after step {step}")
+    left.set_xlim(-0.03, 1.05)
+    left.set_title(f"F1, curvature from {share(k, results)} of the examples", fontsize=11)
+    left.set_yticks(range(len(labels)), labels=labels, fontsize=10)
+    left.invert_yaxis()
+    for ax, values, title, form in (
+        (middle, seconds, "seconds, log scale", "{:.2g}"),
+        (right, memory, "peak MiB", "{:.2g}"),
+    ):
+        known = [(row, value) for row, value in enumerate(values) if value is not None]
+        for row, value in known:
+            ax.barh(row, value, 0.62, color=colours[row], alpha=0.85)
+            ax.annotate(form.format(value), (value, row), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
+        if ax is middle and known:
+            ax.set_xscale("log")
+            ax.set_xlim(0.4 * min(value for _, value in known), 4 * max(value for _, value in known))
+        elif known:
+            ax.set_xlim(0, 1.25 * max(value for _, value in known))
+        ax.set_title(title, fontsize=11)
+        ax.grid(False, axis="y")
+    if not any(value is not None for value in memory):
+        right.set_visible(False)
+    _legend(figure, left)
+    return png_of(figure)
 
 
 def radar(results: Results) -> bytes:
@@ -237,7 +306,13 @@ def steps(results: Results) -> bytes:
     return png_of(figure)
 
 
-_FIGURES: dict[str, Callable[[Results], bytes]] = {"radar": radar, "bars": bars, "budget": budget, "steps": steps}
+_FIGURES: dict[str, Callable[[Results], bytes]] = {
+    "story": story,
+    "radar": radar,
+    "bars": bars,
+    "budget": budget,
+    "steps": steps,
+}
 
 # --------------------------------------------------------------------------------------------------------------- page
 
@@ -252,9 +327,14 @@ _READING = (
 _BELOW_TABLE = (
     "Means over classes and seeds, on held-out examples; ± is the standard deviation over seeds of the mean over "
     "classes, which samplers that draw nothing have none of. RTE and ME: time and peak memory of the influence "
-    "computation up to this step, and as multiples of random's."
+    "computation up to this step, and as multiples of random's; of what was retrained, the seconds that it took. LiSSA "
+    "is the paper's baseline: one influence step of all parameters, with the curvature of a random sample, drawn once, "
+    "and a step size chosen on training data."
 )
 _CAPTIONS = {
+    "story": "What samplers and Newton steps buy, {k}: F1 (right is better) after the first, an early and the last "
+    "step, with the time and the memory of all steps. Diamonds are single points: one step of LiSSA, retraining. "
+    "Seconds of retraining are those of the training, whose memory was not measured.",
     "radar": "The last step at the smallest budget ({k}). Each axis is scaled to the best sampler on it, the outer "
     "ring: F1 and SL as share of the highest, EL, RTE and ME as lowest over own. Outer is better on every axis. "
     "Dashed: random.",
@@ -290,16 +370,18 @@ def page(results: Results, figures: Mapping[str, bytes]) -> str:
         "k": f"k = {share(budgets_of(results)[0], results)}",
         "lines": "; ".join(lines[name] for name, _ in references(results)),
     }
-    shown = "".join(picture(name, png, _CAPTIONS[name].format(**words)) for name, png in figures.items())
+    first, *rest = figures.items()
+    shown = "".join(picture(name, png, _CAPTIONS[name].format(**words)) for name, png in rest)
     last = last_step(results)
     seeds = len(meta["seeds"])
-    lead = (
+    setting = (
         f"{len(meta['classes'])} classes removed one at a time, {len(samplers_of(results))} samplers, "
         f"{seeds} seed{'s' if seeds > 1 else ''}, up to {last} step{'s' if last > 1 else ''}; "
         f"{meta['n_train']:,} training and {meta['n_test']:,} held-out examples."
     )
     body = (
-        f"<h1>{text_of(title)}</h1><p class=lead>{text_of(lead)}</p>{_tiles(results)}"
+        f"<h1>{text_of(title)}</h1><p class=lead>{text_of(lead(results))}</p>{_tiles(results)}"
+        f"{picture(first[0], first[1], _CAPTIONS[first[0]].format(**words))}<p>{text_of(setting)}</p>"
         f"<h2>How to read this</h2><p>{text_of(_READING)}</p>"
         f"<h2>After step {last}</h2>{_summary_table(results, [last])}"
         f"<p>{text_of(_BELOW_TABLE)}</p>"
@@ -312,9 +394,46 @@ def page(results: Results, figures: Mapping[str, bytes]) -> str:
     return document(title, body)
 
 
-def _tiles(results: Results) -> str:
+def lead(results: Results) -> str:
+    """What samplers and Newton steps buy in F1, time and memory, in some sentences."""
     names, last, k = samplers_of(results), last_step(results), budgets_of(results)[0]
-    best = min(names, key=lambda name: cell(results, name, k, last)["excess_mean"])
+    best = _best(results)
+    end = cell(results, best, k, last)
+    steps_taken = f"{last} Newton steps" if last > 1 else "one Newton step"
+    memory = "" if end["ME_mean"] is None else f" and {end['ME_mean'] / 2**20:.2g} MiB"
+    before = fmean(entry["F1"] for entry in results["original"])
+    text = (
+        f"With the curvature of {share(k, results)} of {results['meta']['n_train']:,} training examples, chosen by "
+        f"{_words(best)}, {steps_taken} on the last layer take F1 from {before:.3f} to {end['F1_mean']:.4f}, in "
+        f"{end['RTE_mean']:.2g} s{memory}"
+    )
+    for words, entries in references(results):
+        seconds = seconds_of(entries)
+        if seconds is not None and words.startswith("whole"):
+            text += f"; retraining the whole network gives {fmean(e['F1'] for e in entries):.4f} in {seconds:.2g} s"
+    text += "."
+    worst = min(names, key=lambda name: cell(results, name, k, last)["F1_mean"])
+    if worst != best:
+        f1 = cell(results, worst, k, last)["F1_mean"]
+        text += f" The same steps from as many examples chosen by {_words(worst)} end at {f1:.4f}"
+        others = [entry for entry in baselines(results) if entry["k"] == k]
+        for entry in others:
+            text += (
+                f", and the paper's baseline, one LiSSA step of the whole network from a random sample, at "
+                f"{entry['F1_mean']:.3f} in {entry['RTE_mean']:.2g} s"
+            )
+        text += "."
+    return text
+
+
+def _best(results: Results) -> str:
+    """The sampler that comes closest to the optimum at the smallest budget."""
+    last, k = last_step(results), budgets_of(results)[0]
+    return min(samplers_of(results), key=lambda name: cell(results, name, k, last)["excess_mean"])
+
+
+def _tiles(results: Results) -> str:
+    last, k, best = last_step(results), budgets_of(results)[0], _best(results)
     tiles = [(fmean(entry["F1"] for entry in entries), f"F1, {words}") for words, entries in references(results)]
     tiles.append((cell(results, best, k, last)["F1_mean"], f"F1, {_words(best)}, k = {share(k, results)}"))
     return (
@@ -331,7 +450,13 @@ def _summary_table(results: Results, steps: Iterable[int]) -> str:
     if len(steps) == 1:
         for words, entries in references(results):
             means = [f"{fmean(entry[metric] for entry in entries):.4f}" for metric in METRICS]
-            rows.append(("reference", [text_of(words), "", *means, "", "", ""]))
+            seconds = seconds_of(entries)
+            rte = "" if seconds is None else f"{1e3 * seconds:.1f}"
+            rows.append(("reference", [text_of(words), "", *means, "", rte, ""]))
+        for entry in baselines(results):
+            means = [_mean(entry, metric, 4, spread=False) for metric in METRICS]
+            cost = [_ratio(entry, "RTE", 1e3, 1), _ratio(entry, "ME", 2**-20, 1)]
+            rows.append(("reference", [BASELINE, share(entry["k"], results), *means, "", *cost]))
     for k in budgets_of(results):
         for name in samplers_of(results):
             for step in steps:

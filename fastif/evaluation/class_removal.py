@@ -5,6 +5,7 @@ held-out examples say what became of it (`fastif.evaluation.metrics`). They are 
 no stop and no sampler depends on them.
 """
 
+import copy
 import inspect
 import json
 import math
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastif.evaluation.lissa_step import Removed
 from fastif.evaluation.metrics import DEFINITIONS, measure, summarise
 from fastif.evaluation.settings import (
     SAMPLERS,
@@ -51,6 +53,7 @@ def class_removal(
     weight_decay: float = 5e-4,
     damping: float = 0.0,
     retrain: Callable[[Tensor], nn.Module] | None = None,
+    baseline: Callable[[Tensor, int, int], Removed] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     head: str | None = None,
@@ -64,11 +67,12 @@ def class_removal(
     pairs (name, function) of the same form, the function taking `k=`; `k` counts training examples, as numbers or as
     shares of them ("0.5%"), of which no more are drawn than are retained; `seeds` is a number of seeds or the seeds;
     `classes` defaults to all. `weight_decay` is what the model was trained with. `retrain(keep)` returns a network
-    trained from scratch on the examples `keep` (int64, ascending), for the column `retrained`. `about` is added to
-    `meta`.
+    trained from scratch on the examples `keep` (int64, ascending), for the column `retrained`. `baseline(removed, k, seed)` removes the
+    examples `removed` (int64, ascending) in another way from k retained ones, such as by a `LiSSAStep`: with the first
+    seed alone, for the rows `baseline`. `about` is added to `meta`.
 
     Returns a dict, all of it JSON: `meta`, `original`, `retrained_head` and `retrained` (one entry per class: EA, EL,
-    SA, SL, F1, ...), `rows` (one per sampler, k, class, seed and step), `summary` (one per sampler, k and step). The
+    SA, SL, F1, ...), `baseline` (one row per k and class), `rows` (one per sampler, k, class, seed and step), `summary` (one per sampler, k and step). The
     entries are defined in `meta.definitions`; docs/math.md (5) has the formulas.
 
     With `out`, a folder, the dict is written to `out/results.json` when it is complete; until then every finished run
@@ -109,6 +113,8 @@ def class_removal(
         "labels": fingerprint((labels, held_labels)),
         "examples": fingerprint((features, held_features)),
     }
+    if baseline is not None:
+        settings["baseline"] = True
     out = None if out is None else Path(out)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -130,6 +136,14 @@ def class_removal(
         for c in tqdm(missing, "retrain the network", unit="class", disable=not progress, leave=False):
             retrained.append(_retrained(retrain, c, labels, held_labels, test, head, device))
             journal.append("retrained", retrained[-1])
+
+    compared = list(journal.of_kind("baseline"))
+    if baseline is not None:
+        asked = [(budget, c) for budget in budgets for c in removed_classes][len(compared) :]
+        for budget, c in tqdm(asked, "baseline", unit="run", disable=not progress, leave=False):
+            removed = baseline(job.members(c).cpu(), min(budget, int((labels != c).sum())), seeds[0])
+            compared.append(_compared(removed, model, budget, c, seeds[0], held_labels, test, head, device))
+            journal.append("baseline", compared[-1])
 
     rows: list[dict[str, Any]] = [row for run in journal.of_kind("rows") for row in run]
     done = {(row["sampler"], row["k"], row["class"], row["seed"]) for row in rows}
@@ -172,6 +186,7 @@ def class_removal(
         "original": original,
         "retrained_head": retrained_head,
         "retrained": retrained,
+        "baseline": compared,
         "rows": rows,
         "summary": summarise(rows),
     }
@@ -282,6 +297,36 @@ def _retrained(
     seconds = time.perf_counter() - began
     logits = extract(network, test, head=head, device=device, progress=False).logits
     return {"class": removed, **measure(logits, held_labels, removed), "seconds": seconds}
+
+
+def _compared(
+    removed: Removed,
+    model: nn.Module,
+    k: int,
+    label: int,
+    seed: int,
+    held_labels: Tensor,
+    test: Any,
+    head: str | None,
+    device: torch.device | str | None,
+) -> dict[str, Any]:
+    """The baseline's row: of one step, without an objective, since more than the head may have moved."""
+    network = copy.deepcopy(model)
+    network.load_state_dict(removed.state)
+    logits = extract(network, test, head=head, device=device, progress=False).logits
+    return {
+        "sampler": "baseline",
+        "k": k,
+        "class": label,
+        "seed": seed,
+        "step": 1,
+        **measure(logits, held_labels, label),
+        "objective": None,
+        "excess": None,
+        "step_size": removed.step_size,
+        "seconds": removed.seconds,
+        "peak_bytes": removed.peak_bytes,
+    }
 
 
 def _check_examples(name: str, labels: Tensor, classes: Iterable[int]) -> None:

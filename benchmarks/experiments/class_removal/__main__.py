@@ -18,11 +18,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from benchmarks.experiments.class_removal.networks import channels_last, network, sha256
-from benchmarks.experiments.class_removal.removals import SAMPLERS, LiSSA, Removed, Setting, last_block, lowest, newton
+from benchmarks.experiments.class_removal.removals import SAMPLERS, Setting, last_block, newton
 from benchmarks.experiments.class_removal.report import summarised, write_report
 from benchmarks.experiments.class_removal.tasks import TASKS, better_high, metrics, prepared
 from fastif import extract, samplers
 from fastif.data import load
+from fastif.evaluation.lissa_step import LiSSAStep, Removed, lowest
 from fastif.evaluation.training import RECIPES
 from fastif.journal import Journal, refuse_differences, write_whole
 from fastif.measure import Measure, environment
@@ -117,7 +118,17 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     setting = Setting(model, task.images, device, recipe.weight_decay, 256)
     with Measure(device) as looking:
         seen = extract(model, setting.data, device=device, progress=False)
-    lissa = LiSSA(setting, seen, options.matrix, options.damping, options.iterations)
+    lissa = LiSSAStep(
+        model,
+        setting.data,
+        seen,
+        recipe.weight_decay,
+        matrix=options.matrix,
+        damping=options.damping,
+        iterations=options.iterations,
+        device=device,
+        batch_size=setting.batch_size,
+    )
     blocks = {"head": None, "last block": last_block(model), "all": "*"}
 
     def job(method: str, sampler: str, k: int, case: int, seed: int) -> Removed:
