@@ -169,7 +169,7 @@ def test_checkpoints_and_states(made):
 @pytest.mark.parametrize("made", [CG(DAMPING, preconditioner=KFAC(DAMPING)), LiSSA(0.5), Arnoldi(10, DAMPING)])
 def test_stored_scores_resume_and_plans_are_made(made, tmp_path, monkeypatch):
     model, data = network("mlp")
-    monkeypatch.setattr("fastif.store.BLOCK_BYTES", 8 * 90 * 20)
+    monkeypatch.setattr("fastif.influence.score_job.BLOCK_BYTES", 8 * 90 * 20)
     influence = influence_of(model, made, batch_size=30).fit(data)
     folder = tmp_path / "scores"
     query = tuple(x[:40] for x in data)
