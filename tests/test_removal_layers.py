@@ -11,7 +11,7 @@ from torch.func import functional_call, hessian, jacrev
 from torch.nn.functional import cross_entropy
 
 from fastif import EKFAC, KFAC, Diagonal, ExactBlock, NetworkStep, remove, samplers
-from fastif.retained_network import RetainedNetwork, damped_minimum
+from fastif.removal.network import RetainedNetwork, damped_minimum
 from tests.problems import QUIET, REMOVED, WEIGHT_DECAY, flat, small_images, trained
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastif.evaluation import class_removal
 from fastif.evaluation.metrics import METRICS
-from fastif.report import page, share, write_report
+from fastif.report.class_removal import page, share, write_report
 
 FIGURES = ("radar", "bars", "budget", "steps")
 PNG = b"\x89PNG\r\n\x1a\n"

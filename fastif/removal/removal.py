@@ -11,66 +11,20 @@ a search on F itself. θ is the head or any layers. No held-out example takes pa
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from fastif.curvature import ExactBlock
-from fastif.curvature.damping import check_damping
 from fastif.data.batches import as_loader, count
 from fastif.model.capture import Capture
 from fastif.model.features import Extracted, extract, find_head
-from fastif.newton import Figures, newton
-from fastif.retained_head import RetainedHead, without_removed
-from fastif.retained_network import RetainedNetwork, Sampler
-from fastif.samplers.draw import draw
-from fastif.samplers.subset import Subset, check_subset
-
-
-class HeadStep(NamedTuple):
-    """The head after a step, and how it came about."""
-
-    step: int  # 1, 2, ...
-    weight: Tensor  # [c, d]
-    bias: Tensor | None  # [c]
-    objective: float  # F after the step
-    gradient_norm: float  # ‖∇F‖ before the step
-    step_size: float  # multiple of the Newton step that was taken
-    subset_size: int  # examples that carried the curvature
-    seconds: float  # of this step: draw, gradient, curvature, solve and line search
-    peak_bytes: int | None  # tensors allocated in it at the same time
-
-
-class NetworkStep(NamedTuple):
-    """A network's layers after a step, and how it came about."""
-
-    step: int  # 1, 2, ...
-    parameters: dict[str, Tensor]  # those that move, keyed like the model's
-    objective: float  # F after the step
-    gradient_norm: float  # ‖∇F‖ before the step
-    step_size: dict[str, float]  # by layer: multiple of its Newton step that was taken; and of the "last step"
-    subset_size: int  # examples that carried the curvature
-    seconds: float  # of this step: gradient, draw, curvature, solve and search
-    peak_bytes: int | None  # tensors allocated in it at the same time
-
-
-class Removal(NamedTuple):
-    """What `remove` returns."""
-
-    state_dict: dict[str, Tensor]  # of the whole model: load_state_dict takes it
-    history: list[HeadStep] | list[NetworkStep]  # one entry per step taken; empty if none would have lowered F
-    moved: list[dict[str, Tensor]]  # the part of state_dict that moved: before the first step and after each
-
-    def after(self, step: int) -> dict[str, Tensor]:
-        """The state dict after so many steps: after(0) undoes the removal.
-
-        Raises ValueError for a number of steps that were not taken.
-        """
-        if not 0 <= step < len(self.moved):
-            raise ValueError(f"Removal.after: step must be in [0, {len(self.moved) - 1}], got {step}")
-        return {**self.state_dict, **{key: value.clone() for key, value in self.moved[step].items()}}
+from fastif.removal.head import check_settings, head_steps
+from fastif.removal.network import RetainedNetwork
+from fastif.removal.newton import newton
+from fastif.removal.retained import Sampler
+from fastif.removal.steps import HeadStep, NetworkStep, Removal
 
 
 def remove(
@@ -129,7 +83,7 @@ def remove(
     "auto", for `extracted` of another number of examples, of a first batch that the model sees otherwise, or beside
     layers that it cannot serve, and what `extract`, `Influence`, the sampler and the curvature raise.
     """
-    _check_settings(steps, damping)
+    check_settings(steps, damping)
     name, layer = find_head(model, head)
     only_head = layers is None or list(Capture(model, layers).blocks) == [name or "model"]
     if only_head and curvature is None:
@@ -182,88 +136,6 @@ def remove(
     history = list(tqdm(taken, "remove", total=steps, disable=not progress))
     steps_taken = [_parameters(step, prefix) for step in history]
     return _removal(model, history, [moving, *steps_taken])
-
-
-def head_steps(
-    features: Tensor,
-    labels: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    removed: Tensor,
-    *,
-    subset: Any | Sampler | None = None,
-    steps: int = 6,
-    damping: float = 0.0,
-    weight_decay: float = 5e-4,
-    line_search: bool = True,
-    generator: Generator | None = None,
-) -> Iterator[HeadStep]:
-    """The steps of `remove` one by one, on features [n, d] and labels [n] that were extracted before.
-
-    weight [c, d] and bias [c] (or None) are the trained head, removed [r] the examples to remove; the rest is as in
-    `remove`. Ends early where no step size lowers F.
-    """
-    _check_settings(steps, damping)
-    fixed = None
-
-    def curvature(problem: RetainedHead) -> tuple[ExactBlock, int]:
-        if subset is None:
-            return problem.block(damping), len(problem.logits)
-        if fixed is not None:
-            picks = fixed
-        else:
-            seen = {"features": problem.features, "logits": problem.logits, "labels": problem.labels}
-            drawn = draw(subset, **seen, generator=generator)
-            picks = Subset(drawn.indices, drawn.weights * problem.share)
-        return problem.block(damping, picks), len(picks.indices)
-
-    problem = RetainedHead(features, labels, weight, bias, removed, weight_decay, curvature, line_search)
-    if subset is not None and not callable(subset):
-        fixed = without_removed(check_subset(subset, len(features)), problem.kept)
-    for figures in newton(problem, steps):
-        yield _head_step(figures, problem)
-
-
-def optimal_head(
-    features: Tensor,
-    labels: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    removed: Tensor,
-    *,
-    weight_decay: float,
-    tolerance: float = 1e-9,
-    max_steps: int = 100,
-) -> HeadStep:
-    """The head retrained to convergence on the retained data: the minimum of F, in float64, with its certificate.
-
-    F is strongly convex, so that F − min F <= gradient_norm² / (2 weight_decay) (docs/math.md (13)). The result's
-    `gradient_norm` is that at the returned head: at most `tolerance`, unless rounding of F ends the descent before.
-    Raises ValueError if the certificate exceeds 1e-9.
-    """
-    if not weight_decay > 0:
-        raise ValueError(f"optimal_head: weight_decay must be > 0 for a finite optimum, got {weight_decay}")
-
-    def curvature(problem: RetainedHead) -> tuple[ExactBlock, int]:
-        # Built in float32: an inexact curvature slows the last steps a little and moves their limit not at all.
-        single = ExactBlock(weight_decay).fit(problem.inputs.float(), problem.logits.float())
-        single.block.mul_(problem.share)
-        return single, len(problem.logits)
-
-    bias = None if bias is None else bias.double()
-    problem = RetainedHead(features.double(), labels, weight.double(), bias, removed, weight_decay, curvature)
-    steps, seconds = 0, 0.0
-    for figures in newton(problem, max_steps, tolerance):
-        steps, seconds = figures.step, seconds + figures.seconds
-    norm = problem.gradient()
-    if norm**2 / (2 * weight_decay) > 1e-9:
-        raise ValueError(f"optimal_head: not converged after {max_steps} steps: gradient norm {norm:.2g}")
-    return HeadStep(steps, *problem.head, problem.objective, norm, 1.0, len(problem.labels), seconds, None)
-
-
-def _head_step(figures: Figures, problem: RetainedHead) -> HeadStep:
-    step, objective, norm, examples, seconds, peak_bytes = figures
-    return HeadStep(step, *problem.head, objective, norm, problem.step_size, examples, seconds, peak_bytes)
 
 
 def _network_steps(problem: RetainedNetwork, steps: int) -> Iterator[NetworkStep]:
@@ -322,11 +194,3 @@ def _check_extracted(
         wrong = int((extracted.labels[: len(own.labels)].to(own.labels) != own.labels).sum())
         if wrong:
             raise ValueError(f"remove: extracted is {what} labels differ in {wrong}")
-
-
-def _check_settings(steps: int, damping: float) -> None:
-    if damping == "auto":
-        raise ValueError("remove: damping must be a number, got 'auto'; weight_decay already damps the curvature")
-    check_damping(damping)
-    if steps < 1:
-        raise ValueError(f"remove: steps must be at least 1, got {steps}")

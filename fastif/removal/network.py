@@ -1,10 +1,10 @@
-"""The retained objective F (docs/math.md (13)) of any layers of a network, as a problem for `fastif.newton`."""
+"""The retained objective F (docs/math.md (13)) of any layers of a network, as a problem for `fastif.removal.newton`."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,13 +17,12 @@ from fastif.influence.influence import Influence
 from fastif.model.calls import call
 from fastif.model.features import find_head
 from fastif.model.losses import labels_in, labels_of, logits_of, output_columns, per_sample
-from fastif.retained_head import SMALLEST_STEP, check_removed, check_weight_decay, without_removed
+from fastif.removal.retained import SMALLEST_STEP, Sampler, check_removed, check_weight_decay, without_removed
 from fastif.samplers.draw import draw
 from fastif.samplers.subset import Subset, check_subset
 
 _TRUST = 1.0  # damping of the first step in the span of the layers' steps, as a share of its curvature
 
-Sampler = Callable[..., Any]
 Matrices = dict[str, Tensor]  # by block, [g, o, d]
 
 

@@ -1,22 +1,32 @@
-"""The retained objective F (docs/math.md (13)) of a linear head, as a problem for `fastif.newton`.
+"""The retained objective F (docs/math.md (13)) of a linear head, as a problem for `fastif.removal.newton`; its steps.
 
 The losses are functions of the head's features, so that every step is a few matrix products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from fastif import ops
 from fastif.curvature import ExactBlock
+from fastif.curvature.damping import check_damping
 from fastif.curvature.exact.softmax import check_labels, output_grads
-from fastif.samplers.subset import Subset
-
-STEP_SIZES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
-SMALLEST_STEP = 2.0**-20  # where none of them lowers F, the step is halved down to this
+from fastif.removal.newton import Figures, newton
+from fastif.removal.retained import (
+    SMALLEST_STEP,
+    STEP_SIZES,
+    Sampler,
+    check_removed,
+    check_weight_decay,
+    without_removed,
+)
+from fastif.removal.steps import HeadStep
+from fastif.samplers.draw import draw
+from fastif.samplers.subset import Subset, check_subset
 
 
 class RetainedHead:
@@ -134,14 +144,86 @@ class RetainedHead:
         return size, value
 
 
-def without_removed(subset: Subset, kept: Tensor) -> Subset:
-    """The retained examples of a subset of the training data, as positions among the retained; weights unchanged."""
-    kept = kept.cpu()
-    stays = kept[subset.indices]
-    if not stays.any():
-        raise ValueError("remove: every example of the subset is removed; none is left to carry the curvature")
-    position = kept.cumsum(0) - 1
-    return Subset(position[subset.indices[stays]], subset.weights[stays])
+def head_steps(
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    removed: Tensor,
+    *,
+    subset: Any | Sampler | None = None,
+    steps: int = 6,
+    damping: float = 0.0,
+    weight_decay: float = 5e-4,
+    line_search: bool = True,
+    generator: Generator | None = None,
+) -> Iterator[HeadStep]:
+    """The steps of `remove` one by one, on features [n, d] and labels [n] that were extracted before.
+
+    weight [c, d] and bias [c] (or None) are the trained head, removed [r] the examples to remove; the rest is as in
+    `remove`. Ends early where no step size lowers F.
+    """
+    check_settings(steps, damping)
+    fixed = None
+
+    def curvature(problem: RetainedHead) -> tuple[ExactBlock, int]:
+        if subset is None:
+            return problem.block(damping), len(problem.logits)
+        if fixed is not None:
+            picks = fixed
+        else:
+            seen = {"features": problem.features, "logits": problem.logits, "labels": problem.labels}
+            drawn = draw(subset, **seen, generator=generator)
+            picks = Subset(drawn.indices, drawn.weights * problem.share)
+        return problem.block(damping, picks), len(picks.indices)
+
+    problem = RetainedHead(features, labels, weight, bias, removed, weight_decay, curvature, line_search)
+    if subset is not None and not callable(subset):
+        fixed = without_removed(check_subset(subset, len(features)), problem.kept)
+    for figures in newton(problem, steps):
+        yield _head_step(figures, problem)
+
+
+def optimal_head(
+    features: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    removed: Tensor,
+    *,
+    weight_decay: float,
+    tolerance: float = 1e-9,
+    max_steps: int = 100,
+) -> HeadStep:
+    """The head retrained to convergence on the retained data: the minimum of F, in float64, with its certificate.
+
+    F is strongly convex, so that F − min F <= gradient_norm² / (2 weight_decay) (docs/math.md (13)). The result's
+    `gradient_norm` is that at the returned head: at most `tolerance`, unless rounding of F ends the descent before.
+    Raises ValueError if the certificate exceeds 1e-9.
+    """
+    if not weight_decay > 0:
+        raise ValueError(f"optimal_head: weight_decay must be > 0 for a finite optimum, got {weight_decay}")
+
+    def curvature(problem: RetainedHead) -> tuple[ExactBlock, int]:
+        # Built in float32: an inexact curvature slows the last steps a little and moves their limit not at all.
+        single = ExactBlock(weight_decay).fit(problem.inputs.float(), problem.logits.float())
+        single.block.mul_(problem.share)
+        return single, len(problem.logits)
+
+    bias = None if bias is None else bias.double()
+    problem = RetainedHead(features.double(), labels, weight.double(), bias, removed, weight_decay, curvature)
+    steps, seconds = 0, 0.0
+    for figures in newton(problem, max_steps, tolerance):
+        steps, seconds = figures.step, seconds + figures.seconds
+    norm = problem.gradient()
+    if norm**2 / (2 * weight_decay) > 1e-9:
+        raise ValueError(f"optimal_head: not converged after {max_steps} steps: gradient norm {norm:.2g}")
+    return HeadStep(steps, *problem.head, problem.objective, norm, 1.0, len(problem.labels), seconds, None)
+
+
+def _head_step(figures: Figures, problem: RetainedHead) -> HeadStep:
+    step, objective, norm, examples, seconds, peak_bytes = figures
+    return HeadStep(step, *problem.head, objective, norm, problem.step_size, examples, seconds, peak_bytes)
 
 
 def _check_head(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -154,22 +236,9 @@ def _check_head(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor |
     check_labels("remove", labels, len(features), len(weight))
 
 
-def check_removed(removed: Tensor, n: int) -> None:
-    if removed.numel() == 0:
-        raise ValueError("remove: indices must not be empty")
-    if removed.dtype == torch.bool:
-        raise ValueError("remove: indices must be int64 [r], got a mask; pass mask.nonzero()[:, 0]")
-    if removed.dim() != 1 or removed.dtype != torch.int64:
-        raise ValueError(f"remove: indices must be int64 [r], got {removed.dtype} {list(removed.shape)}")
-    outside = removed[(removed < 0) | (removed >= n)]
-    if outside.numel():
-        raise ValueError(f"remove: indices must be in [0, n={n}), got {int(outside[0])}")
-    if removed.unique().numel() < removed.numel():
-        raise ValueError("remove: indices must be distinct, some appear more than once")
-    if removed.numel() == n:
-        raise ValueError(f"remove: indices name all n={n} examples; none would be retained")
-
-
-def check_weight_decay(weight_decay: float) -> None:
-    if not 0 <= weight_decay < float("inf"):
-        raise ValueError(f"remove: weight_decay must be a finite number >= 0, got {weight_decay}")
+def check_settings(steps: int, damping: float) -> None:
+    if damping == "auto":
+        raise ValueError("remove: damping must be a number, got 'auto'; weight_decay already damps the curvature")
+    check_damping(damping)
+    if steps < 1:
+        raise ValueError(f"remove: steps must be at least 1, got {steps}")
