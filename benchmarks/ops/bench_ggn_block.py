@@ -17,7 +17,7 @@ from benchmarks.ops import cifar10_features
 from fastif import ExactBlock, Influence, samplers
 from fastif.curvature.exact.cholesky import extreme_eigenvalues
 from fastif.data import load
-from fastif.fitting import begun, observe
+from fastif.influence.fitting import begun, observe
 from fastif.measure import Measure
 from fastif.ops import ggn_block, kronecker_block
 

@@ -31,7 +31,16 @@ from fastif.evaluation.training import (
     train,
 )
 from fastif.model.features import extract
-from fastif.report import BASELINE, baselines, last_step, references, samplers_of, seconds_of, share, write_report
+from fastif.report.class_removal import (
+    BASELINE,
+    baselines,
+    last_step,
+    references,
+    samplers_of,
+    seconds_of,
+    share,
+    write_report,
+)
 
 BUDGETS = ("1%", "5%")
 

@@ -67,13 +67,13 @@ def class_removal(
     pairs (name, function) of the same form, the function taking `k=`; `k` counts training examples, as numbers or as
     shares of them ("0.5%"), of which no more are drawn than are retained; `seeds` is a number of seeds or the seeds;
     `classes` defaults to all. `weight_decay` is what the model was trained with. `retrain(keep)` returns a network
-    trained from scratch on the examples `keep` (int64, ascending), for the column `retrained`. `baseline(removed, k, seed)` removes the
-    examples `removed` (int64, ascending) in another way from k retained ones, such as by a `LiSSAStep`: with the first
-    seed alone, for the rows `baseline`. `about` is added to `meta`.
+    trained from scratch on the examples `keep` (int64, ascending), for the column `retrained`. `baseline(removed, k,
+    seed)` removes the examples `removed` (int64, ascending) in another way with k of the retained ones, as a
+    `LiSSAStep` does; it is called with the first seed alone. `about` is added to `meta`.
 
     Returns a dict, all of it JSON: `meta`, `original`, `retrained_head` and `retrained` (one entry per class: EA, EL,
-    SA, SL, F1, ...), `baseline` (one row per k and class), `rows` (one per sampler, k, class, seed and step), `summary` (one per sampler, k and step). The
-    entries are defined in `meta.definitions`; docs/math.md (5) has the formulas.
+    SA, SL, F1, ...), `baseline` (one row per k and class), `rows` (one per sampler, k, class, seed and step), `summary`
+    (one per sampler, k and step). The entries are defined in `meta.definitions`; docs/math.md (5) has the formulas.
 
     With `out`, a folder, the dict is written to `out/results.json` when it is complete; until then every finished run
     is kept in `out/rows.jsonl`, and the same call with `resume=True` goes on from there.
