@@ -63,7 +63,7 @@ bench-blocks: build/ready  ## exact blocks and their factors, whole sizes, again
 	$(PY) -m benchmarks.figures.keep keep runs/blocks.json blocks-cpu
 	$(PY) -m benchmarks.figures.keep tables
 
-results: bench  ## README's tables from scratch, about an hour: make results DATA=folder-with-fashion-mnist
+results: bench  ## the tables of class removal and of make bench from scratch, about an hour: make results DATA=folder-with-fashion-mnist
 	$(PY) -m fastif class-removal --k 5% --seeds 10 --out runs/digits
 	$(PY) -m fastif class-removal --data fashion-mnist --root $(DATA) --k 0.5%,1% --seeds 10 --out runs/fashion-mnist
 	$(PY) -m benchmarks.figures.keep keep runs/digits/results.json class-removal-digits

@@ -1,6 +1,7 @@
 """Keeps results in benchmarks/results/ and makes the pages' tables and pictures from them: no figure is typed by hand.
 
 python -m benchmarks.figures.keep keep runs/fashion-mnist/results.json class-removal-fashion-mnist
+python -m benchmarks.figures.keep keep runs/demo/results.json class-removal-demo
 python -m benchmarks.figures.keep keep runs/bench.json cpu
 python -m benchmarks.figures.keep keep runs/kcenter.json kcenter-cpu
 python -m benchmarks.figures.keep keep runs/mislabel/results.json mislabel
@@ -24,10 +25,7 @@ from benchmarks.figures import tables
 from fastif.report.pages import new_figure
 
 ROOT = Path(__file__).parents[2]
-PAGES = (
-    ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("kcenter", "blocks", "removal", "published", "evaluation", "memory")),
-)
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def keep(source: Path, name: str) -> None:
@@ -116,6 +114,20 @@ def growth_picture(name: str, path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None, "Description": results["datetime"]})
 
 
+def demo_picture() -> None:
+    """README's: the first one of the demo's report, from what `make demo` made."""
+    import io
+
+    from PIL import Image, PngImagePlugin
+
+    from fastif.report.class_removal import story
+
+    results = json.loads((tables.KEPT / "class-removal-demo.json").read_text())
+    words = PngImagePlugin.PngInfo()
+    words.add_text("Description", results["meta"]["date"])
+    Image.open(io.BytesIO(story(results))).save(ROOT / "docs" / "demo.png", pnginfo=words, optimize=True)
+
+
 def published_pictures() -> None:
     """Of all pictures of the experiments those that docs/published.md shows."""
     from benchmarks.experiments.class_removal.report import draw
@@ -139,6 +151,7 @@ def main(arguments: list[str]) -> None:
             if (tables.KEPT / f"{name}-cpu.json").exists():
                 growth_picture(f"{name}-cpu", ROOT / "docs" / f"{name}-growth.png")
         published_pictures()
+        demo_picture()
     else:
         sys.exit(__doc__)
 

@@ -1,4 +1,4 @@
-"""README's example runs, and its tables and its picture are those of the kept results."""
+"""README runs, twice in one folder; its tables and pictures and those of docs/benchmarks.md are the kept results."""
 
 import json
 import re
@@ -11,29 +11,48 @@ from benchmarks.figures import tables
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text()
 
 
-def test_examples_run(capsys, tmp_path, monkeypatch):
+def test_the_example_runs_and_goes_on_where_it_was(capsys, tmp_path, monkeypatch):
     pytest.importorskip("sklearn", reason="the example's digits come with scikit-learn")
-    monkeypatch.chdir(tmp_path)  # the second one writes scores
-    first, second = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len([line for line in first.splitlines() if line]) <= 15
-    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)  # it writes scores
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len([line for line in example.splitlines() if line]) <= 16
     names = {}
-    exec(first, names)
+    exec(example, names)
     assert "\n0 of 36 sevens" in "\n" + capsys.readouterr().out
-    exec(second, names)  # goes on where the first one ends
-    assert names["scores"].shape == (5, len(names["digits"].y_train))
-    assert torch.allclose(names["stored"].load(), names["scores"])
+    n = len(names["digits"].y_train)
+    scores = names["stored"].load()
+    assert scores.shape == (5, n)
+    assert torch.allclose(scores.gather(1, names["indices"]), names["values"], rtol=1e-3)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "scores").glob("*.safetensors")}
+    exec(example, names)
+    assert torch.equal(names["stored"].load(), scores)
+    assert {path: path.stat().st_mtime_ns for path in written} == written  # nothing was computed again
 
 
 def test_tables_are_those_of_the_results():
     assert tables.with_tables(README) == README
-    assert README.count("<!-- table:") >= 3
+    assert re.findall("<!-- table: ([\\w-]+) -->", README) == ["story", "glance"]
+    assert tables.with_tables(BENCHMARKS) == BENCHMARKS
+    kept = ["influence-cpu", "class-removal-fashion-mnist", "class-removal-digits", "cpu", "gpu"]
+    assert re.findall("<!-- table: ([\\w-]+) -->", BENCHMARKS) == kept
 
 
-def test_picture_is_that_of_the_results():
-    """The PNG carries the date of the results that it shows."""
-    kept = json.loads((ROOT / "benchmarks" / "results" / "influence-cpu.json").read_text())
+def test_pictures_are_those_of_the_results():
+    """The PNGs carry the date of the results that they show."""
     (picture,) = re.findall(r"!\[[^\]]+\]\((docs/[\w.-]+)\)", README)
-    assert kept["datetime"].encode() in (ROOT / picture).read_bytes()
+    kept = json.loads((ROOT / "benchmarks" / "results" / "class-removal-demo.json").read_text())
+    assert kept["meta"]["date"].encode() in (ROOT / picture).read_bytes()
+    (picture,) = re.findall(r"!\[[^\]]+\]\(([\w.-]+)\)", BENCHMARKS)
+    kept = json.loads((ROOT / "benchmarks" / "results" / "influence-cpu.json").read_text())
+    assert kept["datetime"].encode() in (ROOT / "docs" / picture).read_bytes()
+
+
+def test_readme_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 120
+    for page in (README, *(path.read_text() for path in (ROOT / "docs").glob("*.md"))):
+        folder = ROOT if page is README else ROOT / "docs"
+        for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page):
+            assert (folder / link).exists(), link
