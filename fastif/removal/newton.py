@@ -1,6 +1,6 @@
 """Newton steps, one after another, on whatever problem brings an objective, its gradient, its curvature and a step.
 
-The problems are `fastif.retained_head`'s, the head of a classifier, and `fastif.retained_network`'s, any layers of a
+The problems are `fastif.removal.head`'s, the head of a classifier, and `fastif.removal.network`'s, any layers of a
 network. docs/math.md (13).
 """
 
