@@ -1,10 +1,9 @@
-# make demo · test · lint · bench · cuda-check · arm-check · gpu-check: each sets up what it needs.
-# PYTHON=... chooses an interpreter. One that already imports everything below is used as it is (a machine without network);
-# otherwise .venv is made.
+# Each target sets up what it needs; `make` lists them. PYTHON=... chooses an interpreter: one that has all that pyproject.toml's extras
+# build and test ask for is used as it is (a machine without network), otherwise .venv is made. JOBS=... is how many tests run at once.
+.DEFAULT_GOAL := help
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
-NEEDS  := torch numpy tqdm sklearn matplotlib typer rich safetensors pytest pytest_benchmark hypothesis
-HAVE   := $(shell $(PYTHON) -c "$(foreach module,$(NEEDS),import $(module);)" 2>/dev/null && echo yes)
+HAVE   := $(shell $(PYTHON) -c "import torch" 2>/dev/null && $(PYTHON) .ci/requirements.py --have build test 2>/dev/null && echo yes)
 ifeq ($(HAVE),yes)
 PY    := $(PYTHON)
 SETUP :=
@@ -19,22 +18,37 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 OUT     ?= runs/demo
 
-.PHONY: demo test test-slow lint bench bench-kcenter bench-influence bench-blocks results cuda-check cuda-link arm-check gpu-check clean
+JOBS    ?= $(shell $(PYTHON) -c "import os; print(min(4, os.cpu_count() or 1))")
+# With the .venv, tests run in JOBS processes of one thread each, a file of tests in one of them.
+TESTS   := $(if $(SETUP),OMP_NUM_THREADS=1 )$(PY) -m pytest $(if $(SETUP),-n $(JOBS) --dist loadfile)
+COVER   := $(if $(SETUP),--cov=fastif --cov-report=term:skip-covered --cov-fail-under=95)
 
-demo: build/ready  ## remove each class of the digits from a small CNN, compare samplers with retraining
+.PHONY: help demo test test-slow lint docs bench bench-kcenter bench-influence bench-blocks results cuda-check cuda-link arm-check \
+  gpu-check clean
+
+help:  ## this list
+	@echo "make TARGET, each of which sets up what it needs:"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{ printf "%-18s%s\n", $$1, $$2 }'
+
+demo: build/ready  ## remove each class of the digits from a small CNN, compare samplers with retraining, a minute
 	$(PY) -m fastif class-removal --out $(OUT)
 
-test: build/ready $(if $(SETUP),.venv/test)
-	$(PY) -m pytest -m "not slow" $(if $(SETUP),--cov=fastif --cov-report=term:skip-covered --cov-fail-under=95) fastif tests
+test: build/ready $(if $(SETUP),.venv/test)  ## the tests, but for what compiles or installs something: 6 minutes on two cores
+	@echo "tests$(if $(SETUP), in $(JOBS) processes): a dot each, the slow ones of benchmarks and emulator among them"
+	$(TESTS) -m "not slow" $(COVER) fastif tests
 
-test-slow: build/ready $(if $(SETUP),.venv/test)  ## what compiles or installs something
-	$(PY) -m pytest -m slow tests
+test-slow: build/ready $(if $(SETUP),.venv/test)  ## the tests that compile or install something
+	$(TESTS) -m slow tests
 
-lint: .venv/lint
+lint: .venv/lint  ## ruff, pyright and clang-format
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright --pythonpath .venv/bin/python
 	.venv/bin/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulator/*.* tests/ops/*.cpp))
+
+docs: build/ready $(if $(SETUP),.venv/docs)  ## the documentation site, build/docs/index.html; warnings are errors
+	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
 
 bench: build/ready  ## verify, then time every op against its peers, some minutes
 	@mkdir -p runs
@@ -77,17 +91,18 @@ cuda-link:  ## before a release: build, link and import for CUDA without a GPU, 
 	PYTHON=$(PYTHON) bash csrc/link_cuda.sh
 
 arm-check: .venv/ready  ## compile every CPU source for 64-bit ARM
-	.venv/bin/pip install -q ziglang
+	.venv/bin/pip install -q $$(.venv/bin/python .ci/requirements.py --alone arm)
 	PY=.venv/bin/python sh csrc/check_arm.sh
 
 gpu-check: $(SETUP)  ## on a machine with a GPU: build, test, sanitize, benchmark, write one JSON
 	$(PY) benchmarks/gpu_check.py
 
-clean:
+clean:  ## remove what was built, and the .venv
 	rm -rf build fastif/_C*.so .venv .venv-cuda
 
 build/ready: $(SOURCES) $(SETUP)
 	@mkdir -p build
+	@echo "compiling the extension, some minutes"
 	$(PY) setup.py -q build_ext --inplace > build/log 2>&1 || { cat build/log; exit 1; }
 	@$(PY) -c "import fastif; print('built', fastif.build_info())"
 	@touch $@
@@ -95,18 +110,24 @@ build/ready: $(SOURCES) $(SETUP)
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/ready: Makefile | .venv/bin/python
-	.venv/bin/pip install -q $(TORCH) "setuptools>=77" ninja numpy tqdm scikit-learn matplotlib typer rich safetensors \
-	  pytest pytest-benchmark hypothesis
+# What an extra asks for: dependencies are named in pyproject.toml alone.
+INSTALL = .venv/bin/python .ci/requirements.py $(1) > .venv/requirements.txt && .venv/bin/pip install -q $(TORCH) -r .venv/requirements.txt
+
+.venv/ready: pyproject.toml .ci/requirements.py | .venv/bin/python
+	@echo "torch and the packages for .venv: some minutes, most of it download"
+	@$(call INSTALL,build test)
 	@touch $@
 
 .venv/test: .venv/ready
-	.venv/bin/pip install -q $(TORCH) pytest-cov scipy einops einconv opt-einsum linear_operator accelerate transformers opacus==1.6.0
-	@# Without dependencies: they ask for torchvision and use none of it here; one built for another torch breaks transformers.
-	.venv/bin/pip install -q --no-deps curvlinops-for-pytorch==3.0.1 backpack-for-pytorch unfoldNd kronfluence==1.0.1 dattri==0.3.0 captum==0.9.0 \
-	  laplace-torch==0.3 asdfghjkl==0.1a4 torchmetrics==1.9.0 lightning-utilities==0.15.3
+	@echo "what the tests compare with, for .venv"
+	@$(call INSTALL,check oracles)
+	@.venv/bin/python .ci/requirements.py --alone oracles-alone > .venv/requirements.txt && .venv/bin/pip install -q --no-deps -r .venv/requirements.txt
 	@touch $@
 
 .venv/lint: .venv/ready
-	.venv/bin/pip install -q ruff==0.17.6 pyright==1.1.414 clang-format==23.1.5
+	@$(call INSTALL,lint)
+	@touch $@
+
+.venv/docs: .venv/ready
+	@$(call INSTALL,docs)
 	@touch $@

@@ -9,9 +9,8 @@ CUDA_VENV=${CUDA_VENV:-.venv-cuda}
 if [ ! -e "$CUDA_VENV/ready" ]; then
   "${PYTHON:-python3}" -m venv "$CUDA_VENV"
   # Three equal signs: two also mean 2.13.0+cpu, where pip knows a place that has it.
-  "$CUDA_VENV/bin/pip" install -q "torch===2.13.0" "setuptools>=77" ninja numpy "nvidia-cuda-nvcc==13.0.*" \
-    "nvidia-cuda-crt==13.0.*" "nvidia-nvvm==13.0.*" "nvidia-cuda-cccl==13.0.*" tqdm filelock scikit-learn matplotlib \
-    typer rich safetensors pytest pytest-benchmark hypothesis scipy
+  "$CUDA_VENV/bin/python" .ci/requirements.py build test cuda > "$CUDA_VENV/requirements.txt"
+  "$CUDA_VENV/bin/pip" install -q "torch===2.13.0" filelock -r "$CUDA_VENV/requirements.txt"
   touch "$CUDA_VENV/ready"
 fi
 python=$(cd "$CUDA_VENV/bin" && pwd)/python

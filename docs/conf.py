@@ -115,8 +115,9 @@ def _skip(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) ->
 
 def _source(app: Any, name: str, text: list[str]) -> None:
     """Links to files outside of the site are their names here."""
-    del app, name
-    text[0] = re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", text[0])
+    del app
+    if not name.startswith("api/"):
+        text[0] = re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", text[0])
 
 
 def setup(app: Any) -> None:
