@@ -57,3 +57,14 @@ def test_readme_is_short_and_its_links_lead_somewhere():
         folder = ROOT if page is README else ROOT / "docs"
         for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page):
             assert (folder / link).exists(), link
+
+
+def test_each_formula_names_the_files_that_compute_it():
+    page = (ROOT / "docs" / "math.md").read_text()
+    for section in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
+        if number := re.match(r"\((\d+)\) ", section):
+            code = re.search(r"^\*Code: (.*)\*$", section, flags=re.MULTILINE)
+            assert code is not None, section[:40]
+            files = re.findall(r"\]\(\.\./([\w/.]+)\)", code[1])
+            texts = [(ROOT / file).read_text() for file in files]
+            assert any(f"({number[1]})" in text and "docs/math.md" in text for text in texts), section[:40]
