@@ -32,15 +32,15 @@ from fastif.curvature import (
 )
 from fastif.data.batches import count
 from fastif.evaluation.settings import check_budgets, choose_samplers
-from fastif.influence import Influence
+from fastif.influence import Influence, Plan
+from fastif.influence.score_folder import MANIFEST
+from fastif.influence.score_job import BLOCK_BYTES, fit_settings, write_scores
+from fastif.influence.tiles import By, check_groups, check_positions
 from fastif.journal import refuse_differences, whole
 from fastif.model.calls import dtype_of
 from fastif.model.features import extract
 from fastif.model.losses import LOSSES, MEASUREMENTS
-from fastif.plan import Plan
 from fastif.samplers.subset import Subset
-from fastif.scoring import By, check_groups, check_positions
-from fastif.store import BLOCK_BYTES, MANIFEST, fit_settings, write_scores
 
 FISHERS = ("exact", "monte_carlo", "empirical")
 CURVATURES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {  # the estimator, and what --fisher may be
@@ -183,7 +183,7 @@ def scores_command(
         try:
             known = _fit(influence, train, out / "curvature.safetensors", resume, picker, size, seed)
             scores = write_scores(
-                influence,
+                influence.fitted,
                 query,
                 train,
                 out,
@@ -261,12 +261,12 @@ def _fit(
 ) -> bool:
     """Fits the curvature and keeps it in a file, or takes it from there: whether it was there."""
     name = None if picker is None else picker[0]
-    settings = {**fit_settings(influence, train), "sampler": name, "k": k}
+    settings = {**fit_settings(influence.setup, train), "sampler": name, "k": k}
     known = resume and stored.exists()
     if known:
         found, state = _read_curvature(stored)
         refuse_differences(stored, found, settings)
-        if not influence.parts.needs_data:
+        if not influence.setup.estimators.needs_data:
             influence.load_state_dict(state)
             return True
     subset = None
