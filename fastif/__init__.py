@@ -18,7 +18,9 @@ from fastif.curvature import (
     NotPositiveDefinite,
     RandomProjection,
 )
-from fastif.influence import Influence, Plan, ScoreFolder
+from fastif.influence import Influence
+from fastif.influence.planning import Plan
+from fastif.influence.score_folder import ScoreFolder
 from fastif.model.features import Extracted, extract, find_head
 from fastif.ops import build_info
 from fastif.removal import HeadStep, NetworkStep, Removal, remove

@@ -32,7 +32,8 @@ from fastif.curvature import (
 )
 from fastif.data.batches import count
 from fastif.evaluation.settings import check_budgets, choose_samplers
-from fastif.influence import Influence, Plan
+from fastif.influence.influence import Influence
+from fastif.influence.planning import Plan
 from fastif.influence.score_folder import MANIFEST
 from fastif.influence.score_job import BLOCK_BYTES, fit_settings, write_scores
 from fastif.influence.tiles import By, check_groups, check_positions
