@@ -38,37 +38,37 @@ lint: .venv/lint
 
 bench: build/ready  ## verify, then time every op against its peers, some minutes
 	@mkdir -p runs
-	$(PY) -m pytest benchmarks/bench_farthest_first.py benchmarks/bench_ggn_block.py benchmarks/bench_per_sample_grad.py \
+	$(PY) -m pytest benchmarks/ops/bench_farthest_first.py benchmarks/ops/bench_ggn_block.py benchmarks/ops/bench_per_sample_grad.py \
 	  --benchmark-enable -s --benchmark-json runs/bench.json
-	$(PY) -m benchmarks.results keep runs/bench.json cpu
-	$(PY) -m benchmarks.results tables
+	$(PY) -m benchmarks.figures.keep keep runs/bench.json cpu
+	$(PY) -m benchmarks.figures.keep tables
 
 bench-kcenter: build/ready  ## every k-center peer, growth with n, d and k, 10 minutes; FASTIF_DATA=folder
 	@mkdir -p runs
-	FASTIF_BENCH=all $(PY) -m pytest benchmarks/bench_farthest_first.py -k kcenter --benchmark-enable -s \
+	FASTIF_BENCH=all $(PY) -m pytest benchmarks/ops/bench_farthest_first.py -k kcenter --benchmark-enable -s \
 	  --benchmark-json runs/kcenter.json
-	$(PY) -m benchmarks.results keep runs/kcenter.json kcenter-cpu
-	$(PY) -m benchmarks.results tables
+	$(PY) -m benchmarks.figures.keep keep runs/kcenter.json kcenter-cpu
+	$(PY) -m benchmarks.figures.keep tables
 
 bench-influence: build/ready  ## EK-FAC against kronfluence and dattri, growth with n, q and width; FASTIF_DATA=folder
 	@mkdir -p runs
-	OMP_NUM_THREADS=1 FASTIF_BENCH_SCALE=$${FASTIF_BENCH_SCALE:-0.2} $(PY) -m pytest benchmarks/bench_influence.py --benchmark-enable -s --benchmark-json runs/influence.json
-	$(PY) -m benchmarks.results keep runs/influence.json influence-cpu
-	$(PY) -m benchmarks.results tables
+	OMP_NUM_THREADS=1 FASTIF_BENCH_SCALE=$${FASTIF_BENCH_SCALE:-0.2} $(PY) -m pytest benchmarks/influence/bench_influence.py --benchmark-enable -s --benchmark-json runs/influence.json
+	$(PY) -m benchmarks.figures.keep keep runs/influence.json influence-cpu
+	$(PY) -m benchmarks.figures.keep tables
 
 bench-blocks: build/ready  ## exact blocks and their factors, whole sizes, against torch, torch.func and curvlinops; FASTIF_DATA=folder
 	@mkdir -p runs
-	FASTIF_BENCH=all $(PY) -m pytest benchmarks/bench_ggn_block.py benchmarks/bench_cholesky.py --benchmark-enable -s \
+	FASTIF_BENCH=all $(PY) -m pytest benchmarks/ops/bench_ggn_block.py benchmarks/ops/bench_cholesky.py --benchmark-enable -s \
 	  --benchmark-json runs/blocks.json
-	$(PY) -m benchmarks.results keep runs/blocks.json blocks-cpu
-	$(PY) -m benchmarks.results tables
+	$(PY) -m benchmarks.figures.keep keep runs/blocks.json blocks-cpu
+	$(PY) -m benchmarks.figures.keep tables
 
 results: bench  ## README's tables from scratch, about an hour: make results DATA=folder-with-fashion-mnist
 	$(PY) -m fastif class-removal --k 5% --seeds 10 --out runs/digits
 	$(PY) -m fastif class-removal --data fashion-mnist --root $(DATA) --k 0.5%,1% --seeds 10 --out runs/fashion-mnist
-	$(PY) -m benchmarks.results keep runs/digits/results.json class-removal-digits
-	$(PY) -m benchmarks.results keep runs/fashion-mnist/results.json class-removal-fashion-mnist
-	$(PY) -m benchmarks.results tables
+	$(PY) -m benchmarks.figures.keep keep runs/digits/results.json class-removal-digits
+	$(PY) -m benchmarks.figures.keep keep runs/fashion-mnist/results.json class-removal-fashion-mnist
+	$(PY) -m benchmarks.figures.keep tables
 
 cuda-check: $(SETUP)  ## compile every CUDA source; needs nvcc, no GPU
 	PY=$(PY) bash csrc/check_cuda.sh

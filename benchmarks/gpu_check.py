@@ -3,9 +3,9 @@
 python benchmarks/gpu_check.py        (or `make gpu-check`)
 
 Within BUDGET seconds in all. A stage that fails or runs out of time is recorded, leaves what it printed in LOGS, and the
-next one starts. What was found
-goes to benchmarks/results/gpu-<device>-<date>.json, of which `python -m benchmarks.results tables` makes README's
-table. Exit status: 0 all stages passed, 1 some failed, 2 no GPU here.
+next one starts. What was found goes to benchmarks/results/gpu-<device>-<date>.json, of which
+`python -m benchmarks.figures.keep tables` makes the table of GPUs.
+Exit status: 0 all stages passed, 1 some failed, 2 no GPU here.
 """
 
 from __future__ import annotations
@@ -198,8 +198,8 @@ def against_kronfluence(stages: Stages, reserve: float) -> list[dict[str, Any]]:
         return []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "benchmarks.json"
-        command = [*PYTEST, "-s", "benchmarks/bench_influence.py", "-k", "test_influence", "--benchmark-enable"]
-        command += [f"--benchmark-json={out}"]
+        command = [*PYTEST, "-s", "benchmarks/influence/bench_influence.py", "-k", "test_influence"]
+        command += ["--benchmark-enable", f"--benchmark-json={out}"]
         stages.run(name, command, limit=100, reserve=reserve, FASTIF_BENCH_SCALE="0.1")
         return figures(out)
 
@@ -242,7 +242,7 @@ def main() -> int:
         stages.run("tests on CUDA", [*PYTEST, "tests/ops/test_cuda.py"], limit=120, reserve=150)
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "benchmarks.json"
-            ops = [*PYTEST, "-s", "benchmarks", "--ignore=benchmarks/bench_influence.py"]
+            ops = [*PYTEST, "-s", "benchmarks", "--ignore=benchmarks/influence/bench_influence.py"]
             command = [*ops, "--benchmark-enable", f"--benchmark-json={out}"]
             stages.run("benchmarks", command, limit=120, reserve=100)
             rows = figures(out)

@@ -17,14 +17,15 @@ from fastif.curvature import (
     NotConverged,
     NotPositiveDefinite,
     RandomProjection,
+    Shampoo,
 )
-from fastif.features import Extracted, extract, find_head
 from fastif.influence import Influence
+from fastif.influence.planning import Plan
+from fastif.influence.score_folder import ScoreFolder
+from fastif.model.features import Extracted, extract, find_head
 from fastif.ops import build_info
-from fastif.plan import Plan
 from fastif.removal import HeadStep, NetworkStep, Removal, remove
 from fastif.samplers import CertifiedSubset, Subset
-from fastif.store import ScoreFolder
 
 __all__ = [
     "CG",
@@ -49,6 +50,7 @@ __all__ = [
     "RandomProjection",
     "Removal",
     "ScoreFolder",
+    "Shampoo",
     "Subset",
     "__version__",
     "build_info",

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastif.cli.arguments import check, writable
 from fastif.evaluation.settings import SAMPLERS, check_budgets, choose_samplers
 from fastif.journal import whole
-from fastif.samplers import Subset
+from fastif.samplers.subset import Subset
 
 
 def sample_command(

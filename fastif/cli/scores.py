@@ -15,7 +15,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
-from fastif.capture import dtype_of
 from fastif.cli.arguments import Interrupted, check, device_named, split, terminal, writable
 from fastif.cli.sample import drawn, read_array
 from fastif.cli.script import function_named, returned
@@ -31,16 +30,18 @@ from fastif.curvature import (
     LiSSA,
     RandomProjection,
 )
-from fastif.data import count
+from fastif.data.batches import count
 from fastif.evaluation.settings import check_budgets, choose_samplers
-from fastif.features import extract
-from fastif.influence import Influence
+from fastif.influence.influence import Influence
+from fastif.influence.planning import Plan
+from fastif.influence.score_folder import MANIFEST
+from fastif.influence.score_job import BLOCK_BYTES, fit_settings, write_scores
+from fastif.influence.tiles import By, check_groups, check_positions
 from fastif.journal import refuse_differences, whole
-from fastif.losses import LOSSES, MEASUREMENTS
-from fastif.plan import Plan
-from fastif.samplers import Subset
-from fastif.scoring import By, check_groups, check_positions
-from fastif.store import BLOCK_BYTES, MANIFEST, fit_settings, write_scores
+from fastif.model.calls import dtype_of
+from fastif.model.features import extract
+from fastif.model.losses import LOSSES, MEASUREMENTS
+from fastif.samplers.subset import Subset
 
 FISHERS = ("exact", "monte_carlo", "empirical")
 CURVATURES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {  # the estimator, and what --fisher may be
@@ -183,7 +184,7 @@ def scores_command(
         try:
             known = _fit(influence, train, out / "curvature.safetensors", resume, picker, size, seed)
             scores = write_scores(
-                influence,
+                influence.fitted,
                 query,
                 train,
                 out,
@@ -261,12 +262,12 @@ def _fit(
 ) -> bool:
     """Fits the curvature and keeps it in a file, or takes it from there: whether it was there."""
     name = None if picker is None else picker[0]
-    settings = {**fit_settings(influence, train), "sampler": name, "k": k}
+    settings = {**fit_settings(influence.setup, train), "sampler": name, "k": k}
     known = resume and stored.exists()
     if known:
         found, state = _read_curvature(stored)
         refuse_differences(stored, found, settings)
-        if not influence.parts.needs_data:
+        if not influence.setup.estimators.needs_data:
             influence.load_state_dict(state)
             return True
     subset = None

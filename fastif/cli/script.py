@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from fastif.cli.arguments import ScriptError
-from fastif.data import as_loader
+from fastif.data.batches import as_loader
 
 
 def function_named(script: str) -> Callable[[], Any]:

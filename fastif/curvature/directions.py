@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastif.gradients import Dense, Formed, Gradients
-from fastif.slices import Sliced, whole
+from fastif.model.gradients import Dense, Formed, Gradients
+from fastif.model.sliced_gradients import Sliced, whole
 
 _ENTRIES = 1 << 24  # of the largest intermediate of LowRank
 _FORMED = 1 << 20  # entries of matrices that are made of factors at a time: 4 MiB in float32, a cache's
@@ -26,6 +26,11 @@ class Directions(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+    @property
+    def error(self) -> float:
+        """Relative, of the largest of them; 0 where they are kept as they are."""
+        ...
 
     def dots(self, train: Gradients) -> Tensor:
         """g_qᵀ (G + λI)⁻¹ g_t, [q, n]."""
@@ -44,6 +49,10 @@ class Explicit:
     @property
     def nbytes(self) -> int:
         return self.matrices.nbytes
+
+    @property
+    def error(self) -> float:
+        return 0.0
 
     def dots(self, train: Gradients) -> Tensor:
         return train.dots(self.matrices)
@@ -130,6 +139,10 @@ class Factors:
     @property
     def nbytes(self) -> int:
         return self._query.inputs.nbytes + self._query.output_grads.nbytes
+
+    @property
+    def error(self) -> float:
+        return 0.0
 
     @staticmethod
     def joined(parts: Sequence[Factors]) -> Factors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastif.curvature.kfac import KFAC
-from fastif.gradients import Gradients
+from fastif.model.gradients import Gradients
 
 
 class EKFAC(KFAC):

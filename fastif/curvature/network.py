@@ -2,204 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+import copy
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastif.curvature.called import Called
-from fastif.curvature.directions import Directions, Explicit
-from fastif.gradients import Formed, Gradients
-from fastif.layers import Block
-from fastif.losses import Fisher, Loss
-from fastif.subset import Subset
-
-if TYPE_CHECKING:
-    from fastif.curvature import Curvature
-
-Shape = tuple[int, int, int]  # g, o, d of a block
-STANDING = 8  # vectors that a solve takes beside each of its right-hand sides, and these themselves
-
-
-class FitData(NamedTuple):
-    """What a fit looks at, for estimators that multiply with the curvature instead of keeping it."""
-
-    model: nn.Module  # at the parameters in question, on the device, its covered parameters requiring gradients
-    loss: Loss
-    blocks: Mapping[str, Block]  # the estimator's own
-    subset: Subset
-    batches: Callable[[Subset], Iterator[tuple[Any, Any, Tensor]]]  # x, y, weights of those examples, on the device
-    seed: int = 0
-    autocast: torch.dtype | None = None  # of forward passes
-    progress: bool = False  # whether iterations show a bar
-
-
-class Multiplied(NamedTuple):
-    """How often an estimator multiplies with the curvature of the fit's data, at most."""
-
-    fit: float = 0.0  # with `together` vectors at once
-    solve: float = 0.0  # for a right-hand side on its own; then the data are needed at every solve, a state does not do
-    together: int = 1
-
-
-class JointCurvature(Called, ABC):
-    """An estimator that sees several blocks at once. Dictionaries are keyed by block.
-
-    The protocol is that of one block (`Curvature`), with all blocks in every call. One that only multiplies with the
-    curvature has no `passes`; its `end(0)` is called all the same.
-    """
-
-    passes: int = 0
-    fisher: Fisher = "empirical"
-    memory: int = 1 << 27  # bytes that right-hand sides, and what solving takes beside them, may take at a time
-
-    @abstractmethod
-    def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
-        """Forgets what was learned; `data` is None where a state will be loaded."""
-
-    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
-        """Takes in a batch, as `Curvature.observe`."""
-        del gradients, weights, column, turn
-
-    def end(self, turn: int) -> None:
-        """Ends a pass."""
-        del turn
-
-    @abstractmethod
-    def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """(G + λI)⁻¹ rhs for rhs [..., g, o, d] by block, the same leading axes in all."""
-
-    def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
-        """g_iᵀ (G + λI)⁻¹ g_i, [n]."""
-        n = len(next(iter(gradients.values())))
-        each = max(1, self.memory // (STANDING * sum(g.rows(0, 1).formed().nbytes for g in gradients.values())))
-        parts = []
-        for begin in range(0, n, each):
-            formed = {name: g.rows(begin, begin + each).formed() for name, g in gradients.items()}
-            solved = self.solve(formed)
-            parts.append(torch.stack([(formed[name] * solved[name]).flatten(1).sum(1) for name in formed]).sum(0))
-        return torch.cat(parts)
-
-    def directions(self, gradients: Mapping[str, Gradients]) -> dict[str, Directions]:
-        """The query side of pairwise scores."""
-        solved = self.solve({name: g.formed() for name, g in gradients.items()})
-        return {name: Explicit(matrices) for name, matrices in solved.items()}
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    @abstractmethod
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
-
-    def stand_in(self) -> None:
-        """As `Curvature.stand_in`; not asked of one that multiplies."""
-        self.end(0)
-
-    @abstractmethod
-    def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
-        """As `Curvature.footprint`, for all its blocks."""
-
-    def multiplied(self, n: int) -> Multiplied:
-        """For `Influence.plan`: products with the curvature of n examples; with that of fewer, as much less of one."""
-        del n
-        return Multiplied()
-
-
-class Alone(JointCurvature):
-    """One block's own estimator."""
-
-    def __init__(self, name: str, estimator: Curvature):
-        self.name, self.estimator = name, estimator
-        self.passes, self.fisher = estimator.passes, estimator.fisher
-
-    def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
-        del data
-        self.estimator.begin(self.name, shapes[self.name])
-
-    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
-        self.estimator.observe(gradients[self.name], weights, column, turn)
-
-    def end(self, turn: int) -> None:
-        self.estimator.end(turn)
-
-    def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {self.name: self.estimator.solve(rhs[self.name])}
-
-    def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
-        return self.estimator.sq_norms(gradients[self.name])
-
-    def directions(self, gradients: Mapping[str, Gradients]) -> dict[str, Directions]:
-        return {self.name: self.estimator.directions(gradients[self.name])}
-
-    def stand_in(self) -> None:
-        self.estimator.stand_in()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.estimator.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.estimator.load_state_dict(state)
-
-    def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
-        return self.estimator.footprint(shapes[self.name], tables[self.name], item)
-
-
-class Together(JointCurvature):
-    """One estimator for several blocks as if they were one: their parameters one after another, [1, 1, P]."""
-
-    def __init__(self, names: tuple[str, ...], estimator: Curvature):
-        self.names, self.estimator = names, estimator
-        self.passes, self.fisher = estimator.passes, estimator.fisher
-        self._shapes: Mapping[str, Shape] = {}
-
-    def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
-        del data
-        self._shapes = shapes
-        self.estimator.begin(", ".join(self.names), self._whole(shapes))
-
-    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
-        self.estimator.observe(self._joined(gradients), weights, column, turn)
-
-    def end(self, turn: int) -> None:
-        self.estimator.end(turn)
-
-    def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        whole = torch.cat([rhs[name].flatten(-3) for name in self.names], -1)
-        solved = self.estimator.solve(whole[..., None, None, :])[..., 0, 0, :]
-        parts = solved.split([torch.Size(self._shapes[name]).numel() for name in self.names], -1)
-        return {name: part.reshape(rhs[name].shape) for name, part in zip(self.names, parts, strict=True)}
-
-    def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
-        return self.estimator.sq_norms(self._joined(gradients))
-
-    def stand_in(self) -> None:
-        self.estimator.stand_in()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.estimator.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.estimator.load_state_dict(state)
-
-    def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
-        del tables
-        return self.estimator.footprint(self._whole(shapes), False, item)
-
-    def _whole(self, shapes: Mapping[str, Shape]) -> Shape:
-        return 1, 1, sum(torch.Size(shapes[name]).numel() for name in self.names)
-
-    def _joined(self, gradients: Mapping[str, Gradients]) -> Gradients:
-        return Formed(torch.cat([gradients[name].formed().flatten(1) for name in self.names], 1)[:, None, None])
-
-
-def check_estimator(rule: str, estimator: Any) -> None:
-    """Raises TypeError for what is no estimator, and for the class of one."""
-    if isinstance(estimator, type) and hasattr(estimator, "observe"):
-        raise TypeError(f"{rule}, got the class {estimator.__name__}; call it: {estimator.__name__}()")
-    if not hasattr(estimator, "observe"):
-        raise TypeError(f"{rule}, got {estimator!r}")
+from fastif.curvature.directions import Directions
+from fastif.curvature.protocol import Estimator, FitData, JointCurvature, Shape
+from fastif.model.gradients import Gradients
+from fastif.model.layers import Block
 
 
 class NetworkCurvature:
@@ -209,12 +21,11 @@ class NetworkCurvature:
         self.parts = dict(parts)
 
     @property
-    def by_block(self) -> dict[str, Any]:
+    def by_block(self) -> dict[str, Estimator]:
         """The estimator of every block: its own, or one that it shares with others."""
-        found: dict[str, Any] = {}
+        found: dict[str, Estimator] = {}
         for names, part in self.parts.items():
-            own = part.estimator if isinstance(part, Alone | Together) else part
-            found.update(dict.fromkeys(names, own))
+            found.update(dict.fromkeys(names, part.given))
         return found
 
     @property
@@ -224,7 +35,7 @@ class NetworkCurvature:
     @property
     def needs_data(self) -> bool:
         """Whether a solve multiplies with the curvature of the fit's data, which no state holds."""
-        return any(part.multiplied(1).solve for part in self.parts.values())
+        return any(part.products(1).solve for part in self.parts.values())
 
     def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
         for names, part in self.parts.items():
@@ -280,3 +91,14 @@ class NetworkCurvature:
                 raise ValueError(f"load_state_dict: the state lacks {start}{error.args[0]}") from None
         if left:
             raise ValueError(f"load_state_dict: the state is another model's: {min(left)}")
+
+
+def prepare(
+    estimators: NetworkCurvature, blocks: Mapping[str, Block], data: FitData | None, memory: int
+) -> NetworkCurvature:
+    """A copy that has learned nothing yet, for a fit or, without data, for a state; `memory` as for `Influence`."""
+    curvature = NetworkCurvature({names: copy.deepcopy(part) for names, part in estimators.parts.items()})
+    for part in curvature.parts.values():
+        part.memory = memory
+    curvature.begin({name: block.shape for name, block in blocks.items()}, data)
+    return curvature

@@ -183,6 +183,17 @@ def indexable(data: Any) -> bool:
     return isinstance(data, Tensor | tuple) or (isinstance(data, Dataset) and not isinstance(data, IterableDataset))
 
 
+def moved_to(x: Any, device: torch.device) -> Any:
+    """x on the device, where x is a tensor or a dict, list or tuple of them."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, Mapping):
+        return {key: moved_to(value, device) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return rebuilt(x, [moved_to(value, device) for value in x])
+    return x
+
+
 def _size(data: Any, batch_size: int) -> int:
     return data.batch_size if isinstance(data, DataLoader) and data.batch_size is not None else batch_size
 

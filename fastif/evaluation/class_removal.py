@@ -32,9 +32,9 @@ from fastif.evaluation.settings import (
     choose_samplers,
     integers,
 )
-from fastif.features import Extracted, extract, find_head
 from fastif.journal import Journal, fingerprint, refuse_differences, write_whole
 from fastif.measure import environment
+from fastif.model.features import Extracted, extract, find_head
 from fastif.removal import head_steps, optimal_head
 
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastif.data import as_loader, batch_length
+from fastif.data.batches import as_loader, batch_length, moved_to
 from fastif.evaluation.settings import check_seeds
-from fastif.features import call, moved_to
 from fastif.journal import Journal, described, fingerprint, refuse_differences, tensors_in, write_whole
-from fastif.losses import Loss, Measurement, check_loss, check_measurement, labels_in, measured
+from fastif.model.calls import call
+from fastif.model.losses import Loss, Measurement, check_loss, check_measurement, labels_in, measured
 
 TrainFn = Callable[[Tensor, int], nn.Module]
 

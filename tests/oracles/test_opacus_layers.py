@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastif.capture import Capture
-from tests.networks import N, build, wavy
+from fastif.model.capture import Capture
+from tests.helpers.networks import N, build, wavy
 
 opacus = pytest.importorskip("opacus.grad_sample", reason="opacus is not installed (make test installs it)")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -1,0 +1,1 @@
+"""Experiments on models and data: what influence functions predict against what retraining gives."""

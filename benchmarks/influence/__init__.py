@@ -1,0 +1,1 @@
+"""Influence and its solvers, raced against other libraries."""

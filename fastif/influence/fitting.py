@@ -1,0 +1,116 @@
+"""Fitting: a network's curvature from the gradients of a weighted subset, pass by pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastif.curvature.network import NetworkCurvature, prepare
+from fastif.curvature.protocol import Estimator, FitData, JointCurvature, SeenBatch, check_estimator
+from fastif.data.batches import count, moved_to, picked
+from fastif.influence.fitted import Fitted, Setup
+from fastif.model.capture import Capture
+from fastif.model.losses import IGNORED, labels_in, labels_of, output_columns, per_sample
+from fastif.model.passes import Passes, counted_from
+from fastif.samplers.subset import Subset
+
+
+def assign(capture: Capture, curvature: Estimator | Mapping[str, Estimator]) -> NetworkCurvature:
+    """An estimator for every block, by the first pattern that matches it; blocks that none matches are left out."""
+    rules = dict(curvature) if isinstance(curvature, Mapping) else {"*": curvature}
+    for estimator in rules.values():
+        check_estimator("Influence: curvature must be an estimator or a mapping to them", estimator)
+    members: dict[str, list[str]] = {pattern: [] for pattern in rules}
+    for name, block in list(capture.blocks.items()):
+        pattern = next((pattern for pattern in rules if fnmatchcase(name, pattern)), None)
+        if pattern is None:
+            capture.leave_out(block, "no pattern of curvature= matches its layer")
+        else:
+            members[pattern].append(name)
+    parts: dict[tuple[str, ...], JointCurvature] = {}
+    for pattern, names in members.items():
+        parts.update(rules[pattern].assign(names))
+    if not parts:
+        raise ValueError(f"Influence: no pattern of curvature= matches a layer, got {', '.join(rules)}")
+    return NetworkCurvature(parts)
+
+
+def fit(setup: Setup, train: Any, subset: Subset | None) -> Fitted:
+    """What the examples of a subset (default all, 1/n each) make of the estimators, at every checkpoint."""
+    n = count(train, setup.passes.batch_size)
+    if subset is None:
+        subset = Subset(torch.arange(n), torch.full((n,), 1 / n, dtype=torch.float64))
+    curvatures: list[NetworkCurvature] = []
+    for checkpoint in setup.states:
+        with setup.passes.running(checkpoint):
+            curvatures.append(_fit_here(setup, train, subset))
+    return Fitted(setup, tuple(curvatures), n, subset)
+
+
+def _fit_here(setup: Setup, train: Any, subset: Subset) -> NetworkCurvature:
+    """The curvature at the model's parameters as they are; it is running."""
+    passes, seed = setup.passes, setup.seed
+
+    def batches(subset: Subset) -> Iterator[tuple[Any, Any, Tensor]]:
+        for (x, y), places in picked(train, passes.batch_size, subset.indices):
+            yield moved_to(x, passes.device), moved_to(y, passes.device), subset.weights[places].to(passes.device)
+
+    data = FitData(
+        passes.model, passes.loss, passes.capture.blocks, subset, batches, seed, passes.autocast, passes.progress
+    )
+    curvature = prepare(setup.estimators, passes.capture.blocks, data, setup.memory)
+    for turn in range(max(1, curvature.passes)):
+        looking = curvature.open(turn)
+        generator = torch.Generator().manual_seed(seed)
+        total = -(-len(subset.indices) // passes.batch_size)
+        with tqdm(batches(subset), f"fit, pass {turn + 1}", total, disable=not passes.progress) as bar:
+            for number, (x, y, weights) in enumerate(bar):
+                passes.capture.batch = number
+                if not passes.capture.checked:
+                    passes.check(x, y)
+                for rows, part, labels in passes.slices(x, y):
+                    with counted_from(rows.start):
+                        observe(passes, looking, part, labels, weights[rows], turn, generator)
+                if not looking.parts:
+                    break  # nothing to learn: the first batch was looked at for what `Capture` refuses
+        (looking if turn else curvature).end(turn)  # those that look at nothing end with pass 0 too
+    return curvature
+
+
+def observe(
+    passes: Passes,
+    curvature: NetworkCurvature,
+    x: Any,
+    y: Any,
+    weights: Tensor,
+    turn: int,
+    generator: torch.Generator,
+) -> None:
+    """Shows examples to the estimators."""
+    forward = passes.forward(x)
+    batch = labels_in(x, y)
+    losses = per_sample(passes.loss, forward.outputs, batch, forward.n)
+    softmax = passes.loss == "cross_entropy"
+    counted = labels_of(batch) != IGNORED if softmax else None
+    seen = SeenBatch(forward, losses, weights, passes.capture.blocks, softmax, counted)
+    rest = {names: part for names, part in curvature.parts.items() if not part.observe_batch(seen)}
+    del seen
+    by_fisher: dict[str, dict[tuple[str, ...], JointCurvature]] = {"empirical": {}}
+    for names, part in rest.items():
+        by_fisher.setdefault(part.fisher, {})[names] = part
+    empirical = NetworkCurvature(by_fisher.pop("empirical"))
+    for fisher, parts in by_fisher.items():
+        columns = output_columns(passes.loss, forward.outputs, batch, forward.n, fisher, generator)
+        for column, (scores, s) in enumerate(columns):
+            gradients = forward.gradients(scores, s, keep=True)
+            NetworkCurvature(parts).observe(gradients, weights, column, turn)
+            del gradients, scores, s  # before those of the next column come
+    if empirical.parts:
+        gradients = forward.gradients(losses)
+        del forward, losses  # and the graph with them, before the estimators take their turn
+        empirical.observe(gradients, weights, 0, turn)

@@ -1,0 +1,171 @@
+"""Features: the input and the output of a classifier's last linear layer for every example, in one pass.
+
+They are all that the samplers need, and all that the curvature of the last layer is made of.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastif.data.batches import as_loader, moved_to
+from fastif.model.calls import call, placed
+from fastif.ops._checks import first_nonfinite_row
+
+
+class Extracted(NamedTuple):
+    """What the head saw and said, row i for example i, on the CPU in the dtype of the head's weight."""
+
+    features: Tensor  # [n, d], the input of the head
+    logits: Tensor  # [n, c], its output
+    labels: Tensor | None  # int64 [n], None where the data has none
+
+
+def extract(
+    model: nn.Module,
+    data: Any,
+    *,
+    head: str | None = None,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Extracted:
+    """Features, logits and labels of all examples: one pass in eval mode, without gradients, streamed to the CPU.
+
+    `data` is whatever `fastif.data.as_loader` takes: a DataLoader that does not shuffle, a Dataset, tensors (x, y) or
+    x alone; a batch that is a mapping has its labels under "labels". `head` names the linear layer whose output is the
+    model's output; without it, the last nn.Linear of `model.named_modules()`. Batches go to `device`, by default that
+    of the head; where the model is elsewhere it is moved there and back. Whatever happens, the model is left as it was:
+    training flags, hooks and device.
+
+    Raises ValueError for a head that is not there, is not the model's last operation, or runs more than once per
+    forward pass, or on anything but one row per example; for features or logits that are NaN or Inf and labels outside
+    [0, c), with the example's index; and for data without examples. Raises TypeError for a model that does not return
+    a tensor.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    >>> features, logits, labels = extract(model, (torch.zeros(5, 4), torch.tensor([0, 1, 1, 0, 1])), progress=False)
+    >>> features.shape, logits.shape, labels
+    (torch.Size([5, 3]), torch.Size([5, 2]), tensor([0, 1, 1, 0, 1]))
+    """
+    name, layer = find_head(model, head)
+    loader = as_loader(data, batch_size)
+    device = layer.weight.device if device is None else torch.empty(0, device=device).device
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        inputs = args[0] if args else kwargs["input"]
+        dtype = layer.weight.dtype
+        # Copies: an operation after the head may overwrite its output in place, and would then pass for the head.
+        calls.append((inputs.detach().to("cpu", dtype, copy=True), output.detach().to("cpu", dtype, copy=True)))
+
+    features: list[Tensor] = []
+    logits: list[Tensor] = []
+    labels: list[Tensor | None] = []
+    n = 0
+    with (
+        _as_it_was(model, device),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),  # influence needs the digits that autocast drops
+        tqdm(loader, "extract", disable=not progress) as batches,
+    ):
+        hook = layer.register_forward_hook(keep, with_kwargs=True)
+        try:
+            for x, y in batches:
+                calls.clear()
+                output = call(model, moved_to(x, device))
+                batch_features, batch_logits = _checked(name, calls, output, x, n)
+                features.append(batch_features)
+                logits.append(batch_logits)
+                y = x.get("labels") if y is None and isinstance(x, Mapping) else y
+                labels.append(None if y is None else _checked_labels(y, len(batch_logits), batch_logits.shape[1], n))
+                n += len(batch_logits)
+        finally:
+            hook.remove()
+    if n == 0:
+        raise ValueError("extract: the data holds no examples")
+    given = [y for y in labels if y is not None]
+    if given and len(given) < len(labels):
+        raise ValueError(f"extract: {len(labels) - len(given)} of {len(labels)} batches have no labels")
+    return Extracted(torch.cat(features), torch.cat(logits), torch.cat(given) if given else None)
+
+
+def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear]:
+    """The linear layer named `head`, or the last nn.Linear of `model.named_modules()`, with its name.
+
+    Raises ValueError where there is none, and says what there is.
+
+    >>> find_head(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)))
+    ('2', Linear(in_features=3, out_features=2, bias=True))
+    """
+    modules = dict(model.named_modules())
+    linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    if head is None:
+        if not linear:
+            last = [f"{name!r} ({type(module).__name__})" for name, module in modules.items()][-3:]
+            raise ValueError(f"extract: the model has no nn.Linear; its last modules are {', '.join(last)}")
+        return list(linear.items())[-1]
+    if head not in modules:
+        known = ", ".join(map(repr, linear)) or "none"
+        raise ValueError(f"extract: the model has no module named {head!r}; its linear layers are {known}")
+    if head not in linear:
+        raise ValueError(f"extract: the head must be an nn.Linear, {head!r} is {type(modules[head]).__name__}")
+    return head, linear[head]
+
+
+def _checked(name: str, calls: list[tuple[Tensor, Tensor]], output: Any, x: Any, start: int) -> tuple[Tensor, Tensor]:
+    """Input and output of the head's one call in a forward pass over the examples start, start + 1, ..."""
+    if len(calls) != 1:
+        raise ValueError(
+            f"extract: the head {name!r} must run once per forward pass, it ran {len(calls)} times; "
+            "name another layer with head="
+        )
+    features, logits = calls[0]
+    if features.dim() != 2 or (isinstance(x, Tensor) and len(features) != len(x)):
+        rows = len(x) if isinstance(x, Tensor) else "b"
+        raise ValueError(
+            f"extract: the head {name!r} must see one row per example, [b={rows}, d], "
+            f"it saw shape {list(features.shape)}"
+        )
+    if not isinstance(output, Tensor):
+        raise TypeError(f"extract: the model must return its logits as one tensor [b, c], got {type(output).__name__}")
+    for what, values in (("features", features), ("logits", logits)):
+        row = first_nonfinite_row(values)
+        if row is not None:
+            raise ValueError(f"extract: {what} must be finite, example {start + row} has NaN or Inf")
+    if not torch.equal(output.detach().to("cpu", logits.dtype), logits):
+        raise ValueError(
+            f"extract: the head {name!r} is not the last operation of the model: the model's output, shape "
+            f"{list(output.shape)}, is not the head's, shape {list(logits.shape)}; name the last layer with head=, "
+            "and let the model return logits"
+        )
+    return features, logits
+
+
+def _checked_labels(y: Any, rows: int, classes: int, start: int) -> Tensor:
+    y = torch.as_tensor(y).detach().cpu()
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise TypeError(f"extract: labels must be integers, got {y.dtype}")
+    if y.shape != (rows,):
+        raise ValueError(f"extract: labels must be one per example, [b={rows}], got shape {list(y.shape)}")
+    outside = ((y < 0) | (y >= classes)).nonzero()
+    if len(outside):
+        row = int(outside[0])
+        raise ValueError(f"extract: labels must be in [0, c={classes}), example {start + row} has {int(y[row])}")
+    return y.long()
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The model in eval mode on `device`; afterwards each module's training flag and the device are what they were."""
+    training = [(module, module.training) for module in model.modules()]
+    with placed(model, device, "extract"):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, flag in training:
+                module.training = flag
