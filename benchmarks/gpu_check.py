@@ -2,8 +2,8 @@
 
 python benchmarks/gpu_check.py        (or `make gpu-check`)
 
-Within BUDGET seconds in all. A stage that fails or runs out of time is recorded, leaves what it printed in LOGS, and the
-next one starts. What was found goes to benchmarks/results/gpu-<device>-<date>.json, of which
+Within BUDGET seconds in all. A stage that fails or runs out of time is recorded, leaves what it printed in LOGS, and
+the next one starts. What was found goes to benchmarks/results/gpu-<device>-<date>.json, of which
 `python -m benchmarks.figures.keep tables` makes the table of GPUs.
 Exit status: 0 all stages passed, 1 some failed, 2 no GPU here.
 """
