@@ -17,6 +17,7 @@ from fastif.curvature import (
     NotConverged,
     NotPositiveDefinite,
     RandomProjection,
+    Shampoo,
 )
 from fastif.influence import Influence
 from fastif.influence.planning import Plan
@@ -49,6 +50,7 @@ __all__ = [
     "RandomProjection",
     "Removal",
     "ScoreFolder",
+    "Shampoo",
     "Subset",
     "__version__",
     "build_info",

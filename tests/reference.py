@@ -107,6 +107,21 @@ def ekfac(inputs: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
     return basis * eigenvalues @ basis.T
 
 
+def shampoo(inputs: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
+    """Q diag(λ) Qᵀ as `ekfac`, Q of the square roots of Σ_i w_i Σ_s g_is g_isᵀ and Σ_i w_i Σ_s g_isᵀ g_is."""
+    gradients = torch.einsum("snto,ntd->snod", columns, inputs)
+    left = torch.einsum("n,snod,snpd->op", weights, gradients, gradients)
+    right = torch.einsum("n,snod,snoe->de", weights, gradients, gradients)
+
+    def root(moment: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(moment)
+        return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+    basis = torch.kron(torch.linalg.eigh(root(left)).eigenvectors, torch.linalg.eigh(root(right)).eigenvectors)
+    eigenvalues = torch.einsum("n,snp->p", weights, (gradients.flatten(2) @ basis).square())
+    return basis * eigenvalues @ basis.T
+
+
 def ggn(inputs: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
     """Σ_i w_i Σ_s g_is g_isᵀ."""
     gradients = torch.einsum("snto,ntd->snod", columns, inputs).flatten(2)

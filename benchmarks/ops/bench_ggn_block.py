@@ -16,8 +16,9 @@ from benchmarks.conftest import DEVICE
 from benchmarks.ops import cifar10_features
 from fastif import ExactBlock, Influence, samplers
 from fastif.curvature.exact.cholesky import extreme_eigenvalues
+from fastif.curvature.network import prepare
 from fastif.data import load
-from fastif.influence.fitting import begun, observe
+from fastif.influence.fitting import observe
 from fastif.measure import Measure
 from fastif.ops import ggn_block, kronecker_block
 
@@ -278,7 +279,7 @@ def test_hidden_block(race, name):
 
     def build_block():
         with influence.passes.running(None):
-            curvature = begun(influence.parts, influence.capture, None)
+            curvature = prepare(influence.setup.estimators, influence.capture.blocks, None, influence.setup.memory)
             influence.passes.check(x, y)
             for rows, part, labels in influence.passes.slices(x, y):
                 weights = torch.full((rows.stop - rows.start,), 1 / n)

@@ -18,11 +18,12 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"error: the command line needs {missing.name}: pip install 'fastif[cli]'")
 
-import fastif
+from fastif._version import __version__
 from fastif.cli.arguments import Interrupted, ScriptError
 from fastif.cli.class_removal import class_removal_command
 from fastif.cli.sample import sample_command
 from fastif.cli.scores import scores_command
+from fastif.ops import build_info
 
 app = typer.Typer(
     name="fastif",
@@ -79,7 +80,7 @@ def _print_traceback(error: BaseException | None) -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"fastif {fastif.__version__}")
+        print(f"fastif {__version__}")
         raise typer.Exit
 
 
@@ -98,9 +99,9 @@ app.command("sample")(sample_command)
 def info_command() -> None:
     """Versions, and what was built."""
     facts = {
-        "fastif": fastif.__version__,
+        "fastif": __version__,
         "python": sys.version.split()[0],
-        **fastif.build_info(),
+        **build_info(),
     }
     for name, value in facts.items():
         print(f"{name:<10} {value}")

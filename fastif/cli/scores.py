@@ -184,7 +184,7 @@ def scores_command(
         try:
             known = _fit(influence, train, out / "curvature.safetensors", resume, picker, size, seed)
             scores = write_scores(
-                influence,
+                influence.fitted,
                 query,
                 train,
                 out,
@@ -262,12 +262,12 @@ def _fit(
 ) -> bool:
     """Fits the curvature and keeps it in a file, or takes it from there: whether it was there."""
     name = None if picker is None else picker[0]
-    settings = {**fit_settings(influence, train), "sampler": name, "k": k}
+    settings = {**fit_settings(influence.setup, train), "sampler": name, "k": k}
     known = resume and stored.exists()
     if known:
         found, state = _read_curvature(stored)
         refuse_differences(stored, found, settings)
-        if not influence.parts.needs_data:
+        if not influence.setup.estimators.needs_data:
             influence.load_state_dict(state)
             return True
     subset = None

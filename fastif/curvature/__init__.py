@@ -18,6 +18,7 @@ from fastif.curvature.matrix_free.iterations import NotConverged
 from fastif.curvature.matrix_free.lissa import Diverged, LiSSA
 from fastif.curvature.projection import RandomProjection
 from fastif.curvature.protocol import Curvature, FitData, JointCurvature
+from fastif.curvature.shampoo import Shampoo
 
 __all__ = [
     "CG",
@@ -40,4 +41,5 @@ __all__ = [
     "NotConverged",
     "NotPositiveDefinite",
     "RandomProjection",
+    "Shampoo",
 ]

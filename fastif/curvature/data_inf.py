@@ -8,9 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastif.curvature.called import Called
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
-from fastif.curvature.directions import Directions, Explicit
+from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork
 from fastif.model.gradients import Dense, Formed, Gradients, OneHot
 from fastif.model.losses import Fisher
 from fastif.model.sliced_gradients import Sliced
@@ -19,7 +18,7 @@ _RELATIVE_DAMPING = 0.1  # of the mean squared entry of the gradients, for dampi
 _ENTRIES = 1 << 24  # of gradients that are formed at a time where they have to be
 
 
-class DataInf(Called):
+class DataInf(Curvature):
     """(G + λI)⁻¹ ≈ Σ_i (w_i/W)(W g_i g_iᵀ + λI)⁻¹ for G = Σ_i w_i g_i g_iᵀ, W = Σ_i w_i: in closed form
 
         solve(v) = (v − Σ_i w_i ⟨g_i, v⟩ / (λ + W|g_i|²) g_i) / λ,
@@ -35,7 +34,6 @@ class DataInf(Called):
 
     passes = 1
     fisher: Fisher = "empirical"
-    keeps_gradients = True
 
     def __init__(self, damping: float | Literal["auto"] = "auto"):
         check_damping(damping)
@@ -108,9 +106,6 @@ class DataInf(Called):
             parts.append(value.to(entries))
         return torch.cat(parts)
 
-    def directions(self, gradients: Gradients) -> Directions:
-        return Explicit(self.solve(gradients.formed()))
-
     def _fitted(self) -> list[tuple[Gradients, Tensor]]:
         if not self._gains:
             raise ValueError("DataInf: not fitted; call Influence.fit first")
@@ -134,11 +129,11 @@ class DataInf(Called):
     def stand_in(self) -> None:
         self.damping_used, self._gains = 1.0, [weights.double() for _, weights in self._parts]
 
-    @staticmethod
-    def footprint(shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
-        """Nothing but the gradients, whose number and positions the plan knows."""
-        del shape, table, item
-        return 0, 0
+    def cost(self, block: BlockWork, fit: FitWork) -> Cost:
+        """All examples' gradients are held, in their smaller form."""
+        (g, o, d), t = block.shape, block.positions
+        numbers = g * min(o * d, t * (d + (0 if block.table else o)))
+        return Cost(held=fit.n * fit.item * numbers, operations=2 * fit.n * t * block.size)
 
 
 def _kept(gradients: Gradients) -> list[tuple[Gradients, slice]]:

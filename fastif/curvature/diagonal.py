@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from fastif.curvature.called import Called
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
-from fastif.curvature.directions import Directions, Explicit
+from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
 
 
-class Diagonal(Called):
+class Diagonal(Curvature):
     """diag(G) = Σ_i w_i Σ_s g_is², elementwise: entries that influence one another are not seen to.
 
     Args:
@@ -71,9 +68,6 @@ class Diagonal(Called):
     def sq_norms(self, gradients: Gradients) -> Tensor:
         return gradients.sq_norms(self.inverse_diagonal)
 
-    def directions(self, gradients: Gradients) -> Directions:
-        return Explicit(self.solve(gradients.formed()))
-
     def state_dict(self) -> dict[str, Tensor]:
         return {"diagonal": self.diagonal}
 
@@ -83,13 +77,12 @@ class Diagonal(Called):
     def stand_in(self) -> None:
         self._diagonal = torch.ones_like(self.diagonal)
 
-    @staticmethod
-    def footprint(shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
-        del table
-        return 2 * math.prod(shape) * item, 0  # and the sum of one batch
+    def cost(self, block: BlockWork, fit: FitWork) -> Cost:
+        held = 2 * block.size * fit.item  # and the sum of one batch
+        return Cost(held, operations=2 * fit.n * fit.columns * block.positions * block.size)
 
 
-class Identity(Called):
+class Identity(Curvature):
     """No curvature: scores are dot products of gradients, divided by n (TracIn's; Pruthi et al. 2020)."""
 
     passes, fisher = 0, "empirical"
@@ -107,9 +100,6 @@ class Identity(Called):
     def sq_norms(self, gradients: Gradients) -> Tensor:
         return gradients.sq_norms()
 
-    def directions(self, gradients: Gradients) -> Directions:
-        return Explicit(gradients.formed())
-
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 
@@ -117,7 +107,6 @@ class Identity(Called):
 
     def stand_in(self) -> None: ...
 
-    @staticmethod
-    def footprint(shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
-        del shape, table, item
-        return 0, 0
+    def cost(self, block: BlockWork, fit: FitWork) -> Cost:
+        del block, fit
+        return Cost()

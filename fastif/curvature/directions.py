@@ -27,6 +27,11 @@ class Directions(Protocol):
     @property
     def nbytes(self) -> int: ...
 
+    @property
+    def error(self) -> float:
+        """Relative, of the largest of them; 0 where they are kept as they are."""
+        ...
+
     def dots(self, train: Gradients) -> Tensor:
         """g_qᵀ (G + λI)⁻¹ g_t, [q, n]."""
         ...
@@ -44,6 +49,10 @@ class Explicit:
     @property
     def nbytes(self) -> int:
         return self.matrices.nbytes
+
+    @property
+    def error(self) -> float:
+        return 0.0
 
     def dots(self, train: Gradients) -> Tensor:
         return train.dots(self.matrices)
@@ -130,6 +139,10 @@ class Factors:
     @property
     def nbytes(self) -> int:
         return self._query.inputs.nbytes + self._query.output_grads.nbytes
+
+    @property
+    def error(self) -> float:
+        return 0.0
 
     @staticmethod
     def joined(parts: Sequence[Factors]) -> Factors:

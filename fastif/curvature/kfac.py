@@ -8,16 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastif.curvature.called import Called
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
 from fastif.curvature.directions import Directions, Explicit, Factors, Separable, products_of
+from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork
 from fastif.model.gradients import Gradients, Unfinished
 from fastif.model.losses import Fisher
 
 _RELATIVE_DAMPING = 0.1  # of the mean eigenvalue, for damping="auto" (Grosse et al. 2023)
 
 
-class KFAC(Called):
+class KFAC(Curvature):
     """G ≈ A ⊗ B: the mean second moment of a layer's inputs times the summed one of its output gradients.
 
     A = Σ_i w_i Σ_t a_it a_itᵀ / Σ_i w_i t, B = Σ_i w_i Σ_t Σ_s u_it u_itᵀ over the columns s of `fisher` (Martens &
@@ -35,6 +35,7 @@ class KFAC(Called):
     """
 
     passes = 1
+    keeps_query_factors = True
 
     def __init__(
         self,
@@ -169,12 +170,18 @@ class KFAC(Called):
         self.output_basis = outputs if outputs.dim() == 3 else None
         self._moments, self._eigenvalues = {}, self.input_basis.new_ones(self.shape)
 
-    @staticmethod
-    def footprint(shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
-        """Bytes held: bases and eigenvalues; and taken beside them: the largest basis in float64, and its making."""
-        g, o, d = shape
-        squares, largest = d * d + (o if table else o * o), max(d, 0 if table else o) ** 2
-        return g * item * (squares + o * d), max(8 * (g + 2) * largest - g * item * largest, 8 * g * o * d)
+    def cost(self, block: BlockWork, fit: FitWork) -> Cost:
+        """Bases and eigenvalues are held; making them takes the largest basis in float64, and what LAPACK takes."""
+        (g, o, d), item = block.shape, fit.item
+        outputs = 0 if block.table else o  # rows of a table are a basis of their own
+        largest = max(d, outputs) ** 2
+        turned = d * d + outputs**2 + (o * d if self.passes > 1 else 0)  # operations of a position, in every pass
+        return Cost(
+            held=g * item * (d * d + (o if block.table else o * o) + o * d),
+            making=max(8 * (g + 2) * largest - g * item * largest, 8 * g * o * d),
+            operations=2 * self.passes * fit.n * fit.columns * g * block.positions * turned
+            + 10 * g * (d**3 + outputs**3),
+        )
 
     def rotated(self, gradients: Gradients) -> Gradients:
         """The gradients in the eigenbases."""

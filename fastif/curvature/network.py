@@ -2,102 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastif.curvature.directions import Directions
-from fastif.curvature.protocol import Curvature, FitData, JointCurvature, Shape
-from fastif.model.gradients import Formed, Gradients
-
-
-class Alone(JointCurvature):
-    """One block's own estimator."""
-
-    def __init__(self, name: str, estimator: Curvature):
-        self.name, self.estimator = name, estimator
-        self.passes, self.fisher = estimator.passes, estimator.fisher
-
-    def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
-        del data
-        self.estimator.begin(self.name, shapes[self.name])
-
-    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
-        self.estimator.observe(gradients[self.name], weights, column, turn)
-
-    def end(self, turn: int) -> None:
-        self.estimator.end(turn)
-
-    def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {self.name: self.estimator.solve(rhs[self.name])}
-
-    def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
-        return self.estimator.sq_norms(gradients[self.name])
-
-    def directions(self, gradients: Mapping[str, Gradients]) -> dict[str, Directions]:
-        return {self.name: self.estimator.directions(gradients[self.name])}
-
-    def stand_in(self) -> None:
-        self.estimator.stand_in()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.estimator.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.estimator.load_state_dict(state)
-
-    def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
-        return self.estimator.footprint(shapes[self.name], tables[self.name], item)
-
-
-class Together(JointCurvature):
-    """One estimator for several blocks as if they were one: their parameters one after another, [1, 1, P]."""
-
-    def __init__(self, names: tuple[str, ...], estimator: Curvature):
-        self.names, self.estimator = names, estimator
-        self.passes, self.fisher = estimator.passes, estimator.fisher
-        self._shapes: Mapping[str, Shape] = {}
-
-    def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
-        del data
-        self._shapes = shapes
-        self.estimator.begin(", ".join(self.names), self._whole(shapes))
-
-    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
-        self.estimator.observe(self._joined(gradients), weights, column, turn)
-
-    def end(self, turn: int) -> None:
-        self.estimator.end(turn)
-
-    def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        whole = torch.cat([rhs[name].flatten(-3) for name in self.names], -1)
-        solved = self.estimator.solve(whole[..., None, None, :])[..., 0, 0, :]
-        parts = solved.split([torch.Size(self._shapes[name]).numel() for name in self.names], -1)
-        return {name: part.reshape(rhs[name].shape) for name, part in zip(self.names, parts, strict=True)}
-
-    def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
-        return self.estimator.sq_norms(self._joined(gradients))
-
-    def stand_in(self) -> None:
-        self.estimator.stand_in()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.estimator.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.estimator.load_state_dict(state)
-
-    def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
-        del tables
-        return self.estimator.footprint(self._whole(shapes), False, item)
-
-    def _whole(self, shapes: Mapping[str, Shape]) -> Shape:
-        return 1, 1, sum(torch.Size(shapes[name]).numel() for name in self.names)
-
-    def _joined(self, gradients: Mapping[str, Gradients]) -> Gradients:
-        return Formed(torch.cat([gradients[name].formed().flatten(1) for name in self.names], 1)[:, None, None])
+from fastif.curvature.protocol import Estimator, FitData, JointCurvature, Shape
+from fastif.model.gradients import Gradients
+from fastif.model.layers import Block
 
 
 class NetworkCurvature:
@@ -107,12 +21,11 @@ class NetworkCurvature:
         self.parts = dict(parts)
 
     @property
-    def by_block(self) -> dict[str, Any]:
+    def by_block(self) -> dict[str, Estimator]:
         """The estimator of every block: its own, or one that it shares with others."""
-        found: dict[str, Any] = {}
+        found: dict[str, Estimator] = {}
         for names, part in self.parts.items():
-            own = part.estimator if isinstance(part, Alone | Together) else part
-            found.update(dict.fromkeys(names, own))
+            found.update(dict.fromkeys(names, part.given))
         return found
 
     @property
@@ -122,7 +35,7 @@ class NetworkCurvature:
     @property
     def needs_data(self) -> bool:
         """Whether a solve multiplies with the curvature of the fit's data, which no state holds."""
-        return any(part.multiplied(1).solve for part in self.parts.values())
+        return any(part.products(1).solve for part in self.parts.values())
 
     def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
         for names, part in self.parts.items():
@@ -178,3 +91,14 @@ class NetworkCurvature:
                 raise ValueError(f"load_state_dict: the state lacks {start}{error.args[0]}") from None
         if left:
             raise ValueError(f"load_state_dict: the state is another model's: {min(left)}")
+
+
+def prepare(
+    estimators: NetworkCurvature, blocks: Mapping[str, Block], data: FitData | None, memory: int
+) -> NetworkCurvature:
+    """A copy that has learned nothing yet, for a fit or, without data, for a state; `memory` as for `Influence`."""
+    curvature = NetworkCurvature({names: copy.deepcopy(part) for names, part in estimators.parts.items()})
+    for part in curvature.parts.values():
+        part.memory = memory
+    curvature.begin({name: block.shape for name, block in blocks.items()}, data)
+    return curvature

@@ -14,7 +14,7 @@ from fastif.curvature.damping import check_damping
 from fastif.curvature.directions import Directions
 from fastif.curvature.exact.cholesky import factorize
 from fastif.curvature.matrix_free.iterations import check_iterations
-from fastif.curvature.protocol import FitData, JointCurvature, Shape
+from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Shape
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
 
@@ -158,13 +158,16 @@ class RandomProjection(JointCurvature):
             )
         self._moment, self._factor = state["moment"], None
 
-    def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
-        del tables
-        largest = max(math.prod(shape) for shape in shapes.values())
-        standing = min(max(_ENTRIES, largest * _WORD), largest * (self.dimension + _WORD))
-        every = self.dimension * sum(math.prod(shape) for shape in shapes.values())
-        held = 2 * 8 * self.dimension**2 + (every * item if every <= _HELD else 0)
-        return held, standing * (8 + item) + 2 * 8 * self.dimension**2
+    def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
+        largest, k = max(block.size for block in blocks.values()), self.dimension
+        standing = min(max(_ENTRIES, largest * _WORD), largest * (k + _WORD))
+        every = k * sum(block.size for block in blocks.values())
+        formed = sum(block.positions * block.size for block in blocks.values())
+        return Cost(
+            held=2 * 8 * k**2 + (every * fit.item if every <= _HELD else 0),
+            making=standing * (8 + fit.item) + 2 * 8 * k**2,
+            operations=2 * fit.n * fit.columns * (formed + every + k**2) + k**3 / 3,
+        )
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,10 @@ class Projected:
     @property
     def nbytes(self) -> int:
         return -(-self.solved.nbytes // self.sharing)
+
+    @property
+    def error(self) -> float:
+        return 0.0
 
     def dots(self, train: Gradients) -> Tensor:
         return self.solved @ self.projection.projected_block(self.name, train).T

@@ -1,73 +1,29 @@
-"""What an estimator must be able to do: for one block of parameters, or for several blocks at once."""
+"""What an estimator must be able to do: for one block of parameters, or for several blocks at once.
+
+Estimators answer for themselves: what they cost, what they take from a batch besides its gradients, what they keep. The
+rest of the house asks them, and never who they are.
+"""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastif.curvature.called import Called
 from fastif.curvature.directions import Directions, Explicit
-from fastif.model.gradients import Gradients
+from fastif.model.capture import Forward
+from fastif.model.gradients import Formed, Gradients
 from fastif.model.layers import Block
 from fastif.model.losses import Fisher, Loss
 from fastif.samplers.subset import Subset
 
 Shape = tuple[int, int, int]  # g, o, d of a block
 STANDING = 8  # vectors that a solve takes beside each of its right-hand sides, and these themselves
-
-
-class Curvature(Protocol):
-    """What an estimator of one block, g matrices [o, d] of parameters, must be able to do."""
-
-    @property
-    def passes(self) -> int:
-        """How often it must see the data."""
-        ...
-
-    @property
-    def fisher(self) -> Fisher:
-        """Of which gradients it is made."""
-        ...
-
-    def begin(self, name: str, shape: tuple[int, int, int]) -> None:
-        """Forgets what was learned; name and shape [g, o, d] of the block."""
-        ...
-
-    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
-        """Takes in Σ_i weights[i] vec(g_i) vec(g_i)ᵀ of a batch, column `column` of its curvature, in pass `turn`."""
-        ...
-
-    def end(self, turn: int) -> None:
-        """Ends a pass; raises NotPositiveDefinite with a diagnosis."""
-        ...
-
-    def solve(self, rhs: Tensor) -> Tensor:
-        """(G + λI)⁻¹ rhs for rhs [..., g, o, d]."""
-        ...
-
-    def sq_norms(self, gradients: Gradients) -> Tensor:
-        """g_iᵀ (G + λI)⁻¹ g_i, [n]."""
-        ...
-
-    def directions(self, gradients: Gradients) -> Directions:
-        """(G + λI)⁻¹ g_q for every q."""
-        ...
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
-
-    def stand_in(self) -> None:
-        """For `Influence.plan`: has the sizes of what is fitted, once pass 0 was observed, and not its values."""
-        ...
-
-    def footprint(self, shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
-        """For `Influence.plan`: bytes held once fitted, and what making it takes beside them, for `item` bytes each."""
-        ...
 
 
 class FitData(NamedTuple):
@@ -83,36 +39,168 @@ class FitData(NamedTuple):
     progress: bool = False  # whether iterations show a bar
 
 
-class Multiplied(NamedTuple):
-    """How often an estimator multiplies with the curvature of the fit's data, at most."""
+class SeenBatch(NamedTuple):
+    """A batch on its way through the model, for estimators that are not made of gradients alone."""
+
+    forward: Forward
+    losses: Tensor  # [n]
+    weights: Tensor  # [n], of the examples whose curvature is asked for
+    blocks: Mapping[str, Block]
+    softmax: bool  # whether the loss is the cross-entropy of the model's outputs
+    counted: Tensor | None  # bool [n], whether an example has a label that counts; where the loss is that
+
+
+class BlockWork(NamedTuple):
+    """A block as its estimator has to work on it."""
+
+    shape: Shape
+    positions: int  # t
+    table: bool  # whether its rows are looked up
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class FitWork(NamedTuple):
+    """How much a fit brings before an estimator."""
+
+    n: int  # examples
+    columns: int  # gradients of each, one per column of the outputs' Hessian
+    item: int  # bytes of a number
+    head: bool = False  # whether the block's outputs are the logits of a softmax
+
+
+class Cost(NamedTuple):
+    """What an estimator takes, beside the passes through the model."""
+
+    held: int = 0  # bytes, once fitted
+    making: int = 0  # bytes that making it takes beside these
+    operations: float = 0.0  # of a fit
+    hessian_rows: int = 0  # of a fit: backward passes through the graph of a gradient, each of all examples
+
+    def __add__(self, other: Cost) -> Cost:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Of two estimators that are made one after another."""
+        return Cost(
+            self.held + other.held,
+            max(self.making, other.making),
+            self.operations + other.operations,
+            self.hessian_rows + other.hessian_rows,
+        )
+
+
+class Products(NamedTuple):
+    """How often an estimator multiplies with the curvature of the fit's data, at most, and with which."""
 
     fit: float = 0.0  # with `together` vectors at once
     solve: float = 0.0  # for a right-hand side on its own; then the data are needed at every solve, a state does not do
     together: int = 1
+    matrix: Literal["ggn", "hessian"] = "ggn"
+    keep_graph: bool = False
 
 
-class JointCurvature(Called, ABC):
+class Estimator(Called, ABC):
+    """What both kinds of estimator have in common."""
+
+    passes: int = 1  # how often it must see the data; 0 for one that only multiplies with their curvature
+    fisher: Fisher = "exact"  # of which gradients it is made
+    joint: bool = False  # whether it takes all blocks that it is given together
+    prefers_head: bool = False  # whether it covers the head alone where it is the only one and no layers are named
+    keeps_query_factors: bool = False  # whether `directions` keeps queries of few positions in factors
+
+    @abstractmethod
+    def assign(self, names: Sequence[str]) -> dict[tuple[str, ...], JointCurvature]:
+        """What takes care of these blocks, not copied: this estimator for each of them, or one for all."""
+
+    def end(self, turn: int) -> None:
+        """Ends a pass; raises NotPositiveDefinite with a diagnosis. Called once where there are no passes."""
+        del turn
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+    def stand_in(self) -> None:
+        """For `Influence.plan`: has the sizes of what is fitted, once pass 0 was observed, and not its values."""
+        self.end(0)
+
+    def choices(self) -> dict[str, Any]:
+        """What it chose by itself while it was fitted, no state holds, and last bits depend on; JSON."""
+        return {}
+
+
+class Curvature(Estimator):
+    """An estimator of one block, g matrices [o, d] of parameters."""
+
+    def assign(self, names: Sequence[str]) -> dict[tuple[str, ...], JointCurvature]:
+        if self.joint:
+            return {tuple(names): JoinedBlocks(tuple(names), self)} if names else {}
+        return {(name,): OneBlock(name, self) for name in names}
+
+    @abstractmethod
+    def begin(self, name: str, shape: Shape) -> None:
+        """Forgets what was learned; name and shape [g, o, d] of the block."""
+
+    def observe_batch(self, seen: SeenBatch, names: Sequence[str]) -> bool:
+        """Takes in a batch as it comes out of the model, if it can; then no gradients of it are shown."""
+        del seen, names
+        return False
+
+    @abstractmethod
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
+        """Takes in Σ_i weights[i] vec(g_i) vec(g_i)ᵀ of a batch, column `column` of its curvature, in pass `turn`."""
+
+    @abstractmethod
+    def solve(self, rhs: Tensor) -> Tensor:
+        """(G + λI)⁻¹ rhs for rhs [..., g, o, d]."""
+
+    @abstractmethod
+    def sq_norms(self, gradients: Gradients) -> Tensor:
+        """g_iᵀ (G + λI)⁻¹ g_i, [n]."""
+
+    def directions(self, gradients: Gradients) -> Directions:
+        """(G + λI)⁻¹ g_q for every q: the query side of pairwise scores."""
+        return Explicit(self.solve(gradients.formed()))
+
+    @abstractmethod
+    def cost(self, block: BlockWork, fit: FitWork) -> Cost:
+        """For `Influence.plan`: what a fit takes, by arithmetic alone."""
+
+
+class JointCurvature(Estimator):
     """An estimator that sees several blocks at once. Dictionaries are keyed by block.
 
     The protocol is that of one block (`Curvature`), with all blocks in every call. One that only multiplies with the
     curvature has no `passes`; its `end(0)` is called all the same.
     """
 
-    passes: int = 0
-    fisher: Fisher = "empirical"
+    joint = True
+    passes = 0
+    fisher = "empirical"
     memory: int = 1 << 27  # bytes that right-hand sides, and what solving takes beside them, may take at a time
+
+    def assign(self, names: Sequence[str]) -> dict[tuple[str, ...], JointCurvature]:
+        return {tuple(names): self} if names else {}
+
+    @property
+    def given(self) -> Estimator:
+        """The estimator that its user knows."""
+        return self
 
     @abstractmethod
     def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
         """Forgets what was learned; `data` is None where a state will be loaded."""
 
+    def observe_batch(self, seen: SeenBatch) -> bool:
+        """As `Curvature.observe_batch`."""
+        del seen
+        return False
+
     def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
         """Takes in a batch, as `Curvature.observe`."""
         del gradients, weights, column, turn
-
-    def end(self, turn: int) -> None:
-        """Ends a pass."""
-        del turn
 
     @abstractmethod
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -135,23 +223,115 @@ class JointCurvature(Called, ABC):
         return {name: Explicit(matrices) for name, matrices in solved.items()}
 
     @abstractmethod
-    def state_dict(self) -> dict[str, Tensor]: ...
+    def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
+        """As `Curvature.cost`, for all its blocks."""
 
-    @abstractmethod
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
-
-    def stand_in(self) -> None:
-        """As `Curvature.stand_in`; not asked of one that multiplies."""
-        self.end(0)
-
-    @abstractmethod
-    def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
-        """As `Curvature.footprint`, for all its blocks."""
-
-    def multiplied(self, n: int) -> Multiplied:
+    def products(self, n: int) -> Products:
         """For `Influence.plan`: products with the curvature of n examples; with that of fewer, as much less of one."""
         del n
-        return Multiplied()
+        return Products()
+
+
+class OneBlock(JointCurvature):
+    """One block's own estimator."""
+
+    def __init__(self, name: str, estimator: Curvature):
+        self.name, self.estimator = name, estimator
+        self.passes, self.fisher = estimator.passes, estimator.fisher
+
+    @property
+    def given(self) -> Curvature:
+        return self.estimator
+
+    def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
+        del data
+        self.estimator.begin(self.name, shapes[self.name])
+
+    def observe_batch(self, seen: SeenBatch) -> bool:
+        return self.estimator.observe_batch(seen, [self.name])
+
+    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
+        self.estimator.observe(gradients[self.name], weights, column, turn)
+
+    def end(self, turn: int) -> None:
+        self.estimator.end(turn)
+
+    def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {self.name: self.estimator.solve(rhs[self.name])}
+
+    def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
+        return self.estimator.sq_norms(gradients[self.name])
+
+    def directions(self, gradients: Mapping[str, Gradients]) -> dict[str, Directions]:
+        return {self.name: self.estimator.directions(gradients[self.name])}
+
+    def stand_in(self) -> None:
+        self.estimator.stand_in()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.estimator.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.estimator.load_state_dict(state)
+
+    def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
+        return self.estimator.cost(blocks[self.name], fit)
+
+
+class JoinedBlocks(JointCurvature):
+    """One estimator for several blocks as if they were one: their parameters one after another, [1, 1, P]."""
+
+    def __init__(self, names: tuple[str, ...], estimator: Curvature):
+        self.names, self.estimator = names, estimator
+        self.passes, self.fisher = estimator.passes, estimator.fisher
+        self._shapes: Mapping[str, Shape] = {}
+
+    @property
+    def given(self) -> Curvature:
+        return self.estimator
+
+    def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
+        del data
+        self._shapes = shapes
+        self.estimator.begin(", ".join(self.names), self._whole(shapes))
+
+    def observe_batch(self, seen: SeenBatch) -> bool:
+        return self.estimator.observe_batch(seen._replace(softmax=False), self.names)  # closed forms are of one layer
+
+    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
+        self.estimator.observe(self._joined(gradients), weights, column, turn)
+
+    def end(self, turn: int) -> None:
+        self.estimator.end(turn)
+
+    def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        whole = torch.cat([rhs[name].flatten(-3) for name in self.names], -1)
+        solved = self.estimator.solve(whole[..., None, None, :])[..., 0, 0, :]
+        parts = solved.split([torch.Size(self._shapes[name]).numel() for name in self.names], -1)
+        return {name: part.reshape(rhs[name].shape) for name, part in zip(self.names, parts, strict=True)}
+
+    def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
+        return self.estimator.sq_norms(self._joined(gradients))
+
+    def stand_in(self) -> None:
+        self.estimator.stand_in()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.estimator.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.estimator.load_state_dict(state)
+
+    def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
+        shapes = {name: block.shape for name, block in blocks.items()}
+        positions = max(block.positions for block in blocks.values())
+        return self.estimator.cost(BlockWork(self._whole(shapes), positions, False), fit._replace(head=False))
+
+    def _whole(self, shapes: Mapping[str, Shape]) -> Shape:
+        return 1, 1, sum(torch.Size(shapes[name]).numel() for name in self.names)
+
+    def _joined(self, gradients: Mapping[str, Gradients]) -> Gradients:
+        return Formed(torch.cat([gradients[name].formed().flatten(1) for name in self.names], 1)[:, None, None])
 
 
 def check_estimator(rule: str, estimator: Any) -> None:

@@ -1,4 +1,4 @@
-"""Influence: a curvature fitted on a model's data, and what it gives: scores, their folders on disk, and plans."""
+"""Influence functions of a trained model: fitted once, then asked for scores, by layer or token too, on disk or not."""
 
 from fastif.influence.influence import Influence
 from fastif.influence.planning import Plan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,23 +10,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastif.curvature import Curvature, ExactBlock
-from fastif.curvature.network import Alone, NetworkCurvature, Together
-from fastif.curvature.protocol import FitData, JointCurvature, check_estimator
-from fastif.data.batches import moved_to, picked
-from fastif.model.capture import Capture, Forward
+from fastif.curvature.network import NetworkCurvature, prepare
+from fastif.curvature.protocol import Estimator, FitData, JointCurvature, SeenBatch, check_estimator
+from fastif.data.batches import count, moved_to, picked
+from fastif.influence.fitted import Fitted, Setup
+from fastif.model.capture import Capture
 from fastif.model.losses import IGNORED, labels_in, labels_of, output_columns, per_sample
 from fastif.model.passes import Passes, counted_from
 from fastif.samplers.subset import Subset
 
-Estimator = Curvature | JointCurvature
 
-
-def assigned(capture: Capture, curvature: Estimator | Mapping[str, Estimator]) -> NetworkCurvature:
-    """An estimator for every block: a copy of its own, or one for all that match its pattern.
-
-    Blocks that no pattern matches are no longer covered.
-    """
+def assign(capture: Capture, curvature: Estimator | Mapping[str, Estimator]) -> NetworkCurvature:
+    """An estimator for every block, by the first pattern that matches it; blocks that none matches are left out."""
     rules = dict(curvature) if isinstance(curvature, Mapping) else {"*": curvature}
     for estimator in rules.values():
         check_estimator("Influence: curvature must be an estimator or a mapping to them", estimator)
@@ -40,33 +34,27 @@ def assigned(capture: Capture, curvature: Estimator | Mapping[str, Estimator]) -
             members[pattern].append(name)
     parts: dict[tuple[str, ...], JointCurvature] = {}
     for pattern, names in members.items():
-        estimator = rules[pattern]
-        if isinstance(estimator, JointCurvature):
-            parts.update({tuple(names): estimator} if names else {})
-        elif getattr(estimator, "joint", False):
-            parts.update({tuple(names): Together(tuple(names), estimator)} if names else {})
-        else:
-            parts.update({(name,): Alone(name, estimator) for name in names})
+        parts.update(rules[pattern].assign(names))
     if not parts:
         raise ValueError(f"Influence: no pattern of curvature= matches a layer, got {', '.join(rules)}")
     return NetworkCurvature(parts)
 
 
-def begun(
-    assigned: NetworkCurvature, capture: Capture, data: FitData | None, memory: int = JointCurvature.memory
-) -> NetworkCurvature:
-    """A copy that has learned nothing yet; `memory` as for `Influence`."""
-    curvature = NetworkCurvature({names: copy.deepcopy(part) for names, part in assigned.parts.items()})
-    for part in curvature.parts.values():
-        part.memory = memory
-    curvature.begin({name: block.shape for name, block in capture.blocks.items()}, data)
-    return curvature
+def fit(setup: Setup, train: Any, subset: Subset | None) -> Fitted:
+    """What the examples of a subset (default all, 1/n each) make of the estimators, at every checkpoint."""
+    n = count(train, setup.passes.batch_size)
+    if subset is None:
+        subset = Subset(torch.arange(n), torch.full((n,), 1 / n, dtype=torch.float64))
+    curvatures: list[NetworkCurvature] = []
+    for checkpoint in setup.states:
+        with setup.passes.running(checkpoint):
+            curvatures.append(_fit_here(setup, train, subset))
+    return Fitted(setup, tuple(curvatures), n, subset)
 
 
-def fit(
-    passes: Passes, assigned: NetworkCurvature, train: Any, subset: Subset, seed: int, memory: int
-) -> NetworkCurvature:
-    """The curvature of the examples of a subset, at the model's parameters as they are; it is running."""
+def _fit_here(setup: Setup, train: Any, subset: Subset) -> NetworkCurvature:
+    """The curvature at the model's parameters as they are; it is running."""
+    passes, seed = setup.passes, setup.seed
 
     def batches(subset: Subset) -> Iterator[tuple[Any, Any, Tensor]]:
         for (x, y), places in picked(train, passes.batch_size, subset.indices):
@@ -75,7 +63,7 @@ def fit(
     data = FitData(
         passes.model, passes.loss, passes.capture.blocks, subset, batches, seed, passes.autocast, passes.progress
     )
-    curvature = begun(assigned, passes.capture, data, memory)
+    curvature = prepare(setup.estimators, passes.capture.blocks, data, setup.memory)
     for turn in range(max(1, curvature.passes)):
         looking = curvature.open(turn)
         generator = torch.Generator().manual_seed(seed)
@@ -107,20 +95,11 @@ def observe(
     forward = passes.forward(x)
     batch = labels_in(x, y)
     losses = per_sample(passes.loss, forward.outputs, batch, forward.n)
-    rest = dict(curvature.parts)
-    for names, part in curvature.parts.items():
-        estimator = part.estimator if isinstance(part, Alone | Together) else None
-        if not isinstance(estimator, ExactBlock) or estimator.fisher != "exact":
-            continue
-        head = head_of(passes, forward, names, part)
-        if head is not None:
-            counted = labels_of(batch) != IGNORED
-            estimator.update(*head, weights=weights * counted)
-            del rest[names]
-        elif estimator.matrix == "hessian":
-            blocks = [passes.capture.blocks[name] for name in names]
-            estimator.observe_loss((losses * weights.to(losses)).sum(), blocks)
-            del rest[names]
+    softmax = passes.loss == "cross_entropy"
+    counted = labels_of(batch) != IGNORED if softmax else None
+    seen = SeenBatch(forward, losses, weights, passes.capture.blocks, softmax, counted)
+    rest = {names: part for names, part in curvature.parts.items() if not part.observe_batch(seen)}
+    del seen
     by_fisher: dict[str, dict[tuple[str, ...], JointCurvature]] = {"empirical": {}}
     for names, part in rest.items():
         by_fisher.setdefault(part.fisher, {})[names] = part
@@ -135,11 +114,3 @@ def observe(
         gradients = forward.gradients(losses)
         del forward, losses  # and the graph with them, before the estimators take their turn
         empirical.observe(gradients, weights, 0, turn)
-
-
-def head_of(
-    passes: Passes, forward: Forward, names: tuple[str, ...], part: JointCurvature
-) -> tuple[Tensor, Tensor] | None:
-    """Inputs and outputs of a layer whose outputs are the logits, which an ExactBlock is made of in closed form."""
-    softmax = isinstance(part, Alone) and passes.loss == "cross_entropy"
-    return forward.head(names[0]) if softmax else None

@@ -7,22 +7,21 @@ removed; positive means that the example helps the query. docs/math.md (1), (2).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from fastif.curvature import ExactBlock
-from fastif.curvature.network import NetworkCurvature
+from fastif.curvature.exact.block import ExactBlock
+from fastif.curvature.protocol import Estimator
 from fastif.data.batches import count
-from fastif.influence.fitting import Estimator, assigned, begun, fit
-from fastif.influence.planning import Plan, plan
+from fastif.influence.fitted import Fitted, Setup, load_fitted
+from fastif.influence.fitting import assign, fit
+from fastif.influence.planning import Plan, make_plan
 from fastif.influence.score_folder import ScoreFolder
 from fastif.influence.score_job import write_scores
-from fastif.influence.scoring import assembled, tiles
-from fastif.influence.tiles import best_of
+from fastif.influence.scoring import compute_scores, compute_self_influence, find_top
 from fastif.model.capture import Capture
 from fastif.model.features import find_head
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement
@@ -91,10 +90,10 @@ class Influence:
         if memory < 1:
             raise ValueError(f"Influence: memory must be at least 1 byte, got {memory}")
         curvature = ExactBlock() if curvature is None else curvature
-        if isinstance(curvature, ExactBlock) and not curvature.joint and layers is None:
+        alone = curvature if isinstance(curvature, Estimator) else None
+        if alone is not None and alone.prefers_head and not alone.joint and layers is None:
             layers = find_head(model)[0] or "*"
-        self.measurement, self.checkpoints, self.memory, self.seed = measurement, checkpoints, memory, seed
-        self.passes = Passes(
+        passes = Passes(
             model,
             loss,
             layers,
@@ -105,32 +104,49 @@ class Influence:
             allow_train_mode=allow_train_mode,
             progress=progress,
         )
-        self.parts = assigned(self.capture, curvature)  # estimators that have learned nothing: for plans and score jobs
-        self._fitted: list[NetworkCurvature] = []  # by checkpoint
-        self.n = 0  # training examples
-        self.subset: Subset | None = None  # of the last fit; a state does not hold it
-        self.bound: float | None = None  # of that subset, where it has one
+        self.setup = Setup(passes, assign(passes.capture, curvature), measurement, checkpoints, memory, seed)
+        self._fitted: Fitted | None = None
+        self.bound: float | None = None  # of the last fit's subset, where it has one
         self.rank_error = 0.0  # of the last scores with rank=
 
     @property
     def model(self) -> nn.Module:
-        return self.passes.model
+        return self.setup.model
+
+    @property
+    def passes(self) -> Passes:
+        return self.setup.passes
 
     @property
     def capture(self) -> Capture:
         """What is covered of the model, and what is not."""
-        return self.passes.capture
+        return self.setup.capture
 
     @property
     def device(self) -> torch.device:
-        return self.passes.device
+        return self.setup.device
+
+    @property
+    def fitted(self) -> Fitted:
+        """What the last fit made, or the state that was loaded."""
+        if self._fitted is None:
+            raise ValueError("Influence: not fitted; call fit(train) first")
+        return self._fitted
+
+    @property
+    def n(self) -> int:
+        """Training examples of the fit; 0 before it."""
+        return 0 if self._fitted is None else self._fitted.n
+
+    @property
+    def subset(self) -> Subset | None:
+        """Of the last fit; a state does not hold it."""
+        return None if self._fitted is None else self._fitted.subset
 
     @property
     def curvature(self) -> dict[str, Any]:
         """The fitted estimators by block (of the first checkpoint)."""
-        if not self._fitted:
-            raise ValueError("Influence: not fitted; call fit(train) first")
-        return self._fitted[0].by_block
+        return self.fitted.curvatures[0].by_block
 
     def plan(self, train: Any, query: Any | None = None, *, rank: int | None = None) -> Plan:
         """What will be covered, skipped, stored and computed; only a few examples go through the model.
@@ -143,7 +159,7 @@ class Influence:
             rank: as for `scores`.
         """
         with self.passes.running(None):
-            return plan(self, train, query, rank)
+            return make_plan(self.setup, train, query, rank)
 
     def fit(self, train: Any, subset: Any | None = None) -> Influence:
         """Builds the curvature at the model's parameters.
@@ -157,16 +173,10 @@ class Influence:
         Raises ValueError for whatever `Capture` refuses: layers that are not called, examples that mix, parameters
         used behind a layer's back, NaN; NotPositiveDefinite, naming the layer, where damping does not suffice.
         """
-        n = count(train, self.passes.batch_size)
-        indices, weights = torch.arange(n), torch.full((n,), 1 / n, dtype=torch.float64)
+        chosen = subset
         if subset is not None:
-            indices, weights = check_subset(subset, n)
-        chosen = Subset(indices, weights)
-        fitted: list[NetworkCurvature] = []
-        for checkpoint in self.checkpoints or [None]:
-            with self.passes.running(checkpoint):
-                fitted.append(fit(self.passes, self.parts, train, chosen, self.seed, self.memory))
-        self._fitted, self.n, self.subset, self.bound = fitted, n, chosen, getattr(subset, "bound", None)
+            chosen = Subset(*check_subset(subset, count(train, self.passes.batch_size)))
+        self._fitted, self.bound = fit(self.setup, train, chosen), getattr(subset, "bound", None)
         return self
 
     def on_parameters(self, batch: Any) -> dict[str, Tensor]:
@@ -177,7 +187,7 @@ class Influence:
         docs/math.md (1).
         """
         total: dict[str, Tensor] = {}
-        for checkpoint, curvature in self.at_checkpoints():
+        for checkpoint, curvature in self.fitted.at_checkpoints():
             sums: dict[str, Tensor] = {}
             with self.passes.running(checkpoint):
                 for _, _, gradients in self.passes.gradients(batch, "on_parameters"):
@@ -185,7 +195,7 @@ class Influence:
                         part = g.sum(torch.ones(len(g), device=self.device))
                         sums[name] = sums[name].add_(part) if name in sums else part
                 for name, moved in curvature.solve(sums).items():
-                    moved = moved.div_(-len(self._fitted))
+                    moved = moved.div_(-len(self.fitted.curvatures))
                     total[name] = total[name].add_(moved) if name in total else moved
         return self._on_parameters(total)
 
@@ -204,10 +214,10 @@ class Influence:
         for parameter, name in self.capture.names.items():
             if name in self.capture.covered:
                 values[parameter] = vectors[name].to(self.device)
-        for checkpoint, curvature in self.at_checkpoints():
+        for checkpoint, curvature in self.fitted.at_checkpoints():
             with self.passes.running(checkpoint):
                 for name, solved in curvature.solve({n: b.matrix(values) for n, b in blocks.items()}).items():
-                    solved = solved / len(self._fitted)
+                    solved = solved / len(self.fitted.curvatures)
                     total[name] = total[name].add_(solved) if name in total else solved
         return self._on_parameters(total)
 
@@ -272,9 +282,12 @@ class Influence:
         if out is not None:
             if groups is not None:
                 raise ValueError("scores: out= and groups= exclude each other; sum the columns of what was written")
-            return write_scores(self, query, train, out, resume=resume, query_groups=query_groups, rank=rank)
+            folder = write_scores(self.fitted, query, train, out, resume=resume, query_groups=query_groups, rank=rank)
+            self.rank_error = folder.rank_error
+            return folder
         _check_resume("scores", resume)
-        return assembled(self, query, train, query_groups, groups, rank)[""]
+        values, self.rank_error = compute_scores(self.fitted, query, train, query_groups, groups, rank)
+        return values[""]
 
     @overload
     def scores_by_layer(self, query: Any, train: Any) -> dict[str, Tensor]: ...
@@ -288,9 +301,9 @@ class Influence:
         With out=, a folder as for `scores`, [q, n, blocks].
         """
         if out is not None:
-            return write_scores(self, query, train, out, resume=resume, by="layer")
+            return write_scores(self.fitted, query, train, out, resume=resume, by="layer")
         _check_resume("scores_by_layer", resume)
-        return assembled(self, query, train, by="layer")
+        return compute_scores(self.fitted, query, train, by="layer").values
 
     @overload
     def scores_by_token(self, query: Any, train: Any) -> Tensor: ...
@@ -305,9 +318,9 @@ class Influence:
         (a normalisation layer sums over them): leave it out with layers=.
         """
         if out is not None:
-            return write_scores(self, query, train, out, resume=resume, by="token")
+            return write_scores(self.fitted, query, train, out, resume=resume, by="token")
         _check_resume("scores_by_token", resume)
-        return assembled(self, query, train, by="token")[""]
+        return compute_scores(self.fitted, query, train, by="token").values[""]
 
     def top(self, query: Any, train: Any, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
         """The k training examples with the largest scores for each query: (values [q, k], indices int64 [q, k]).
@@ -315,71 +328,23 @@ class Influence:
         Largest first: the most helpful; `largest=False` gives the most harmful, smallest first. Ties go to the lower
         index. The score matrix [q, n] is not stored, unless there are several checkpoints.
         """
-        n = count(train, self.passes.batch_size)
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
-            raise ValueError(f"top: k must be an integer in [1, n={n}], got k={k}")
-        if len(self._fitted) > 1:  # a checkpoint's part is no score: the sum has to be there before it is ranked
-            values, indices = self.scores(query, train).sort(dim=1, descending=largest, stable=True)
-            return values[:, :k], indices[:, :k]
-        best: dict[int, tuple[Tensor, Tensor]] = {}  # by first query of a block
-        with closing(tiles(self, query, train)) as made:
-            for tile in made:
-                best[tile.query] = best_of(best.get(tile.query), tile.values[""], tile.train, k, largest)
-        values, indices = zip(*(best[start] for start in sorted(best)), strict=True)
-        return torch.cat(values), torch.cat(indices)
+        return find_top(self.fitted, query, train, k, largest)
 
     def self_influence(self, train: Any) -> Tensor:
         """scores[t, t] of every training example, [n], never negative: how much its loss rests on it."""
-        total = None
-        for checkpoint, curvature in self.at_checkpoints():
-            with self.passes.running(checkpoint):
-                batches = self.passes.gradients(train, "self-influence")
-                parts = [curvature.sq_norms(gradients).cpu() for _, _, gradients in batches]
-            total = torch.cat(parts) if total is None else total + torch.cat(parts)
-        assert total is not None
-        return total / (self.n * len(self._fitted))
+        return compute_self_influence(self.fitted, train)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that `fit` learned, as tensors: safetensors or torch.save keep it.
 
         `CG` and `LiSSA` learn nothing that could be kept: they have to be fitted again.
         """
-        _ = self.curvature  # refuses what is not fitted
-        state = {"n": torch.tensor(self.n), "blocks": self._described()}
-        for number, curvature in enumerate(self._fitted):
-            state.update(curvature.state_dict(f"{number}/"))
-        return state
+        return self.fitted.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> Influence:
         """Takes what `state_dict` gave an Influence of the same model and arguments; refuses what does not fit."""
-        fitted: list[NetworkCurvature] = []
-        if "n" not in state or "blocks" not in state:
-            raise ValueError("load_state_dict: the state is another model's: no n and blocks")
-        if not torch.equal(state["blocks"].cpu(), self._described()):
-            theirs, ours = (bytes(blocks.tolist()).decode() for blocks in (state["blocks"], self._described()))
-            raise ValueError(f"load_state_dict: the state is of other blocks: of {theirs}, not of {ours}")
-        left = set(state) - {"n", "blocks"}
-        for number in range(len(self.checkpoints or [None])):
-            own = {key: state[key].to(self.device) for key in left if key.startswith(f"{number}/")}
-            left -= own.keys()
-            fitted.append(begun(self.parts, self.capture, None, self.memory))
-            fitted[-1].load_state_dict(own, f"{number}/")
-        if left:
-            raise ValueError(f"load_state_dict: the state is another model's: {min(left)}")
-        self._fitted, self.n, self.subset = fitted, int(state["n"]), None
+        self._fitted, self.bound = load_fitted(self.setup, state), None
         return self
-
-    def _described(self) -> Tensor:
-        """Every block, its shape and its kind of estimator, as bytes of a text."""
-        kinds = {name: type(estimator).__name__ for name, estimator in self.parts.by_block.items()}
-        blocks = (f"{name} {list(block.shape)} {kinds[name]}" for name, block in self.capture.blocks.items())
-        return torch.tensor(list("; ".join(blocks).encode()), dtype=torch.uint8)
-
-    def at_checkpoints(self) -> list[tuple[Mapping[str, Tensor] | None, NetworkCurvature]]:
-        """Every checkpoint (None: the model as it is) with what was fitted there."""
-        if not self._fitted:
-            raise ValueError("Influence: not fitted; call fit(train) first")
-        return list(zip(self.checkpoints or [None], self._fitted, strict=True))
 
 
 def _check_resume(op: str, resume: bool) -> None:

@@ -1,31 +1,45 @@
-"""The query side of scores: preconditioned gradients, as many at a time as memory holds."""
+"""The query side of scores: preconditioned gradients of as many queries as memory holds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastif.curvature import KFAC, Directions, Explicit, LowRank
-from fastif.curvature.directions import Factors
+from fastif.curvature.directions import Directions, Explicit, Factors, LowRank
 from fastif.curvature.network import NetworkCurvature
 from fastif.data.batches import as_loader
+from fastif.influence.fitted import Fitted
 from fastif.influence.tiles import By
 from fastif.model.calls import dtype_of
 from fastif.model.gradients import Gradients
 
-if TYPE_CHECKING:
-    from fastif.influence.influence import Influence
-
 _MADE = 1 << 23  # bytes of preconditioned query gradients that are made at a time
 
 
+def query_bytes(fitted: Fitted, query: Any, rank: int | None, by: By) -> int:
+    """Of what is held of a query at least, as the first batch has it."""
+    passes, blocks = fitted.passes, fitted.capture.blocks
+    item = dtype_of(passes.model).itemsize
+    if rank is not None:
+        return item * sum(b.shape[0] * min(rank, *b.shape[1:]) * sum(b.shape[1:]) for b in blocks.values())
+    checkpoint, curvature = fitted.at_checkpoints()[0]
+    numbers = {name: block.size for name, block in blocks.items()}
+    factored = {name for name, estimator in curvature.by_block.items() if estimator.keeps_query_factors}
+    if factored and by != "token":
+        batch = next(iter(as_loader(query, passes.batch_size)))
+        with passes.running(checkpoint):
+            (_, _, gradients), *_ = passes.gradients([batch], "positions", fitted.setup.measurement)
+        numbers.update({name: Factors.size(gradients[name]) or numbers[name] for name in factored})
+    return item * sum(numbers.values())
+
+
 def query_blocks(
-    influence: Influence,
+    fitted: Fitted,
     query: Any,
     total: int,
     curvature: NetworkCurvature,
@@ -35,15 +49,15 @@ def query_blocks(
 ) -> Iterator[tuple[int, dict[str, list[Directions]]]]:
     """The query side for as many queries at a time as `memory` holds, with the first query's index."""
     if groups is not None:
-        yield 0, _grouped_queries(influence, query, curvature, groups, rank)
+        yield 0, _grouped_queries(fitted, query, curvature, groups, rank)
         return
-    whole = sum(block.size for block in influence.capture.blocks.values()) * dtype_of(influence.model).itemsize
-    each = max(1, min(influence.memory // 4, _MADE) // whole)  # making them takes some copies
-    first, held, memory = 0, _Held(0), influence.memory
-    for start, n, gradients in influence.passes.gradients(query, "queries", influence.measurement):
+    whole = sum(block.size for block in fitted.capture.blocks.values()) * dtype_of(fitted.passes.model).itemsize
+    each = max(1, min(fitted.memory // 4, _MADE) // whole)  # making them takes some copies
+    first, held, memory = 0, _Held(0), fitted.memory
+    for start, n, gradients in fitted.passes.gradients(query, "queries", fitted.setup.measurement):
         for begin in range(0, n, each):
             part = {name: g.rows(begin, begin + each) for name, g in gradients.items()}
-            made = _directions(influence, curvature, part, rank, explicit)
+            made = _directions(curvature, part, rank, explicit)
             del part
             if held.parts and held.nbytes_with(made) > memory:
                 yield first, held.settled(memory - held.nbytes)
@@ -119,7 +133,6 @@ class _Held:
 
 
 def _directions(
-    influence: Influence,
     curvature: NetworkCurvature,
     gradients: Mapping[str, Gradients],
     rank: int | None,
@@ -127,47 +140,27 @@ def _directions(
 ) -> dict[str, Directions]:
     if rank is None and not explicit:
         return curvature.directions(gradients)
-    return _solved(influence, curvature, {name: g.formed() for name, g in gradients.items()}, rank)
+    return _solved(curvature, {name: g.formed() for name, g in gradients.items()}, rank)
 
 
-def _solved(
-    influence: Influence, curvature: NetworkCurvature, matrices: Mapping[str, Tensor], rank: int | None
-) -> dict[str, Directions]:
+def _solved(curvature: NetworkCurvature, matrices: Mapping[str, Tensor], rank: int | None) -> dict[str, Directions]:
     solved = curvature.solve(matrices)
     if rank is None:
         return {name: Explicit(matrices) for name, matrices in solved.items()}
-    compressed = {name: LowRank.of(matrices, rank) for name, matrices in solved.items()}
-    influence.rank_error = max(influence.rank_error, *(directions.error for directions in compressed.values()))
-    return dict(compressed)
+    return {name: LowRank.of(matrices, rank) for name, matrices in solved.items()}
 
 
 def _grouped_queries(
-    influence: Influence, query: Any, curvature: NetworkCurvature, groups: Tensor, rank: int | None
+    fitted: Fitted, query: Any, curvature: NetworkCurvature, groups: Tensor, rank: int | None
 ) -> dict[str, list[Directions]]:
     number = int(groups.max()) + 1
     totals = {
-        name: torch.zeros((number, *block.shape), device=influence.device, dtype=dtype_of(influence.model))
-        for name, block in influence.capture.blocks.items()
+        name: torch.zeros((number, *block.shape), device=fitted.passes.device, dtype=dtype_of(fitted.passes.model))
+        for name, block in fitted.capture.blocks.items()
     }
-    for start, n, gradients in influence.passes.gradients(query, "queries", influence.measurement):
-        here = groups[start : start + n].to(influence.device)
+    for start, n, gradients in fitted.passes.gradients(query, "queries", fitted.setup.measurement):
+        here = groups[start : start + n].to(fitted.passes.device)
         for group in here.unique().tolist():
             for name, g in gradients.items():
-                totals[name][group] += g.sum((here == group).to(influence.device))
-    return {name: [made] for name, made in _solved(influence, curvature, totals, rank).items()}
-
-
-def query_bytes(influence: Influence, query: Any, rank: int | None, by: By) -> int:
-    """Of what is held of a query at least, as the first batch has it."""
-    item, blocks = dtype_of(influence.model).itemsize, influence.capture.blocks
-    if rank is not None:
-        return item * sum(b.shape[0] * min(rank, *b.shape[1:]) * sum(b.shape[1:]) for b in blocks.values())
-    checkpoint, curvature = influence.at_checkpoints()[0]
-    numbers = {name: block.size for name, block in blocks.items()}
-    factored = {name for name, estimator in curvature.by_block.items() if isinstance(estimator, KFAC)}
-    if factored and by != "token":
-        batch = next(iter(as_loader(query, influence.passes.batch_size)))
-        with influence.passes.running(checkpoint):
-            (_, _, gradients), *_ = influence.passes.gradients([batch], "positions", influence.measurement)
-        numbers.update({name: Factors.size(gradients[name]) or numbers[name] for name in factored})
-    return item * sum(numbers.values())
+                totals[name][group] += g.sum((here == group).to(fitted.passes.device))
+    return {name: [made] for name, made in _solved(curvature, totals, rank).items()}

@@ -12,7 +12,7 @@ threads: matrix products round as these have it). A file appears whole or not at
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from fastif.influence.tiles import best_of
-from fastif.journal import refuse_differences, remove_partial, whole, write_whole
 
 MANIFEST = "manifest.json"
 
 
-class Block(NamedTuple):
+class ScoreBlock(NamedTuple):
     """A rectangle of the scores and where it stands."""
 
     query: int  # first row
@@ -66,11 +65,11 @@ class ScoreFolder:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             self.settings: dict[str, Any] = manifest["settings"]
             self.rank_error: float = manifest["rank_error"]
-            self._rows, self._columns = _runs(self.settings["rows"]), _runs(self.settings["columns"])
+            self.row_runs, self.column_runs = _runs(self.settings["rows"]), _runs(self.settings["columns"])
             parts: list[str] | int | None = self.settings.get("parts")
             self.layers = parts if isinstance(parts, list) else None
             third = () if parts is None else (parts if isinstance(parts, int) else len(parts),)
-            self.shape: tuple[int, ...] = (self._rows[-1].stop, self._columns[-1].stop, *third)
+            self.shape: tuple[int, ...] = (self.row_runs[-1].stop, self.column_runs[-1].stop, *third)
             self.dtype: torch.dtype = getattr(torch, self.settings["dtype"])
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {error!r}") from error
@@ -79,13 +78,13 @@ class ScoreFolder:
         return self.shape[0]
 
     def __repr__(self) -> str:
-        done, blocks = self._progress()
+        done, blocks = self.count_blocks()
         return f"ScoreFolder({str(self.folder)!r}, shape={list(self.shape)}, {done} of {blocks} blocks)"
 
     @property
     def finished(self) -> bool:
         """Whether every block is there."""
-        done, blocks = self._progress()
+        done, blocks = self.count_blocks()
         return done == blocks
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -95,12 +94,12 @@ class ScoreFolder:
         part = tuple(self._layer(one) if isinstance(one, str) else one for one in part)
         third = torch.empty(self.shape[2:])[part].shape  # IndexError, TypeError as for any tensor
         out = torch.empty((len(wanted[0]), len(wanted[1]), *third), dtype=self.dtype)
-        for run in self._rows:
+        for run in self.row_runs:
             to_rows, from_rows = _common(wanted[0], run)
-            for stretch in self._columns if len(from_rows) else ():
+            for stretch in self.column_runs if len(from_rows) else ():
                 to_columns, from_columns = _common(wanted[1], stretch)
                 if len(from_columns):
-                    values = self._read(run, stretch)[(_slice(from_rows), _slice(from_columns), *part)]
+                    values = self.read_block(run, stretch)[(_slice(from_rows), _slice(from_columns), *part)]
                     out[_slice(to_rows), _slice(to_columns)] = torch.from_numpy(np.array(values))
         whole_axes = tuple(slice(None) if isinstance(part, slice) else 0 for part in (rows, columns))
         return out[whole_axes]
@@ -115,11 +114,11 @@ class ScoreFolder:
         """All scores, [q, n], or with the parts as a last axis."""
         return self[:, :]
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[ScoreBlock]:
         """The blocks that are there, rows first."""
-        for rows, columns in product(self._rows, self._columns):
-            if self._has(rows, columns):
-                yield Block(rows.start, columns.start, torch.from_numpy(np.array(self._read(rows, columns))))
+        for rows, columns in product(self.row_runs, self.column_runs):
+            if self.has_block(rows, columns):
+                yield ScoreBlock(rows.start, columns.start, torch.from_numpy(np.array(self.read_block(rows, columns))))
 
     def top(self, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
         """The k training examples with the largest scores for each query, as `Influence.top` gives them.
@@ -129,9 +128,9 @@ class ScoreFolder:
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.shape[1]:
             raise ValueError(f"top: k must be an integer in [1, n={self.shape[1]}], got k={k}")
         best: list[tuple[Tensor, Tensor]] = []
-        for rows in self._rows:
+        for rows in self.row_runs:
             held = None
-            for columns in self._columns:
+            for columns in self.column_runs:
                 values = self[rows.start : rows.stop, columns.start : columns.stop]
                 values = values.sum(2) if self.shape[2:] else values
                 held = best_of(held, values, columns.start, k, largest)
@@ -142,21 +141,21 @@ class ScoreFolder:
 
     # ----------------------------------------------------------------------------------------------------------- files
 
-    def _path(self, rows: range, columns: range) -> Path:
+    def block_path(self, rows: range, columns: range) -> Path:
         return self.folder / f"scores-{rows.start:09d}-{columns.start:09d}.npy"
 
-    def _has(self, rows: range, columns: range) -> bool:
-        return self._path(rows, columns).exists()
+    def has_block(self, rows: range, columns: range) -> bool:
+        return self.block_path(rows, columns).exists()
 
-    def _progress(self) -> tuple[int, int]:
-        have = [self._has(rows, columns) for rows, columns in product(self._rows, self._columns)]
+    def count_blocks(self) -> tuple[int, int]:
+        have = [self.has_block(rows, columns) for rows, columns in product(self.row_runs, self.column_runs)]
         return sum(have), len(have)
 
-    def _read(self, rows: range, columns: range) -> np.ndarray:
+    def read_block(self, rows: range, columns: range) -> np.ndarray:
         """A block, mapped and not read."""
-        path = self._path(rows, columns)
+        path = self.block_path(rows, columns)
         if not path.exists():
-            done, blocks = self._progress()
+            done, blocks = self.count_blocks()
             raise ValueError(
                 f"{self.folder} has no scores of queries {rows.start} to {rows.stop - 1} and training examples "
                 f"{columns.start} to {columns.stop - 1} yet: {done} of {blocks} blocks are there; resume the job"
@@ -172,47 +171,6 @@ class ScoreFolder:
                 "remove it and resume the job"
             )
         return values
-
-    def _write(self, rows: range, columns: range, values: Tensor, rank_error: float) -> None:
-        try:
-            if rank_error > self.rank_error:  # first: a block whose error is not noted would be taken for exact
-                self.rank_error = rank_error
-                _write_manifest(self.folder, self.settings, rank_error)
-            with whole(self._path(rows, columns)) as partial:
-                np.save(partial, values.numpy())
-        except OSError as error:
-            done, blocks = self._progress()
-            why = f"{error.strerror or error}; {done} of {blocks} blocks are kept in {self.folder}"
-            raise OSError(error.errno, f"{why}, and the same job goes on from there when it is resumed") from error
-
-    @classmethod
-    def _begun(cls, folder: Path, settings: Mapping[str, Any], resume: bool) -> ScoreFolder:
-        """The folder of a job, made where there is none yet; one of another job is refused."""
-        begun = (folder / MANIFEST).exists()
-        if begun and not resume:
-            raise ValueError(f"{folder} holds scores already; resume the job, or remove the folder")
-        if begun:
-            refuse_differences(folder, cls(folder).settings, settings)
-        elif any(folder.glob("scores-*.npy")):
-            raise ValueError(f"{folder} holds blocks of scores but no {MANIFEST} that says of what; remove them")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (MANIFEST, "scores-*.npy"):
-            remove_partial(folder, name)
-        if not begun:
-            _write_manifest(folder, settings, 0.0)
-        scores = cls(folder)
-        for rows, columns in product(scores._rows, scores._columns):
-            if scores._has(rows, columns):
-                scores._read(rows, columns)  # refuses what is damaged
-        return scores
-
-
-def _write_manifest(folder: Path, settings: Mapping[str, Any], rank_error: float) -> None:
-    manifest = {"settings": settings, "rank_error": rank_error}
-    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
-
-
-# ------------------------------------------------------------------------------------------------------------- borders
 
 
 def _runs(borders: list[int]) -> list[range]:

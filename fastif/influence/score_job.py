@@ -1,35 +1,36 @@
-"""The job that writes a folder of scores: what is missing, block by block, and what determines the numbers."""
+"""The job that writes a `ScoreFolder`: what is missing is computed, block by block, and what determines the numbers is
+kept beside them, so that a job that was cut off goes on and another one is refused."""
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
-from itertools import accumulate, chain
+from itertools import accumulate, chain, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastif._version import __version__
 from fastif.curvature.called import as_called
 from fastif.data.batches import Batch, as_loader, batch_lengths, indexable, picked
+from fastif.influence.fitted import Fitted, Setup
 from fastif.influence.queries import query_bytes
-from fastif.influence.score_folder import ScoreFolder
-from fastif.influence.scoring import tiles
+from fastif.influence.score_folder import MANIFEST, ScoreFolder
+from fastif.influence.scoring import make_tiles
 from fastif.influence.tiles import By, Tile, check_groups, check_one_length, check_positions
-from fastif.journal import described, fingerprint, tensors_in
+from fastif.journal import described, fingerprint, refuse_differences, remove_partial, tensors_in, whole, write_whole
 from fastif.model.calls import dtype_of
-
-if TYPE_CHECKING:
-    from fastif.influence.influence import Influence
 
 BLOCK_BYTES = 64 << 20  # of a block at most, where a single batch of training examples does not take more
 
 
 def write_scores(
-    influence: Influence,
+    fitted: Fitted,
     query: Any,
     train: Any,
     folder: Path | str,
@@ -43,30 +44,51 @@ def write_scores(
     for data in (query, train):
         if isinstance(data, Iterator):
             raise ValueError("scores: out= walks through the data more than once, got an iterator; pass a list")
-    settings = settings_of(influence, query, train, query_groups, rank, by)
-    scores = ScoreFolder._begun(Path(folder), settings, resume)
-    checkpoints = len(influence.at_checkpoints())
-    for rows in scores._rows:
-        missing = [columns for columns in scores._columns if not scores._has(rows, columns)]
+    settings = settings_of(fitted, query, train, query_groups, rank, by)
+    scores = _open_folder(Path(folder), settings, resume)
+    checkpoints, batch_size = len(fitted.curvatures), fitted.passes.batch_size
+    for rows in scores.row_runs:
+        missing = [columns for columns in scores.column_runs if not scores.has_block(rows, columns)]
         # All checkpoints are in a block before the next one begins; with one alone, the queries are seen to once.
         for columns in [missing] if checkpoints == 1 and missing else [[run] for run in missing]:
-            mine = query if query_groups is not None else _Part(query, influence.passes.batch_size, [rows])
-            made = tiles(influence, mine, _Part(train, influence.passes.batch_size, columns), query_groups, rank, by)
-            _write_tiles(influence, scores, made, rows, columns)
-    if rank is not None:
-        influence.rank_error = scores.rank_error
+            mine = query if query_groups is not None else _Part(query, batch_size, [rows])
+            tiles = make_tiles(fitted, mine, _Part(train, batch_size, columns), query_groups, rank, by)
+            _write_tiles(scores, tiles, rows, columns, checkpoints)
+    return scores
+
+
+def _open_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> ScoreFolder:
+    """The folder of a job, made where there is none yet; one of another job is refused."""
+    begun = (folder / MANIFEST).exists()
+    if begun and not resume:
+        raise ValueError(f"{folder} holds scores already; resume the job, or remove the folder")
+    if begun:
+        refuse_differences(folder, ScoreFolder(folder).settings, settings)
+    elif any(folder.glob("scores-*.npy")):
+        raise ValueError(f"{folder} holds blocks of scores but no {MANIFEST} that says of what; remove them")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (MANIFEST, "scores-*.npy"):
+        remove_partial(folder, name)
+    if not begun:
+        _write_manifest(folder, settings, 0.0)
+    scores = ScoreFolder(folder)
+    for rows, columns in product(scores.row_runs, scores.column_runs):
+        if scores.has_block(rows, columns):
+            scores.read_block(rows, columns)  # refuses what is damaged
     return scores
 
 
 def _write_tiles(
-    influence: Influence, scores: ScoreFolder, made: Generator[Tile], rows: range, missing: list[range]
+    scores: ScoreFolder, tiles: Generator[Tile], rows: range, missing: list[range], checkpoints: int
 ) -> None:
     """Blocks of one run of queries, from the tiles of all their missing runs of training examples."""
     starts = list(accumulate((len(run) for run in missing), initial=0))  # where the runs begin in the part
     under_way: dict[int, Tensor] = {}
-    left = [len(rows) * len(run) * len(influence.at_checkpoints()) for run in missing]
-    with closing(made):
-        for tile in made:
+    left = [len(rows) * len(run) * checkpoints for run in missing]
+    rank_error = 0.0
+    with closing(tiles):
+        for tile in tiles:
+            rank_error = max(rank_error, tile.rank_error)
             number = bisect_right(starts, tile.train) - 1  # a batch lies in one run
             run = missing[number]
             values = tile.values[""] if scores.layers is None else torch.stack([*tile.values.values()], 2)
@@ -77,9 +99,27 @@ def _write_tiles(
             under_way[number][tile.query : tile.query + len(values), column : column + values.shape[1]] += values
             left[number] -= values.shape[0] * values.shape[1]
             if left[number] == 0:
-                scores._write(rows, run, under_way.pop(number), influence.rank_error)
+                _write_block(scores, rows, run, under_way.pop(number), rank_error)
     if any(left):
         raise ValueError("scores: the data gave fewer examples than at its first pass")
+
+
+def _write_block(scores: ScoreFolder, rows: range, columns: range, values: Tensor, rank_error: float) -> None:
+    try:
+        if rank_error > scores.rank_error:  # first: a block whose error is not noted would be taken for exact
+            scores.rank_error = rank_error
+            _write_manifest(scores.folder, scores.settings, rank_error)
+        with whole(scores.block_path(rows, columns)) as partial:
+            np.save(partial, values.numpy())
+    except OSError as error:
+        done, blocks = scores.count_blocks()
+        why = f"{error.strerror or error}; {done} of {blocks} blocks are kept in {scores.folder}"
+        raise OSError(error.errno, f"{why}, and the same job goes on from there when it is resumed") from error
+
+
+def _write_manifest(folder: Path, settings: Mapping[str, Any], rank_error: float) -> None:
+    manifest = {"settings": settings, "rank_error": rank_error}
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
 
 
 class _Part:
@@ -100,86 +140,84 @@ class _Part:
             yield batch
 
 
-# ------------------------------------------------------------------------------------------------------------- settings
-
-
 def settings_of(
-    influence: Influence, query: Any, train: Any, query_groups: Tensor | None, rank: int | None, by: By
+    fitted: Fitted, query: Any, train: Any, query_groups: Tensor | None, rank: int | None, by: By
 ) -> dict[str, Any]:
     """All that determines the scores' bits, but for the data, of which the first batches stand for the rest."""
-    parts = [*influence.capture.blocks] if by == "layer" else _positions(influence, train) if by == "token" else None
-    item = dtype_of(influence.model).itemsize
-    lengths = [batch_lengths(data, influence.passes.batch_size) for data in (query, train)]
-    each = query_bytes(influence, query, rank, by)
+    setup, passes = fitted.setup, fitted.passes
+    parts = [*fitted.capture.blocks] if by == "layer" else _positions(fitted, train) if by == "token" else None
+    item = dtype_of(passes.model).itemsize
+    lengths = [batch_lengths(data, passes.batch_size) for data in (query, train)]
+    each = query_bytes(fitted, query, rank, by)
     if parts is not None:  # the bytes of a score are those of all its parts
         item *= parts if isinstance(parts, int) else len(parts)
     widest, height = max(lengths[1]), sum(lengths[0])
-    rows = max(1, min(height, influence.memory // each, BLOCK_BYTES // (widest * item)))
-    if len(influence.at_checkpoints()) > 1:  # queries go through the model again for every block: no higher than wide
+    rows = max(1, min(height, fitted.memory // each, BLOCK_BYTES // (widest * item)))
+    if len(fitted.curvatures) > 1:  # queries go through the model again for every block: no higher than wide
         rows = max(1, min(rows, int((BLOCK_BYTES / item) ** 0.5)))
     if query_groups is not None:  # a group's queries may be anywhere: all go through the model at once
         check_groups("query_groups", query_groups, height)
         rows = height = int(query_groups.max()) + 1
+    needed = fitted.subset if setup.estimators.needs_data and fitted.subset is not None else ()  # no state holds it
     return {
         "q": sum(lengths[0]),
         "n": sum(lengths[1]),
-        **fit_settings(influence, train),
-        "measurement": described(influence.measurement),
+        **fit_settings(setup, train),
+        "measurement": described(setup.measurement),
         "rank": rank,
         "by": None if by == "all" else by,
         "parts": parts,
         "query groups": None if query_groups is None else fingerprint([query_groups]),
-        "curvature state": fingerprint((*influence.state_dict().values(), *_multiplied(influence))),
-        "factors in place": _in_place(influence),
-        "memory": influence.memory,
-        "query": _first_batch(query, influence.passes.batch_size),
+        "curvature state": fingerprint((*fitted.state_dict().values(), *needed)),
+        "choices": _choices(fitted),
+        "memory": fitted.memory,
+        "query": _first_batch(query, passes.batch_size),
         "rows": [*range(0, height, rows), height],
         "columns": _borders(lengths[1], max(widest, BLOCK_BYTES // (rows * item))),
     }
 
 
-def fit_settings(influence: Influence, train: Any) -> dict[str, Any]:
+def fit_settings(setup: Setup, train: Any) -> dict[str, Any]:
     """All that determines the curvature but for its subset."""
-    model, checkpoints = influence.model, influence.checkpoints
+    passes, model, checkpoints = setup.passes, setup.model, setup.checkpoints
     own = dict(chain(model.named_parameters(), model.named_buffers()))
     states = [own] if checkpoints is None else checkpoints
     covered: dict[str, list[str]] = {}
-    for name, estimator in influence.parts.by_block.items():
+    for name, estimator in setup.estimators.by_block.items():
         covered.setdefault(as_called(estimator), []).append(name)
     return {
-        "loss": described(influence.passes.loss),
+        "loss": described(passes.loss),
         "curvature": "; ".join(f"{estimator} of {', '.join(names)}" for estimator, names in covered.items()),
         "checkpoints": None if checkpoints is None else len(checkpoints),
         "model": fingerprint(t for state in states for t in state.values() if isinstance(t, Tensor)),
-        "train": _first_batch(train, influence.passes.batch_size),
-        "batch_size": influence.passes.batch_size,
+        "train": _first_batch(train, passes.batch_size),
+        "batch_size": passes.batch_size,
         "dtype": str(dtype_of(model)).removeprefix("torch."),
-        "autocast": None if influence.passes.autocast is None else str(influence.passes.autocast),
-        "allow_train_mode": influence.passes.allow_train_mode,
-        "device": influence.device.type,
-        "seed": influence.seed,
+        "autocast": None if passes.autocast is None else str(passes.autocast),
+        "allow_train_mode": passes.allow_train_mode,
+        "device": passes.device.type,
+        "seed": setup.seed,
         "fastif": __version__,
         "torch": torch.__version__,
     }
 
 
-def _multiplied(influence: Influence) -> Iterable[Tensor]:
-    """The subset with whose curvature solves multiply, which no state holds."""
-    return influence.subset if influence.parts.needs_data and influence.subset is not None else ()
+def _choices(fitted: Fitted) -> dict[str, Any]:
+    """What estimators chose by themselves while they were fitted and no state holds, by block."""
+    chosen: dict[str, Any] = {}
+    for number, curvature in enumerate(fitted.curvatures):
+        for name, estimator in curvature.by_block.items():
+            if estimator.choices():
+                chosen[f"{number}/{name}"] = estimator.choices()
+    return chosen
 
 
-def _in_place(influence: Influence) -> list[str]:
-    """Exact blocks whose factor stands in their own square: as near, but not the same to the bit."""
-    fitted = [curvature.by_block for _, curvature in influence.at_checkpoints()]
-    return sorted({name for by in fitted for name, block in by.items() if getattr(block, "in_place_used", False)})
-
-
-def _positions(influence: Influence, train: Any) -> int:
+def _positions(fitted: Fitted, train: Any) -> int:
     """Of the first batch; at others', if they have another number, `check_one_length` raises."""
-    checkpoint, _ = influence.at_checkpoints()[0]
-    batch = next(iter(as_loader(train, influence.passes.batch_size)))
-    with influence.passes.running(checkpoint):
-        (_, _, gradients), *_ = influence.passes.gradients([batch], "positions")
+    checkpoint, _ = fitted.at_checkpoints()[0]
+    batch = next(iter(as_loader(train, fitted.passes.batch_size)))
+    with fitted.passes.running(checkpoint):
+        (_, _, gradients), *_ = fitted.passes.gradients([batch], "positions")
     return check_positions({name: g.positions for name, g in gradients.items()})
 
 

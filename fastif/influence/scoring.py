@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastif.curvature import Directions, Explicit
+from fastif.curvature.directions import Directions, Explicit
 from fastif.data.batches import count
+from fastif.influence.fitted import Fitted
 from fastif.influence.queries import query_blocks
-from fastif.influence.tiles import By, Tile, check_groups, check_one_length, check_positions
+from fastif.influence.tiles import By, Tile, best_of, check_groups, check_one_length, check_positions
 from fastif.model.gradients import Gradients
 
-if TYPE_CHECKING:
-    from fastif.influence.influence import Influence
+
+class Scores(NamedTuple):
+    """Scores in memory."""
+
+    values: dict[str, Tensor]  # "" or, by layer, its name: [q, n]
+    rank_error: float
 
 
-def tiles(
-    influence: Influence,
+def make_tiles(
+    fitted: Fitted,
     query: Any,
     train: Any,
     query_groups: Tensor | None = None,
@@ -30,13 +35,14 @@ def tiles(
     """Rectangles of the scores: queries of a block × training examples of a batch."""
     if rank is not None and rank < 1:
         raise ValueError(f"scores: rank must be at least 1, got {rank}")
-    influence.rank_error = 0.0
-    share = influence.n * len(influence.at_checkpoints())
-    total = count(query, influence.passes.batch_size) if query_groups is None else int(query_groups.max()) + 1
-    for checkpoint, curvature in influence.at_checkpoints():
-        with influence.passes.running(checkpoint):
-            for first, held in query_blocks(influence, query, total, curvature, query_groups, rank, by == "token"):
-                for start, _, gradients in influence.passes.gradients(train, _of_queries(first, held, total)):
+    passes, checkpoints = fitted.passes, fitted.at_checkpoints()
+    share = fitted.n * len(checkpoints)
+    total = count(query, passes.batch_size) if query_groups is None else int(query_groups.max()) + 1
+    for checkpoint, curvature in checkpoints:
+        with passes.running(checkpoint):
+            for first, held in query_blocks(fitted, query, total, curvature, query_groups, rank, by == "token"):
+                rank_error = max(part.error for parts in held.values() for part in parts)
+                for start, _, gradients in passes.gradients(train, _of_queries(first, held, total)):
                     parts = {}
                     for name, g in gradients.items():
                         dots = _by_position if by == "token" else _dots
@@ -44,7 +50,7 @@ def tiles(
                     if by == "token":
                         check_positions({name: g.positions for name, g in gradients.items()})
                     del gradients  # before those of the next batch come
-                    yield Tile(first, start, parts if by == "layer" else {"": _added(parts.values())})
+                    yield Tile(first, start, parts if by == "layer" else {"": _added(parts.values())}, rank_error)
                 held.clear()  # before the next queries are held
 
 
@@ -54,27 +60,30 @@ def _of_queries(first: int, held: Mapping[str, list[Directions]], total: int) ->
     return "scores" if rows == total else f"scores, queries {first + 1:,} to {first + rows:,} of {total:,}"
 
 
-def assembled(
-    influence: Influence,
+def compute_scores(
+    fitted: Fitted,
     query: Any,
     train: Any,
     query_groups: Tensor | None = None,
     groups: Tensor | None = None,
     rank: int | None = None,
     by: By = "all",
-) -> dict[str, Tensor]:
+) -> Scores:
     """The tiles put together, groups summed."""
-    rows = count(query, influence.passes.batch_size)
+    batch_size = fitted.passes.batch_size
+    rows = count(query, batch_size)
     if query_groups is not None:
         check_groups("query_groups", query_groups, rows)
         rows = int(query_groups.max()) + 1
-    columns = n = count(train, influence.passes.batch_size)
+    columns = n = count(train, batch_size)
     if groups is not None:
         check_groups("groups", groups, n)
         columns = int(groups.max()) + 1
     out: dict[str, Tensor] = {}
-    with closing(tiles(influence, query, train, query_groups, rank, by)) as made:  # the model is released in any case
-        for tile in made:
+    rank_error = 0.0
+    with closing(make_tiles(fitted, query, train, query_groups, rank, by)) as tiles:  # releases the model in any case
+        for tile in tiles:
+            rank_error = max(rank_error, tile.rank_error)
             for key, values in tile.values.items():
                 if key not in out:
                     out[key] = values.new_zeros((rows, columns, *values.shape[2:]))
@@ -84,7 +93,36 @@ def assembled(
                     place[:, tile.train : tile.train + values.shape[1]] += values
                 else:
                     place.index_add_(1, groups[tile.train : tile.train + values.shape[1]].cpu(), values)
-    return out
+    return Scores(out, rank_error)
+
+
+def find_top(fitted: Fitted, query: Any, train: Any, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """The k best training examples of each query, (values [q, k], indices int64 [q, k]); see `Influence.top`."""
+    n = count(train, fitted.passes.batch_size)
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
+        raise ValueError(f"top: k must be an integer in [1, n={n}], got k={k}")
+    if len(fitted.curvatures) > 1:  # a checkpoint's part is no score: the sum has to be there before it is ranked
+        scores = compute_scores(fitted, query, train).values[""]
+        values, indices = scores.sort(dim=1, descending=largest, stable=True)
+        return values[:, :k], indices[:, :k]
+    best: dict[int, tuple[Tensor, Tensor]] = {}  # by first query of a block
+    with closing(make_tiles(fitted, query, train)) as tiles:
+        for tile in tiles:
+            best[tile.query] = best_of(best.get(tile.query), tile.values[""], tile.train, k, largest)
+    values, indices = zip(*(best[start] for start in sorted(best)), strict=True)
+    return torch.cat(values), torch.cat(indices)
+
+
+def compute_self_influence(fitted: Fitted, train: Any) -> Tensor:
+    """scores[t, t] of every training example, [n]."""
+    total = None
+    for checkpoint, curvature in fitted.at_checkpoints():
+        with fitted.passes.running(checkpoint):
+            batches = fitted.passes.gradients(train, "self-influence")
+            parts = [curvature.sq_norms(gradients).cpu() for _, _, gradients in batches]
+        total = torch.cat(parts) if total is None else total + torch.cat(parts)
+    assert total is not None
+    return total / (fitted.n * len(fitted.curvatures))
 
 
 def _dots(parts: list[Directions], g: Gradients) -> Tensor:

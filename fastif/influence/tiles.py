@@ -1,4 +1,4 @@
-"""Rectangles of scores, what is checked of them, and the best of each row."""
+"""Tiles: rectangles of scores, what they must agree in, and the best of them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class Tile(NamedTuple):
     query: int  # first row
     train: int  # first column
     values: dict[str, Tensor]  # "" or, by layer, its name: [rows, columns]
+    rank_error: float = 0.0  # relative, of the rows' preconditioned gradients, where they were kept at a lower rank
 
 
 def best_of(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastif import EKFAC, KFAC, Diagonal, ExactBlock, Identity, Influence, NotPositiveDefinite
+from fastif import EKFAC, KFAC, Diagonal, ExactBlock, Identity, Influence, NotPositiveDefinite, Shampoo
 from fastif.model.capture import Capture
 from fastif.model.losses import output_columns
 from fastif.samplers import Subset
@@ -27,7 +27,7 @@ from tests.helpers.problems import wide
 
 @pytest.mark.parametrize("name", ["mlp", "words", "pixels"])
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
-@pytest.mark.parametrize("estimator", [KFAC, EKFAC, Diagonal, ExactBlock])
+@pytest.mark.parametrize("estimator", [KFAC, EKFAC, Shampoo, Diagonal, ExactBlock])
 def test_everything_is_as_built_by_hand(name, fisher, estimator):
     data = problem(name).data
     made = exact_block(DAMPING, fisher) if estimator is ExactBlock else estimator(DAMPING, fisher)
@@ -78,7 +78,9 @@ def test_batch_size_memory_and_threads_do_not_matter(estimator):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("estimator", [KFAC(DAMPING), EKFAC(DAMPING), Diagonal(DAMPING)], ids=names_of)
+@pytest.mark.parametrize(
+    "estimator", [KFAC(DAMPING), EKFAC(DAMPING), Diagonal(DAMPING), Shampoo(DAMPING)], ids=names_of
+)
 def test_weights_of_a_subset_are_repetitions(estimator):
     x, y = problem("words").data
     indices, repeats = torch.tensor([17, 0, 5, 9]), torch.tensor([3, 1, 2, 4])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastif import EKFAC, KFAC, Diagonal, ExactBlock, Influence
+from fastif import EKFAC, KFAC, Diagonal, ExactBlock, Influence, Shampoo
 from tests import reference
 from tests.helpers.networks import Apply
 
@@ -111,6 +111,7 @@ class Table(Layer):
 
     def matrix(self, of, fisher, weights):
         rows, d = self.a.shape[2], self.empirical.shape[3]
+        of = reference.ekfac if of is reference.shampoo else of  # rows that are looked up are a basis of their own
         flipped = super().matrix(of, fisher, weights).view(d, rows, d, rows)
         return flipped.permute(1, 0, 3, 2).reshape(rows * d, rows * d)
 
@@ -119,7 +120,13 @@ def diagonal(inputs, columns, weights):
     return torch.diag(reference.ggn(inputs, columns, weights).diagonal())
 
 
-MATRICES = {KFAC: reference.kfac, EKFAC: reference.ekfac, Diagonal: diagonal, ExactBlock: reference.ggn}
+MATRICES = {
+    KFAC: reference.kfac,
+    EKFAC: reference.ekfac,
+    Shampoo: reference.shampoo,
+    Diagonal: diagonal,
+    ExactBlock: reference.ggn,
+}
 
 
 def influence_of(name, curvature, **options):
@@ -132,7 +139,11 @@ def exact_block(damping, fisher="exact"):
 
 
 ESTIMATORS = [
-    *(kind(DAMPING, fisher) for kind in (KFAC, EKFAC, Diagonal) for fisher in ("exact", "empirical", "monte_carlo")),
+    *(
+        kind(DAMPING, fisher)
+        for kind in (KFAC, EKFAC, Diagonal, Shampoo)
+        for fisher in ("exact", "empirical", "monte_carlo")
+    ),
     {"words": Diagonal(DAMPING), "head": exact_block(DAMPING), "*": EKFAC(DAMPING)},
 ]
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastif import CG, EKFAC, KFAC, ExactBlock, Influence, RandomProjection
-from fastif.curvature.protocol import JointCurvature
+from fastif.curvature.protocol import Cost, JointCurvature
 from fastif.model.capture import Capture
 from tests.helpers.networks import LAYERS
 
@@ -110,8 +110,8 @@ class Scaled(JointCurvature):
     def load_state_dict(self, state):
         pass
 
-    def footprint(self, shapes, tables, item):
-        return 0, 0
+    def cost(self, blocks, fit):
+        return Cost()
 
 
 def test_a_joint_estimator_gets_its_blocks_and_the_data_of_the_fit():

@@ -135,7 +135,7 @@ def test_only_the_first_tiles_are_rehearsed():
     numbers = sum(o + d for o, d in ((256, 785), (128, 257), (10, 129)))  # that layers of one position keep of a query
     held = (1 << 17) // (4 * numbers)  # queries at a time: after two such blocks nothing new comes
     assert sum(seen) - 2 * alone <= 3 * held + 5 * 16
-    assert not influence._fitted
+    assert influence.n == 0
     with pytest.raises(ValueError, match="not fitted"):
         influence.scores(data, data)
 

@@ -272,7 +272,7 @@ def test_what_changes_only_the_last_bits_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("fastif.curvature.exact.block.available_bytes", lambda _: next(room, 0))
     influence = fitted(model, train, curvature={"2": ExactBlock()}, layers="2")
     assert influence.curvature["2"].in_place_used
-    with pytest.raises(ValueError, match=r"factors in place was \[\], is \['2'\]"):
+    with pytest.raises(ValueError, match=r"choices was \{\}, is \{'0/2': \{'factor in place': True\}\}"):
         influence.scores(query, train, out=tmp_path / "factors", resume=True)
 
 

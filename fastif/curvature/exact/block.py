@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from fastif import ops
-from fastif.curvature.called import Called
 from fastif.curvature.damping import check_damping
-from fastif.curvature.directions import Directions, Explicit
 from fastif.curvature.exact import triangles
 from fastif.curvature.exact.building import Rows
 from fastif.curvature.exact.cholesky import eigenvalue_range, extreme_eigenvalues
 from fastif.curvature.exact.factor import Beside, Factor, Within
 from fastif.curvature.exact.softmax import check_labels, check_layer, check_values, output_grads, output_roots
 from fastif.curvature.kfac import KFAC
+from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork, SeenBatch
 from fastif.measure import available_bytes
 from fastif.model.gradients import Dense, Gradients
 from fastif.model.layers import Block
@@ -29,7 +28,7 @@ _ENTRIES = 1 << 22  # of gradients, or of outputs' Hessians, that are formed at 
 _ROWS = 256  # gradients at a time where they have to be formed
 
 
-class ExactBlock(Called):
+class ExactBlock(Curvature):
     """Curvature of a layer that is exact over all pairs of its parameters; Cholesky solves.
 
     For a linear layer whose outputs are the logits, G = Σ_i w_i H_i ⊗ a_i a_iᵀ of shape [c·d, c·d], with layer inputs
@@ -73,14 +72,16 @@ class ExactBlock(Called):
             raise ValueError(f"ExactBlock: in_place must be True, False or 'auto', got {in_place!r}")
         self.damping: float | Literal["auto"] = damping
         self.matrix, self.name, self.joint, self.in_place = matrix, name, joint, in_place
+        self.fisher: Fisher = "empirical" if matrix == "empirical_fisher" else "exact"  # of blocks that are no head
         self._shape = 0, 0, 0  # g, o, d of a layer that is given by its gradients
         self._forget()
 
     passes = 1
+    prefers_head = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A factor in place stands in the block again, of which a pickle holds two."""
-        self.__dict__.update(state)
+        vars(self).update(state)
         if isinstance(self._factor, Within):
             self._factor = self._factor.moved(self._flat(self._fitted))
 
@@ -91,15 +92,22 @@ class ExactBlock(Called):
         self._pending: tuple[Tensor, Tensor] | None = None  # inputs [n, d] and outputs' Hessians [n, o, o] of a batch
         self._factor: Factor | None = None  # of the block as it is
 
-    @property
-    def fisher(self) -> Fisher:
-        """The gradients of which a block that is not a head is built."""
-        return "empirical" if self.matrix == "empirical_fisher" else "exact"
-
     def begin(self, name: str, shape: tuple[int, int, int]) -> None:
         """Forgets what was learned; the block has g matrices [o, d], which are taken as one [g·o, d]."""
         self.name, self._shape = name, shape
         self._forget()
+
+    def observe_batch(self, seen: SeenBatch, names: Sequence[str]) -> bool:
+        """The closed form of a layer whose outputs are the logits of a softmax; and a Hessian, by differentiation."""
+        if self.fisher != "exact":
+            return False
+        head = seen.forward.head(names[0]) if seen.softmax else None
+        if head is not None:
+            assert seen.counted is not None
+            self.update(*head, weights=seen.weights * seen.counted)
+        elif self.matrix == "hessian":
+            self.observe_loss((seen.losses * seen.weights.to(seen.losses)).sum(), [seen.blocks[name] for name in names])
+        return head is not None or self.matrix == "hessian"
 
     def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
         """Adds Σ_i weights[i] vec(g_i) vec(g_i)ᵀ: a column of the curvature of a layer that is not the head."""
@@ -152,10 +160,6 @@ class ExactBlock(Called):
         del turn
         self._factored()
 
-    def directions(self, gradients: Gradients) -> Directions:
-        """The query side of pairwise scores."""
-        return Explicit(self.solve(gradients.formed()))
-
     def state_dict(self) -> dict[str, Tensor]:
         return {"block": self.block}
 
@@ -167,23 +171,21 @@ class ExactBlock(Called):
         flat = self._flat(self._fitted.zero_())
         self._factor = self._place(len(flat), flat.element_size()).stand_in(flat, self.name)
 
-    def footprint(self, shape: tuple[int, int, int], table: bool, item: int) -> tuple[int, int]:
-        """Bytes held, of the block and of what of its factor stands beside it, and taken beside them in the making."""
-        del table
-        size = math.prod(shape)
-        return self._place(size, item).footprint(size, item)
+    def choices(self) -> dict[str, Any]:
+        """A factor in the block's own square is as near, but not the same to the bit."""
+        return {"factor in place": True} if self.in_place_used else {}
 
-    @staticmethod
-    def operations(size: int, n: int, columns: int, one_position: tuple[int, int, int] | None) -> float:
-        """For `Influence.plan`: of building a block over `size` parameters from n examples, and of factoring it.
-
-        `one_position`: the shape [g, o, d] of a layer with one position, whose outputs' Hessians are summed first.
-        """
-        each = columns * size * (size + 1)
-        if one_position is not None and one_position[0] == 1:
-            _, o, d = one_position
+    def cost(self, block: BlockWork, fit: FitWork) -> Cost:
+        """The block is held, and of its factor what stands beside it."""
+        size, (g, o, d) = block.size, block.shape
+        held, making = self._place(size, fit.item).footprint(size, fit.item)
+        factoring = size**3 / 3
+        if self.matrix == "hessian" and not fit.head:
+            return Cost(held, making, factoring, hessian_rows=size)
+        each = fit.columns * size * (size + 1)
+        if g == block.positions == 1:  # the outputs' Hessians are summed before the inputs come in
             each = o * (o + 1) / 2 * d * (d + 1)
-        return n * each + size**3 / 3
+        return Cost(held, making, fit.n * each + factoring)
 
     def fit(
         self, inputs: Tensor, logits: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
@@ -388,7 +390,7 @@ class ExactBlock(Called):
             return
         others = {
             "in_place=True": sum(Within.footprint(size, item)),
-            "KFAC or EKFAC": sum(KFAC.footprint(whole, False, item)),
+            "KFAC or EKFAC": sum(KFAC().cost(BlockWork(whole, 1, False), FitWork(0, 0, item))[:2]),
             "Diagonal": 2 * size * item,
         }
         fits = [f"; {name} takes {taken / gib:.3g} GiB" for name, taken in others.items() if taken <= room]

@@ -12,7 +12,7 @@ from fastif.curvature.damping import NotPositiveDefinite, check_damping
 from fastif.curvature.matrix_free.iterations import check_iterations, warn_not_converged
 from fastif.curvature.matrix_free.krylov import krylov, sufficient
 from fastif.curvature.matrix_free.operator import Layout, Matrix, check_matrix, operator_of
-from fastif.curvature.protocol import FitData, JointCurvature, Multiplied, Shape
+from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Products, Shape
 
 
 class Arnoldi(JointCurvature):
@@ -146,15 +146,14 @@ class Arnoldi(JointCurvature):
         self._values, self._vectors, self._residuals = state["values"], state["vectors"], state["residuals"]
         self._left_out = state["left_out"]
 
-    def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
-        del tables
-        size = sum(math.prod(shape) for shape in shapes.values())
+    def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
+        size = sum(block.size for block in blocks.values())
         longest = min((self._steps + 1) * self.block, size)  # basis, which is copied when it grows
-        return min(self.rank, size) * size * item, (2 * longest + 4 * self.block) * size * item
+        return Cost(min(self.rank, size) * size * fit.item, (2 * longest + 4 * self.block) * size * fit.item)
 
-    def multiplied(self, n: int) -> Multiplied:
+    def products(self, n: int) -> Products:
         del n
-        return Multiplied(fit=self._steps, together=self.block)
+        return Products(fit=self._steps, together=self.block, matrix=self.matrix, keep_graph=self.keep_graph)
 
     @property
     def _steps(self) -> int:

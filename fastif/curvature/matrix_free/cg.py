@@ -14,7 +14,17 @@ from fastif.curvature.damping import NotPositiveDefinite, check_damping
 from fastif.curvature.matrix_free.iterations import check_iterations, iterating, silent, warn_not_converged
 from fastif.curvature.matrix_free.krylov import Product, dots, krylov, norms_of, scaled, sufficient
 from fastif.curvature.matrix_free.operator import Layout, Matrix, check_matrix, operator_of
-from fastif.curvature.protocol import Curvature, FitData, JointCurvature, Multiplied, Shape, check_estimator
+from fastif.curvature.protocol import (
+    BlockWork,
+    Cost,
+    Curvature,
+    FitData,
+    FitWork,
+    JointCurvature,
+    Products,
+    Shape,
+    check_estimator,
+)
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
 
@@ -58,7 +68,7 @@ class CG(JointCurvature):
         check_iterations("CG", tolerance, max_steps=max_steps)
         if preconditioner is not None:
             check_estimator("CG: preconditioner must be an estimator of single blocks", preconditioner)
-            if isinstance(preconditioner, JointCurvature) or getattr(preconditioner, "joint", False):
+            if preconditioner.joint:
                 raise TypeError(
                     f"CG: preconditioner must be an estimator of single blocks, got {type(preconditioner).__name__}, "
                     "which is one of all blocks together"
@@ -137,19 +147,22 @@ class CG(JointCurvature):
             start = f"{name}/"
             estimator.load_state_dict({k.removeprefix(start): v for k, v in state.items() if k.startswith(start)})
 
-    def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
+    def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
         """Of the preconditioner; a solve takes some vectors of its right-hand sides' size besides, and the graph."""
-        if self.preconditioner is None:
-            return 0, 0
-        by_block = dict.fromkeys(shapes, self.preconditioner) | self._preconditioners
-        parts = [by_block[name].footprint(shape, tables[name], item) for name, shape in shapes.items()]
-        return sum(held for held, _ in parts), max(making for _, making in parts)
+        total = Cost()
+        if self.preconditioner is not None:
+            by_block = dict.fromkeys(blocks, self.preconditioner) | self._preconditioners
+            for name, block in blocks.items():
+                total += by_block[name].cost(block, fit)
+        return total
 
-    def multiplied(self, n: int) -> Multiplied:
+    def products(self, n: int) -> Products:
         """One in a step, and one when the recursion ends, which begins anew only where it has halved the residual."""
         del n
         ends = 1 + math.ceil(-math.log2(self.tolerance))
-        return Multiplied(solve=self.max_steps + min(ends, self.max_steps))
+        return Products(
+            solve=self.max_steps + min(ends, self.max_steps), matrix=self.matrix, keep_graph=self.keep_graph
+        )
 
 
 class Solved(NamedTuple):

@@ -14,7 +14,7 @@ from fastif.curvature.damping import NotPositiveDefinite, check_damping
 from fastif.curvature.matrix_free.iterations import check_iterations, iterating, silent, warn_not_converged
 from fastif.curvature.matrix_free.krylov import Product, dots, krylov, norms_of, scaled, sufficient
 from fastif.curvature.matrix_free.operator import Layout, Matrix, Operator, check_matrix, operator_of
-from fastif.curvature.protocol import FitData, JointCurvature, Multiplied, Shape
+from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Products, Shape
 from fastif.samplers.subset import Subset
 
 _MARGIN = 1.25  # of the scale above the largest eigenvalue that was seen
@@ -170,16 +170,18 @@ class LiSSA(JointCurvature):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._scale = state["scale"]
 
-    def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
+    def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
         """Nothing is held; the scale takes a few vectors, a solve some of its right-hand sides' size, and the graph."""
-        del tables
-        return 0, 4 * sum(math.prod(shape) for shape in shapes.values()) * item if self.scale == "auto" else 0
+        size = sum(block.size for block in blocks.values())
+        return Cost(making=4 * size * fit.item if self.scale == "auto" else 0)
 
-    def multiplied(self, n: int) -> Multiplied:
+    def products(self, n: int) -> Products:
         """Power iteration for the scale; one in a step, and two of all examples that look at where it has come to."""
         share = 1.0 if self.batch is None else min(1.0, self.batch / n)
         finding = _POWER_STEPS if self.scale == "auto" else 0
-        return Multiplied(share * finding, share * self.steps * self.repeats + 2)
+        return Products(
+            share * finding, share * self.steps * self.repeats + 2, matrix=self.matrix, keep_graph=self.keep_graph
+        )
 
 
 def drawn(subset: Subset, batch: int, generator: Generator) -> Subset:

@@ -1,0 +1,103 @@
+"""What was asked for, and what a fit made of it: all that scores, plans, jobs and removals are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastif.curvature.network import NetworkCurvature, prepare
+from fastif.model.capture import Capture
+from fastif.model.losses import Measurement
+from fastif.model.passes import Passes
+from fastif.samplers.subset import Subset
+
+Checkpoint = Mapping[str, Tensor] | None  # a state dict, or None: the model as it is
+
+
+class Setup(NamedTuple):
+    """What an `Influence` was asked to do; nothing has been fitted yet."""
+
+    passes: Passes
+    estimators: NetworkCurvature  # that have learned nothing
+    measurement: Measurement  # of queries
+    checkpoints: Sequence[Mapping[str, Tensor]] | None
+    memory: int  # bytes, as for `Influence`
+    seed: int
+
+    @property
+    def model(self) -> nn.Module:
+        return self.passes.model
+
+    @property
+    def capture(self) -> Capture:
+        return self.passes.capture
+
+    @property
+    def device(self) -> torch.device:
+        return self.passes.device
+
+    @property
+    def states(self) -> list[Checkpoint]:
+        """The checkpoints over which influence is averaged."""
+        return list(self.checkpoints) if self.checkpoints is not None else [None]
+
+    def describe_blocks(self) -> Tensor:
+        """Every block, its shape and its kind of estimator, as bytes of a text: what a state has to agree with."""
+        kinds = {name: type(estimator).__name__ for name, estimator in self.estimators.by_block.items()}
+        blocks = (f"{name} {list(block.shape)} {kinds[name]}" for name, block in self.capture.blocks.items())
+        return torch.tensor(list("; ".join(blocks).encode()), dtype=torch.uint8)
+
+
+class Fitted(NamedTuple):
+    """What a fit made."""
+
+    setup: Setup
+    curvatures: tuple[NetworkCurvature, ...]  # by checkpoint
+    n: int  # training examples
+    subset: Subset | None = None  # that carried the curvature; None where a state was loaded, which does not hold it
+
+    @property
+    def passes(self) -> Passes:
+        return self.setup.passes
+
+    @property
+    def capture(self) -> Capture:
+        return self.setup.capture
+
+    @property
+    def memory(self) -> int:
+        return self.setup.memory
+
+    def at_checkpoints(self) -> list[tuple[Checkpoint, NetworkCurvature]]:
+        """Every checkpoint with what was fitted there."""
+        return list(zip(self.setup.states, self.curvatures, strict=True))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that was learned, as tensors."""
+        state = {"n": torch.tensor(self.n), "blocks": self.setup.describe_blocks()}
+        for number, curvature in enumerate(self.curvatures):
+            state.update(curvature.state_dict(f"{number}/"))
+        return state
+
+
+def load_fitted(setup: Setup, state: Mapping[str, Tensor]) -> Fitted:
+    """What `Fitted.state_dict` gave for the same setup. Raises ValueError for a state that does not fit."""
+    if "n" not in state or "blocks" not in state:
+        raise ValueError("load_state_dict: the state is another model's: no n and blocks")
+    described = setup.describe_blocks()
+    if not torch.equal(state["blocks"].cpu(), described):
+        theirs, ours = (bytes(blocks.tolist()).decode() for blocks in (state["blocks"], described))
+        raise ValueError(f"load_state_dict: the state is of other blocks: of {theirs}, not of {ours}")
+    left = set(state) - {"n", "blocks"}
+    curvatures: list[NetworkCurvature] = []
+    for number in range(len(setup.states)):
+        own = {key: state[key].to(setup.device) for key in left if key.startswith(f"{number}/")}
+        left -= own.keys()
+        curvatures.append(prepare(setup.estimators, setup.capture.blocks, None, setup.memory))
+        curvatures[-1].load_state_dict(own, f"{number}/")
+    if left:
+        raise ValueError(f"load_state_dict: the state is another model's: {min(left)}")
+    return Fitted(setup, tuple(curvatures), int(state["n"]))
