@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def _line(line: str) -> str:
         parts[position] = re.sub(r"docs/(math|removal|evaluation)\.md", r":doc:`docs/\1.md </\1>`", escaped)
     # A role ends at a space or at punctuation: what else touches it is set apart by an escaped space.
     text = parts[0]
-    for before, part in zip(parts, parts[1:], strict=False):
+    for before, part in pairwise(parts):
         inside = part.startswith((":py:obj:", "``"))
         glued = (inside and before[-1:].strip() and before[-1:] not in "([{<'\"-/:") or (
             not inside and before.startswith((":py:obj:", "``")) and re.match(r"\w", part)

@@ -1,5 +1,6 @@
 """README runs, twice in one folder; its tables and pictures and those of docs/benchmarks.md are the kept results."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastif
 from benchmarks.figures import tables
 
 ROOT = Path(__file__).parents[2]
@@ -68,3 +70,13 @@ def test_each_formula_names_the_files_that_compute_it():
             files = re.findall(r"\]\(\.\./([\w/.]+)\)", code[1])
             texts = [(ROOT / file).read_text() for file in files]
             assert any(f"({number[1]})" in text and "docs/math.md" in text for text in texts), section[:40]
+
+
+def test_the_reference_has_every_public_name():
+    for room in ("ops", "model", "samplers", "curvature", "influence", "removal", "evaluation", "report"):
+        page = (ROOT / "docs" / "api" / f"{room}.md").read_text()
+        for name in importlib.import_module(f"fastif.{room}").__all__:
+            assert re.search(rf"^\.\. auto\w+:: fastif\.([\w.]+\.)?{name}$", page, flags=re.MULTILINE), name
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
+    for name in set(fastif.__all__) - {"__version__", "curvature", "data", "evaluation", "ops", "samplers"}:
+        assert f":: fastif.{name}\n" in pages or f".{name}\n" in pages, name
