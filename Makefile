@@ -47,7 +47,7 @@ lint: .venv/lint  ## ruff, pyright and clang-format
 	.venv/bin/clang-format --dry-run --Werror $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/emulator/*.* tests/ops/*.cpp))
 
 docs: build/ready $(if $(SETUP),.venv/docs)  ## the documentation site, build/docs/index.html; warnings are errors
-	$(PY) -m sphinx -q -W --keep-going -b html docs build/docs
+	$(PY) -m sphinx -q -E -a -W --keep-going -b html docs build/docs
 	@echo "build/docs/index.html"
 
 bench: build/ready  ## verify, then time every op against its peers, some minutes
