@@ -33,11 +33,11 @@ help:  ## this list
 demo: build/ready  ## remove each class of the digits from a small CNN, compare samplers with retraining, a minute
 	$(PY) -m fastif class-removal --out $(OUT)
 
-test: build/ready $(if $(SETUP),.venv/test)  ## the tests, but for what compiles or installs something: 6 minutes on two cores
+test: build/ready $(if $(SETUP),.venv/test)  ## the tests, but for those that compile or install the whole of it
 	@echo "tests$(if $(SETUP), in $(JOBS) processes): a dot each, the slow ones of benchmarks and emulator among them"
 	$(TESTS) -m "not slow" $(COVER) fastif tests
 
-test-slow: build/ready $(if $(SETUP),.venv/test)  ## the tests that compile or install something
+test-slow: build/ready $(if $(SETUP),.venv/test)  ## the tests that compile or install the whole of it, minutes each
 	$(TESTS) -m slow tests
 
 lint: .venv/lint  ## ruff, pyright and clang-format
