@@ -178,6 +178,10 @@ class KFAC(Curvature):
         turned = d * d + outputs**2 + (o * d if self.passes > 1 else 0)  # operations of a position, in every pass
         return Cost(
             held=g * item * (d * d + (o if block.table else o * o) + o * d),
+            learned=g * item * (d * d + (o if block.table else o * o)),
+            observing=g * item * o * d if self.passes > 1 else 0,
+            solving=g * item * o * d,
+            beside=g * item * o * d,
             making=max(8 * (g + 2) * largest - g * item * largest, 8 * g * o * d),
             operations=2 * self.passes * fit.n * fit.columns * g * block.positions * turned
             + 10 * g * (d**3 + outputs**3),
