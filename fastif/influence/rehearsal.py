@@ -32,7 +32,7 @@ from fastif.model.gradients import of_table
 from fastif.model.losses import Fisher, labels_in, output_columns, per_sample
 from fastif.samplers.subset import Subset
 
-REHEARSED = 16 << 20  # bytes of what estimators learn and hold, of which a rehearsal may make copies
+REHEARSED = 32 << 20  # bytes of what estimators learn or hold that a rehearsal may allocate, with one copy of it
 _HESSIAN_ROWS = 512  # backward passes that a rehearsal makes at most for an estimator
 _COLUMNS = 2  # of the curvature: from the second on, what was learned of the first is there, and nothing new comes
 
@@ -106,26 +106,32 @@ def rehearse(setup: Setup, train: Any, n: int) -> Rehearsal:
     del forward, gradients
     item = dtype_of(setup.model).itemsize
     costs: dict[tuple[str, ...], Cost] = {}
+    taking: dict[tuple[str, ...], Cost] = {}  # what a rehearsal would
     products: dict[tuple[str, ...], ProductsTaken] = {}
     for names, part in setup.estimators.parts.items():
         work = FitWork(n, columns[part.fisher], item, all(name in heads for name in names), setup.device)
         cost = costs[names] = part.cost({name: blocks[name] for name in names}, work)
+        taking[names] = part.cost({name: blocks[name] for name in names}, work._replace(n=2 * each))  # two slices
         data = _as_whole_data(setup, names, *batch)
         rows = cost.hessian_rows
         products[names] = _rows_taken(data, rows) if rows else _products_taken(data, part.products(n), n)
-    curvature, first, second = _observe_some(setup, x, y, costs)
+    curvature, first, second = _observe_some(setup, x, y, costs, taking)
     flops = setup.estimators.passes * counter.get_total_flops() * (1 + 2 * max(columns.values())) / 3 / each
     batch_bytes = _bytes_of(batch[0])
     return Rehearsal(blocks, costs, products, flops, batch_bytes, first, second, passed.peak_bytes, curvature)
 
 
 def _observe_some(
-    setup: Setup, x: Any, y: Any, costs: Mapping[tuple[str, ...], Cost]
+    setup: Setup,
+    x: Any,
+    y: Any,
+    costs: Mapping[tuple[str, ...], Cost],
+    taking: Mapping[tuple[str, ...], Cost],
 ) -> tuple[NetworkCurvature | None, int | None, int | None]:
     """The estimators after a slice of a batch, if all of them are small, and the peaks of both passes over it."""
     small: set[tuple[str, ...]] = set()
     room = REHEARSED
-    for names, cost in sorted(costs.items(), key=lambda entry: max(entry[1].learned, entry[1].held)):
+    for names, cost in sorted(taking.items(), key=lambda entry: max(entry[1].learned, entry[1].held)):
         room -= max(cost.learned, cost.held)
         if room >= 0 and cost.hessian_rows <= _HESSIAN_ROWS:
             small.add(names)
@@ -177,6 +183,7 @@ def rehearse_scores(
             if tile.query > 0:
                 break
             held = len(tile.values[""])
+    del fitted
     fitted = stand_in()
     with Measure(setup.device) as own:
         compute_self_influence(fitted, first)
