@@ -133,7 +133,8 @@ class DataInf(Curvature):
         """All examples' gradients are held, in their smaller form."""
         (g, o, d), t = block.shape, block.positions
         numbers = g * min(o * d, t * (d + (0 if block.table else o)))
-        return Cost(held=fit.n * fit.item * numbers, operations=2 * fit.n * t * block.size)
+        held = fit.n * fit.item * numbers
+        return Cost(held, operations=2 * fit.n * t * block.size, learned=held)
 
 
 def _kept(gradients: Gradients) -> list[tuple[Gradients, slice]]:

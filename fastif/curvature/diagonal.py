@@ -78,8 +78,9 @@ class Diagonal(Curvature):
         self._diagonal = torch.ones_like(self.diagonal)
 
     def cost(self, block: BlockWork, fit: FitWork) -> Cost:
-        held = 2 * block.size * fit.item  # and the sum of one batch
-        return Cost(held, operations=2 * fit.n * fit.columns * block.positions * block.size)
+        size = block.size * fit.item
+        operations = 2 * fit.n * fit.columns * block.positions * block.size
+        return Cost(2 * size, operations=operations, learned=size, observing=size, beside=2 * size)
 
 
 class Identity(Curvature):

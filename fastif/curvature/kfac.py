@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
 from fastif.curvature.directions import Directions, Explicit, Factors, Separable, products_of
+from fastif.curvature.eigenvectors import find_eigenvectors
 from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork
 from fastif.model.gradients import Gradients, Unfinished
 from fastif.model.losses import Fisher
@@ -25,7 +26,9 @@ class KFAC(Curvature):
     (A ⊗ B + λI)⁻¹ is exact, by the eigenbases of both. docs/math.md (16).
 
     Args:
-        damping: absolute λ >= 0, or "auto": a tenth of the layer's mean eigenvalue (see `damping_used`).
+        damping: absolute λ >= 0, or "auto", the default: a tenth of the layer's mean eigenvalue (see `damping_used`).
+            In the eigenbasis a λ > 0 suffices however small it is; `rounding` says what is left of it in the flattest
+            direction.
         fisher: "exact": the GGN, by one backward pass per output; "monte_carlo": by one pass with labels drawn from the
             model's prediction; "empirical": the gradients of the data's own labels, another matrix.
         separable: in pairwise scores of layers with one position per example, replace 1/(λ_od + damping) by a sum of
@@ -39,7 +42,7 @@ class KFAC(Curvature):
 
     def __init__(
         self,
-        damping: float | Literal["auto"] = 1e-3,
+        damping: float | Literal["auto"] = "auto",
         fisher: Fisher = "exact",
         separable: float | None = None,
     ):
@@ -86,10 +89,10 @@ class KFAC(Curvature):
         _ = self.damping_used
 
     def _decompose(self) -> None:
-        input_values, self.input_basis = _eigenvectors(self._moment("inputs"))
+        input_values, self.input_basis = find_eigenvectors(self._moment("inputs"), f"the inputs of layer {self.name!r}")
         outputs = self._moment("outputs")
         if outputs.dim() == 3:
-            output_values, self.output_basis = _eigenvectors(outputs)
+            output_values, self.output_basis = find_eigenvectors(outputs, f"the outputs of layer {self.name!r}")
         else:
             output_values, self.output_basis = outputs.double(), None
         output_values /= max(self._positions, 1e-300)
@@ -113,14 +116,15 @@ class KFAC(Curvature):
 
     @property
     def damping_used(self) -> float:
-        """λ: the number given, or what "auto" found. Raises NotPositiveDefinite where it leaves the layer singular."""
+        """λ: the number given, or what "auto" found. Raises NotPositiveDefinite where it is 0 in a singular layer."""
         values = self.eigenvalues
         if not bool(values.isfinite().all()):
             raise NotPositiveDefinite(f"{type(self).__name__}: the eigenvalues of layer {self.name!r} overflow")
-        largest, lowest = float(values.max()), float(values.min())
         if self.damping == "auto":
             return _RELATIVE_DAMPING * float(values.double().mean()) or 1e-12
-        floor = torch.finfo(values.dtype).eps * largest
+        largest, lowest = float(values.max()), float(values.min())
+        limits = torch.finfo(values.dtype)
+        floor = limits.eps * largest if self.damping == 0 else limits.tiny  # so that no inverse overflows
         if not lowest + self.damping > floor:
             raise NotPositiveDefinite(
                 f"{type(self).__name__}: layer {self.name!r} with damping {self.damping:g} is singular: its smallest "
@@ -128,6 +132,15 @@ class KFAC(Curvature):
                 f"{10.0 ** math.ceil(math.log10(max(floor, 1e-12))):g} would do, or 'auto'"
             )
         return self.damping
+
+    @property
+    def rounding(self) -> float:
+        """By how much rounding may change a solve in the flattest direction, relative: ε λ_max / (λ_min + damping).
+
+        Above 1, what a solve says of that direction is noise: more damping drowns it.
+        """
+        values = self.eigenvalues
+        return torch.finfo(values.dtype).eps * float(values.max()) / (float(values.min()) + self.damping_used)
 
     @property
     def inverse_eigenvalues(self) -> Tensor:
@@ -178,6 +191,10 @@ class KFAC(Curvature):
         turned = d * d + outputs**2 + (o * d if self.passes > 1 else 0)  # operations of a position, in every pass
         return Cost(
             held=g * item * (d * d + (o if block.table else o * o) + o * d),
+            learned=g * item * (d * d + (o if block.table else o * o)),
+            observing=g * item * o * d if self.passes > 1 else 0,
+            solving=g * item * o * d,
+            beside=g * item * o * d,
             making=max(8 * (g + 2) * largest - g * item * largest, 8 * g * o * d),
             operations=2 * self.passes * fit.n * fit.columns * g * block.positions * turned
             + 10 * g * (d**3 + outputs**3),
@@ -198,13 +215,3 @@ class KFAC(Curvature):
         assert self.input_basis is not None
         m = m.to(self.input_basis) @ self.input_basis
         return m if self.output_basis is None else self.output_basis.mT @ m
-
-
-def _eigenvectors(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, in float64, and eigenvectors of a matrix whose lower triangle is given, found in its own place: what
-    LAPACK takes beside it is twice its size already."""
-    matrix = torch.empty(moment.shape, dtype=torch.float64, device=moment.device).mT.copy_(moment)
-    values, dtype = matrix.new_empty(moment.shape[:-1]), moment.dtype
-    del moment
-    torch.linalg.eigh(matrix, out=(values, matrix))
-    return values, matrix.to(dtype)

@@ -167,6 +167,8 @@ class RandomProjection(JointCurvature):
             held=2 * 8 * k**2 + (every * fit.item if every <= _HELD else 0),
             making=standing * (8 + fit.item) + 2 * 8 * k**2,
             operations=2 * fit.n * fit.columns * (formed + every + k**2) + k**3 / 3,
+            learned=8 * k**2 + (every * fit.item if every <= _HELD else 0),
+            observing=standing * (8 + fit.item),
         )
 
 

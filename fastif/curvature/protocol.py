@@ -69,6 +69,7 @@ class FitWork(NamedTuple):
     columns: int  # gradients of each, one per column of the outputs' Hessian
     item: int  # bytes of a number
     head: bool = False  # whether the block's outputs are the logits of a softmax
+    device: torch.device = torch.device("cpu")
 
 
 class Cost(NamedTuple):
@@ -78,6 +79,10 @@ class Cost(NamedTuple):
     making: int = 0  # bytes that making it takes beside these
     operations: float = 0.0  # of a fit
     hessian_rows: int = 0  # of a fit: backward passes through the graph of a gradient, each of all examples
+    learned: int = 0  # bytes that the first pass leaves
+    observing: int = 0  # bytes that taking in a slice of a batch takes beside its gradients and what is learned
+    solving: int = 0  # bytes that the first solve makes and that are kept for the next
+    beside: int = 0  # bytes that a solve takes at a time beside these and its right-hand sides
 
     def __add__(self, other: Cost) -> Cost:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Of two estimators that are made one after another."""
@@ -86,6 +91,10 @@ class Cost(NamedTuple):
             max(self.making, other.making),
             self.operations + other.operations,
             self.hessian_rows + other.hessian_rows,
+            self.learned + other.learned,
+            max(self.observing, other.observing),
+            self.solving + other.solving,
+            max(self.beside, other.beside),
         )
 
 

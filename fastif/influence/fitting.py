@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import Any
 
 import torch
@@ -90,8 +91,9 @@ def observe(
     weights: Tensor,
     turn: int,
     generator: torch.Generator,
+    most_columns: int | None = None,
 ) -> None:
-    """Shows examples to the estimators."""
+    """Shows examples to the estimators; of their curvature no more columns than `most_columns`."""
     forward = passes.forward(x)
     batch = labels_in(x, y)
     losses = per_sample(passes.loss, forward.outputs, batch, forward.n)
@@ -106,7 +108,7 @@ def observe(
     empirical = NetworkCurvature(by_fisher.pop("empirical"))
     for fisher, parts in by_fisher.items():
         columns = output_columns(passes.loss, forward.outputs, batch, forward.n, fisher, generator)
-        for column, (scores, s) in enumerate(columns):
+        for column, (scores, s) in enumerate(islice(columns, most_columns)):
             gradients = forward.gradients(scores, s, keep=True)
             NetworkCurvature(parts).observe(gradients, weights, column, turn)
             del gradients, scores, s  # before those of the next column come

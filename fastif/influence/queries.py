@@ -13,27 +13,32 @@ from torch import Tensor
 from fastif.curvature.directions import Directions, Explicit, Factors, LowRank
 from fastif.curvature.network import NetworkCurvature
 from fastif.data.batches import as_loader
-from fastif.influence.fitted import Fitted
+from fastif.influence.fitted import Fitted, Setup
 from fastif.influence.tiles import By
 from fastif.model.calls import dtype_of
 from fastif.model.gradients import Gradients
 
-_MADE = 1 << 23  # bytes of preconditioned query gradients that are made at a time
+MADE = 1 << 23  # bytes of preconditioned query gradients that are made at a time
 
 
 def query_bytes(fitted: Fitted, query: Any, rank: int | None, by: By) -> int:
-    """Of what is held of a query at least, as the first batch has it."""
-    passes, blocks = fitted.passes, fitted.capture.blocks
+    """Bytes that are held of a query at least, as the first batch has it."""
+    by_block = fitted.curvatures[0].by_block
+    factored = {name for name, estimator in by_block.items() if estimator.keeps_query_factors and by != "token"}
+    return query_bytes_of(fitted.setup, query, factored, rank)
+
+
+def query_bytes_of(setup: Setup, query: Any, factored: set[str], rank: int | None) -> int:
+    """The same, where blocks `factored` keep queries in factors if these are fewer numbers."""
+    passes, blocks = setup.passes, setup.capture.blocks
     item = dtype_of(passes.model).itemsize
     if rank is not None:
         return item * sum(b.shape[0] * min(rank, *b.shape[1:]) * sum(b.shape[1:]) for b in blocks.values())
-    checkpoint, curvature = fitted.at_checkpoints()[0]
     numbers = {name: block.size for name, block in blocks.items()}
-    factored = {name for name, estimator in curvature.by_block.items() if estimator.keeps_query_factors}
-    if factored and by != "token":
+    if factored:
         batch = next(iter(as_loader(query, passes.batch_size)))
-        with passes.running(checkpoint):
-            (_, _, gradients), *_ = passes.gradients([batch], "positions", fitted.setup.measurement)
+        with passes.running(setup.states[0]):
+            _, _, gradients = next(passes.gradients([batch], "positions", setup.measurement))
         numbers.update({name: Factors.size(gradients[name]) or numbers[name] for name in factored})
     return item * sum(numbers.values())
 
@@ -52,7 +57,7 @@ def query_blocks(
         yield 0, _grouped_queries(fitted, query, curvature, groups, rank)
         return
     whole = sum(block.size for block in fitted.capture.blocks.values()) * dtype_of(fitted.passes.model).itemsize
-    each = max(1, min(fitted.memory // 4, _MADE) // whole)  # making them takes some copies
+    each = max(1, min(fitted.memory // 4, MADE) // whole)  # making them takes some copies
     first, held, memory = 0, _Held(0), fitted.memory
     for start, n, gradients in fitted.passes.gradients(query, "queries", fitted.setup.measurement):
         for begin in range(0, n, each):

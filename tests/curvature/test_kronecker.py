@@ -1,5 +1,6 @@
 """K-FAC, EK-FAC and the diagonal, held against matrices built by hand."""
 
+import copy
 import io
 
 import pytest
@@ -304,3 +305,21 @@ def test_a_transposed_convolution_used_twice_has_the_moments_of_its_positions():
                     moments[2] = float(weights.sum()) * g.positions
                 moments[1] += float(g.moment("inputs", weights)[0].trace())
         assert total == pytest.approx(moments[0] * moments[1] / moments[2], rel=1e-10)
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC, Shampoo])
+def test_a_small_damping_is_taken_and_what_rounding_leaves_of_it_is_said(kind):
+    """In the eigenbasis a damped inverse exists for every damping > 0; in float32 the flat directions are noise."""
+    x, y = problem("mlp").data
+    model = copy.deepcopy(problem("mlp").model).float()
+    settings = {"layers": "*", "progress": False}
+    influence = Influence(model, curvature=kind(1e-12, "empirical"), **settings).fit((x.float(), y))
+    assert influence.scores((x.float(), y), (x.float(), y)).isfinite().all()
+    assert max(estimator.rounding for estimator in influence.curvature.values()) > 1
+    relative = Influence(model, curvature=kind(fisher="empirical"), **settings).fit((x.float(), y))  # the default
+    for estimator in relative.curvature.values():
+        assert estimator.damping_used == pytest.approx(0.1 * float(estimator.eigenvalues.mean()))
+        assert estimator.rounding < 1e-3
+    if kind is KFAC:  # whose eigenvalues are products, some of them 0: the inverse would overflow
+        with pytest.raises(NotPositiveDefinite, match=r"with damping 1e-40 is singular"):
+            Influence(model, curvature=kind(1e-40, "empirical"), **settings).fit((x.float(), y))

@@ -23,6 +23,7 @@ from fastif import (
 )
 from fastif.curvature.matrix_free.operator import Operator
 from fastif.measure import Measure
+from fastif.model.capture import Forward
 
 
 class Transformer(nn.Module):
@@ -121,6 +122,45 @@ def _check_scores(make, curvature, q, rank, **arguments):
     assert (plan.q, plan.n) == (q, 160)
     assert 1 / 1.2 <= plan.score_bytes / peaks[0] <= 1.2
     assert 1 / 1.2 <= plan.self_bytes / peaks[1] <= 1.2
+
+
+@pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
+@pytest.mark.parametrize(
+    "curvature",
+    [EKFAC(1e-2, "empirical"), KFAC(1e-2, "empirical"), Diagonal(1e-2, "empirical")],
+    ids=lambda c: type(c).__name__,
+)
+def test_what_is_too_large_to_be_rehearsed_is_computed_within_a_fifth(curvature, monkeypatch):
+    monkeypatch.setattr("fastif.influence.rehearsal.REHEARSED", 0)
+    torch.manual_seed(0)
+    sizes = (nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
+    data = torch.randn(512, 784), torch.arange(512) % 10
+    query = data[0][:20], data[1][:20]
+    influence = Influence(nn.Sequential(*sizes), curvature=curvature, progress=False)
+    plan = influence.plan(data, query)
+    with Measure() as fitting:
+        influence.fit(data)
+    assert 1 / 1.2 <= plan.fit_bytes / fitting.peak_bytes <= 1.2
+    with Measure() as scoring:
+        influence.scores(query, data)
+    assert 1 / 1.2 <= plan.score_bytes / scoring.peak_bytes <= 1.2
+
+
+@pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
+def test_a_plan_takes_little_of_what_it_warns_of(monkeypatch):
+    """The head's block would take an eighth of a terabyte, and a thousand classes a thousand backward passes."""
+    data, passes = (torch.randn(64, 512), torch.arange(64)), []
+    gradients = Forward.gradients
+    monkeypatch.setattr(Forward, "gradients", lambda *given, **named: passes.append(1) or gradients(*given, **named))
+    for curvature in (ExactBlock(), EKFAC(1e-3)):
+        influence = Influence(nn.Linear(512, 1000), curvature=curvature, progress=False)
+        with Measure() as planning:
+            plan = influence.plan(data)
+        assert planning.peak_bytes <= 64 << 20
+        assert plan.layers["model"].shape == (1, 1000, 513)
+        assert plan.fit_flops > 64 * 1000 * 513
+    assert plan.fit_bytes < 1 << 30
+    assert len(passes) <= 30
 
 
 def test_only_the_first_tiles_are_rehearsed():

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastif import ops
 from fastif.curvature.damping import check_damping
 from fastif.curvature.exact import triangles
-from fastif.curvature.exact.building import Rows
+from fastif.curvature.exact.building import ROWS_WAITING, Rows
 from fastif.curvature.exact.cholesky import eigenvalue_range, extreme_eigenvalues
 from fastif.curvature.exact.factor import Beside, Factor, Within
 from fastif.curvature.exact.softmax import check_labels, check_layer, check_values, output_grads, output_roots
@@ -169,7 +169,7 @@ class ExactBlock(Curvature):
 
     def stand_in(self) -> None:
         flat = self._flat(self._fitted.zero_())
-        self._factor = self._place(len(flat), flat.element_size()).stand_in(flat, self.name)
+        self._factor = self._place(len(flat), flat.element_size(), flat.device).stand_in(flat, self.name)
 
     def choices(self) -> dict[str, Any]:
         """A factor in the block's own square is as near, but not the same to the bit."""
@@ -178,14 +178,17 @@ class ExactBlock(Curvature):
     def cost(self, block: BlockWork, fit: FitWork) -> Cost:
         """The block is held, and of its factor what stands beside it."""
         size, (g, o, d) = block.size, block.shape
-        held, making = self._place(size, fit.item).footprint(size, fit.item)
+        held, making = self._place(size, fit.item, fit.device).footprint(size, fit.item)
         factoring = size**3 / 3
+        learned, beside = size**2 * fit.item, 16 * max(size, min(_ENTRIES, fit.n * size))  # float64 columns, twice
         if self.matrix == "hessian" and not fit.head:
-            return Cost(held, making, factoring, hessian_rows=size)
+            return Cost(held, making, factoring, hessian_rows=size, learned=learned, beside=beside)
         each = fit.columns * size * (size + 1)
         if g == block.positions == 1:  # the outputs' Hessians are summed before the inputs come in
             each = o * (o + 1) / 2 * d * (d + 1)
-        return Cost(held, making, fit.n * each + factoring)
+            return Cost(held, making, fit.n * each + factoring, learned=learned, beside=beside)
+        observing = ROWS_WAITING * size * fit.item
+        return Cost(held, making, fit.n * each + factoring, learned=learned, observing=observing, beside=beside)
 
     def fit(
         self, inputs: Tensor, logits: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
@@ -298,7 +301,7 @@ class ExactBlock(Curvature):
         """The factor of G + λI."""
         if self._factor is None:
             block = self._fitted
-            place = self._place(math.isqrt(block.numel()), block.element_size())
+            place = self._place(math.isqrt(block.numel()), block.element_size(), block.device)
             if place.in_place and self._lent:
                 self._block, self._lent = block.clone(memory_format=torch.contiguous_format), False
             self._factor = place.of(self._flat(self._fitted), self.damping, self.name)
@@ -315,12 +318,11 @@ class ExactBlock(Curvature):
             self._factor.release()
         self._factor = None
 
-    def _place(self, size: int, item: int) -> type[Beside] | type[Within]:
+    def _place(self, size: int, item: int, device: torch.device) -> type[Beside] | type[Within]:
         """Where the factor of a block of `size` parameters stands, or will."""
         if self.in_place != "auto":
             return Within if self.in_place else Beside
-        held = self._block if self._pending is None else self._pending[0]
-        room = available_bytes(torch.device("cpu") if held is None else held.device)
+        room = available_bytes(device)
         need = Beside.footprint(size, item)[0] - (0 if self._block is None else self._block.nbytes)
         return Beside if room is None or need <= room else Within
 

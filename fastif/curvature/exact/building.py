@@ -7,27 +7,27 @@ from torch import Tensor
 
 from fastif import ops
 
-_ROWS = 1024  # that are multiplied at a time: with fewer, reading the block takes as long as multiplying
+ROWS_WAITING = 1024  # that are multiplied at a time: with fewer, reading the block takes as long as multiplying
 
 
 class Rows:
     """Σ_i weights[i] v_i v_iᵀ into a block [P, P], for rows v_i that come a few at a time."""
 
     def __init__(self) -> None:
-        self._rows: Tensor | None = None  # [_ROWS, P], those that wait, times the roots of their weights
+        self._rows: Tensor | None = None  # [ROWS_WAITING, P], those that wait, times the roots of their weights
         self._waiting = 0
 
     def add(self, rows: Tensor, weights: Tensor, block: Tensor) -> None:
         """Rows [n, P] and weights [n] >= 0; whenever there are enough, they go into the block."""
         if self._rows is None:
-            self._rows = rows.new_empty((_ROWS, rows.shape[1]))
+            self._rows = rows.new_empty((ROWS_WAITING, rows.shape[1]))
         rows = rows * weights.to(rows).sqrt()[:, None]
         while len(rows):
-            some = rows[: _ROWS - self._waiting]
+            some = rows[: ROWS_WAITING - self._waiting]
             self._rows[self._waiting : self._waiting + len(some)] = some
             self._waiting += len(some)
             rows = rows[len(some) :]
-            if self._waiting == _ROWS:
+            if self._waiting == ROWS_WAITING:
                 self._multiply(block)
 
     def end(self, block: Tensor | None) -> None:
