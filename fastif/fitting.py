@@ -14,7 +14,8 @@ from tqdm import tqdm
 from fastif.curvature import Curvature, ExactBlock
 from fastif.curvature.network import Alone, FitData, JointCurvature, NetworkCurvature, Together, check_estimator
 from fastif.data.batches import moved_to, picked
-from fastif.model.capture import Capture, Forward
+from fastif.model.capture import Capture
+from fastif.model.forward import Forward
 from fastif.model.losses import IGNORED, labels_in, labels_of, output_columns, per_sample
 from fastif.model.passes import Passes, counted_from
 from fastif.samplers.subset import Subset
@@ -32,7 +33,8 @@ def assigned(capture: Capture, curvature: Estimator | Mapping[str, Estimator]) -
         check_estimator("Influence: curvature must be an estimator or a mapping to them", estimator)
     members: dict[str, list[str]] = {pattern: [] for pattern in rules}
     for name, block in list(capture.blocks.items()):
-        pattern = next((pattern for pattern in rules if fnmatchcase(name, pattern)), None)
+        known = (name, name.rpartition(".")[0]) if block.loose else (name,)  # a loose parameter by its module too
+        pattern = next((pattern for pattern in rules if any(fnmatchcase(one, pattern) for one in known)), None)
         if pattern is None:
             capture.leave_out(block, "no pattern of curvature= matches its layer")
         else:
@@ -82,7 +84,7 @@ def fit(
         with tqdm(batches(subset), f"fit, pass {turn + 1}", total, disable=not passes.progress) as bar:
             for number, (x, y, weights) in enumerate(bar):
                 passes.capture.batch = number
-                if not passes.capture.checked:
+                if passes.needs_check(x):
                     passes.check(x, y)
                 for rows, part, labels in passes.slices(x, y):
                     with counted_from(rows.start):

@@ -6,6 +6,8 @@ removed; positive means that the example helps the query. docs/math.md (1), (2).
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -16,9 +18,9 @@ from torch import Tensor, nn
 
 from fastif.curvature import ExactBlock
 from fastif.curvature.network import NetworkCurvature
-from fastif.data.batches import count
+from fastif.data.batches import count, moved_to, picked
 from fastif.fitting import Estimator, assigned, begun, fit
-from fastif.model.capture import Capture
+from fastif.model.capture import Capture, LateLayer
 from fastif.model.features import find_head
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement
 from fastif.model.passes import Passes
@@ -103,8 +105,10 @@ class Influence:
             allow_train_mode=allow_train_mode,
             progress=progress,
         )
-        self.parts = assigned(self.capture, curvature)  # estimators that have learned nothing, for `plan` and `store`
+        self._given = copy.deepcopy(dict(curvature) if isinstance(curvature, Mapping) else curvature)
+        self.parts = assigned(self.capture, self._given)  # estimators that have learned nothing, for `plan` and `store`
         self._fitted: list[NetworkCurvature] = []  # by checkpoint
+        self._warned = False  # of parameters that are not covered
         self.n = 0  # training examples
         self.subset: Subset | None = None  # of the last fit; a state does not hold it
         self.bound: float | None = None  # of that subset, where it has one
@@ -141,7 +145,21 @@ class Influence:
             rank: as for `scores`.
         """
         with self.passes.running(None):
+            self.look_at(train)
             return plan(self, train, query, rank)
+
+    def look_at(self, train: Any, indices: Tensor | None = None) -> None:
+        """Has the first of the examples `indices` decide what is covered and how it is read; the model is running.
+
+        What was covered without a look at data is not always what can be: see `fastif.model.check`.
+        """
+        indices = torch.arange(count(train, self.passes.batch_size)) if indices is None else indices
+        ((x, y), _) = next(iter(picked(train, self.passes.batch_size, indices)))
+        x, y = moved_to(x, self.device), moved_to(y, self.device)
+        if self.passes.needs_check(x):
+            self.capture.batch = 0
+            self.passes.check(x, y)
+            self.parts = assigned(self.capture, self._given)
 
     def fit(self, train: Any, subset: Any | None = None) -> Influence:
         """Builds the curvature at the model's parameters.
@@ -161,11 +179,35 @@ class Influence:
             indices, weights = check_subset(subset, n)
         chosen = Subset(indices, weights)
         fitted: list[NetworkCurvature] = []
-        for checkpoint in self.checkpoints or [None]:
-            with self.passes.running(checkpoint):
-                fitted.append(fit(self.passes, self.parts, train, chosen, self.seed, self.memory))
+        self.capture.fixed = False
+        while len(fitted) < len(self.checkpoints or [None]):
+            try:
+                with self.passes.running(self.checkpoints[len(fitted)] if self.checkpoints else None):
+                    self.look_at(train, indices)
+                    fitted.append(fit(self.passes, self.parts, train, chosen, self.seed, self.memory))
+            except LateLayer as late:  # such as an expert that the first examples were not sent to
+                self.capture.take_up(late.name)
+                fitted.clear()
+        self.capture.fixed = True
+        self._warn_of_lost()
         self._fitted, self.n, self.subset, self.bound = fitted, n, chosen, getattr(subset, "bound", None)
         return self
+
+    def _warn_of_lost(self) -> None:
+        """Once, where parameters that were trained are not covered though nobody left them out."""
+        lost = self.capture.lost
+        if not lost or self._warned:
+            return
+        self._warned = True
+        names = {name: parameter for parameter, name in self.capture.names.items()}
+        trained = sum(parameter.numel() for parameter in self.capture.selection.trained)
+        left = sum(names[name].numel() for name in lost)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in lost.items())
+        warnings.warn(
+            f"Influence: {trained - left:,} of {trained:,} trained parameters are covered ({1 - left / trained:.1%}); "
+            f"the rest is taken as fixed: {reasons}. Leave them out with layers= to say that this is meant",
+            stacklevel=3,
+        )
 
     def on_parameters(self, batch: Any) -> dict[str, Tensor]:
         """Σ_z I(z) = −(G + λI)⁻¹ Σ_z ∇ℓ(z) over the examples of `batch`: a dict keyed like the model's parameters.
@@ -353,6 +395,9 @@ class Influence:
         fitted: list[NetworkCurvature] = []
         if "n" not in state or "blocks" not in state:
             raise ValueError("load_state_dict: the state is another model's: no n and blocks")
+        if not self._fitted and not torch.equal(state["blocks"].cpu(), self._described()):
+            self.capture.restore(_names_in(bytes(state["blocks"].tolist()).decode()))
+            self.parts = assigned(self.capture, self._given)
         if not torch.equal(state["blocks"].cpu(), self._described()):
             theirs, ours = (bytes(blocks.tolist()).decode() for blocks in (state["blocks"], self._described()))
             raise ValueError(f"load_state_dict: the state is of other blocks: of {theirs}, not of {ours}")
@@ -365,6 +410,7 @@ class Influence:
         if left:
             raise ValueError(f"load_state_dict: the state is another model's: {min(left)}")
         self._fitted, self.n, self.subset = fitted, int(state["n"]), None
+        self.capture.fixed = True
         return self
 
     def _described(self) -> Tensor:
@@ -378,6 +424,11 @@ class Influence:
         if not self._fitted:
             raise ValueError("Influence: not fitted; call fit(train) first")
         return list(zip(self.checkpoints or [None], self._fitted, strict=True))
+
+
+def _names_in(described: str) -> list[str]:
+    """The names of the blocks in what `_described` says."""
+    return [block.rpartition(" [")[0] for block in described.split("; ")]
 
 
 def _check_resume(op: str, resume: bool) -> None:
