@@ -9,7 +9,7 @@ error. `check.settle` holds all of it against autograd on the first batch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -246,8 +246,9 @@ class Capture:
             return
         self._attached = True
         try:
-            self.renew()
-            yield self
+            with _uncompiled(self.model):
+                self.renew()
+                yield self
         finally:
             self._undo.close()
             self._attached, self.batch = False, None
@@ -374,6 +375,15 @@ class LateLayer(ValueError):
 
 def _own_parameters(module: nn.Module) -> Iterator[Tensor]:
     return (parameter for parameter in module._parameters.values() if parameter is not None)
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Runs a compiled model as it was written: what was compiled calls no hooks."""
+    compiled = any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def _restore_forward(module: nn.Module, own: Any) -> None:

@@ -66,6 +66,7 @@ class Passes:
                         "random or depends on others; call model.eval(), or pass allow_train_mode=True"
                     )
         with ExitStack() as undo:
+            undo.enter_context(torch.enable_grad())  # whatever surrounds the call
             if checkpoint is not None or self.allow_train_mode:  # BatchNorm in train mode writes its buffers
                 before = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
                 undo.callback(self.model.load_state_dict, before)
