@@ -359,7 +359,8 @@ class Capture:
             if self._recording is not None:
                 where = "this batch" if self.batch is None else f"batch {self.batch}"
                 raise LateLayer(
-                    name, f"capture: layer {name!r} is called for {where} and was not when the model was first looked at"
+                    name,
+                    f"capture: layer {name!r} is called for {where} and was not when the model was first looked at",
                 )
 
         return hook

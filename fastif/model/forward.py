@@ -253,7 +253,9 @@ class Forward:
         like = computable(like.detach()[:0])
         nothing = torch.zeros(self.n, dtype=torch.int64, device=like.device)
         if all(use.table for use in block.uses):
-            return OneHot(nothing[:, None], like.new_zeros((self.n, 1, d)), o, empty=torch.ones_like(nothing[:, None]) > 0)
+            return OneHot(
+                nothing[:, None], like.new_zeros((self.n, 1, d)), o, empty=torch.ones_like(nothing[:, None]) > 0
+            )
         return Dense(like.new_zeros((g, self.n, 1, d)), like.new_zeros((g, self.n, 1, o)), filled=nothing)
 
 

@@ -112,7 +112,9 @@ def overrides(module: nn.Module) -> bool:
 
 def loose_blocks(parameters: Mapping[str, Tensor], module: nn.Module) -> dict[str, Block | str]:
     """Each parameter as a block by itself, or why it cannot be one."""
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and (module.max_norm is not None or module.scale_grad_by_freq):
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and (
+        module.max_norm is not None or module.scale_grad_by_freq
+    ):
         return dict.fromkeys(parameters, f"is an {type(module).__name__} with max_norm or scale_grad_by_freq")
     return {name: loose_block(name, parameter) for name, parameter in parameters.items()}
 
@@ -124,7 +126,12 @@ def loose_block(name: str, parameter: Tensor) -> Block | str:
         return f"has {parameter.numel():,} entries, and no known form: gradients of at most {_LARGEST:,} are formed"
     shape = parameter.shape
     return Block(
-        name, (1, parameter.numel(), 1), (parameter,), (), lambda m: [Piece(parameter, slice(None), m.view(shape))], True
+        name,
+        (1, parameter.numel(), 1),
+        (parameter,),
+        (),
+        lambda m: [Piece(parameter, slice(None), m.view(shape))],
+        True,
     )
 
 

@@ -89,10 +89,15 @@ class Passes:
 
         def values(outputs: Any, rows: Tensor) -> Tensor:
             part = rows_of(few, rows)
-            return measured(value, self.loss, outputs, labels_in(part, None if y is None else rows_of(y, rows)), len(rows))
+            return measured(
+                value, self.loss, outputs, labels_in(part, None if y is None else rows_of(y, rows)), len(rows)
+            )
 
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        with (
+            torch.random.fork_rng(devices),
+            torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
+        ):
             if not (self.allow_train_mode and any(module.training for module in self.model.modules())):
                 self._refuse_draws(few, values, rows)
             forward = settle(

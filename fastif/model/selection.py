@@ -54,7 +54,9 @@ class Selection:
         """Raises ValueError for a pattern that matched nothing."""
         if self._unused:
             there = ", ".join(name for name in known if name) or "none"
-            raise ValueError(f"capture: layers={min(self._unused)!r} names no layer with parameters; there are: {there}")
+            raise ValueError(
+                f"capture: layers={min(self._unused)!r} names no layer with parameters; there are: {there}"
+            )
 
     def splits(self, parameters: Sequence[Tensor]) -> bool:
         """Whether of one module's parameters some are trained and others not, and that decides."""

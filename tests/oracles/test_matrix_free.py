@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastif import CG, Arnoldi, DataInf, Influence
-from fastif.curvature.products import Operator
-from tests.networks import LAYERS, build
-from tests.problems import trained
+from fastif.curvature.matrix_free.operator import Operator
+from tests.helpers.networks import LAYERS, build
+from tests.helpers.problems import trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -1,0 +1,161 @@
+"""Low-rank curvature from a Krylov space: the largest eigenpairs, found by products alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Generator, Tensor
+
+from fastif.curvature.damping import NotPositiveDefinite, check_damping
+from fastif.curvature.matrix_free.iterations import check_iterations, warn_not_converged
+from fastif.curvature.matrix_free.krylov import krylov, sufficient
+from fastif.curvature.matrix_free.operator import Layout, Matrix, check_matrix, operator_of
+from fastif.curvature.protocol import FitData, JointCurvature, Multiplied, Shape
+
+
+class Arnoldi(JointCurvature):
+    """(G_r + λI)⁻¹ with the `rank` largest eigenpairs of G = GGN or Hessian over all blocks: G_r = Q diag(θ) Qᵀ.
+
+    Arnoldi's method (Schioppa et al. 2022, arXiv 2112.03052), which for a symmetric matrix is Lanczos's: Rayleigh–Ritz
+    on the space that products span from `block` random vectors; so many that an eigenvalue may be that often repeated.
+    Within the span of Q a solve divides by θ + λ, outside of it by λ: what is left out counts as flat. Once fitted it
+    holds rank vectors and needs the data no longer. docs/math.md (20).
+
+    `eigenvalues`, `residuals`, `left_out` and `error` tell how good it is.
+
+    Args:
+        rank: pairs to keep.
+        damping: absolute λ > 0.
+        matrix: "ggn" or "hessian"; of the latter the pairs of largest magnitude would do harm where they are negative
+            beyond λ, which is refused.
+        tolerance: of the residuals, relative to the largest eigenvalue; the space grows until they are that small.
+        block: random vectors to start from.
+        max_steps: products with `block` vectors at most; default as many as span 4 rank + 4 block directions. Where
+            they do not suffice, `NotConverged` is warned of.
+        keep_graph: see `Operator`.
+    """
+
+    passes = 0
+
+    def __init__(
+        self,
+        rank: int = 32,
+        damping: float = 1e-3,
+        matrix: Matrix = "ggn",
+        *,
+        tolerance: float = 1e-3,
+        block: int = 4,
+        max_steps: int | None = None,
+        keep_graph: bool = False,
+    ):
+        check_damping(damping)
+        if damping == "auto" or damping == 0:
+            raise ValueError(f"Arnoldi: damping must be a number > 0, got {damping!r}: outside of the span it is all")
+        check_matrix("Arnoldi", matrix)
+        check_iterations("Arnoldi", tolerance, rank=rank, block=block, max_steps=1 if max_steps is None else max_steps)
+        self.rank, self.damping, self.tolerance, self.block = rank, damping, tolerance, block
+        self.matrix: Matrix = matrix
+        self.max_steps, self.keep_graph = max_steps, keep_graph
+        self._data: FitData | None = None
+        self._values: Tensor | None = None  # float64 [r]
+        self._vectors: Tensor | None = None  # [r, P]
+        self._residuals: Tensor | None = None  # float64 [r]
+        self._left_out: Tensor | None = None  # float64 []
+
+    def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
+        self._layout, self._data = Layout(shapes), data
+        self._values = self._vectors = self._residuals = self._left_out = None
+
+    def end(self, turn: int) -> None:
+        """Finds the eigenpairs. Raises NotPositiveDefinite where one is below −λ."""
+        del turn
+        operator = operator_of("Arnoldi", self._data, self.matrix, self.keep_graph)
+        size = self._layout.size
+        generator = Generator().manual_seed(operator.data.seed)
+        start = torch.randn(min(self.block, size), size, generator=generator, dtype=torch.float64)
+        steps = self._steps
+        found = krylov(operator, start.to(operator.device, operator.dtype), steps, self.rank, self.tolerance)
+        self._data = None
+        negative = found.values[: self.rank][found.values[: self.rank] <= -self.damping]
+        if len(negative):
+            raise NotPositiveDefinite(
+                f"Arnoldi: the {self.matrix} with damping {self.damping:g} has the negative eigenvalue "
+                f"{float(negative.min()):.3g}; damping {sufficient(float(negative.min())):g} would do, or matrix='ggn'"
+            )
+        self._values, self._residuals = found.values[: self.rank], found.residuals[: self.rank]
+        if len(found.values) > self.rank:
+            self._left_out = found.values[self.rank :].abs().amax()
+        else:  # outside of an invariant space there is nothing, outside of another one nobody looked
+            self._left_out = torch.tensor(0.0 if found.invariant else math.inf, dtype=torch.float64)
+        self._vectors = found.vectors
+        residual, largest = float(self._residuals.max()), float(self._values.abs().max())
+        if not found.invariant and (residual > self.tolerance * largest or self.error == 1):
+            warn_not_converged(
+                f"Arnoldi: after {steps} steps {len(self._values)} of rank={self.rank} pairs are there and the largest "
+                f"residual is {residual / largest:.2g} of the largest eigenvalue, at a tolerance of "
+                f"{self.tolerance:g}: more steps (max_steps) or a smaller rank would help",
+            )
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """θ of the pairs that are kept, float64 [r], largest in magnitude first."""
+        return self._fitted(self._values)
+
+    @property
+    def residuals(self) -> Tensor:
+        """|G q − θ q| of each pair, float64 [r]."""
+        return self._fitted(self._residuals)
+
+    @property
+    def left_out(self) -> float:
+        """The largest Ritz value, in magnitude, of which no pair is kept: an estimate, from below, of the largest
+        eigenvalue left out; inf where the space that was searched holds none and there is more beside it.
+        """
+        return float(self._fitted(self._left_out))
+
+    @property
+    def error(self) -> float:
+        """Of a solve, relative, in the directions that are left out: left_out / (left_out + λ), as good an estimate as
+        `left_out` is; 1 where that is inf.
+        """
+        return 1.0 if math.isinf(self.left_out) else self.left_out / (self.left_out + self.damping)
+
+    def _fitted(self, value: Tensor | None) -> Tensor:
+        if value is None:
+            raise ValueError("Arnoldi: not fitted; call Influence.fit first")
+        return value
+
+    def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(G_r + λI)⁻¹ rhs = rhs / λ + Q (1 / (θ + λ) − 1 / λ) Qᵀ rhs."""
+        flat, vectors = self._layout.flat(rhs), self._fitted(self._vectors)
+        inside = flat @ vectors.T
+        gain = (1 / (self.eigenvalues + self.damping) - 1 / self.damping).to(flat)
+        return self._layout.by_block(flat / self.damping + (inside * gain) @ vectors, rhs)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            "values": self.eigenvalues,
+            "vectors": self._fitted(self._vectors),
+            "residuals": self.residuals,
+            "left_out": self._fitted(self._left_out),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._values, self._vectors, self._residuals = state["values"], state["vectors"], state["residuals"]
+        self._left_out = state["left_out"]
+
+    def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
+        del tables
+        size = sum(math.prod(shape) for shape in shapes.values())
+        longest = min((self._steps + 1) * self.block, size)  # basis, which is copied when it grows
+        return min(self.rank, size) * size * item, (2 * longest + 4 * self.block) * size * item
+
+    def multiplied(self, n: int) -> Multiplied:
+        del n
+        return Multiplied(fit=self._steps, together=self.block)
+
+    @property
+    def _steps(self) -> int:
+        return self.max_steps or -(-4 * (self.rank + self.block) // self.block)

@@ -1,0 +1,248 @@
+"""Conjugate gradients: the damped inverse of the curvature of a whole network, by products alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastif.curvature.damping import NotPositiveDefinite, check_damping
+from fastif.curvature.matrix_free.iterations import check_iterations, iterating, silent, warn_not_converged
+from fastif.curvature.matrix_free.krylov import Product, dots, krylov, norms_of, scaled, sufficient
+from fastif.curvature.matrix_free.operator import Layout, Matrix, check_matrix, operator_of
+from fastif.curvature.protocol import Curvature, FitData, JointCurvature, Multiplied, Shape, check_estimator
+from fastif.model.gradients import Gradients
+from fastif.model.losses import Fisher
+
+_LOOKED = 30  # products that a failure may cost for its diagnosis
+
+
+class CG(JointCurvature):
+    """(G + λI)⁻¹ by conjugate gradients, G the GGN or the Hessian over all blocks, with what they have in common.
+
+    Several right-hand sides share their passes through the model; each has its own step lengths and stands still once
+    |b − (G + λI)x| <= tolerance·|b|. The recursion's word for that is checked: `residual` is computed from x, and
+    where rounding made the two part, the recursion begins anew. Nothing is kept of the curvature: the data of the fit
+    must be at hand whenever something is solved, and so must the model's weights: those of the moment of the solve
+    count, not those of the fit. docs/math.md (18).
+
+    Args:
+        damping: absolute λ >= 0.
+        matrix: "ggn" or "hessian"; a Hessian that λ does not make positive definite is refused when a direction shows
+            it.
+        tolerance: of the residual, relative to the right-hand side.
+        max_steps: of the recursion, a product each; where they do not suffice, `NotConverged` is warned of.
+        preconditioner: an estimator of single blocks (`Diagonal`, `KFAC`, `EKFAC`), with a damping of its own; it is
+            fitted on the same subset.
+        keep_graph: see `Operator`: fewer passes, more memory; `graph_bytes` tells how much.
+    """
+
+    def __init__(
+        self,
+        damping: float = 1e-3,
+        matrix: Matrix = "ggn",
+        *,
+        tolerance: float = 1e-4,
+        max_steps: int = 200,
+        preconditioner: Curvature | None = None,
+        keep_graph: bool = False,
+    ):
+        check_damping(damping)
+        if damping == "auto":
+            raise ValueError("CG: damping must be a number, got 'auto'")
+        check_matrix("CG", matrix)
+        check_iterations("CG", tolerance, max_steps=max_steps)
+        if preconditioner is not None:
+            check_estimator("CG: preconditioner must be an estimator of single blocks", preconditioner)
+            if isinstance(preconditioner, JointCurvature) or getattr(preconditioner, "joint", False):
+                raise TypeError(
+                    f"CG: preconditioner must be an estimator of single blocks, got {type(preconditioner).__name__}, "
+                    "which is one of all blocks together"
+                )
+        self.damping, self.tolerance, self.max_steps = damping, tolerance, max_steps
+        self.matrix: Matrix = matrix
+        self.preconditioner, self.keep_graph = preconditioner, keep_graph
+        self.passes = 0 if preconditioner is None else preconditioner.passes
+        self.fisher: Fisher = "empirical" if preconditioner is None else preconditioner.fisher
+        self._data: FitData | None = None
+        self._preconditioners: dict[str, Curvature] = {}  # by block
+        self.residual: float | None = None  # of the last solve, relative, the largest of its right-hand sides
+        self.steps_taken: int | None = None  # of the last solve
+        self.graph_bytes = 0
+
+    def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
+        self._layout, self._data = Layout(shapes), data
+        self._preconditioners = {}
+        if self.preconditioner is not None:
+            self._preconditioners = {name: copy.deepcopy(self.preconditioner) for name in shapes}
+            for name, estimator in self._preconditioners.items():
+                estimator.begin(name, shapes[name])
+
+    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
+        for name, estimator in self._preconditioners.items():
+            estimator.observe(gradients[name], weights, column, turn)
+
+    def end(self, turn: int) -> None:
+        """Ends a pass of the preconditioner."""
+        for estimator in self._preconditioners.values():
+            if turn < estimator.passes:
+                estimator.end(turn)
+
+    def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(G + λI)⁻¹ rhs. Raises NotPositiveDefinite for a direction of no or negative curvature."""
+        operator = operator_of("CG", self._data, self.matrix, self.keep_graph)
+        self.graph_bytes = operator.graph_bytes
+        with iterating("CG", self.max_steps, operator.data) as stepped:
+            found = conjugate_gradients(
+                operator,
+                self._layout.flat(rhs),
+                self.damping,
+                tolerance=self.tolerance,
+                max_steps=self.max_steps,
+                precondition=self._precondition if self._preconditioners else None,
+                name=self.matrix,
+                stepped=stepped,
+            )
+        self.residual, self.steps_taken = float(found.residuals.max()), found.steps
+        if self.residual > self.tolerance:
+            warn_not_converged(
+                f"CG: after {self.steps_taken} of {self.max_steps} steps the residual is {self.residual:.2g} of the "
+                f"right-hand side, above the tolerance {self.tolerance:g}"
+                + (
+                    ": more steps (max_steps), more damping or a preconditioner would help"
+                    if self.steps_taken >= self.max_steps
+                    else f": it falls no longer, {operator.coarsest} does not resolve less"
+                ),
+            )
+        return self._layout.by_block(found.x, rhs)
+
+    def _precondition(self, flat: Tensor) -> Tensor:
+        parts = self._layout.by_block(flat)
+        return self._layout.flat({name: self._preconditioners[name].solve(part) for name, part in parts.items()})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Of the preconditioner: the curvature itself is never there."""
+        return {
+            f"{name}/{key}": value
+            for name, estimator in self._preconditioners.items()
+            for key, value in estimator.state_dict().items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, estimator in self._preconditioners.items():
+            start = f"{name}/"
+            estimator.load_state_dict({k.removeprefix(start): v for k, v in state.items() if k.startswith(start)})
+
+    def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
+        """Of the preconditioner; a solve takes some vectors of its right-hand sides' size besides, and the graph."""
+        if self.preconditioner is None:
+            return 0, 0
+        by_block = dict.fromkeys(shapes, self.preconditioner) | self._preconditioners
+        parts = [by_block[name].footprint(shape, tables[name], item) for name, shape in shapes.items()]
+        return sum(held for held, _ in parts), max(making for _, making in parts)
+
+    def multiplied(self, n: int) -> Multiplied:
+        """One in a step, and one when the recursion ends, which begins anew only where it has halved the residual."""
+        del n
+        ends = 1 + math.ceil(-math.log2(self.tolerance))
+        return Multiplied(solve=self.max_steps + min(ends, self.max_steps))
+
+
+class Solved(NamedTuple):
+    x: Tensor  # [m, P]
+    residuals: Tensor  # float64 [m]: |b − (A + λI) x| / |b|, computed from x; 0 where b is 0
+    steps: int
+
+
+def conjugate_gradients(
+    product: Product,
+    rhs: Tensor,
+    damping: float,
+    *,
+    tolerance: float,
+    max_steps: int,
+    precondition: Callable[[Tensor], Tensor] | None = None,
+    name: str = "matrix",
+    stepped: Callable[[float], None] = silent,
+) -> Solved:
+    """Solves (A + λI) x = b for the rows b of rhs [m, P], all at once.
+
+    `name` of A is for messages; `stepped` is told the largest residual of every step.
+
+    Raises NotPositiveDefinite for pᵀ(A + λI)p <= 0, with the damping that would do.
+    """
+    sizes = norms_of(rhs)
+    b = scaled(rhs, sizes)
+    x = torch.zeros_like(b)
+    r = b.clone()
+    residuals = norms_of(r)  # 1 each, or 0
+    steps = 0
+    while steps < max_steps:
+        rows = (residuals > tolerance).nonzero()[:, 0]
+        if len(rows) == 0:
+            break
+        change, taken = _run(product, r[rows], damping, tolerance, max_steps - steps, precondition, name, stepped)
+        steps += taken
+        moved = x[rows] + change
+        left = b[rows] - (product(moved) + damping * moved)
+        after = norms_of(left)
+        better = after < residuals[rows]
+        x[rows[better]], r[rows[better]] = moved[better], left[better]
+        stalled = not bool((after < 0.5 * residuals[rows]).any())
+        residuals[rows[better]] = after[better]
+        if stalled:  # begun anew, it came no further: rounding
+            break
+    return Solved(x * sizes[:, None].to(x), residuals.cpu(), steps)
+
+
+def _run(
+    product: Product,
+    r: Tensor,
+    damping: float,
+    goal: float,
+    max_steps: int,
+    precondition: Callable[[Tensor], Tensor] | None,
+    name: str,
+    stepped: Callable[[float], None],
+) -> tuple[Tensor, int]:
+    """The recursion from x = 0 with residuals r [m, P] until each is of norm goal; returns x and the steps taken."""
+    x = torch.zeros_like(r)
+    moving = torch.arange(len(r), device=r.device)  # the rows of x that r, p, … belong to
+    z = r if precondition is None else precondition(r)
+    p, rz = z.clone(), dots(r, z)
+    for step in range(1, max_steps + 1):
+        q = product(p) + damping * p
+        bend = dots(p, q)
+        if not bool((bend > 0).all()):
+            _refuse(product, p, bend, damping, step, name)
+        length = rz / bend
+        x[moving] += length[:, None].to(p) * p
+        r = r - length[:, None].to(p) * q
+        norms = norms_of(r)
+        stepped(float(norms.max()))
+        open_rows = (norms > goal).nonzero()[:, 0]
+        if len(open_rows) == 0 or step == max_steps:
+            return x, step
+        if len(open_rows) < len(r):
+            moving, r, p, rz = moving[open_rows], r[open_rows], p[open_rows], rz[open_rows]
+        z = r if precondition is None else precondition(r)
+        before, rz = rz, dots(r, z)
+        p = z + (rz / before)[:, None].to(p) * p
+    return x, max_steps
+
+
+def _refuse(product: Product, p: Tensor, bend: Tensor, damping: float, step: int, name: str) -> None:
+    if not bool(bend.isfinite().all()):
+        raise ValueError(f"CG: in step {step} the product of the {name} with a direction holds NaN or Inf")
+    row = int(bend.argmin())
+    slope = float(bend[row] / dots(p[row : row + 1], p[row : row + 1])[0]) - damping
+    lowest = min(slope, krylov(product, p[row : row + 1], _LOOKED, 1, 1e-2).lowest)
+    raise NotPositiveDefinite(
+        f"CG: the {name} with damping {damping:g} is not positive definite: in step {step} a direction has the "
+        f"curvature {slope + damping:.3g}, and the lowest eigenvalue found without damping is {lowest:.3g}; damping "
+        f"{sufficient(min(lowest, 0.0)):g} would do" + ("" if name == "ggn" else ", or matrix='ggn'")
+    )

@@ -1,0 +1,285 @@
+"""LiSSA: the damped inverse of the curvature as a Neumann series, over the whole data or over batches drawn from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from fastif.curvature.damping import NotPositiveDefinite, check_damping
+from fastif.curvature.matrix_free.iterations import check_iterations, iterating, silent, warn_not_converged
+from fastif.curvature.matrix_free.krylov import Product, dots, krylov, norms_of, scaled, sufficient
+from fastif.curvature.matrix_free.operator import Layout, Matrix, Operator, check_matrix, operator_of
+from fastif.curvature.protocol import FitData, JointCurvature, Multiplied, Shape
+from fastif.samplers.subset import Subset
+
+_MARGIN = 1.25  # of the scale above the largest eigenvalue that was seen
+_POWER_STEPS = 30
+_CLOSER = 0.99  # so that the residual, computed once more, does not exceed the tolerance by its rounding
+_GROWN = 1.7  # < √3: of the scale, above which a product shows an eigenvalue of 2 scale
+_AWAY = 100.0  # a change so many times larger than the first one: the series diverges
+
+
+class Diverged(ValueError):
+    """The series of LiSSA does not converge; the message tells the scale or the damping with which it would."""
+
+
+class LiSSA(JointCurvature):
+    """(G + λI)⁻¹ b as the limit of x ← x + (b − (G + λI)x)/scale, G the GGN or the Hessian over all blocks.
+
+    The estimator of Koh & Liang (2017) after Agarwal et al. (2017), and of the reference paper. With `batch=None` every
+    step multiplies with the curvature of the whole weighted subset; the change in a step times the scale is then the
+    residual, and a right-hand side stands still once it is at most tolerance·|b|. With a number, each step takes the
+    curvature of that many examples, drawn in proportion to the weights; x is the mean over the second half of the
+    steps and over `repeats` draws. Convergence takes about (λ_max + λ)/λ · ln(1/tolerance) steps: where `CG` is
+    possible it is faster. As in `CG`, the model's weights of the moment of the solve count, not those of the fit.
+    docs/math.md (19).
+
+    Args:
+        damping: absolute λ > 0.
+        matrix: "ggn" or "hessian".
+        scale: the series converges if it is more than half of the largest eigenvalue of G + λI. "auto": a quarter
+            above the largest eigenvalue that power iteration finds, or that of the batches drawn (see `scale_used`).
+        steps: at most. Where they do not suffice, `NotConverged` is warned of.
+        tolerance: of the residual, relative to the right-hand side.
+        batch: examples per step, or None for all.
+        repeats: of the whole series, for batches.
+        keep_graph: see `Operator`; for batch=None.
+
+    Of the last solve, `residual` (computed from x) and `steps_taken` are kept.
+    """
+
+    def __init__(
+        self,
+        damping: float = 1e-2,
+        matrix: Matrix = "ggn",
+        *,
+        scale: float | Literal["auto"] = "auto",
+        steps: int = 1000,
+        tolerance: float = 1e-3,
+        batch: int | None = None,
+        repeats: int = 1,
+        keep_graph: bool = False,
+    ):
+        check_damping(damping)
+        if damping == "auto" or damping == 0:
+            raise ValueError(f"LiSSA: damping must be a number > 0, got {damping!r}: it has to converge")
+        check_matrix("LiSSA", matrix)
+        check_iterations("LiSSA", tolerance, steps=steps, repeats=repeats, batch=1 if batch is None else batch)
+        if scale != "auto" and not (isinstance(scale, int | float) and 0 < scale < math.inf):
+            raise ValueError(f"LiSSA: scale must be a finite number > 0 or 'auto', got {scale!r}")
+        if batch is None and repeats > 1:
+            raise ValueError(f"LiSSA: repeats={repeats} would do the same thing again without batch=")
+        if batch is not None and keep_graph:
+            raise ValueError("LiSSA: keep_graph=True keeps the graph of all examples: it goes with batch=None")
+        self.damping, self.tolerance, self.batch, self.repeats = damping, tolerance, batch, repeats
+        self.matrix: Matrix = matrix
+        self.scale: float | Literal["auto"] = scale
+        self.steps, self.keep_graph = steps, keep_graph
+        self._data: FitData | None = None
+        self._scale: Tensor | None = None
+        self.residual: float | None = None  # of the last solve, relative, the largest of its right-hand sides
+        self.steps_taken: int | None = None  # of the last solve
+        self.graph_bytes = 0
+
+    def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
+        self._layout, self._data, self._scale = Layout(shapes), data, None
+        if self.scale != "auto":
+            self._scale = torch.tensor(float(self.scale), dtype=torch.float64)
+        k = math.inf if data is None else len(data.subset.indices)
+        if self.batch is not None and self.batch > k:
+            raise ValueError(f"LiSSA: batch must be at most the subset's k={k} examples, got {self.batch}")
+
+    def end(self, turn: int) -> None:
+        """Finds the scale."""
+        del turn
+        if self._scale is None:
+            operator = self._operator()
+            found = largest(self._products(operator, repeat=-1), self._start(operator))
+            self._scale = torch.tensor(_MARGIN * found + self.damping, dtype=torch.float64)
+
+    @property
+    def scale_used(self) -> float:
+        """The number given, or what "auto" found."""
+        if self._scale is None:
+            raise ValueError("LiSSA: not fitted; call Influence.fit first")
+        return float(self._scale)
+
+    def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(G + λI)⁻¹ rhs. Raises Diverged with the scale that would do, NotPositiveDefinite with the damping."""
+        operator, flat = self._operator(), self._layout.flat(rhs)
+        self.graph_bytes = operator.graph_bytes
+        sizes = norms_of(flat)
+        b, x, self.steps_taken = scaled(flat, sizes), torch.zeros_like(flat), 0
+        with iterating("LiSSA", self.steps * self.repeats, operator.data) as stepped:
+            for repeat in range(self.repeats):
+                products = self._products(operator, repeat)
+                found, taken = neumann(
+                    products,
+                    b,
+                    self.damping,
+                    self.scale_used,
+                    steps=self.steps,
+                    tolerance=_CLOSER * self.tolerance if self.batch is None else None,
+                    whole=operator,
+                    name=self.matrix,
+                    eps=torch.finfo(operator.coarsest).eps,
+                    stepped=stepped,
+                )
+                x += found / self.repeats
+                self.steps_taken += taken
+        self.residual = float(norms_of(b - (operator(x) + self.damping * x)).max())
+        if not self.residual <= self.tolerance:
+            warn_not_converged(
+                f"LiSSA: after {self.steps_taken} steps the residual is {self.residual:.2g} of the right-hand side, "
+                f"above the tolerance {self.tolerance:g}: "
+                + (
+                    f"it falls no longer, {operator.coarsest} does not resolve less"
+                    if self.batch is None and self.steps_taken < self.steps
+                    else "more steps, more damping"
+                    + (" or CG" if self.batch is None else ", larger batches or more repeats")
+                    + " would help"
+                ),
+            )
+        return self._layout.by_block(x * sizes[:, None].to(x), rhs)
+
+    def _operator(self) -> Operator:
+        return operator_of("LiSSA", self._data, self.matrix, self.keep_graph)
+
+    def _start(self, operator: Operator) -> Tensor:
+        generator = Generator().manual_seed(operator.data.seed)
+        start = torch.randn(1, self._layout.size, generator=generator, dtype=torch.float64)
+        return start.to(operator.device, operator.dtype)
+
+    def _products(self, operator: Operator, repeat: int) -> Iterator[Product]:
+        """The matrix of each step: the same for every right-hand side, however many are solved for at a time."""
+        data, batch = operator.data, self.batch
+        generator = Generator().manual_seed(data.seed + 1 + repeat)
+        while True:
+            yield operator if batch is None else partial(operator, subset=drawn(data.subset, batch, generator))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The scale: the curvature itself is never there."""
+        _ = self.scale_used
+        return {} if self._scale is None else {"scale": self._scale}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._scale = state["scale"]
+
+    def footprint(self, shapes: Mapping[str, Shape], tables: Mapping[str, bool], item: int) -> tuple[int, int]:
+        """Nothing is held; the scale takes a few vectors, a solve some of its right-hand sides' size, and the graph."""
+        del tables
+        return 0, 4 * sum(math.prod(shape) for shape in shapes.values()) * item if self.scale == "auto" else 0
+
+    def multiplied(self, n: int) -> Multiplied:
+        """Power iteration for the scale; one in a step, and two of all examples that look at where it has come to."""
+        share = 1.0 if self.batch is None else min(1.0, self.batch / n)
+        finding = _POWER_STEPS if self.scale == "auto" else 0
+        return Multiplied(share * finding, share * self.steps * self.repeats + 2)
+
+
+def drawn(subset: Subset, batch: int, generator: Generator) -> Subset:
+    """`batch` examples drawn in proportion to their weights, with repetition; they carry the subset's whole weight."""
+    total = subset.weights.sum()
+    u = torch.rand(batch, generator=generator, dtype=torch.float64) * total
+    places = torch.searchsorted(subset.weights.cumsum(0), u, right=True).clamp(max=len(subset.weights) - 1)
+    places, times = places.unique(return_counts=True)
+    return Subset(subset.indices[places], times * (total / batch))
+
+
+def largest(products: Iterator[Product], start: Tensor) -> float:
+    """The largest |A v| of power iteration over the matrices A: towards the largest eigenvalue, from below."""
+    v, found = scaled(start, norms_of(start)), 0.0
+    for _ in range(_POWER_STEPS):
+        image = next(products)(v)
+        size = float(norms_of(image))
+        found = max(found, size)
+        if size == 0:
+            break
+        v = scaled(image, norms_of(image))
+    return found
+
+
+def neumann(
+    products: Iterator[Product],
+    b: Tensor,
+    damping: float,
+    scale: float,
+    *,
+    steps: int,
+    tolerance: float | None,
+    whole: Product,
+    name: str,
+    eps: float = 0.0,
+    stepped: Callable[[float], None] = silent,
+) -> tuple[Tensor, int]:
+    """x ← x + (b − (A + λI)x)/scale from x = 0, for rows b [m, P] of norm 1 or 0; returns x and the steps taken.
+
+    tolerance: of the norm of what is added times the scale, where A is always the same; a row that is there stands
+    still, and all do where A's rounding, eps relative to it, lets them come no further. None where A varies: x is then
+    the mean over the second half of the steps. `whole` is for the diagnosis, `stepped` is told the largest residual.
+    """
+    x, mean = torch.zeros_like(b), torch.zeros_like(b)
+    moving = torch.arange(len(b), device=b.device)
+    lowest, eps = math.inf, max(eps, torch.finfo(b.dtype).eps)
+    for step in range(steps):
+        here = x[moving]
+        rest = b[moving] - (next(products)(here) + damping * here)
+        size = norms_of(rest)
+        worst = float(size.max())
+        lowest = min(lowest, worst)
+        stepped(worst)
+        # With one matrix the rest shrinks in every step, if it does at all.
+        if not worst <= (_AWAY if tolerance is None else 2 * max(lowest, eps**0.5)):
+            direction = rest[int(size.nan_to_num(math.inf).argmax())][None]
+            _refuse(whole, direction, damping, scale, step + 1, name, 0.0 if tolerance is None else eps)
+            return x, step
+        if tolerance is not None:
+            moving, rest = moving[size > tolerance], rest[size > tolerance]
+            if len(moving) == 0:
+                return x, step
+        x[moving] += rest / scale
+        if tolerance is None and step >= steps // 2:
+            mean += (x - mean) / (step - steps // 2 + 1)
+    return (x if tolerance is not None else mean), steps
+
+
+def _refuse(
+    product: Product, direction: Tensor, damping: float, scale: float, step: int, name: str, eps: float
+) -> None:
+    """Why the series diverges in a direction, which is by then that of an eigenvalue outside of (0, 2 scale).
+
+    With eps > 0 it returns where the direction is none of these but the rounding of products. One that has grown
+    twofold makes up √¾ of what is left, so that its eigenvalue shows as more than 1.7 scale.
+    """
+    if not bool(direction.isfinite().all()):
+        raise Diverged(
+            f"LiSSA: in step {step} the product of the {name} with a vector holds NaN or Inf; with scale {scale:g} the "
+            "series diverges: scale='auto' finds one"
+        )
+    v = scaled(direction, norms_of(direction))
+    image = product(v) + damping * v
+    curvature, size = float(dots(v, image)[0]), float(norms_of(image)[0])
+    if eps and curvature > -eps * scale and size <= _GROWN * scale:
+        return
+    if curvature > 0:
+        raise Diverged(
+            f"LiSSA: with scale {scale:g} the series diverges in step {step}, in a direction of the curvature "
+            f"{curvature:.3g}: scale {_upwards(_MARGIN * max(size, curvature)):g} would do, or 'auto'"
+        )
+    lowest = min(curvature - damping, krylov(product, v, _POWER_STEPS, 1, 1e-2).lowest)
+    raise NotPositiveDefinite(
+        f"LiSSA: the {name} with damping {damping:g} is not positive definite, so that the series diverges: in step "
+        f"{step} a direction has the curvature {curvature:.3g}, and the lowest eigenvalue found without damping is "
+        f"{lowest:.3g}; damping {sufficient(lowest):g} would do" + ("" if name == "ggn" else ", or matrix='ggn'")
+    )
+
+
+def _upwards(value: float) -> float:
+    """Two digits of it, rounded up."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return math.ceil(value / unit) * unit

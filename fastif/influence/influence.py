@@ -1,0 +1,440 @@
+"""Influence of training examples on a model's parameters and on its losses.
+
+Sign and units, once for the whole library: scores are predicted RISES of a query's loss when a training example is
+removed; positive means that the example helps the query. docs/math.md (1), (2).
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from fastif.curvature import ExactBlock
+from fastif.curvature.network import NetworkCurvature
+from fastif.data.batches import count, moved_to, picked
+from fastif.influence.fitting import Estimator, assigned, begun, fit
+from fastif.influence.planning import Plan, plan
+from fastif.influence.score_folder import ScoreFolder
+from fastif.influence.score_job import write_scores
+from fastif.influence.scoring import assembled, tiles
+from fastif.influence.tiles import best_of
+from fastif.model.capture import Capture, LateLayer
+from fastif.model.features import find_head
+from fastif.model.losses import Loss, Measurement, check_loss, check_measurement
+from fastif.model.passes import Passes
+from fastif.samplers.subset import Subset, check_subset
+
+
+class Influence:
+    """Influence functions on a trained model, over the layers that are chosen and with the curvature that is chosen.
+
+    >>> from fastif import EKFAC
+    >>> _ = torch.manual_seed(0)
+    >>> model, x, y = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(8, 2), torch.arange(8) % 3
+    >>> influence = Influence(model, curvature=EKFAC(damping=1e-2), progress=False).fit((x, y))
+    >>> influence.scores((x[:2], y[:2]), (x, y)).shape
+    torch.Size([2, 8])
+
+    Args:
+        model: left as it is by every method. It runs as it is: a model in train mode whose dropout or BatchNorm would
+            act is refused unless `allow_train_mode`.
+        loss: "cross_entropy", "causal_lm", "bce", "mse", or a function (outputs, batch) → [n]; see
+            `fastif.model.losses`. The model was trained on its mean over the training examples.
+        curvature: an estimator of single layers (`ExactBlock`, `KFAC`, `EKFAC`, `Diagonal`, `DataInf`, `Identity`) or
+            of all together (`CG`, `LiSSA`, `Arnoldi`, `RandomProjection`, `ExactBlock` with joint=True), or a mapping
+            from patterns of layer names to estimators, the first match counts. They are copied. Default ExactBlock().
+        layers: names or patterns of the layers whose parameters may move (see `Capture`), whether they require
+            gradients or not: leave frozen ones out by naming the others. Default all that are known;
+            for a lone ExactBlock, which holds the square of what it covers, the head: the last nn.Linear
+            (with joint=True all).
+        measurement: what is asked of queries: "loss", "margin", "log_odds", or a function (outputs, batch) → [q].
+        checkpoints: state dicts; influence is averaged over the model at each of them. Default: the model as it is.
+        batch_size: for data that brings no batches of its own; results do not depend on it.
+        memory: bytes that preconditioned query gradients may take at a time, and that a solve for the self-influence of
+            several examples may. Queries of few positions stand in factors where their matrices would not fit; what
+            does not fit then takes further passes over `train`. On a CPU a batch goes through the model a few examples
+            at a time where their layers' inputs and outputs take more than a quarter of it (between 1 and 16 MiB).
+        device: where to compute; default that of the model.
+        autocast: run forward and backward passes under autocast of this 16-bit type, whatever surrounds the call; sums
+            are float32 all the same. Default: not.
+        allow_train_mode: run a model in train mode as it is.
+        seed: of what is drawn: the labels of fisher="monte_carlo", the examples of a stochastic LiSSA.
+        progress: show progress bars.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss = "cross_entropy",
+        curvature: Estimator | Mapping[str, Estimator] | None = None,
+        *,
+        layers: str | Sequence[str] | None = None,
+        measurement: Measurement = "loss",
+        checkpoints: Sequence[Mapping[str, Tensor]] | None = None,
+        batch_size: int = 256,
+        memory: int = 1 << 27,
+        device: torch.device | str | None = None,
+        autocast: torch.dtype | None = None,
+        allow_train_mode: bool = False,
+        seed: int = 0,
+        progress: bool = True,
+    ):
+        check_loss(loss)
+        check_measurement(measurement, loss)
+        if checkpoints is not None and not len(checkpoints):
+            raise ValueError("Influence: checkpoints must not be empty")
+        if memory < 1:
+            raise ValueError(f"Influence: memory must be at least 1 byte, got {memory}")
+        curvature = ExactBlock() if curvature is None else curvature
+        if isinstance(curvature, ExactBlock) and not curvature.joint and layers is None:
+            layers = find_head(model)[0] or "*"
+        self.measurement, self.checkpoints, self.memory, self.seed = measurement, checkpoints, memory, seed
+        self.passes = Passes(
+            model,
+            loss,
+            layers,
+            batch_size=batch_size,
+            memory=memory,
+            device=device,
+            autocast=autocast,
+            allow_train_mode=allow_train_mode,
+            progress=progress,
+        )
+        self._given = copy.deepcopy(dict(curvature) if isinstance(curvature, Mapping) else curvature)
+        self.parts = assigned(
+            self.capture, self._given
+        )  # estimators that have learned nothing: for plans and score jobs
+        self._fitted: list[NetworkCurvature] = []  # by checkpoint
+        self._warned = False  # of parameters that are not covered
+        self.n = 0  # training examples
+        self.subset: Subset | None = None  # of the last fit; a state does not hold it
+        self.bound: float | None = None  # of that subset, where it has one
+        self.rank_error = 0.0  # of the last scores with rank=
+
+    @property
+    def model(self) -> nn.Module:
+        return self.passes.model
+
+    @property
+    def capture(self) -> Capture:
+        """What is covered of the model, and what is not."""
+        return self.passes.capture
+
+    @property
+    def device(self) -> torch.device:
+        return self.passes.device
+
+    @property
+    def curvature(self) -> dict[str, Any]:
+        """The fitted estimators by block (of the first checkpoint)."""
+        if not self._fitted:
+            raise ValueError("Influence: not fitted; call fit(train) first")
+        return self._fitted[0].by_block
+
+    def plan(self, train: Any, query: Any | None = None, *, rank: int | None = None) -> Plan:
+        """What will be covered, skipped, stored and computed; only a few examples go through the model.
+
+        Args:
+            query: where given, the plan holds the peak memory of scores(query, train, rank=rank) and of
+                self_influence(train) too. For that, the first queries that are held at a time meet the first two
+                batches of `train`, with a curvature that has the sizes of a fitted one; it takes as long as this part
+                of `scores` does.
+            rank: as for `scores`.
+        """
+        with self.passes.running(None):
+            self.look_at(train)
+            return plan(self, train, query, rank)
+
+    def look_at(self, train: Any, indices: Tensor | None = None) -> None:
+        """Has the first of the examples `indices` decide what is covered and how it is read; the model is running.
+
+        What was covered without a look at data is not always what can be: see `fastif.model.check`.
+        """
+        indices = torch.arange(count(train, self.passes.batch_size)) if indices is None else indices
+        ((x, y), _) = next(iter(picked(train, self.passes.batch_size, indices)))
+        x, y = moved_to(x, self.device), moved_to(y, self.device)
+        if self.passes.needs_check(x):
+            self.capture.batch = 0
+            self.passes.check(x, y)
+            self.parts = assigned(self.capture, self._given)
+
+    def fit(self, train: Any, subset: Any | None = None) -> Influence:
+        """Builds the curvature at the model's parameters.
+
+        Args:
+            train: the data that the model was trained on, as `fastif.data.as_loader` takes it; its length is n of (2).
+            subset: the examples of `train` that carry the curvature, with weights; default all, 1/n each. One of
+                `samplers.certified` leaves its bound in `bound`: so far at most, in the spectral norm, the head's GGN
+                is from that of all examples. docs/math.md (12).
+
+        Raises ValueError for whatever `Capture` refuses: layers that are not called, examples that mix, parameters
+        used behind a layer's back, NaN; NotPositiveDefinite, naming the layer, where damping does not suffice.
+        """
+        n = count(train, self.passes.batch_size)
+        indices, weights = torch.arange(n), torch.full((n,), 1 / n, dtype=torch.float64)
+        if subset is not None:
+            indices, weights = check_subset(subset, n)
+        chosen = Subset(indices, weights)
+        fitted: list[NetworkCurvature] = []
+        self.capture.fixed = False
+        while len(fitted) < len(self.checkpoints or [None]):
+            try:
+                with self.passes.running(self.checkpoints[len(fitted)] if self.checkpoints else None):
+                    self.look_at(train, indices)
+                    fitted.append(fit(self.passes, self.parts, train, chosen, self.seed, self.memory))
+            except LateLayer as late:  # such as an expert that the first examples were not sent to
+                self.capture.take_up(late.name)
+                fitted.clear()
+        self.capture.fixed = True
+        self._warn_of_lost()
+        self._fitted, self.n, self.subset, self.bound = fitted, n, chosen, getattr(subset, "bound", None)
+        return self
+
+    def _warn_of_lost(self) -> None:
+        """Once, where parameters that were trained are not covered though nobody left them out."""
+        lost = self.capture.lost
+        if not lost or self._warned:
+            return
+        self._warned = True
+        names = {name: parameter for parameter, name in self.capture.names.items()}
+        trained = sum(parameter.numel() for parameter in self.capture.selection.trained)
+        left = sum(names[name].numel() for name in lost)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in lost.items())
+        warnings.warn(
+            f"Influence: {trained - left:,} of {trained:,} trained parameters are covered ({1 - left / trained:.1%}); "
+            f"the rest is taken as fixed: {reasons}. Leave them out with layers= to say that this is meant",
+            stacklevel=3,
+        )
+
+    def on_parameters(self, batch: Any) -> dict[str, Tensor]:
+        """Σ_z I(z) = −(G + λI)⁻¹ Σ_z ∇ℓ(z) over the examples of `batch`: a dict keyed like the model's parameters.
+
+        θ̂ + ε·I(z) approximates the optimum when z gains weight ε in the mean loss: removing z is ε = −1/n. Parameters
+        that are not covered are absent: they are taken as fixed. With checkpoints, the mean over them.
+        docs/math.md (1).
+        """
+        total: dict[str, Tensor] = {}
+        for checkpoint, curvature in self.at_checkpoints():
+            sums: dict[str, Tensor] = {}
+            with self.passes.running(checkpoint):
+                for _, _, gradients in self.passes.gradients(batch, "on_parameters"):
+                    for name, g in gradients.items():
+                        part = g.sum(torch.ones(len(g), device=self.device))
+                        sums[name] = sums[name].add_(part) if name in sums else part
+                for name, moved in curvature.solve(sums).items():
+                    moved = moved.div_(-len(self._fitted))
+                    total[name] = total[name].add_(moved) if name in total else moved
+        return self._on_parameters(total)
+
+    def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(G + λI)⁻¹ v for a vector v in parameter space: as dicts keyed like the model's parameters.
+
+        Parameters that are not covered may be absent and stay so. With checkpoints, the mean over them. Raises
+        ValueError for a covered parameter that is missing or has another shape.
+        """
+        blocks, total = self.capture.blocks, dict[str, Tensor]()
+        values: dict[Tensor, Tensor] = {}
+        for name, shape in self.capture.covered.items():
+            if name not in vectors or vectors[name].shape != shape:
+                found = list(vectors[name].shape) if name in vectors else "nothing"
+                raise ValueError(f"solve: {name!r} must be {list(shape)}, got {found}")
+        for parameter, name in self.capture.names.items():
+            if name in self.capture.covered:
+                values[parameter] = vectors[name].to(self.device)
+        for checkpoint, curvature in self.at_checkpoints():
+            with self.passes.running(checkpoint):
+                for name, solved in curvature.solve({n: b.matrix(values) for n, b in blocks.items()}).items():
+                    solved = solved / len(self._fitted)
+                    total[name] = total[name].add_(solved) if name in total else solved
+        return self._on_parameters(total)
+
+    def _on_parameters(self, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters' part of every block's matrix, keyed like the model's parameters."""
+        found: dict[Tensor, Tensor] = {}
+        for name, matrix in matrices.items():
+            for parameter, rows, value in self.capture.blocks[name].split(matrix):
+                if parameter not in found:
+                    found[parameter] = torch.zeros_like(parameter, requires_grad=False)
+                found[parameter][rows] += value
+        return {name: found[p].detach() for p, name in self.capture.names.items() if p in found}
+
+    @overload
+    def scores(
+        self,
+        query: Any,
+        train: Any,
+        *,
+        groups: Tensor | None = None,
+        query_groups: Tensor | None = None,
+        rank: int | None = None,
+    ) -> Tensor: ...
+    @overload
+    def scores(
+        self,
+        query: Any,
+        train: Any,
+        *,
+        query_groups: Tensor | None = None,
+        rank: int | None = None,
+        out: Path | str,
+        resume: bool = False,
+    ) -> ScoreFolder: ...
+    def scores(
+        self,
+        query: Any,
+        train: Any,
+        *,
+        groups: Tensor | None = None,
+        query_groups: Tensor | None = None,
+        rank: int | None = None,
+        out: Path | str | None = None,
+        resume: bool = False,
+    ) -> Tensor | ScoreFolder:
+        """scores[q, t] = (1/n) ∇m_qᵀ (G + λI)⁻¹ ∇ℓ_t, [q, n]: predicted rise of q's measurement if t is removed.
+
+        With the measurement "loss", positive: t helps q. In units of the measurement; on the CPU. docs/math.md (2).
+
+        Args:
+            query, train: data with labels.
+            groups: int64 [n]; columns are then groups of training examples, scores of a group are summed, [q, groups].
+            query_groups: int64 [q]; rows are then groups of queries, [groups, n].
+            rank: keep only so many singular vectors of each query's preconditioned gradient (less memory, so fewer
+                passes over `train` for many queries); the largest relative error is in `rank_error` afterwards.
+            out: a folder for the scores; they are written block by block as they are computed and returned as a
+                `ScoreFolder`, which reads them from there, also later and without the model. Not with groups=, whose
+                sums are complete with the last training example only: add the columns of what was written.
+            resume: go on with a job in `out` that was cut off, at whatever point: what is there is not computed again,
+                and the scores end with the same bits. A folder of other settings is refused, each difference named.
+        """
+        if out is not None:
+            if groups is not None:
+                raise ValueError("scores: out= and groups= exclude each other; sum the columns of what was written")
+            return write_scores(self, query, train, out, resume=resume, query_groups=query_groups, rank=rank)
+        _check_resume("scores", resume)
+        return assembled(self, query, train, query_groups, groups, rank)[""]
+
+    @overload
+    def scores_by_layer(self, query: Any, train: Any) -> dict[str, Tensor]: ...
+    @overload
+    def scores_by_layer(self, query: Any, train: Any, *, out: Path | str, resume: bool = False) -> ScoreFolder: ...
+    def scores_by_layer(
+        self, query: Any, train: Any, *, out: Path | str | None = None, resume: bool = False
+    ) -> dict[str, Tensor] | ScoreFolder:
+        """The part of every block in `scores`, {block: [q, n]}; they add up to `scores`.
+
+        With out=, a folder as for `scores`, [q, n, blocks].
+        """
+        if out is not None:
+            return write_scores(self, query, train, out, resume=resume, by="layer")
+        _check_resume("scores_by_layer", resume)
+        return assembled(self, query, train, by="layer")
+
+    @overload
+    def scores_by_token(self, query: Any, train: Any) -> Tensor: ...
+    @overload
+    def scores_by_token(self, query: Any, train: Any, *, out: Path | str, resume: bool = False) -> ScoreFolder: ...
+    def scores_by_token(
+        self, query: Any, train: Any, *, out: Path | str | None = None, resume: bool = False
+    ) -> Tensor | ScoreFolder:
+        """The part of every position of the training examples in `scores`, [q, n, t]; they add up to `scores`.
+
+        With out=, a folder as for `scores`. Raises ValueError where a covered layer has other positions than the rest
+        (a normalisation layer sums over them): leave it out with layers=.
+        """
+        if out is not None:
+            return write_scores(self, query, train, out, resume=resume, by="token")
+        _check_resume("scores_by_token", resume)
+        return assembled(self, query, train, by="token")[""]
+
+    def top(self, query: Any, train: Any, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
+        """The k training examples with the largest scores for each query: (values [q, k], indices int64 [q, k]).
+
+        Largest first: the most helpful; `largest=False` gives the most harmful, smallest first. Ties go to the lower
+        index. The score matrix [q, n] is not stored, unless there are several checkpoints.
+        """
+        n = count(train, self.passes.batch_size)
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
+            raise ValueError(f"top: k must be an integer in [1, n={n}], got k={k}")
+        if len(self._fitted) > 1:  # a checkpoint's part is no score: the sum has to be there before it is ranked
+            values, indices = self.scores(query, train).sort(dim=1, descending=largest, stable=True)
+            return values[:, :k], indices[:, :k]
+        best: dict[int, tuple[Tensor, Tensor]] = {}  # by first query of a block
+        with closing(tiles(self, query, train)) as made:
+            for tile in made:
+                best[tile.query] = best_of(best.get(tile.query), tile.values[""], tile.train, k, largest)
+        values, indices = zip(*(best[start] for start in sorted(best)), strict=True)
+        return torch.cat(values), torch.cat(indices)
+
+    def self_influence(self, train: Any) -> Tensor:
+        """scores[t, t] of every training example, [n], never negative: how much its loss rests on it."""
+        total = None
+        for checkpoint, curvature in self.at_checkpoints():
+            with self.passes.running(checkpoint):
+                batches = self.passes.gradients(train, "self-influence")
+                parts = [curvature.sq_norms(gradients).cpu() for _, _, gradients in batches]
+            total = torch.cat(parts) if total is None else total + torch.cat(parts)
+        assert total is not None
+        return total / (self.n * len(self._fitted))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that `fit` learned, as tensors: safetensors or torch.save keep it.
+
+        `CG` and `LiSSA` learn nothing that could be kept: they have to be fitted again.
+        """
+        _ = self.curvature  # refuses what is not fitted
+        state = {"n": torch.tensor(self.n), "blocks": self._described()}
+        for number, curvature in enumerate(self._fitted):
+            state.update(curvature.state_dict(f"{number}/"))
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> Influence:
+        """Takes what `state_dict` gave an Influence of the same model and arguments; refuses what does not fit."""
+        fitted: list[NetworkCurvature] = []
+        if "n" not in state or "blocks" not in state:
+            raise ValueError("load_state_dict: the state is another model's: no n and blocks")
+        if not self._fitted and not torch.equal(state["blocks"].cpu(), self._described()):
+            self.capture.restore(_names_in(bytes(state["blocks"].tolist()).decode()))
+            self.parts = assigned(self.capture, self._given)
+        if not torch.equal(state["blocks"].cpu(), self._described()):
+            theirs, ours = (bytes(blocks.tolist()).decode() for blocks in (state["blocks"], self._described()))
+            raise ValueError(f"load_state_dict: the state is of other blocks: of {theirs}, not of {ours}")
+        left = set(state) - {"n", "blocks"}
+        for number in range(len(self.checkpoints or [None])):
+            own = {key: state[key].to(self.device) for key in left if key.startswith(f"{number}/")}
+            left -= own.keys()
+            fitted.append(begun(self.parts, self.capture, None, self.memory))
+            fitted[-1].load_state_dict(own, f"{number}/")
+        if left:
+            raise ValueError(f"load_state_dict: the state is another model's: {min(left)}")
+        self._fitted, self.n, self.subset = fitted, int(state["n"]), None
+        self.capture.fixed = True
+        return self
+
+    def _described(self) -> Tensor:
+        """Every block, its shape and its kind of estimator, as bytes of a text."""
+        kinds = {name: type(estimator).__name__ for name, estimator in self.parts.by_block.items()}
+        blocks = (f"{name} {list(block.shape)} {kinds[name]}" for name, block in self.capture.blocks.items())
+        return torch.tensor(list("; ".join(blocks).encode()), dtype=torch.uint8)
+
+    def at_checkpoints(self) -> list[tuple[Mapping[str, Tensor] | None, NetworkCurvature]]:
+        """Every checkpoint (None: the model as it is) with what was fitted there."""
+        if not self._fitted:
+            raise ValueError("Influence: not fitted; call fit(train) first")
+        return list(zip(self.checkpoints or [None], self._fitted, strict=True))
+
+
+def _names_in(described: str) -> list[str]:
+    """The names of the blocks in what `_described` says."""
+    return [block.rpartition(" [")[0] for block in described.split("; ")]
+
+
+def _check_resume(op: str, resume: bool) -> None:
+    if resume:
+        raise ValueError(f"{op}: resume=True needs out=, the folder of the job")

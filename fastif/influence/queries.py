@@ -1,0 +1,173 @@
+"""The query side of scores: preconditioned gradients, as many at a time as memory holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastif.curvature import KFAC, Directions, Explicit, LowRank
+from fastif.curvature.directions import Factors
+from fastif.curvature.network import NetworkCurvature
+from fastif.data.batches import as_loader
+from fastif.influence.tiles import By
+from fastif.model.calls import dtype_of
+from fastif.model.gradients import Gradients
+
+if TYPE_CHECKING:
+    from fastif.influence.influence import Influence
+
+_MADE = 1 << 23  # bytes of preconditioned query gradients that are made at a time
+
+
+def query_blocks(
+    influence: Influence,
+    query: Any,
+    total: int,
+    curvature: NetworkCurvature,
+    groups: Tensor | None,
+    rank: int | None,
+    explicit: bool,
+) -> Iterator[tuple[int, dict[str, list[Directions]]]]:
+    """The query side for as many queries at a time as `memory` holds, with the first query's index."""
+    if groups is not None:
+        yield 0, _grouped_queries(influence, query, curvature, groups, rank)
+        return
+    whole = sum(block.size for block in influence.capture.blocks.values()) * dtype_of(influence.model).itemsize
+    each = max(1, min(influence.memory // 4, _MADE) // whole)  # making them takes some copies
+    first, held, memory = 0, _Held(0), influence.memory
+    for start, n, gradients in influence.passes.gradients(query, "queries", influence.measurement):
+        for begin in range(0, n, each):
+            part = {name: g.rows(begin, begin + each) for name, g in gradients.items()}
+            made = _directions(influence, curvature, part, rank, explicit)
+            del part
+            if held.parts and held.nbytes_with(made) > memory:
+                yield first, held.settled(memory - held.nbytes)
+                held = _Held(0)
+            if not held.parts:  # as many as will be held in this form
+                first, few, size = start + begin, min(each, n - begin), held.nbytes_with(made)
+                held = _Held(min(total - first, max(few, few * memory // size)))
+            held.add(made)
+            del made
+        del gradients  # before those of the next batch come, and the training examples
+    yield first, held.settled(memory - held.nbytes)
+
+
+class _Held:
+    """Directions of the queries as they come: matrices one below the other, so that training gradients, once formed,
+    meet all of them."""
+
+    def __init__(self, room: int):
+        self.parts: dict[str, list[Directions]] = {}
+        self.nbytes = 0
+        self._room, self._rows = room, dict[str, Tensor]()
+        self._factors: dict[str, tuple[int, int]] = {}  # queries in factors, and bytes of the longest
+
+    def nbytes_with(self, made: Mapping[str, Directions]) -> int:
+        """`nbytes` once these are added: factors all take as many positions as the longest."""
+        total = self.nbytes
+        for name, directions in made.items():
+            if not isinstance(directions, Factors):
+                total += directions.nbytes
+                continue
+            before, after = self._factors.get(name, (0, 0)), self._factors_with(name, directions)
+            total += math.prod(after) - math.prod(before)
+        return total
+
+    def _factors_with(self, name: str, directions: Factors) -> tuple[int, int]:
+        number, longest = self._factors.get(name, (0, 0))
+        return number + len(directions), max(longest, directions.nbytes // len(directions))
+
+    def add(self, made: Mapping[str, Directions]) -> None:
+        self.nbytes = self.nbytes_with(made)
+        for name, directions in made.items():
+            if isinstance(directions, Factors):
+                self._factors[name] = self._factors_with(name, directions)
+            parts = self.parts.setdefault(name, [])
+            if not isinstance(directions, Explicit) or not self._joins(name, parts, directions):
+                parts.append(directions)
+                continue
+            matrices, before = directions.matrices, len(parts[0]) if parts else 0
+            if not parts:
+                self._rows[name] = matrices.new_empty((self._room, *matrices.shape[1:]))
+            self._rows[name][before : before + len(matrices)] = matrices
+            parts[:] = [Explicit(self._rows[name][: before + len(matrices)])]
+
+    def settled(self, room: int) -> dict[str, list[Directions]]:
+        """All of them, those in factors in the form that takes the least work; `room`: bytes that are left for it."""
+        for parts in self.parts.values():
+            runs = [list(run) for _, run in groupby(parts, type)]
+            parts.clear()
+            for run in runs:
+                if isinstance(run[0], Factors):
+                    whole = Factors.joined([part for part in run if isinstance(part, Factors)])
+                    run[:] = [whole.settled(room + whole.nbytes)]
+                    room += whole.nbytes - run[0].nbytes
+                parts += run
+        return self.parts
+
+    def _joins(self, name: str, parts: list[Directions], directions: Explicit) -> bool:
+        if not parts:
+            return len(directions) <= self._room
+        first, *others = parts
+        room = name in self._rows and len(first) + len(directions) <= self._room
+        return isinstance(first, Explicit) and not others and room
+
+
+def _directions(
+    influence: Influence,
+    curvature: NetworkCurvature,
+    gradients: Mapping[str, Gradients],
+    rank: int | None,
+    explicit: bool,
+) -> dict[str, Directions]:
+    if rank is None and not explicit:
+        return curvature.directions(gradients)
+    return _solved(influence, curvature, {name: g.formed() for name, g in gradients.items()}, rank)
+
+
+def _solved(
+    influence: Influence, curvature: NetworkCurvature, matrices: Mapping[str, Tensor], rank: int | None
+) -> dict[str, Directions]:
+    solved = curvature.solve(matrices)
+    if rank is None:
+        return {name: Explicit(matrices) for name, matrices in solved.items()}
+    compressed = {name: LowRank.of(matrices, rank) for name, matrices in solved.items()}
+    influence.rank_error = max(influence.rank_error, *(directions.error for directions in compressed.values()))
+    return dict(compressed)
+
+
+def _grouped_queries(
+    influence: Influence, query: Any, curvature: NetworkCurvature, groups: Tensor, rank: int | None
+) -> dict[str, list[Directions]]:
+    number = int(groups.max()) + 1
+    totals = {
+        name: torch.zeros((number, *block.shape), device=influence.device, dtype=dtype_of(influence.model))
+        for name, block in influence.capture.blocks.items()
+    }
+    for start, n, gradients in influence.passes.gradients(query, "queries", influence.measurement):
+        here = groups[start : start + n].to(influence.device)
+        for group in here.unique().tolist():
+            for name, g in gradients.items():
+                totals[name][group] += g.sum((here == group).to(influence.device))
+    return {name: [made] for name, made in _solved(influence, curvature, totals, rank).items()}
+
+
+def query_bytes(influence: Influence, query: Any, rank: int | None, by: By) -> int:
+    """Of what is held of a query at least, as the first batch has it."""
+    item, blocks = dtype_of(influence.model).itemsize, influence.capture.blocks
+    if rank is not None:
+        return item * sum(b.shape[0] * min(rank, *b.shape[1:]) * sum(b.shape[1:]) for b in blocks.values())
+    checkpoint, curvature = influence.at_checkpoints()[0]
+    numbers = {name: block.size for name, block in blocks.items()}
+    factored = {name for name, estimator in curvature.by_block.items() if isinstance(estimator, KFAC)}
+    if factored and by != "token":
+        batch = next(iter(as_loader(query, influence.passes.batch_size)))
+        with influence.passes.running(checkpoint):
+            (_, _, gradients), *_ = influence.passes.gradients([batch], "positions", influence.measurement)
+        numbers.update({name: Factors.size(gradients[name]) or numbers[name] for name in factored})
+    return item * sum(numbers.values())
