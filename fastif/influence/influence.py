@@ -108,9 +108,7 @@ class Influence:
             progress=progress,
         )
         self._given = copy.deepcopy(dict(curvature) if isinstance(curvature, Mapping) else curvature)
-        self.parts = assigned(
-            self.capture, self._given
-        )  # estimators that have learned nothing: for plans and score jobs
+        self.parts = assigned(self.capture, self._given)  # estimators that have learned nothing: for plans and jobs
         self._fitted: list[NetworkCurvature] = []  # by checkpoint
         self._warned = False  # of parameters that are not covered
         self.n = 0  # training examples

@@ -181,7 +181,7 @@ class Capture:
             sharing = sum(p is parameter for module in self.model.modules() for p in _own_parameters(module))
             if name in self.blocks and len(self.blocks[name].uses) < sharing:
                 del self.blocks[name]
-                self.skipped[self.names[parameter]] = f"{LEFT_OUT}: layers that share it are not covered"
+                self.skipped[self.names[parameter]] = f"{LEFT_OUT} out layers that share it"
         self.loosen(parameter for parameter in self.names if parameter in loose)
 
     def _account(self) -> None:
@@ -190,7 +190,7 @@ class Capture:
             if parameter in used:
                 self.skipped.pop(name, None)
             else:
-                self.skipped.setdefault(name, LEFT_OUT)
+                self.skipped.setdefault(name, f"{LEFT_OUT} it out")
 
     def check_any(self) -> None:
         """Raises ValueError where nothing is covered."""
@@ -232,7 +232,7 @@ class Capture:
         by_name = {name: parameter for parameter, name in self.names.items()}
         kept = {name: block for name, block in self.blocks.items() if name in names}
         for block in [block for name, block in self.blocks.items() if name not in kept]:
-            self.leave_out(block, LEFT_OUT)
+            self.leave_out(block, f"{LEFT_OUT} it out")
         self.loosen([by_name[name] for name in names if name not in kept and name in by_name])
         self.blocks = {name: self.blocks[name] for name in names if name in self.blocks}
 
@@ -360,7 +360,7 @@ class Capture:
                 where = "this batch" if self.batch is None else f"batch {self.batch}"
                 raise LateLayer(
                     name,
-                    f"capture: layer {name!r} is called for {where} and was not when the model was first looked at",
+                    f"capture: layer {name!r} is called in {where} and was not in the first examples",
                 )
 
         return hook

@@ -102,8 +102,8 @@ class _Check:
                 error = error or raised
         name = next(iter(self.capture.blocks))
         raise ValueError(
-            f"capture: example {i} cannot go through the model by itself ({error}); if in layer {name!r} the loss of one "
-            "example depends on the rows of others, it has no gradient of its own; or the batch is not its first axis"
+            f"capture: example {i} cannot go through the model by itself ({error}): in layer {name!r} the loss of one "
+            "example depends on the rows of others, or the batch is not its first axis"
         ) from error
 
     # ---------------------------------------------------------------------------------------------------- the judgement
@@ -156,7 +156,7 @@ class _Check:
         if failing:
             raise ValueError(f"capture: the gradient of {failing[0]!r} is not the same in two passes over one example")
 
-    # ------------------------------------------------------------------------------------------------------ the readings
+    # ----------------------------------------------------------------------------------------------------- the readings
 
     def _drop_uncalled(self) -> None:
         capture, seen = self.capture, self.forward.seen
@@ -173,6 +173,10 @@ class _Check:
                 )
                 continue
             modules = {source: capture.module_of(source) for source in unseen}
+            found = grad(self.losses.sum(), block.parameters, None, keep=True)
+            if not uses and any(g is not None for g in found):  # read by another module
+                self._loosen([name], "another layer uses it")
+                continue
             if any(module in capture.called for module in modules.values()):
                 self._loosen([name], "its layer does not use it in a way that is known")
                 continue

@@ -63,12 +63,12 @@ class Pair:
             if reading == "groups":
                 return Pair(x, u, k)
             if reading == "positions first, groups":
-                return Pair(*(z.unflatten(0, (k, n)).transpose(0, 1).flatten(0, 1) for z in (x, u)), k)
+                x, u = (z.unflatten(0, (k, n)).transpose(0, 1).flatten(0, 1) for z in (x, u))
+                return Pair(x, u, k)
             return Pair(x.transpose(0, 1), u.transpose(0, 1))
         raise ValueError(
-            f"capture: layer {source!r} saw an input of shape {list(x.shape)}, whose rows are not those of the batch of "
-            f"{n} as they are read ({reading}); let the model keep the batch first (batch_first=True), or leave the "
-            "layer out with layers="
+            f"capture: layer {source!r} saw an input of shape {list(x.shape)}, whose rows are not those of the batch of {n} "
+            f"as they are read ({reading}); let the model keep the batch first, or leave the layer out with layers="
         )
 
     def gradients(self, use: Use, begin: int, end: int) -> Dense | OneHot:
@@ -193,7 +193,9 @@ class Forward:
                 seed = ones.masked_fill((rows != i).view(-1, *[1] * (ones.dim() - 1)), 0)
                 grads = grad(target, parameters, seed, keep or i < self.n - 1)
                 passes.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)])
-            found = [torch.stack([g.to_dense() if g.is_sparse else g for g in grads]) for grads in zip(*passes)]
+            found = [
+                torch.stack([g.to_dense() if g.is_sparse else g for g in grads]) for grads in zip(*passes, strict=True)
+            ]
         return [
             computable((p.new_zeros((self.n, *p.shape)) if g is None else g).detach())
             for g, p in zip(found, parameters, strict=True)

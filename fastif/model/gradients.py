@@ -381,9 +381,8 @@ def joined(parts: list[Dense | OneHot]) -> Dense | OneHot:
         places, inputs = torch.cat([p.places for p in tables], 1), torch.cat([p.inputs for p in tables], 1)
         empty = None
         if any(p.empty is not None for p in tables):
-            empty = torch.cat(
-                [torch.zeros_like(p.places, dtype=torch.bool) if p.empty is None else p.empty for p in tables], 1
-            )
+            none = [torch.zeros_like(p.places, dtype=torch.bool) for p in tables]
+            empty = torch.cat([no if p.empty is None else p.empty for p, no in zip(tables, none, strict=True)], 1)
         return replace(tables[0], places=places, inputs=inputs, empty=empty)
     dense = [part.dense() if isinstance(part, OneHot) else part for part in parts]
     first = parts[0].activations

@@ -88,21 +88,15 @@ class Passes:
         few = rows_of(x, rows)
 
         def values(outputs: Any, rows: Tensor) -> Tensor:
-            part = rows_of(few, rows)
-            return measured(
-                value, self.loss, outputs, labels_in(part, None if y is None else rows_of(y, rows)), len(rows)
-            )
+            labels = labels_in(rows_of(few, rows), None if y is None else rows_of(y, rows))
+            return measured(value, self.loss, outputs, labels, len(rows))
 
+        short = self.autocast is not None
         devices = [self.device] if self.device.type == "cuda" else []
-        with (
-            torch.random.fork_rng(devices),
-            torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
-        ):
+        with torch.random.fork_rng(devices), torch.autocast(self.device.type, self.autocast, enabled=short):
             if not (self.allow_train_mode and any(module.training for module in self.model.modules())):
                 self._refuse_draws(few, values, rows)
-            forward = settle(
-                self.capture, few, values, alone=not self.allow_train_mode, short=self.autocast is not None
-            )
+            forward = settle(self.capture, few, values, alone=not self.allow_train_mode, short=short)
         self._example_bytes = forward.nbytes // forward.n
 
     @torch.no_grad()
@@ -116,14 +110,13 @@ class Passes:
         if away > allowed:
             mode = "train" if any(module.training for module in self.model.modules()) else "eval"
             raise ValueError(
-                f"Influence: the model is in {mode} mode and two forward passes of one batch differ (dropout?), by up to "
-                f"{away:.2g} in the loss of an example: a forward pass that draws at random has no gradient of its own; "
-                "call model.eval(), pass p=0 or training=self.training to what draws, or draw from a generator that the "
-                "forward pass seeds"
+                f"Influence: the model is in {mode} mode and two forward passes of one batch differ (dropout?), by up "
+                f"to {away:.2g} in the loss of an example: what is drawn at random has no gradient of its own; call "
+                "model.eval(), pass training=self.training to what draws, or let the forward pass seed its generator"
             )
 
     def needs_check(self, x: Any) -> bool:
-        """Whether a batch shows what those before it could not: one example alone does not show whether examples mix."""
+        """Whether a batch shows what none before it could: one example alone does not show whether examples mix."""
         return self.capture.checked < min(2, batch_length(x))
 
     def at_a_time(self, n: int) -> int:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-LEFT_OUT = "layers= leaves it out"
+LEFT_OUT = "layers= leaves"
 FROZEN = "is not trained (requires_grad is False)"
 
 
@@ -45,10 +45,10 @@ class Selection:
 
         without, within = matching(self._without), matching(self._patterns)
         if without:
-            return LEFT_OUT
+            return f"{LEFT_OUT} {names[0]!r} out"
         if within or (self._takes_trained and all(parameter in self.trained for parameter in parameters)):
             return None
-        return FROZEN if self._takes_trained else LEFT_OUT
+        return FROZEN if self._takes_trained else f"{LEFT_OUT} {names[0]!r} out"
 
     def check(self, known: Sequence[str]) -> None:
         """Raises ValueError for a pattern that matched nothing."""
