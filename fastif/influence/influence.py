@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastif.curvature import ExactBlock
 from fastif.curvature.network import NetworkCurvature
-from fastif.data.batches import count, moved_to, picked
+from fastif.data.batches import batch_length, count, moved_to, picked, rows_of
 from fastif.influence.fitting import Estimator, assigned, begun, fit
 from fastif.influence.planning import Plan, plan
 from fastif.influence.score_folder import ScoreFolder
@@ -26,7 +26,7 @@ from fastif.influence.score_job import write_scores
 from fastif.influence.scoring import assembled, tiles
 from fastif.influence.tiles import best_of
 from fastif.model.capture import Capture, LateLayer
-from fastif.model.features import find_head
+from fastif.model.features import called_head, find_head
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement
 from fastif.model.passes import Passes
 from fastif.samplers.subset import Subset, check_subset
@@ -50,10 +50,12 @@ class Influence:
         curvature: an estimator of single layers (`ExactBlock`, `KFAC`, `EKFAC`, `Diagonal`, `DataInf`, `Identity`) or
             of all together (`CG`, `LiSSA`, `Arnoldi`, `RandomProjection`, `ExactBlock` with joint=True), or a mapping
             from patterns of layer names to estimators, the first match counts. They are copied. Default ExactBlock().
-        layers: names or patterns of the layers whose parameters may move (see `Capture`), whether they require
-            gradients or not: leave frozen ones out by naming the others. Default all that are known;
-            for a lone ExactBlock, which holds the square of what it covers, the head: the last nn.Linear
-            (with joint=True all).
+        layers: which parameters may move (see `Capture`): "trained" (the default: those that require gradients, all
+            where none does), "all", or names and patterns of layers, "!pattern" for what is left out. For a lone
+            ExactBlock, which holds the square of what it covers, the default is the head: the last nn.Linear that is
+            called and gives the logits (with joint=True all that is trained). `fit` looks at its first examples: what
+            does not give autograd's gradients for each of them is read otherwise, or listed in `capture.skipped`, and
+            a warning says so where it was trained.
         measurement: what is asked of queries: "loss", "margin", "log_odds", or a function (outputs, batch) → [q].
         checkpoints: state dicts; influence is averaged over the model at each of them. Default: the model as it is.
         batch_size: for data that brings no batches of its own; results do not depend on it.
@@ -93,7 +95,8 @@ class Influence:
         if memory < 1:
             raise ValueError(f"Influence: memory must be at least 1 byte, got {memory}")
         curvature = ExactBlock() if curvature is None else curvature
-        if isinstance(curvature, ExactBlock) and not curvature.joint and layers is None:
+        self._of_head = isinstance(curvature, ExactBlock) and not curvature.joint and layers is None
+        if self._of_head:
             layers = find_head(model)[0] or "*"
         self.measurement, self.checkpoints, self.memory, self.seed = measurement, checkpoints, memory, seed
         self.passes = Passes(
@@ -146,9 +149,25 @@ class Influence:
                 of `scores` does.
             rank: as for `scores`.
         """
+        self._find_head(train, torch.arange(count(train, self.passes.batch_size)))
         with self.passes.running(None):
             self.look_at(train)
             return plan(self, train, query, rank)
+
+    def _find_head(self, train: Any, indices: Tensor) -> None:
+        """Where the head is covered by default: the layer that a first batch shows to be the head."""
+        if not self._of_head or self.capture.checked:
+            return
+        with self.passes.running(None):
+            x = self._first(train, indices)[0]
+            name = called_head(self.model, rows_of(x, torch.arange(min(2, batch_length(x)))))
+        if name is not None and (name or "model") not in self.capture.blocks:
+            self.passes.capture = Capture(self.model, name or "*")
+            self.parts = assigned(self.capture, self._given)
+
+    def _first(self, train: Any, indices: Tensor) -> tuple[Any, Any]:
+        ((x, y), _) = next(iter(picked(train, self.passes.batch_size, indices)))
+        return moved_to(x, self.device), moved_to(y, self.device)
 
     def look_at(self, train: Any, indices: Tensor | None = None) -> None:
         """Has the first of the examples `indices` decide what is covered and how it is read; the model is running.
@@ -156,8 +175,7 @@ class Influence:
         What was covered without a look at data is not always what can be: see `fastif.model.check`.
         """
         indices = torch.arange(count(train, self.passes.batch_size)) if indices is None else indices
-        ((x, y), _) = next(iter(picked(train, self.passes.batch_size, indices)))
-        x, y = moved_to(x, self.device), moved_to(y, self.device)
+        x, y = self._first(train, indices)
         if self.passes.needs_check(x):
             self.capture.batch = 0
             self.passes.check(x, y)
@@ -180,6 +198,7 @@ class Influence:
         if subset is not None:
             indices, weights = check_subset(subset, n)
         chosen = Subset(indices, weights)
+        self._find_head(train, indices)
         fitted: list[NetworkCurvature] = []
         self.capture.fixed = False
         while len(fitted) < len(self.checkpoints or [None]):
@@ -398,7 +417,10 @@ class Influence:
         if "n" not in state or "blocks" not in state:
             raise ValueError("load_state_dict: the state is another model's: no n and blocks")
         if not self._fitted and not torch.equal(state["blocks"].cpu(), self._described()):
-            self.capture.restore(_names_in(bytes(state["blocks"].tolist()).decode()))
+            names = _names_in(bytes(state["blocks"].tolist()).decode())
+            if self._of_head and set(names) <= dict(self.model.named_modules()).keys():
+                self.passes.capture = Capture(self.model, names)
+            self.capture.restore(names)
             self.parts = assigned(self.capture, self._given)
         if not torch.equal(state["blocks"].cpu(), self._described()):
             theirs, ours = (bytes(blocks.tolist()).decode() for blocks in (state["blocks"], self._described()))

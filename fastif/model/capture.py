@@ -43,7 +43,8 @@ class Capture:
             used several times and weights that several layers share too. All other parameters are `loose`: autograd
             makes their gradients example by example, which takes a backward pass for each.
         layers: which parameters: "trained" (the default: those that require gradients, all where none does), "all", or
-            names of modules, blocks or parameters ("attn.q_proj"), or patterns of them (as in `fnmatch`: "encoder.*"),
+            names of modules, blocks or loose parameters ("attn.q_proj"), or patterns of them (as in `fnmatch`:
+            "encoder.*"),
             whether they require gradients or not. A pattern that begins with "!" leaves out what it matches:
             ("*", "!head") is all but the head.
 

@@ -67,8 +67,9 @@ class Pair:
                 return Pair(x, u, k)
             return Pair(x.transpose(0, 1), u.transpose(0, 1))
         raise ValueError(
-            f"capture: layer {source!r} saw an input of shape {list(x.shape)}, whose rows are not those of the batch of {n} "
-            f"as they are read ({reading}); let the model keep the batch first, or leave the layer out with layers="
+            f"capture: layer {source!r} saw an input of shape {list(x.shape)}, whose rows are not those of the batch "
+            f"of {n} as they are read ({reading}); let the model keep the batch first, or leave the layer out with "
+            "layers="
         )
 
     def gradients(self, use: Use, begin: int, end: int) -> Dense | OneHot:

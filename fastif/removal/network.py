@@ -71,12 +71,14 @@ class RetainedNetwork:
             batch_size=batch_size,
             progress=False,
         )
+        kept = torch.ones(n, dtype=torch.bool)
+        kept[removed.cpu()] = False
+        with self._influence.passes.running(None):
+            self._influence.look_at(train, kept.nonzero()[:, 0])
         self._capture = self._influence.capture
         self.parameters = {p: name for p, name in self._capture.names.items() if name in self._capture.covered}
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter in self.parameters)
-        kept = torch.ones(n, dtype=torch.bool)
-        kept[removed.cpu()] = False
         self.n, self.kept, self.removed = n, kept.nonzero()[:, 0], removed.cpu()
         self.weight_decay, self.objective = weight_decay, math.nan
         self.step_size: dict[str, float] = {}  # of the last step: by layer, a multiple of its own Newton step
