@@ -117,7 +117,7 @@ def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear
 
 
 def called_head(model: nn.Module, x: Any) -> str | None:
-    """The last linear layer that a batch calls: of those whose output is the logits where there are any, else of all."""
+    """The last linear layer that a batch calls, of those whose output is the logits where there are any."""
     names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     calls: list[tuple[str, Tensor]] = []
     hooks = [
