@@ -128,17 +128,20 @@ class Forward:
             return None
         return gradients.inputs[0, :, 0], logits
 
-    def gradients(self, target: Tensor, column: Tensor | None = None, keep: bool = False) -> dict[str, Gradients]:
+    def gradients(
+        self, target: Tensor, column: Tensor | None = None, keep: bool = False, moments: bool = True
+    ) -> dict[str, Gradients]:
         """Per-sample gradients of every block: of target [n] (summed), or of ⟨column, target⟩.
 
-        keep: whether the graph will be walked again.
+        keep: whether the graph will be walked again. moments: whether these will be asked for, and `counts`: only then
+        is padding told apart from data.
         """
         loose = list({p: None for block in self._blocks.values() if block.loose for p in block.parameters})
         pairs = self.pairs(target, column, keep or bool(loose))
         each = dict(zip(loose, self.each_example(target, loose, column, keep), strict=True))
         self.check_finite(pairs, each)
         return {
-            name: loose_gradients(each[block.parameters[0]]) if block.loose else self.of_block(block, pairs)
+            name: loose_gradients(each[block.parameters[0]]) if block.loose else self.of_block(block, pairs, moments)
             for name, block in self._blocks.items()
         }
 
@@ -219,13 +222,13 @@ class Forward:
         where = "the batch" if self._batch is None else f"batch {self._batch}"
         raise ValueError(f"capture: the {what} of layer {name!r} holds NaN or Inf, example {row} of {where}")
 
-    def of_block(self, block: Block, pairs: Mapping[str, list[Pair]]) -> Gradients:
+    def of_block(self, block: Block, pairs: Mapping[str, list[Pair]], moments: bool = True) -> Gradients:
         """The gradients of a block by what its sources saw; zero where none of them was called."""
         uses = [(use, pair) for use in block.uses for pair in pairs.get(use.source, ())]
         if not uses:
             return self._none(block)
         whole = {id(pair): pair.gradients(use, 0, self.n) for use, pair in uses if not use.sliceable}
-        empty = {id(pair): pair.empty(self.n, self._mask) for use, pair in uses if use.words}
+        empty = {id(pair): pair.empty(self.n, self._mask) for use, pair in uses if use.words and moments}
 
         def part(use: Use, pair: Pair, begin: int, end: int) -> Dense | OneHot:
             made = pair.gradients(use, begin, end) if use.sliceable else whole[id(pair)].rows(begin, end)
@@ -239,8 +242,8 @@ class Forward:
         formed = isinstance(one, Dense) and one.formed_to_rotate
         each = max(1, SLICE // max(one.entries, block.size if formed else 0))
         (use, pair), *others = uses
-        moments = use.moments(pair.x, pair.u) if not others and pair.k == 1 else {}
-        if self.n <= each and not moments:
+        shorter = use.moments(pair.x, pair.u) if not others and pair.k == 1 else {}
+        if self.n <= each and not shorter:
             return make(0, self.n)
         filled = None
         if any(nothing is not None for nothing in empty.values()):
@@ -248,7 +251,7 @@ class Forward:
             for use, pair in uses:
                 nothing = empty.get(id(pair))
                 filled += part(use, pair, 0, 1).positions - (0 if nothing is None else nothing.sum(1))
-        return Sliced(make, 0, self.n, each, moments, filled)
+        return Sliced(make, 0, self.n, each, shorter, filled)
 
     def _none(self, block: Block) -> Dense | OneHot:
         """Of a layer that this batch did not reach, such as an expert that no token was sent to."""

@@ -155,7 +155,7 @@ class Passes:
                         forward = self.forward(part)
                         n = forward.n
                         values = measured(value, self.loss, forward.outputs, labels_in(part, labels), n)
-                        gradients = forward.gradients(values)
+                        gradients = forward.gradients(values, moments=False)
                     del forward, values  # and the graph with them
                     yield start, n, gradients
                     del gradients
