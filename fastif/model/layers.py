@@ -106,7 +106,8 @@ def overrides(module: nn.Module) -> bool:
     )  # fmt: skip
     own = type(module).forward
     put_on = vars(module).get("forward")
-    strange = put_on is not None and getattr(put_on, "__func__", None) is not own
+    ours = getattr(put_on, "__module__", None) in (__name__, "fastif.model.inner")  # of a capture that is attached
+    strange = put_on is not None and not ours and getattr(put_on, "__func__", None) is not own
     return isinstance(module, kinds) and (strange or not own.__module__.startswith("torch.nn."))
 
 

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ class RetainedNetwork:
         )
         kept = torch.ones(n, dtype=torch.bool)
         kept[removed.cpu()] = False
+        if all(labels_in(x, y) is None for (x, y), _ in islice(picked(train, batch_size, kept.nonzero()[:, 0]), 1)):
+            raise ValueError("remove: the training data has no labels")
         with self._influence.passes.running(None):
             self._influence.look_at(train, kept.nonzero()[:, 0])
         self._capture = self._influence.capture
