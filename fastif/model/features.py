@@ -118,12 +118,16 @@ def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear
 
 def called_head(model: nn.Module, x: Any) -> str | None:
     """The last linear layer that a batch calls, of those whose output is the logits where there are any."""
-    names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     calls: list[tuple[str, Tensor]] = []
-    hooks = [
-        module.register_forward_hook(lambda module, _args, output: calls.append((names[module], output)))
-        for module in names
-    ]
+
+    def noting(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            calls.append((name, output))
+
+        return hook
+
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    hooks = [module.register_forward_hook(noting(name)) for name, module in linear]
     try:
         with torch.no_grad():
             outputs = call(model, x)
