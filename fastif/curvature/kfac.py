@@ -80,7 +80,9 @@ class KFAC(Curvature):
             if column == 0 or side != activations:
                 self._moments[side] = gradients.moment(side, weights, self._moments.get(side))
         if column == 0 or activations is None:
-            self._positions += float(weights.double().sum()) * gradients.positions
+            counts = gradients.counts()  # padding is no position
+            each = gradients.positions if counts is None else counts.to(weights)
+            self._positions += float((weights.double() * each).sum())
 
     def end(self, turn: int) -> None:
         """Ends pass `turn`: the eigenbases are found. Raises NotPositiveDefinite, naming the layer, if it cannot."""

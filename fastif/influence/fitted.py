@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastif.curvature.network import NetworkCurvature, prepare
+from fastif.curvature.protocol import Estimator
 from fastif.model.capture import Capture
 from fastif.model.losses import Measurement
 from fastif.model.passes import Passes
@@ -21,7 +22,9 @@ class Setup(NamedTuple):
     """What an `Influence` was asked to do; nothing has been fitted yet."""
 
     passes: Passes
-    estimators: NetworkCurvature  # that have learned nothing
+    given: Estimator | Mapping[str, Estimator]  # one for all blocks, or by patterns of their names
+    of_head: bool  # whether the head alone is covered, by default
+    estimators: NetworkCurvature  # that have learned nothing, of the blocks that are covered
     measurement: Measurement  # of queries
     checkpoints: Sequence[Mapping[str, Tensor]] | None
     memory: int  # bytes, as for `Influence`
@@ -43,6 +46,10 @@ class Setup(NamedTuple):
     def states(self) -> list[Checkpoint]:
         """The checkpoints over which influence is averaged."""
         return list(self.checkpoints) if self.checkpoints is not None else [None]
+
+    def describes(self, blocks: Tensor) -> bool:
+        """Whether a state's blocks are those that are covered."""
+        return torch.equal(blocks.cpu(), self.describe_blocks())
 
     def describe_blocks(self) -> Tensor:
         """Every block, its shape and its kind of estimator, as bytes of a text: what a state has to agree with."""
@@ -87,9 +94,8 @@ def load_fitted(setup: Setup, state: Mapping[str, Tensor]) -> Fitted:
     """What `Fitted.state_dict` gave for the same setup. Raises ValueError for a state that does not fit."""
     if "n" not in state or "blocks" not in state:
         raise ValueError("load_state_dict: the state is another model's: no n and blocks")
-    described = setup.describe_blocks()
-    if not torch.equal(state["blocks"].cpu(), described):
-        theirs, ours = (bytes(blocks.tolist()).decode() for blocks in (state["blocks"], described))
+    if not setup.describes(state["blocks"]):
+        theirs, ours = (bytes(blocks.tolist()).decode() for blocks in (state["blocks"], setup.describe_blocks()))
         raise ValueError(f"load_state_dict: the state is of other blocks: of {theirs}, not of {ours}")
     left = set(state) - {"n", "blocks"}
     curvatures: list[NetworkCurvature] = []

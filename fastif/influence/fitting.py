@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -12,33 +11,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastif.curvature.network import NetworkCurvature, prepare
-from fastif.curvature.protocol import Estimator, FitData, JointCurvature, SeenBatch, check_estimator
+from fastif.curvature.protocol import FitData, JointCurvature, SeenBatch
 from fastif.data.batches import count, moved_to, picked
+from fastif.influence.coverage import cover_head, look_at
 from fastif.influence.fitted import Fitted, Setup
-from fastif.model.capture import Capture
+from fastif.model.capture import LateLayer
 from fastif.model.losses import IGNORED, labels_in, labels_of, output_columns, per_sample
 from fastif.model.passes import Passes, counted_from
 from fastif.samplers.subset import Subset
-
-
-def assign(capture: Capture, curvature: Estimator | Mapping[str, Estimator]) -> NetworkCurvature:
-    """An estimator for every block, by the first pattern that matches it; blocks that none matches are left out."""
-    rules = dict(curvature) if isinstance(curvature, Mapping) else {"*": curvature}
-    for estimator in rules.values():
-        check_estimator("Influence: curvature must be an estimator or a mapping to them", estimator)
-    members: dict[str, list[str]] = {pattern: [] for pattern in rules}
-    for name, block in list(capture.blocks.items()):
-        pattern = next((pattern for pattern in rules if fnmatchcase(name, pattern)), None)
-        if pattern is None:
-            capture.leave_out(block, "no pattern of curvature= matches its layer")
-        else:
-            members[pattern].append(name)
-    parts: dict[tuple[str, ...], JointCurvature] = {}
-    for pattern, names in members.items():
-        parts.update(rules[pattern].assign(names))
-    if not parts:
-        raise ValueError(f"Influence: no pattern of curvature= matches a layer, got {', '.join(rules)}")
-    return NetworkCurvature(parts)
 
 
 def fit(setup: Setup, train: Any, subset: Subset | None) -> Fitted:
@@ -46,10 +26,18 @@ def fit(setup: Setup, train: Any, subset: Subset | None) -> Fitted:
     n = count(train, setup.passes.batch_size)
     if subset is None:
         subset = Subset(torch.arange(n), torch.full((n,), 1 / n, dtype=torch.float64))
+    setup = cover_head(setup, train, subset.indices)
+    setup.capture.fixed = False
     curvatures: list[NetworkCurvature] = []
-    for checkpoint in setup.states:
-        with setup.passes.running(checkpoint):
-            curvatures.append(_fit_here(setup, train, subset))
+    while len(curvatures) < len(setup.states):
+        try:
+            with setup.passes.running(setup.states[len(curvatures)]):
+                setup = look_at(setup, train, subset.indices)
+                curvatures.append(_fit_here(setup, train, subset))
+        except LateLayer as late:  # such as an expert that the first examples were not sent to
+            setup.capture.take_up(late.name)
+            curvatures.clear()
+    setup.capture.fixed = True
     return Fitted(setup, tuple(curvatures), n, subset)
 
 
@@ -72,7 +60,7 @@ def _fit_here(setup: Setup, train: Any, subset: Subset) -> NetworkCurvature:
         with tqdm(batches(subset), f"fit, pass {turn + 1}", total, disable=not passes.progress) as bar:
             for number, (x, y, weights) in enumerate(bar):
                 passes.capture.batch = number
-                if not passes.capture.checked:
+                if passes.needs_check(x):
                     passes.check(x, y)
                 for rows, part, labels in passes.slices(x, y):
                     with counted_from(rows.start):

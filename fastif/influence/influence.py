@@ -6,6 +6,7 @@ removed; positive means that the example helps the query. docs/math.md (1), (2).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from fastif.curvature.exact.block import ExactBlock
 from fastif.curvature.protocol import Estimator
 from fastif.data.batches import count
+from fastif.influence.coverage import assign, cover_head, look_at, restore_coverage, warn_of_lost
 from fastif.influence.fitted import Fitted, Setup, load_fitted
-from fastif.influence.fitting import assign, fit
+from fastif.influence.fitting import fit
 from fastif.influence.planning import Plan, make_plan
 from fastif.influence.score_folder import ScoreFolder
 from fastif.influence.score_job import write_scores
@@ -47,10 +49,12 @@ class Influence:
         curvature: an estimator of single layers (`ExactBlock`, `KFAC`, `EKFAC`, `Diagonal`, `DataInf`, `Identity`) or
             of all together (`CG`, `LiSSA`, `Arnoldi`, `RandomProjection`, `ExactBlock` with joint=True), or a mapping
             from patterns of layer names to estimators, the first match counts. They are copied. Default ExactBlock().
-        layers: names or patterns of the layers whose parameters may move (see `Capture`), whether they require
-            gradients or not: leave frozen ones out by naming the others. Default all that are known;
-            for a lone ExactBlock, which holds the square of what it covers, the head: the last nn.Linear
-            (with joint=True all).
+        layers: which parameters may move (see `Capture`): "trained" (the default: those that require gradients, all
+            where none does), "all", or names and patterns of layers, "!pattern" for what is left out. For a lone
+            ExactBlock, which holds the square of what it covers, the default is the head: the last nn.Linear that is
+            called and gives the logits (with joint=True all that is trained). `fit` looks at its first examples: what
+            does not give autograd's gradients for each of them is read otherwise, or listed in `capture.skipped`, and
+            a warning says so where it was trained.
         measurement: what is asked of queries: "loss", "margin", "log_odds", or a function (outputs, batch) → [q].
         checkpoints: state dicts; influence is averaged over the model at each of them. Default: the model as it is.
         batch_size: for data that brings no batches of its own; results do not depend on it.
@@ -91,7 +95,8 @@ class Influence:
             raise ValueError(f"Influence: memory must be at least 1 byte, got {memory}")
         curvature = ExactBlock() if curvature is None else curvature
         alone = curvature if isinstance(curvature, Estimator) else None
-        if alone is not None and alone.prefers_head and not alone.joint and layers is None:
+        of_head = alone is not None and alone.prefers_head and not alone.joint and layers is None
+        if of_head:
             layers = find_head(model)[0] or "*"
         passes = Passes(
             model,
@@ -104,8 +109,11 @@ class Influence:
             allow_train_mode=allow_train_mode,
             progress=progress,
         )
-        self.setup = Setup(passes, assign(passes.capture, curvature), measurement, checkpoints, memory, seed)
+        given = copy.deepcopy(dict(curvature) if isinstance(curvature, Mapping) else curvature)
+        estimators = assign(passes.capture, given)
+        self.setup = Setup(passes, given, of_head, estimators, measurement, checkpoints, memory, seed)
         self._fitted: Fitted | None = None
+        self._warned = False  # of parameters that are not covered
         self.bound: float | None = None  # of the last fit's subset, where it has one
         self.rank_error = 0.0  # of the last scores with rank=
 
@@ -158,7 +166,10 @@ class Influence:
                 of `scores` does.
             rank: as for `scores`.
         """
+        every = torch.arange(count(train, self.passes.batch_size))
+        self.setup = cover_head(self.setup, train, every)
         with self.passes.running(None):
+            self.setup = look_at(self.setup, train, every)
             return make_plan(self.setup, train, query, rank)
 
     def fit(self, train: Any, subset: Any | None = None) -> Influence:
@@ -177,6 +188,8 @@ class Influence:
         if subset is not None:
             chosen = Subset(*check_subset(subset, count(train, self.passes.batch_size)))
         self._fitted, self.bound = fit(self.setup, train, chosen), getattr(subset, "bound", None)
+        self.setup = self._fitted.setup
+        self._warned = self._warned or warn_of_lost(self.capture, stacklevel=2)
         return self
 
     def on_parameters(self, batch: Any) -> dict[str, Tensor]:
@@ -343,7 +356,11 @@ class Influence:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> Influence:
         """Takes what `state_dict` gave an Influence of the same model and arguments; refuses what does not fit."""
+        described = state.get("blocks")
+        if self._fitted is None and described is not None and not self.setup.describes(described):
+            self.setup = restore_coverage(self.setup, described)
         self._fitted, self.bound = load_fitted(self.setup, state), None
+        self.capture.fixed = True
         return self
 
 

@@ -1,17 +1,15 @@
 """Capture: per-sample gradients of a model's layers, batch by batch, from one forward and one backward pass each.
 
 Forward hooks note what each layer sees and the place of its output in the graph; gradients at those places are all that
-a backward pass computes, so no weight gradient is ever formed. The model is as it was when the capture ends, also
-where it ends by an error.
+a backward pass computes, so no weight gradient is ever formed. What no known layer holds is `loose`: a parameter whose
+gradients autograd makes example by example. The model is as it was when the capture ends, also where it ends by an
+error. `check.settle` holds all of it against autograd on the first batch.
 """
 
 from __future__ import annotations
 
-import math
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,26 +17,38 @@ from torch import Tensor, nn
 
 from fastif.data.batches import batch_length
 from fastif.model.calls import call
-from fastif.model.gradients import Dense, Gradients, OneHot, joined
-from fastif.model.layers import Block, attention_forward, blocks_of
-from fastif.model.sliced_gradients import Sliced
+from fastif.model.forward import Forward, Seen, Sight
+from fastif.model.inner import inner_forward
+from fastif.model.layers import (
+    Block,
+    affine_block,
+    attention_forward,
+    blocks_of,
+    loose_block,
+    loose_blocks,
+    overrides,
+)
+from fastif.model.selection import LEFT_OUT, Selection
 
-SLICE = 1 << 21  # of a layer's factors that stand at a time: 8 MiB in float32
-_AGREE = 1e-2  # of captured gradients with autograd's, relative: an unseen use of a parameter is no rounding error
+NEVER_CALLED = "never called in the forward pass: its gradient is zero"
 
 
 class Capture:
     """The blocks of a model's layers, and their gradients.
 
     Args:
-        model: any module. Layers of these kinds are covered: Linear, Conv1d/2d/3d and their transposed forms (any
-            stride, dilation, padding, groups), Embedding, LayerNorm, GroupNorm, BatchNorm, InstanceNorm, RMSNorm,
-            MultiheadAttention, the Conv1D of transformers; layers that are used several times and weights that several
-            layers share too.
-        layers: names of modules or blocks ("attn.q_proj") or patterns of them (as in `fnmatch`: "encoder.*"); default
-            all, whether their parameters require gradients or not: leave frozen ones out with layers=.
+        model: any module. Layers of these kinds are covered by what they see: Linear, Conv1d/2d/3d and their transposed
+            forms (any stride, dilation, padding, groups), Embedding, LayerNorm, GroupNorm, BatchNorm, InstanceNorm,
+            RMSNorm, MultiheadAttention, the Conv1D of transformers, layers that only scale and shift; layers that are
+            used several times and weights that several layers share too. All other parameters are `loose`: autograd
+            makes their gradients example by example, which takes a backward pass for each.
+        layers: which parameters: "trained" (the default: those that require gradients, all where none does), "all", or
+            names of modules, blocks or loose parameters ("attn.q_proj"), or patterns of them (as in `fnmatch`:
+            "encoder.*"),
+            whether they require gradients or not. A pattern that begins with "!" leaves out what it matches:
+            ("*", "!head") is all but the head.
 
-    Raises ValueError for a pattern that names no layer and for a model without any that is known.
+    Raises ValueError for a pattern that names no layer and for a model without any parameter to cover.
 
     >>> capture = Capture(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2, bias=False)))
     >>> {name: block.shape for name, block in capture.blocks.items()}
@@ -50,24 +60,47 @@ class Capture:
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.blocks: dict[str, Block] = {}
         self.skipped: dict[str, str] = {}  # parameters that no block covers, and why
-        self._discover([layers] if isinstance(layers, str) else layers)
-        self._recording: dict[str, list[_Seen]] | None = None
-        self._attached = False
+        self.selection = Selection(model, layers)
+        self.modules: dict[str, nn.Module] = {}  # that blocks may read from
+        self.inner: set[str] = set()  # of them, those that are read by the operation inside them
+        self.uncalled: set[str] = set()  # modules left out because the first batch did not call them
+        self.kept: set[str] = set()  # modules that were among these once, and were called after all
+        self.sight = Sight()
+        self.checked = 0  # examples that `check.settle` saw
+        self.fixed = False  # whether a curvature was made of these blocks: they may not change any more
+        self.called: set[str] = set()  # modules that ran
+        self._recording: dict[str, list[Seen]] | None = None
+        self._without_graph: set[str] = set()
+        self._attached, self._undo = False, ExitStack()
         self.batch: int | None = None  # its number, for messages
         self._n = 0
-        self._shared: set[str] = set()  # layers that see one row for the whole batch
-        self.ambiguous = False  # whether a vector of positions was as long as the batch, in the last forward pass
-        self.checked = False  # by `Forward.check`, on the first batch
+        self._discover()
 
     @property
     def covered(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the covered parameters, by name."""
-        used = {parameter for block in self.blocks.values() for parameter in block.parameters}
+        used = self.used
         return {name: tuple(parameter.shape) for parameter, name in self.names.items() if parameter in used}
+
+    @property
+    def used(self) -> set[Tensor]:
+        """The covered parameters."""
+        return {parameter for block in self.blocks.values() for parameter in block.parameters}
+
+    @property
+    def lost(self) -> dict[str, str]:
+        """Trained parameters that take gradients and are not covered, though nobody left them out; and why."""
+        by_name = {name: parameter for parameter, name in self.names.items()}
+        chosen = (LEFT_OUT, NEVER_CALLED, "no pattern of curvature=")
+        return {
+            name: reason
+            for name, reason in self.skipped.items()
+            if by_name[name] in self.selection.trained and not reason.startswith(chosen)
+        }
 
     # ------------------------------------------------------------------------------------------------------- discovery
 
-    def _discover(self, patterns: Sequence[str] | None) -> None:
+    def _discover(self) -> None:
         owners: dict[Tensor, int] = {}
         inside_attention: set[nn.Module] = set()
         modules = [(name, module) for name, module in self.model.named_modules() if list(_own_parameters(module))]
@@ -78,76 +111,131 @@ class Capture:
                 owners[parameter] = owners.get(parameter, 0) + 1
         apart = {parameter for parameter, count in owners.items() if count > 1}
         found: list[Block] = []
-        self._sources: dict[str, nn.Module] = {}  # modules that blocks read from
-        unused = set(patterns or ())
         for name, module in modules:
             if module in inside_attention:
                 continue
-            blocks = blocks_of(name, module, apart)
-            names = [name] if isinstance(blocks, str) else [name, *(block.name for block in blocks)]
-            matching = [p for p in patterns or () if any(fnmatchcase(one, p) for one in names)]
-            unused.difference_update(matching)
-            if patterns is not None and not isinstance(blocks, str) and not any(fnmatchcase(name, p) for p in patterns):
-                blocks = [block for block in blocks if any(fnmatchcase(block.name, p) for p in patterns)]
-            if isinstance(blocks, str):
-                reason = f"its layer {name!r} {blocks}"
-                if name in (patterns or ()):
-                    raise ValueError(f"capture: cannot cover {name!r}: {blocks}")
-            elif patterns is not None and not matching:
-                reason = f"layers= leaves {name!r} out"
-            else:
-                found += blocks
-                self._sources[name] = module
-                continue
             children = [module.out_proj] if isinstance(module, nn.MultiheadAttention) else []
-            for parameter in (p for m in (module, *children) for p in _own_parameters(m)):
-                self.skipped[self.names[parameter]] = reason
-        if unused:
-            known = ", ".join(name for name, module in modules if name and module not in inside_attention) or "none"
-            raise ValueError(f"capture: layers={min(unused)!r} names no layer with parameters; there are: {known}")
+            own = {self.names[p]: p for m in (module, *children) for p in _own_parameters(m)}
+            blocks = self._blocks_of(name, module, own, apart)
+            reasons: dict[str, str] = {}
+            for block_name, block in blocks.items():
+                parameters = [own[block_name]] if isinstance(block, str) else block.parameters
+                reason = self.selection.takes(
+                    [name, block_name, *(self.names[p] for p in parameters if isinstance(block, str) or block.loose)],
+                    parameters,
+                )
+                if reason is None and isinstance(block, str):
+                    reason = f"its layer {name!r} {block}"
+                    if self.selection.names(name) or self.selection.names(block_name):
+                        raise ValueError(f"capture: cannot cover {block_name!r}: it {block}")
+                if reason is not None:
+                    reasons.update({self.names[p]: reason for p in parameters})
+                elif isinstance(block, Block):
+                    found.append(block)
+                    self.modules[name] = module
+            self.skipped.update(reasons)
+        self.selection.check([name for name, module in modules if module not in inside_attention])
         self._join(found, apart)
-        for block in self.blocks.values():
-            for parameter in block.parameters:
-                self.skipped.pop(self.names[parameter], None)
-        for name in self.names.values():  # parameters of a module of which some blocks are covered
-            if name not in self.covered:
-                self.skipped.setdefault(name, "layers= leaves it out")
-        if not self.blocks:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items()) or "it has no parameters"
-            raise ValueError(f"capture: the model has no layer that can be covered ({reasons})")
+        self._account()
+        self.check_any()
+
+    def _blocks_of(
+        self, name: str, module: nn.Module, own: Mapping[str, Tensor], apart: set[Tensor]
+    ) -> dict[str, Block | str]:
+        """The blocks of a module by name, loose ones where it is of no known kind."""
+        parts = self.selection.splits(list(own.values()))
+        blocks = blocks_of(name, module, apart | set(own.values()) if parts else apart)
+        if not isinstance(blocks, str) and overrides(module):
+            if isinstance(module, nn.MultiheadAttention) or not isinstance(getattr(module, "weight", None), Tensor):
+                blocks = "has a forward of its own"
+            else:
+                self.inner.add(name)
+        if isinstance(blocks, str) and not parts and not any(p in apart for p in own.values()):
+            blocks = affine_block(name, module)
+        if isinstance(blocks, str):
+            return dict(loose_blocks(own, module))
+        return {block.name: block for block in blocks}
 
     def _join(self, found: list[Block], apart: set[Tensor]) -> None:
         """Blocks by name; those of one shared weight become one block with several uses."""
         by_weight: dict[Tensor, str] = {}
+        loose = {parameter for block in found if block.loose for parameter in block.parameters}
         for block in found:
             first = block.parameters[0]
-            if first in apart and first in by_weight:
+            if any(parameter in loose for parameter in block.parameters):
+                loose.update(block.parameters)
+            elif first in apart and first in by_weight:
                 other = self.blocks[by_weight[first]]
-                if other.shape != block.shape:
-                    raise ValueError(
-                        f"capture: {other.name!r} and {block.name!r} share a weight as matrices of different shapes, "
-                        f"{list(other.shape)} and {list(block.shape)}; leave one out with layers="
-                    )
-                self.blocks[other.name] = other._replace(uses=(*other.uses, *block.uses))
+                if other.shape == block.shape:
+                    self.blocks[other.name] = other._replace(uses=(*other.uses, *block.uses))
+                else:  # as matrices of different shapes
+                    loose.add(first)
             else:
                 by_weight[first] = block.name
                 self.blocks[block.name or "model"] = block._replace(name=block.name or "model")
+        for name, block in list(self.blocks.items()):
+            if any(parameter in loose for parameter in block.parameters):
+                del self.blocks[name]
+                loose.update(block.parameters)
         for parameter in apart:  # a shared weight of which only some uses are covered is not covered
             name = by_weight.get(parameter)
             sharing = sum(p is parameter for module in self.model.modules() for p in _own_parameters(module))
-            if name is not None and len(self.blocks[name].uses) < sharing:
+            if name in self.blocks and len(self.blocks[name].uses) < sharing:
                 del self.blocks[name]
-                self.skipped[self.names[parameter]] = "layers that share it are not covered"
+                self.skipped[self.names[parameter]] = f"{LEFT_OUT} out layers that share it"
+        self.loosen(parameter for parameter in self.names if parameter in loose)
+
+    def _account(self) -> None:
+        used = self.used
+        for parameter, name in self.names.items():
+            if parameter in used:
+                self.skipped.pop(name, None)
+            else:
+                self.skipped.setdefault(name, f"{LEFT_OUT} it out")
+
+    def check_any(self) -> None:
+        """Raises ValueError where nothing is covered."""
+        if not self.blocks:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items()) or "it has no parameters"
+            raise ValueError(f"capture: the model has no layer that can be covered ({reasons})")
 
     def leave_out(self, block: Block, reason: str) -> None:
         """Covers a block no longer."""
         del self.blocks[block.name]
-        used = {parameter for other in self.blocks.values() for parameter in other.parameters}
+        used = self.used
         self.skipped.update({self.names[p]: reason for p in block.parameters if p not in used})
-        wanted = {use.source for other in self.blocks.values() for use in other.uses}
-        for name in list(self._sources):
-            if not any(source == name or source.startswith(f"{name}.") for source in wanted):
-                del self._sources[name]
+
+    def loosen(self, parameters: Iterable[Tensor], why: str = "its layers share it in a way that is not known") -> None:
+        """Covers parameters by themselves, where they are small enough; `why` they are not covered with a layer."""
+        for parameter in parameters:
+            name = self.names[parameter]
+            made = loose_block(name, parameter)
+            if isinstance(made, str):
+                self.skipped[name] = f"{why}, and it {made}"
+                if self.selection.names(name) or self.selection.names(name.rpartition(".")[0]):
+                    raise ValueError(f"capture: cannot cover {name!r}: {self.skipped[name]}")
+            else:
+                self.blocks[name] = made
+                self.skipped.pop(name, None)
+
+    def take_up(self, name: str) -> None:
+        """Covers what a module holds that was left out because the first examples did not call it; the check begins
+        anew."""
+        module = self.modules[name]
+        children = [module.out_proj] if isinstance(module, nn.MultiheadAttention) else []
+        own = [p for m in (module, *children) for p in _own_parameters(m)]
+        self.loosen([p for p in own if self.skipped.get(self.names[p]) == NEVER_CALLED], NEVER_CALLED)
+        self.kept.add(name)
+        self.checked = 0
+
+    def restore(self, names: Sequence[str]) -> None:
+        """Covers the blocks of these names, as a check of other examples left them, until the next check."""
+        by_name = {name: parameter for parameter, name in self.names.items()}
+        kept = {name: block for name, block in self.blocks.items() if name in names}
+        for block in [block for name, block in self.blocks.items() if name not in kept]:
+            self.leave_out(block, f"{LEFT_OUT} it out")
+        self.loosen([by_name[name] for name in names if name not in kept and name in by_name])
+        self.blocks = {name: self.blocks[name] for name in names if name in self.blocks}
 
     # -------------------------------------------------------------------------------------------------------- recording
 
@@ -157,228 +245,150 @@ class Capture:
         if self._attached:
             yield self
             return
-        with ExitStack() as undo:
-            for name, module in self._sources.items():
-                if isinstance(module, nn.MultiheadAttention):
-                    undo.callback(_restore_forward, module, vars(module).get("forward"))
-                    module.forward = attention_forward(name, module, self._record)
-                else:
-                    undo.callback(module.register_forward_pre_hook(self._expanding(name), with_kwargs=True).remove)
-                    undo.callback(module.register_forward_hook(self._noting(name), with_kwargs=True).remove)
-            used = {parameter for block in self.blocks.values() for parameter in block.parameters}
-            for parameter in self.model.parameters():  # no graph is built below the first covered layer
-                undo.callback(parameter.requires_grad_, parameter.requires_grad)
-                parameter.requires_grad_(parameter in used)
-            self._attached = True
-            undo.callback(setattr, self, "_attached", False)
-            undo.callback(setattr, self, "batch", None)
-            yield self
+        self._attached = True
+        try:
+            with _uncompiled(self.model):
+                self.renew()
+                yield self
+        finally:
+            self._undo.close()
+            self._attached, self.batch = False, None
+
+    def renew(self) -> None:
+        """Hooks in place for the blocks as they are now."""
+        self._undo.close()
+        if not self._attached:
+            return
+        undo = self._undo
+        wanted = {use.source for block in self.blocks.values() for use in block.uses}
+        for name, module in self.modules.items():
+            if not any(source == name or source.startswith(f"{name}.") for source in wanted):
+                continue
+            if isinstance(module, nn.MultiheadAttention):
+                forward = attention_forward(name, module, self._record)
+            elif name in self.inner:
+                forward = inner_forward(name, module, self._record, self.called)
+            else:
+                undo.callback(module.register_forward_hook(self._noting(name), with_kwargs=True).remove)
+                continue
+            undo.callback(_restore_forward, module, vars(module).get("forward"))
+            module.forward = forward
+        for name in self.uncalled:
+            undo.callback(self.modules[name].register_forward_hook(self._late(name)).remove)
+        used = self.used
+        for parameter in self.model.parameters():  # no graph is built below the first covered layer
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(parameter in used)
 
     def forward(self, x: Any) -> Forward:
         """Runs the model on a batch: its one argument, or a mapping of keyword arguments."""
         if not self._attached:
             raise RuntimeError("capture: forward needs the hooks; call it within `with capture.attached():`")
-        self._n, self._recording, self.ambiguous = batch_length(x), {}, False
+        self._n, self._recording = batch_length(x), {}
         try:
             with torch.enable_grad():
                 outputs = call(self.model, x)
-            return Forward(self, outputs, self._recording, self._n)
+            mask = self._mask_in(x)
+            return Forward(outputs, self._n, self.blocks, self._recording, self.sight, mask, self.batch)
         finally:
             self._recording = None  # what checkpointed layers run again in the backward pass is not a new use
 
-    def _record(self, source: str, x: Tensor, y: Tensor) -> None:
-        if self._recording is None:
-            return
-        if len(x) != self._n:
-            raise ValueError(
-                f"capture: layer {source!r} saw an input of shape {list(x.shape)}, whose first axis is not the batch "
-                f"of {self._n}; let the model keep the batch first (batch_first=True), or leave the layer out with "
-                "layers="
-            )
-        if not y.requires_grad:
-            raise ValueError(
-                f"capture: layer {source!r} ran without a graph: under torch.no_grad(), or in a checkpoint with "
-                "use_reentrant=True (use_reentrant=False works)"
-            )
-        edge = torch.autograd.graph.get_gradient_edge(y)
-        self._recording.setdefault(source, []).append(_Seen(x, edge, y))
+    @property
+    def hooked(self) -> set[str]:
+        """Modules whose output a hook can change."""
+        attention = {name for name, module in self.modules.items() if isinstance(module, nn.MultiheadAttention)}
+        return self.modules.keys() - self.inner - attention
 
-    def _expanding(self, name: str) -> Any:
-        """One row that stands for the whole batch, such as positions [1, t] or [t], is repeated for every example."""
+    def module_of(self, source: str) -> str:
+        """The module whose source it is: attention has several."""
+        return source if source in self.modules else source.rpartition(".")[0]
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self._recording is None or not args or not isinstance(args[0], Tensor):
-                return None
-            x, n = args[0], self._n
-            if isinstance(module, nn.Embedding) and x.dim() == 1:
-                if len(x) != n or name in self._shared:
-                    self._shared.add(name)
-                    return (x.expand(n, len(x)), *args[1:]), kwargs
-                self.ambiguous = True
-            if x.dim() > 1 and len(x) == 1 and n > 1:
-                return (x.expand(n, *x.shape[1:]), *args[1:]), kwargs
-            return None
-
-        return hook
-
-    def _noting(self, name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            self._record(name, x, y)
-
-        return hook
-
-
-class Forward:
-    """One batch that went through the model: its outputs, and the gradients that a backward pass brings."""
-
-    def __init__(self, capture: Capture, outputs: Any, seen: dict[str, list[_Seen]], n: int):
-        self.outputs, self.n = outputs, n
-        self._capture, self._seen = capture, seen
-        sources = {use.source for block in capture.blocks.values() for use in block.uses}
-        missing = sorted(source for source in sources if source not in seen)
-        if missing:
-            raise ValueError(
-                f"capture: layer {missing[0]!r} was not called in the forward pass; leave it out with layers="
-            )
+    @staticmethod
+    def is_one_row(s: Seen, n: int) -> bool:
+        """Whether a call had one row, or one vector of positions, for all n examples."""
+        if s.x.dim() == 1:
+            return len(s.shape) == 2 and len(s.x) == s.shape[0] != n
+        return s.x.dim() > 1 and len(s.x) == s.shape[0] == 1
 
     @property
-    def nbytes(self) -> int:
-        """Of the inputs and outputs of covered layers."""
-        return sum(s.x.nbytes + s.shape.numel() * s.dtype.itemsize for uses in self._seen.values() for s in uses)
+    def without_graph(self) -> set[str]:
+        """Sources that once ran without a graph."""
+        return self._without_graph
 
-    def head(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Inputs [n, d] (with the 1 of a bias) and logits [n, c] of a block whose output is the model's, else None."""
-        use, *others = self._capture.blocks[name].uses
-        s, *again = self._seen[use.source]
-        if others or again or not isinstance(self.outputs, Tensor) or self.outputs.dim() != 2:
+    def _mask_in(self, x: Any) -> Tensor | None:
+        """The batch's attention mask [n, t], where it is that of all layers."""
+        mask = x.get("attention_mask") if isinstance(x, Mapping) else None
+        two = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        return mask if isinstance(mask, Tensor) and mask.dim() == 2 and not two else None
+
+    def _record(self, source: str, x: Any, y: Any) -> None:
+        if self._recording is None:
+            return
+        self.called.add(self.module_of(source))
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            return
+        if y.requires_grad:
+            self._recording.setdefault(source, []).append(Seen(x, y))
+        else:
+            self._without_graph.add(source)
+
+    def _noting(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+            if self._recording is None:
+                return None
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if name in self.sight.shared and (wide := self._for_each(x, y)) is not None:
+                x, y = wide
+                self._record(name, x, y)
+                return y
+            self._record(name, x, y)
             return None
-        if s.y() is not self.outputs or self.outputs._version != s.y_version:
+
+        return hook
+
+    def _for_each(self, x: Any, y: Any) -> tuple[Tensor, Tensor] | None:
+        """One row that stands for all examples, such as positions [1, t] or [t], once for each of them."""
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             return None
-        logits = _computable(self.outputs.detach())
-        gradients = use.gradients(_computable(s.x.detach()), logits)
-        if not isinstance(gradients, Dense) or gradients.positions > 1 or len(gradients.inputs) > 1:
-            return None
-        if not torch.equal(gradients.output_grads[0, :, 0], logits):  # a normalisation layer's u is not the output's
-            return None
-        return gradients.inputs[0, :, 0], logits
+        n = self._n
+        if x.dim() == 1 and y.dim() == 2 and len(x) == len(y):  # looked up, without an axis of examples
+            x, y = x[None], y[None]
+        return (x.expand(n, *x.shape[1:]), y.expand(n, *y.shape[1:])) if len(x) == len(y) == 1 else None
 
-    def gradients(self, target: Tensor, column: Tensor | None = None, keep: bool = False) -> dict[str, Gradients]:
-        """Per-sample gradients of every block: of target [n] (summed), or of ⟨column, target⟩.
+    def _late(self, name: str) -> Any:
+        def hook(*_: Any) -> None:
+            if self._recording is not None:
+                where = "this batch" if self.batch is None else f"batch {self.batch}"
+                raise LateLayer(
+                    name,
+                    f"capture: layer {name!r} is called in {where} and was not in the first examples",
+                )
 
-        keep: whether the graph will be walked again.
-        """
-        if not target.requires_grad:
-            raise ValueError("capture: the loss does not depend on the model's outputs (detached?)")
-        flat = [(source, s) for source, uses in self._seen.items() for s in uses]
-        for source, s in flat:
-            if s.x._version != s.version:
-                raise ValueError(f"capture: the input of layer {source!r} was overwritten in place after it was used")
-        found = torch.autograd.grad(
-            target.sum() if column is None else target,
-            [s.edge for _, s in flat],
-            grad_outputs=None if column is None else column.to(target.dtype),
-            retain_graph=keep,
-            allow_unused=True,
-        )
-        pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for (source, s), u in zip(flat, found, strict=True):
-            u = torch.zeros(s.shape, dtype=s.dtype, device=s.device) if u is None else u
-            pairs.setdefault(source, []).append((_computable(s.x.detach()), _computable(u.detach())))
-        blocks = self._capture.blocks.items()
-        for what, side in (("input", 0), ("output gradient", 1)):  # a NaN of the forward pass is in many gradients
-            for name, block in blocks:
-                for factor in (pair[side] for use in block.uses for pair in pairs[use.source]):
-                    _check_finite(what, name, factor, self._capture.batch)
-        return {name: self._of_block(block, pairs) for name, block in blocks}
-
-    def _of_block(self, block: Block, pairs: dict[str, list[tuple[Tensor, Tensor]]]) -> Gradients:
-        uses = [(use, x, u) for use in block.uses for x, u in pairs[use.source]]
-        whole = {id(x): use.gradients(x, u) for use, x, u in uses if not use.sliceable}
-
-        def make(begin: int, end: int) -> Dense | OneHot:
-            return joined(
-                [
-                    use.gradients(x[begin:end], u[begin:end]) if use.sliceable else whole[id(x)].rows(begin, end)
-                    for use, x, u in uses
-                ]
-            )
-
-        one = make(0, 1)
-        formed = isinstance(one, Dense) and one.formed_to_rotate
-        each = max(1, SLICE // max(one.entries, block.size if formed else 0))
-        moments = uses[0][0].moments(uses[0][1], uses[0][2]) if len(uses) == 1 else {}
-        return make(0, self.n) if self.n <= each and not moments else Sliced(make, 0, self.n, each, moments)
-
-    def check(self, losses: Tensor, mixing: bool = True) -> None:
-        """Refuses a model whose examples mix, or that uses a covered parameter where no hook sees it.
-
-        The gradients captured must be those of autograd, and (with `mixing`) example 0's loss must not reach the rows
-        of the others.
-        """
-        total = self.gradients(losses, keep=True)
-        if mixing and self.n > 1:
-            alone = self.gradients(losses[:1], keep=True)
-            for name, gradients in alone.items():
-                norms = gradients.sq_norms()
-                if bool((norms[1:] > 1e-8 * norms[:1] + torch.finfo(norms.dtype).tiny).any()):
-                    raise ValueError(
-                        f"capture: in layer {name!r} the loss of one example depends on the rows of others: either the "
-                        "model mixes examples (BatchNorm in train mode?), or the batch is not its first axis, or a "
-                        "vector of positions happens to be as long as the batch"
-                    )
-        self._compare_with_autograd(losses, total)
-        self._capture.checked = True
-
-    def _compare_with_autograd(self, losses: Tensor, total: dict[str, Gradients]) -> None:
-        capture = self._capture
-        parameters = list({p: None for block in capture.blocks.values() for p in block.parameters})
-        true = torch.autograd.grad(losses.sum(), parameters, retain_graph=True, allow_unused=True)
-        wanted = {p: torch.zeros_like(p) if g is None else g for p, g in zip(parameters, true, strict=True)}
-        for name, block in capture.blocks.items():
-            gradients = total[name]
-            weights = torch.ones(self.n, device=losses.device)
-            scale = math.sqrt(self.n * float(gradients.sq_norms().double().sum()))  # >= the norm of their sum
-            for piece in block.split(gradients.sum(weights)):
-                off = float((wanted[piece.parameter][piece.rows].double() - piece.value.double()).norm())
-                if off > _AGREE * scale + 1e-12:
-                    raise ValueError(
-                        f"capture: the gradient captured for {capture.names[piece.parameter]!r} in layer {name!r} is "
-                        f"not autograd's (off by {off / max(scale, 1e-300):.2g}): the parameter is used outside its "
-                        "layer's forward; leave the layer out with layers="
-                    )
+        return hook
 
 
-class _Seen:
-    """One call of a layer: its input, and where its output stands in the graph.
+class LateLayer(ValueError):
+    """A layer is called that the first examples did not call."""
 
-    The output itself is not held: mostly nothing else needs it once the next layer has run.
-    """
-
-    def __init__(self, x: Tensor, edge: Any, y: Tensor):
-        self.x, self.version, self.edge = x, x._version, edge
-        self.y, self.y_version = weakref.ref(y), y._version
-        self.shape, self.dtype, self.device = y.shape, y.dtype, y.device
+    def __init__(self, name: str, message: str):
+        super().__init__(message)
+        self.name = name
 
 
 def _own_parameters(module: nn.Module) -> Iterator[Tensor]:
     return (parameter for parameter in module._parameters.values() if parameter is not None)
 
 
+def _uncompiled(model: nn.Module) -> AbstractContextManager[Any]:
+    """Runs a compiled model as it was written: what was compiled calls no hooks."""
+    compiled = any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
 def _restore_forward(module: nn.Module, own: Any) -> None:
     del module.forward  # the instance's: the class's shows again
     if own is not None:
         module.forward = own
-
-
-def _computable(x: Tensor) -> Tensor:
-    """16-bit floats (autocast) as float32."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _check_finite(what: str, name: str, factor: Tensor, batch: int | None) -> None:
-    if not factor.is_floating_point() or bool(factor.sum().isfinite()) or bool(factor.isfinite().all()):
-        return
-    row = int((~factor.isfinite()).nonzero()[0, 0])
-    where = "the batch" if batch is None else f"batch {batch}"
-    raise ValueError(f"capture: the {what} of layer {name!r} holds NaN or Inf, example {row} of {where}")

@@ -116,6 +116,33 @@ def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear
     return head, linear[head]
 
 
+def called_head(model: nn.Module, x: Any) -> str | None:
+    """The last linear layer that a batch calls, of those whose output is the logits where there are any."""
+    calls: list[tuple[str, Tensor]] = []
+
+    def noting(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            calls.append((name, output))
+
+        return hook
+
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    hooks = [module.register_forward_hook(noting(name)) for name, module in linear]
+    try:
+        with torch.no_grad():
+            outputs = call(model, x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    last = [
+        name
+        for name, output in calls
+        if isinstance(logits, Tensor) and output.shape == logits.shape and torch.equal(output, logits)
+    ]
+    return (last or [name for name, _ in calls] or [None])[-1]
+
+
 def _checked(name: str, calls: list[tuple[Tensor, Tensor]], output: Any, x: Any, start: int) -> tuple[Tensor, Tensor]:
     """Input and output of the head's one call in a forward pass over the examples start, start + 1, ..."""
     if len(calls) != 1:

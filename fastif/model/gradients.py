@@ -85,6 +85,10 @@ class Gradients(Protocol):
         """t."""
         ...
 
+    def counts(self) -> Tensor | None:
+        """Of each example's positions, how many its data fill, [n]; None: all of them. Padding is the rest."""
+        ...
+
     def by_position(self, directions: Tensor) -> Tensor:
         """⟨directions[q], what position t adds to g_i⟩, [q, n, t], for directions [q, g, o, d]."""
         ...
@@ -97,6 +101,7 @@ class Dense:
     inputs: Tensor  # [g, n, t, d]
     output_grads: Tensor  # [g, n, t, o]
     activations: Side | None = "inputs"
+    filled: Tensor | None = None  # [n] as `counts` gives them; the inputs of the other positions are zero
 
     def __len__(self) -> int:
         return self.inputs.shape[1]
@@ -106,7 +111,22 @@ class Dense:
         return self.inputs.numel() + self.output_grads.numel()
 
     def rows(self, begin: int, end: int) -> Dense:
-        return replace(self, inputs=self.inputs[:, begin:end], output_grads=self.output_grads[:, begin:end])
+        filled = None if self.filled is None else self.filled[begin:end]
+        inputs, output_grads = self.inputs[:, begin:end], self.output_grads[:, begin:end]
+        return replace(self, inputs=inputs, output_grads=output_grads, filled=filled)
+
+    def regrouped(self, k: int) -> Dense:
+        """Every k examples as one, with k times the positions."""
+        inputs, grads = (x.unflatten(1, (-1, k)).flatten(2, 3) for x in (self.inputs, self.output_grads))
+        return replace(self, inputs=inputs, output_grads=grads)
+
+    def without(self, empty: Tensor) -> Dense:
+        """The positions `empty` [n, t], whose output gradients are zero, as positions no longer."""
+        inputs = self.inputs.masked_fill(empty[None, :, :, None], 0)
+        return replace(self, inputs=inputs, filled=empty.shape[1] - empty.sum(1))
+
+    def counts(self) -> Tensor | None:
+        return self.filled
 
     def sum(self, weights: Tensor) -> Tensor:
         weights = weights.to(self.inputs)
@@ -171,10 +191,22 @@ class Dense:
             return torch.cat([torch.nn.functional.pad(x, (0, 0, 0, most - x.shape[2])) for x in factors], 1)
 
         factors = joined([part.inputs for part in parts]), joined([part.output_grads for part in parts])
-        return Dense(*factors, parts[0].activations)
+        return replace(parts[0], inputs=factors[0], output_grads=factors[1], filled=_filled(parts, torch.cat))
 
     def _groups(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.inputs, self.output_grads, strict=True))
+
+
+@dataclass(frozen=True)
+class Column(Dense):
+    """Gradients of a vector that is too long for a matrix over all pairs of its entries: of that, the diagonal."""
+
+    def moment(self, side: Side, weights: Tensor, total: Tensor | None = None) -> Tensor:
+        if side == "inputs":
+            return super().moment(side, weights, total)
+        squares = self.output_grads.square().sum(2)  # [1, n, o]
+        added = torch.einsum("n,gno->go", weights.to(squares), squares)
+        return added if total is None else total.add_(added)
 
 
 @dataclass(frozen=True)
@@ -221,6 +253,9 @@ class Formed:
     def moment(self, side: Side, weights: Tensor, total: Tensor | None = None) -> Tensor:
         return second_moment((self.matrices if side == "inputs" else self.matrices.mT).transpose(0, 1), weights, total)
 
+    def counts(self) -> Tensor | None:
+        return None
+
     def by_position(self, directions: Tensor) -> Tensor:
         return self.dots(directions)[:, :, None]
 
@@ -233,6 +268,7 @@ class OneHot:
     inputs: Tensor  # [n, t, d]: the gradient that it takes
     table_rows: int  # o
     activations: Side = "outputs"
+    empty: Tensor | None = None  # bool [n, t]: positions that no data fill; their gradients are zero
 
     def __len__(self) -> int:
         return self.inputs.shape[0]
@@ -242,7 +278,20 @@ class OneHot:
         return self.inputs.numel()
 
     def rows(self, begin: int, end: int) -> OneHot:
-        return replace(self, places=self.places[begin:end], inputs=self.inputs[begin:end])
+        empty = None if self.empty is None else self.empty[begin:end]
+        return replace(self, places=self.places[begin:end], inputs=self.inputs[begin:end], empty=empty)
+
+    def regrouped(self, k: int) -> OneHot:
+        """Every k examples as one, with k times the positions."""
+        places, inputs = (x.unflatten(0, (-1, k)).flatten(1, 2) for x in (self.places, self.inputs))
+        return replace(self, places=places, inputs=inputs)
+
+    def without(self, empty: Tensor) -> OneHot:
+        """The positions `empty` [n, t], whose gradients are zero, as positions no longer."""
+        return replace(self, empty=empty)
+
+    def counts(self) -> Tensor | None:
+        return None if self.empty is None else self.empty.shape[1] - self.empty.sum(1)
 
     def sum(self, weights: Tensor) -> Tensor:
         total = self.inputs.new_zeros((self.table_rows, self.inputs.shape[2]))
@@ -281,7 +330,8 @@ class OneHot:
     def moment(self, side: Side, weights: Tensor, total: Tensor | None = None) -> Tensor:
         if side == "inputs":
             return second_moment(self.inputs[None], weights, total)
-        each = weights.to(self.inputs)[:, None].expand_as(self.places).flatten()
+        each = weights.to(self.inputs)[:, None].expand_as(self.places)
+        each = (each if self.empty is None else each.masked_fill(self.empty, 0)).flatten()
         total = each.new_zeros(1, self.table_rows) if total is None else total
         return total.index_add_(1, self.places.flatten(), each[None])
 
@@ -295,7 +345,8 @@ class OneHot:
 
     def dense(self) -> Dense:
         rows = torch.nn.functional.one_hot(self.places, self.table_rows).to(self.inputs)
-        return Dense(self.inputs[None], rows[None])
+        rows = rows if self.empty is None else rows.masked_fill(self.empty[:, :, None], 0)
+        return Dense(self.inputs[None], rows[None], filled=self.counts())
 
     def _merged(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows [m], gradients [m, d] and examples [m], each row at most once per example."""
@@ -308,8 +359,17 @@ class OneHot:
 
 
 def of_table(gradients: Gradients) -> bool:
-    """Whether the block's rows are looked up."""
-    return isinstance(gradients.rows(0, 1), OneHot)
+    """Whether the block's rows are looked up, or a vector's too many entries: the output side is then a diagonal."""
+    return isinstance(gradients.rows(0, 1), OneHot | Column)
+
+
+def _filled(parts: Sequence[Dense | OneHot], join: Callable[[list[Tensor]], Tensor]) -> Tensor | None:
+    """`counts` of several; None where all positions of all of them are filled."""
+    counts = [part.counts() for part in parts]
+    if all(count is None for count in counts):
+        return None
+    whole = [torch.full((len(part),), part.positions, device=part.inputs.device) for part in parts]
+    return join([own if count is None else count for own, count in zip(whole, counts, strict=True)])
 
 
 def joined(parts: list[Dense | OneHot]) -> Dense | OneHot:
@@ -319,12 +379,17 @@ def joined(parts: list[Dense | OneHot]) -> Dense | OneHot:
     tables = [part for part in parts if isinstance(part, OneHot)]
     if len(tables) == len(parts):
         places, inputs = torch.cat([p.places for p in tables], 1), torch.cat([p.inputs for p in tables], 1)
-        return replace(tables[0], places=places, inputs=inputs)
+        empty = None
+        if any(p.empty is not None for p in tables):
+            none = [torch.zeros_like(p.places, dtype=torch.bool) for p in tables]
+            empty = torch.cat([no if p.empty is None else p.empty for p, no in zip(tables, none, strict=True)], 1)
+        return replace(tables[0], places=places, inputs=inputs, empty=empty)
     dense = [part.dense() if isinstance(part, OneHot) else part for part in parts]
     first = parts[0].activations
     same = all(part.activations == first for part in parts)
     inputs, grads = torch.cat([p.inputs for p in dense], 2), torch.cat([p.output_grads for p in dense], 2)
-    return Dense(inputs, grads, first if same else None)
+    filled = _filled(parts, lambda counts: torch.stack(counts).sum(0))
+    return Dense(inputs, grads, first if same else None, filled)
 
 
 def _times(x: Tensor, basis: Tensor) -> Tensor:

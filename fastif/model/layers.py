@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
-from fastif.model.gradients import Dense, Moment, OneHot, Side, second_moment
+from fastif.model.gradients import Column, Dense, Moment, OneHot, Side, second_moment
 from fastif.model.patches import PatchMoment, Window
 
 
@@ -35,6 +36,8 @@ class Use(NamedTuple):
     gradients: Callable[[Tensor, Tensor], Dense | OneHot]
     sliceable: bool = True  # whether an example's gradient follows from its own rows of x and u
     moments: Callable[[Tensor, Tensor], dict[Side, Moment]] = lambda _x, _u: {}  # shorter ways to them
+    words: bool = False  # whether all axes of u but the first and the last are positions: some may be padding
+    table: bool = False  # whether rows are looked up
 
 
 class Block(NamedTuple):
@@ -45,6 +48,7 @@ class Block(NamedTuple):
     parameters: tuple[Tensor, ...]
     uses: tuple[Use, ...]
     split: Callable[[Tensor], list[Piece]]  # of a matrix [g, o, d]
+    loose: bool = False  # one parameter by itself, whose gradients are autograd's example by example: it has no uses
 
     @property
     def size(self) -> int:
@@ -90,6 +94,84 @@ def _shares(module: nn.Module, apart: set[Tensor]) -> bool:
     return any(parameter in apart for parameter in module.parameters())
 
 
+_LARGEST = 1 << 22  # entries of a parameter of which one gradient for each example may stand
+_WIDE = 1 << 10  # entries of a vector of which no matrix over all pairs is made
+
+
+def overrides(module: nn.Module) -> bool:
+    """Whether a module of a kind that is known computes something of its own: a subclass, or a forward put on it."""
+    kinds = (
+        nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
+        nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.MultiheadAttention,
+    )  # fmt: skip
+    own = type(module).forward
+    put_on = vars(module).get("forward")
+    ours = getattr(put_on, "__module__", None) in (__name__, "fastif.model.inner")  # of a capture that is attached
+    strange = put_on is not None and not ours and getattr(put_on, "__func__", None) is not own
+    return isinstance(module, kinds) and (strange or not own.__module__.startswith("torch.nn."))
+
+
+def loose_blocks(parameters: Mapping[str, Tensor], module: nn.Module) -> dict[str, Block | str]:
+    """Each parameter as a block by itself, or why it cannot be one."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and (
+        module.max_norm is not None or module.scale_grad_by_freq
+    ):
+        return dict.fromkeys(parameters, f"is an {type(module).__name__} with max_norm or scale_grad_by_freq")
+    return {name: loose_block(name, parameter) for name, parameter in parameters.items()}
+
+
+def loose_block(name: str, parameter: Tensor) -> Block | str:
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        return "has no shape yet"
+    if parameter.numel() > _LARGEST or not parameter.numel():
+        return f"has {parameter.numel():,} entries, and no known form: gradients of at most {_LARGEST:,} are formed"
+    shape = parameter.shape
+    return Block(
+        name,
+        (1, parameter.numel(), 1),
+        (parameter,),
+        (),
+        lambda m: [Piece(parameter, slice(None), m.view(shape))],
+        True,
+    )
+
+
+def loose_gradients(each: Tensor) -> Dense:
+    """Gradients [n, ...] of a parameter, as those of a column [o, 1]."""
+    column = _column(each.flatten(1))
+    return column if column.output_grads.shape[3] <= _WIDE else Column(column.inputs, column.output_grads)
+
+
+def affine_block(name: str, module: nn.Module) -> list[Block] | str:
+    """Vectors that scale or shift what a module without children computes: y = p ∘ z(x) + ..., along the last axis of y
+    or along axis 1. What multiplies a parameter is found by running the module with that one set to 1 and to 0."""
+    own = {key: p for key, p in module._parameters.items() if p is not None}
+    sizes = {p.numel() for p in own.values()}
+    if list(module.children()) or len(sizes) != 1 or any(p.dim() > 1 for p in own.values()):
+        return f"{type(module).__name__} is not a kind of layer that is known"
+    (d,) = sizes
+
+    def gradients(x: Tensor, u: Tensor) -> Dense:
+        axis = -1 if u.shape[-1] == d or d == 1 else 1
+        if d > 1 and u.shape[axis] != d:
+            raise ValueError(f"capture: layer {name!r} has outputs {list(u.shape)} without an axis of {d}")
+        columns = []
+        with torch.no_grad():
+            none = {key: torch.zeros_like(p) for key, p in own.items()}
+            at_none = functional_call(module, none, (x,))
+            for key, p in own.items():
+                factor = functional_call(module, {**none, key: torch.ones_like(p)}, (x,)) - at_none
+                product = (u * factor.to(u)).movedim(axis, -1).reshape(len(u), -1, u.shape[axis]).sum(1)
+                columns.append(product if d > 1 else product.sum(1, keepdim=True))
+        return _column(torch.cat(columns, 1))
+
+    def split(m: Tensor) -> list[Piece]:
+        parts = m[0, :, 0].split(d)
+        return [Piece(p, slice(None), v.view(p.shape)) for p, v in zip(own.values(), parts, strict=True)]
+
+    return [Block(name, (1, d * len(own), 1), tuple(own.values()), (Use(name, gradients),), split)]
+
+
 # ---------------------------------------------------------------------------------------------------------- linear maps
 
 
@@ -120,7 +202,7 @@ def _linear_map(
         return pieces
 
     joint = bias is not None and not separate
-    use = Use(source, partial(gradients, joint))
+    use = Use(source, partial(gradients, joint), words=True)
     parameters = (weight, bias) if joint and bias is not None else (weight,)
     blocks = [Block(name, (1, o, d + joint), parameters, (use,), split)]
     if separate and bias is not None:
@@ -244,7 +326,8 @@ def _embedding(name: str, module: nn.Embedding) -> list[Block] | str:
             u = u * (rows != padding)[:, :, None]
         return OneHot(rows, u, o)
 
-    return [Block(name, (1, o, d), (weight,), (Use(name, gradients),), lambda m: [Piece(weight, slice(None), m[0])])]
+    use = Use(name, gradients, words=True, table=True)
+    return [Block(name, (1, o, d), (weight,), (use,), lambda m: [Piece(weight, slice(None), m[0])])]
 
 
 def _normalization(module: nn.Module) -> tuple[Callable[[Tensor], Tensor], int] | None:

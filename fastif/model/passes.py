@@ -13,12 +13,16 @@ from tqdm import tqdm
 
 from fastif.data.batches import as_loader, batch_length, moved_to, rows_of
 from fastif.model.calls import placed
-from fastif.model.capture import Capture, Forward
+from fastif.model.capture import Capture
+from fastif.model.check import settle
+from fastif.model.forward import Forward
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Loss, Measurement, labels_in, measured
 
 _TOGETHER = 1 << 24  # bytes of inputs and outputs of covered layers that one forward pass brings on a CPU, at most
 _LEAST = 1 << 20  # so little memory, and passes of fewer examples would only be slower
+_LOOKED_AT = 5  # examples of the first batch, which decide how the model is read
+_LOOSE = 16  # examples at a time where each takes a backward pass through the others' graph too
 _RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
@@ -62,6 +66,7 @@ class Passes:
                         "random or depends on others; call model.eval(), or pass allow_train_mode=True"
                     )
         with ExitStack() as undo:
+            undo.enter_context(torch.enable_grad())  # whatever surrounds the call
             if checkpoint is not None or self.allow_train_mode:  # BatchNorm in train mode writes its buffers
                 before = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
                 undo.callback(self.model.load_state_dict, before)
@@ -78,25 +83,41 @@ class Passes:
             return self.capture.forward(x)
 
     def check(self, x: Any, y: Any, value: Measurement = "loss") -> None:
-        """Refuses what `Forward.check` refuses, and random forward passes, on a few examples; once."""
-        most = min(5, batch_length(x))
-        for size in (most, max(1, most - 1)):  # the second where a layer sees as many positions as examples: which?
-            rows = torch.arange(size)
-            few = rows_of(x, rows)
-            labels = labels_in(few, None if y is None else rows_of(y, rows))
-            forward = self.forward(few)
-            if not self.capture.ambiguous:
-                break
+        """Refuses forward passes that draw at random, and has `settle` decide what is covered, on a few examples."""
+        rows = torch.arange(min(_LOOKED_AT, batch_length(x)))
+        few = rows_of(x, rows)
+
+        def values(outputs: Any, rows: Tensor) -> Tensor:
+            labels = labels_in(rows_of(few, rows), None if y is None else rows_of(y, rows))
+            return measured(value, self.loss, outputs, labels, len(rows))
+
+        short = self.autocast is not None
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.autocast(self.device.type, self.autocast, enabled=short):
+            if not (self.allow_train_mode and any(module.training for module in self.model.modules())):
+                self._refuse_draws(few, values, rows)
+            forward = settle(self.capture, few, values, alone=not self.allow_train_mode, short=short)
         self._example_bytes = forward.nbytes // forward.n
-        values = measured(value, self.loss, forward.outputs, labels, forward.n)
-        if not self.allow_train_mode and any(module.training for module in self.model.modules()):
-            again = measured(value, self.loss, self.forward(few).outputs, labels, forward.n)
-            if not torch.allclose(again, values, rtol=1e-3, atol=1e-6):
-                raise ValueError(
-                    "Influence: the model is in train mode and two forward passes of one batch differ (dropout?); "
-                    "call model.eval(), or pass allow_train_mode=True"
-                )
-        forward.check(values, mixing=not self.allow_train_mode)
+
+    @torch.no_grad()
+    def _refuse_draws(self, x: Any, values: Any, rows: Tensor) -> None:
+        """Raises ValueError where two forward passes of one batch differ."""
+        first, second = (values(self.capture.forward(x).outputs, rows).double() for _ in range(2))
+        short = self.autocast is not None or any(p.dtype.itemsize < 4 for p in self.model.parameters())
+        exact = all(p.dtype == torch.float64 for p in self.model.parameters())
+        allowed = (3e-2 if short else 1e-10 if exact else 1e-4) * max(1e-3, float(first.abs().max()))
+        away = float((first - second).abs().max())
+        if away > allowed:
+            mode = "train" if any(module.training for module in self.model.modules()) else "eval"
+            raise ValueError(
+                f"Influence: the model is in {mode} mode and two forward passes of one batch differ (dropout?), by up "
+                f"to {away:.2g} in the loss of an example: what is drawn at random has no gradient of its own; call "
+                "model.eval(), pass training=self.training to what draws, or let the forward pass seed its generator"
+            )
+
+    def needs_check(self, x: Any) -> bool:
+        """Whether a batch shows what none before it could: one example alone does not show whether examples mix."""
+        return self.capture.checked < min(2, batch_length(x))
 
     def at_a_time(self, n: int) -> int:
         """How many of a batch of n examples go through the model at once, as `check` found that their layers take room.
@@ -104,9 +125,10 @@ class Passes:
         On a CPU a few fill it, and what they leave is still in a cache when it is needed; a GPU takes the batch whole,
         and so does BatchNorm in train mode, to which a batch is one thing. Results are the same up to rounding.
         """
-        if self.device.type != "cpu" or self.allow_train_mode:
+        loose = any(block.loose for block in self.capture.blocks.values())
+        if self.allow_train_mode or (self.device.type != "cpu" and not loose):
             return n
-        parts = max(1, math.ceil(n * self._example_bytes / self.slice_bytes))
+        parts = max(1, math.ceil(n * self._example_bytes / self.slice_bytes), math.ceil(n / _LOOSE) if loose else 1)
         return math.ceil(n / parts)
 
     def slices(self, x: Any, y: Any) -> Iterator[tuple[slice, Any, Any]]:
@@ -126,14 +148,14 @@ class Passes:
             for number, (x, y) in enumerate(batches):
                 self.capture.batch = number
                 x, y = moved_to(x, self.device), moved_to(y, self.device)
-                if not self.capture.checked:
+                if self.needs_check(x):
                     self.check(x, y, value)
                 for rows, part, labels in self.slices(x, y):
                     with counted_from(rows.start):
                         forward = self.forward(part)
                         n = forward.n
                         values = measured(value, self.loss, forward.outputs, labels_in(part, labels), n)
-                        gradients = forward.gradients(values)
+                        gradients = forward.gradients(values, moments=False)
                     del forward, values  # and the graph with them
                     yield start, n, gradients
                     del gradients

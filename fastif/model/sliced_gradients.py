@@ -26,6 +26,7 @@ class Sliced:
     end: int
     each: int  # examples of a slice
     moments: Mapping[Side, Moment] = field(default_factory=dict)  # those that take no making of the factors
+    filled: Tensor | None = None  # `counts` of all examples, also of those outside begin and end
 
     def __len__(self) -> int:
         return self.end - self.begin
@@ -89,6 +90,9 @@ class Sliced:
     def rotated(self, output_basis: Tensor | None, input_basis: Tensor) -> Sliced:
         make = lambda begin, end: self.make(begin, end).rotated(output_basis, input_basis)  # noqa: E731
         return replace(self, make=make, moments={})
+
+    def counts(self) -> Tensor | None:
+        return None if self.filled is None else self.filled[self.begin : self.end]
 
     @property
     def activations(self) -> Side | None:

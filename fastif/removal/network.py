@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -71,12 +72,16 @@ class RetainedNetwork:
             batch_size=batch_size,
             progress=False,
         )
+        kept = torch.ones(n, dtype=torch.bool)
+        kept[removed.cpu()] = False
+        if all(labels_in(x, y) is None for (x, y), _ in islice(picked(train, batch_size, kept.nonzero()[:, 0]), 1)):
+            raise ValueError("remove: the training data has no labels")
+        with self._influence.passes.running(None):
+            self._influence.look_at(train, kept.nonzero()[:, 0])
         self._capture = self._influence.capture
         self.parameters = {p: name for p, name in self._capture.names.items() if name in self._capture.covered}
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter in self.parameters)
-        kept = torch.ones(n, dtype=torch.bool)
-        kept[removed.cpu()] = False
         self.n, self.kept, self.removed = n, kept.nonzero()[:, 0], removed.cpu()
         self.weight_decay, self.objective = weight_decay, math.nan
         self.step_size: dict[str, float] = {}  # of the last step: by layer, a multiple of its own Newton step

@@ -23,7 +23,7 @@ def inverse(gradients, weights, damping):
 @pytest.mark.parametrize("name", ["mlp", "words", "pixels"])
 @pytest.mark.parametrize("slice_entries", [1 << 21, 1])
 def test_it_is_the_mean_of_inverses(name, slice_entries, monkeypatch):
-    monkeypatch.setattr("fastif.model.capture.SLICE", slice_entries)
+    monkeypatch.setattr("fastif.model.forward.SLICE", slice_entries)
     x, y = problem(name).data
     subset = Subset(torch.tensor([17, 0, 5, 9, 2]), torch.tensor([0.3, 0.1, 0.2, 0.5, 0.0], dtype=torch.float64))
     influence = influence_of(name, DataInf(DAMPING), batch_size=2).fit((x, y), subset)

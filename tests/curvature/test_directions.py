@@ -150,7 +150,7 @@ def test_factors_of_a_long_query_do_not_lengthen_those_of_short_ones_beyond_memo
 @pytest.mark.parametrize("kind", ["convolution", "linear"])
 def test_separable_scores_of_training_gradients_that_come_in_slices(kind, monkeypatch):
     """The moments of a convolution are taken without its patches; a layer may see more than is to stand at once."""
-    monkeypatch.setattr("fastif.model.capture.SLICE", 1 << 12)
+    monkeypatch.setattr("fastif.model.forward.SLICE", 1 << 12)
     g = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     first = nn.Conv2d(8, 40, 4) if kind == "convolution" else nn.Sequential(nn.Flatten(), nn.Linear(128, 40))

@@ -5,16 +5,19 @@ import torch
 from fastif.data import rows_of
 from fastif.model.calls import call
 from fastif.model.capture import Capture
+from fastif.model.check import settle
 from fastif.model.losses import per_sample
 from tests.helpers.networks import N
 
 
 def captured(capture, network):
+    def values(outputs, rows):
+        return per_sample(network.loss, outputs, rows_of(network.batch, rows), len(rows))
+
     with capture.attached():
+        settle(capture, network.x, values)
         forward = capture.forward(network.x)
-        losses = per_sample(network.loss, forward.outputs, network.batch, forward.n)
-        forward.check(losses)
-        return forward.gradients(losses)
+        return forward.gradients(values(forward.outputs, torch.arange(forward.n)))
 
 
 def gradients_of(model, layers, data):

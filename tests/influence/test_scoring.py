@@ -149,7 +149,7 @@ def test_slices_of_a_batch_give_what_the_whole_gives(which, make, monkeypatch):
     results = []
     for entries in (1 << 21, 1):  # all examples at once, and one at a time
         for limit in (
-            "capture.SLICE",
+            "forward.SLICE",
             "passes._TOGETHER",
             "sliced_gradients._TOGETHER",
             "gradients._ROWS",

@@ -263,7 +263,7 @@ ONE = torch.tensor([1])
         ((X, Y), (Y == 7).nonzero()[:, 0], {}, "must not be empty"),  # a class that has no examples
         (X, ONE, {}, "the training data has no labels"),
         ((X, Y + 1), ONE, {}, r"labels must be in \[0, c=3\)"),
-        ((X * torch.nan, Y), ONE, {}, "the retained objective is nan at the trained parameters"),
+        ((X * torch.nan, Y), ONE, {}, "the input of layer .* holds NaN or Inf, example 0"),
         ((X, Y), ONE, {"layers": "body"}, "'body' names no layer"),
         ((X, Y), ONE, {"layers": ["2", "1"]}, "'1' names no layer"),
         ((X, Y), ONE, {"steps": 0}, "steps must be at least 1, got 0"),
@@ -301,10 +301,13 @@ def test_a_head_that_is_not_the_last_operation_is_refused(problem, layers):
     assert remove(Scaled(problem.model), (problem.x, problem.y), REMOVED, layers=layers, steps=1, **QUIET).history
 
 
-def test_a_layer_that_is_not_called_is_refused_by_name(problem):
+def test_a_layer_that_is_not_called_stays_and_is_refused_where_it_is_named(problem):
     model = Scaled(problem.model, unused=nn.Linear(2, 2).double())
+    after = remove(model, (problem.x, problem.y), REMOVED, layers="*", steps=1, **QUIET)
+    assert torch.equal(after.state_dict["unused.weight"], model.unused.weight)
+    assert not torch.equal(after.state_dict["body.2.weight"], problem.model[2].weight)
     with pytest.raises(ValueError, match=r"capture: layer 'unused' was not called in the forward pass; leave it out"):
-        remove(model, (problem.x, problem.y), REMOVED, layers="*", **QUIET)
+        remove(model, (problem.x, problem.y), REMOVED, layers=("unused", "body.2"), **QUIET)
 
 
 def test_dropout_does_not_act(problem):
