@@ -13,6 +13,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from fastif.data.batch import whole
+
 Loss = Literal["cross_entropy", "causal_lm", "bce", "mse"] | Callable[[Any, Any], Tensor]
 Measurement = Literal["loss", "margin", "log_odds"] | Callable[[Any, Any], Tensor]
 Fisher = Literal["exact", "monte_carlo", "empirical"]
@@ -160,7 +162,7 @@ def logits_of(outputs: Any) -> Tensor:
 
 def labels_in(x: Any, y: Any) -> Any:
     """What a loss is given beside the outputs: y, or the whole mapping where the batch is one."""
-    return x if y is None and isinstance(x, Mapping) else y
+    return whole(x if y is None and isinstance(x, Mapping) else y)
 
 
 def labels_of(batch: Any) -> Tensor:
