@@ -19,12 +19,12 @@ from fastif.curvature import (
     RandomProjection,
 )
 from fastif.influence import Influence
+from fastif.influence.planning import Plan
+from fastif.influence.score_folder import ScoreFolder
 from fastif.model.features import Extracted, extract, find_head
 from fastif.ops import build_info
-from fastif.plan import Plan
 from fastif.removal import HeadStep, NetworkStep, Removal, remove
 from fastif.samplers import CertifiedSubset, Subset
-from fastif.store import ScoreFolder
 
 __all__ = [
     "CG",

@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from fastif.curvature import ExactBlock
-from fastif.curvature.cholesky import check_damping
+from fastif.curvature.damping import check_damping
 from fastif.data.batches import as_loader, count
 from fastif.model.capture import Capture
 from fastif.model.features import Extracted, extract, find_head

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastif import ops
 from fastif.curvature import ExactBlock
-from fastif.curvature.softmax import check_labels, output_grads
+from fastif.curvature.exact.softmax import check_labels, output_grads
 from fastif.samplers.subset import Subset
 
 STEP_SIZES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 from fastif.curvature import EKFAC, ExactBlock
 from fastif.data.batches import batch_length, count, moved_to, picked
-from fastif.influence import Influence
+from fastif.influence.influence import Influence
 from fastif.model.calls import call
 from fastif.model.features import find_head
 from fastif.model.losses import labels_in, labels_of, logits_of, output_columns, per_sample

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from fastif import cli, store
+from fastif import cli
 from fastif.curvature import FitData
 from fastif.data import count, picked
+from fastif.influence import score_job
 from fastif.model.capture import Capture
 from fastif.samplers.subset import Subset
 from tests.stored import BLOCK
@@ -37,7 +38,7 @@ def one_thread():
 def small_blocks():
     """Folders of scores in blocks of `tests.stored.BLOCK` bytes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "BLOCK_BYTES", BLOCK)
+        patch.setattr(score_job, "BLOCK_BYTES", BLOCK)
         yield
 
 

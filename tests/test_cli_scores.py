@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fastif.cli.scores
-import fastif.plan
+import fastif.influence.planning
 from fastif import (
     CG,
     EKFAC,
@@ -31,8 +31,8 @@ from fastif import (
     ScoreFolder,
     extract,
     samplers,
-    store,
 )
+from fastif.influence import score_job
 from tests.user_script import files, returned
 
 REPOSITORY = Path(__file__).parents[1]
@@ -182,13 +182,15 @@ def test_the_plan_of_scores_that_go_to_the_disk_holds_a_block_of_them(run, scrip
     if plan.score_bytes is None:
         assert peak(1 << 26, "a") == "unknown"
         return
-    monkeypatch.setattr(fastif.plan.Plan, "__str__", lambda plan: f"scores: peak {plan.score_bytes}; self")
+    monkeypatch.setattr(
+        fastif.influence.planning.Plan, "__str__", lambda plan: f"scores: peak {plan.score_bytes}; self"
+    )
     assert peak(1 << 26, "a") == str(plan.score_bytes)
     assert peak(300, "b") == str(plan.score_bytes - 6 * 40 * 4 + 300)
 
 
 def test_resume(run, script, monkeypatch):
-    monkeypatch.setattr(store, "BLOCK_BYTES", 6 * 8 * 4)
+    monkeypatch.setattr(score_job, "BLOCK_BYTES", 6 * 8 * 4)
     job = ["scores", "ownscript:problem", "--out", "out", "--quiet", "--batch-size", "8", "--top", "2"]
     assert run(*job)[0] == 0
     before = {path.name: path.read_bytes() for path in (script / "out").iterdir()}

@@ -87,7 +87,7 @@ def test_singular_block_raises_with_a_diagnosis():
 
 
 def test_indefinite_block_names_its_negative_pivot():
-    from fastif.curvature.cholesky import factorize
+    from fastif.curvature.exact.cholesky import factorize
 
     with pytest.raises(NotPositiveDefinite, match=r"conv \[2, 2\] .* smallest pivot is -3 .*damping 10 would do"):
         factorize(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), 0.0, "conv")
@@ -96,7 +96,7 @@ def test_indefinite_block_names_its_negative_pivot():
 
 
 def test_nan_is_counted_and_no_damping_is_advised():
-    from fastif.curvature.cholesky import factorize
+    from fastif.curvature.exact.cholesky import factorize
 
     with pytest.raises(NotPositiveDefinite, match=r"holds 2 NaN and 1 Inf entries: no damping helps"):
         factorize(torch.tensor([[1.0, torch.nan], [torch.nan, torch.inf]]), 0.0, "head")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import fastif.scoring
+import fastif.influence.queries
 from fastif import EKFAC, KFAC, Diagonal, Influence, build_info
 from fastif.curvature import Explicit
 from fastif.curvature.directions import Factors
@@ -57,14 +57,14 @@ def defined(influence: Influence, query, train, layers: str = "*") -> torch.Tens
 def forms(monkeypatch):
     """By name of a block the form that its queries were held in, in the order of the blocks of queries."""
     seen: list[dict[str, list[str]]] = []
-    settled = fastif.scoring._Held.settled
+    settled = fastif.influence.queries._Held.settled
 
     def told(self, room):
         parts = settled(self, room)
         seen.append({name: [type(part).__name__ for part in of_block] for name, of_block in parts.items()})
         return parts
 
-    monkeypatch.setattr(fastif.scoring._Held, "settled", told)
+    monkeypatch.setattr(fastif.influence.queries._Held, "settled", told)
     return seen
 
 
@@ -126,14 +126,14 @@ def test_factors_of_a_long_query_do_not_lengthen_those_of_short_ones_beyond_memo
     """All factors that are held together take as many positions as the longest."""
     torch.manual_seed(0)
     model, held = Words(width=96).double(), []
-    settled = fastif.scoring._Held.settled
+    settled = fastif.influence.queries._Held.settled
 
     def told(self, room):
         parts = settled(self, room)
         held.append(sum(part.nbytes for of_block in parts.values() for part in of_block))
         return parts
 
-    monkeypatch.setattr(fastif.scoring._Held, "settled", told)
+    monkeypatch.setattr(fastif.influence.queries._Held, "settled", told)
     g = torch.Generator().manual_seed(0)
     batches = [
         (torch.randn(n, t, 96, generator=g).double(), torch.arange(n) % 3) for n, t in ((60, 1), (2, 14), (5, 2))

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from fastif import ExactBlock, Influence, samplers
-from fastif.curvature import NotPositiveDefinite, exact_block, factor
-from fastif.curvature.cholesky import extreme_eigenvalues
-from fastif.curvature.softmax import output_roots
+from fastif.curvature import NotPositiveDefinite
+from fastif.curvature.exact import block as exact_block
+from fastif.curvature.exact import factor
+from fastif.curvature.exact.cholesky import extreme_eigenvalues
+from fastif.curvature.exact.softmax import output_roots
 from fastif.data import load
 from fastif.model.gradients import Dense
 from fastif.removal import head_steps

@@ -23,7 +23,7 @@ from fastif import (
     build_info,
 )
 from fastif import NotPositiveDefinite as Indefinite
-from fastif.curvature.lissa import neumann
+from fastif.curvature.matrix_free.lissa import neumann
 from fastif.measure import Measure
 from fastif.samplers import Subset
 from tests.matrix_free import DAMPING, answers, assert_close, influence_of, network
@@ -169,7 +169,7 @@ def test_checkpoints_and_states(made):
 @pytest.mark.parametrize("made", [CG(DAMPING, preconditioner=KFAC(DAMPING)), LiSSA(0.5), Arnoldi(10, DAMPING)])
 def test_stored_scores_resume_and_plans_are_made(made, tmp_path, monkeypatch):
     model, data = network("mlp")
-    monkeypatch.setattr("fastif.store.BLOCK_BYTES", 8 * 90 * 20)
+    monkeypatch.setattr("fastif.influence.score_job.BLOCK_BYTES", 8 * 90 * 20)
     influence = influence_of(model, made, batch_size=30).fit(data)
     folder = tmp_path / "scores"
     query = tuple(x[:40] for x in data)
@@ -335,7 +335,7 @@ def test_self_influence_keeps_to_its_memory(made):
 
 @pytest.mark.parametrize("made", [CG(DAMPING), LiSSA(0.5)])
 def test_solves_show_their_progress_where_that_is_wanted(made, capsys, monkeypatch):
-    monkeypatch.setattr("fastif.curvature.products.tqdm", partial(tqdm, mininterval=0))
+    monkeypatch.setattr("fastif.curvature.matrix_free.iterations.tqdm", partial(tqdm, mininterval=0))
     model, data = network("mlp")
     few = tuple(x[:2] for x in data)
     shown = []

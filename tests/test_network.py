@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastif import CG, EKFAC, KFAC, ExactBlock, Influence, RandomProjection
-from fastif.curvature.network import JointCurvature
+from fastif.curvature.protocol import JointCurvature
 from fastif.model.capture import Capture
 from tests.networks import LAYERS
 

@@ -21,7 +21,7 @@ from fastif import (
     RandomProjection,
     build_info,
 )
-from fastif.curvature.products import Operator
+from fastif.curvature.matrix_free.operator import Operator
 from fastif.measure import Measure
 
 

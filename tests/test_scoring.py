@@ -156,7 +156,7 @@ def test_slices_of_a_batch_give_what_the_whole_gives(which, make, monkeypatch):
             "gradients._SIDE",
         ):
             monkeypatch.setattr(f"fastif.model.{limit}", entries)
-        monkeypatch.setattr("fastif.scoring._MADE", entries)
+        monkeypatch.setattr("fastif.influence.queries._MADE", entries)
         influence = influence_of(which, make(DAMPING)).fit(data)
         by_layer = influence.scores_by_layer(data, data)
         results.append([influence.scores(data, data), influence.self_influence(data), *by_layer.values()])

@@ -9,9 +9,9 @@ from fastif import (
     Diverged,
 )
 from fastif import NotPositiveDefinite as Indefinite
-from fastif.curvature.arnoldi import krylov
-from fastif.curvature.cg import conjugate_gradients
-from fastif.curvature.lissa import drawn, largest, neumann
+from fastif.curvature.matrix_free.cg import conjugate_gradients
+from fastif.curvature.matrix_free.krylov import krylov
+from fastif.curvature.matrix_free.lissa import drawn, largest, neumann
 from fastif.samplers import Subset
 from tests.problems import residuals, rows, symmetric
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fastif import CG, EKFAC, KFAC, Diagonal, ExactBlock, Identity, Influence, LiSSA, ScoreFolder, store
+from fastif import CG, EKFAC, KFAC, Diagonal, ExactBlock, Identity, Influence, LiSSA, ScoreFolder
+from fastif.influence import score_job
 from fastif.samplers import Subset
 from tests.stored import BATCH, FORMS, PARTS, QUERY_GROUPS, N, Q, bits, fitted, problem, tokens, walked
 
@@ -150,7 +151,7 @@ def test_parts_are_those_of_a_tensor(folder_and_scores, rows, columns, row, colu
 def folder_and_scores(tmp_path_factory):
     model, query, train = problem()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "BLOCK_BYTES", 2 * BATCH * 5 * 8)
+        patch.setattr(score_job, "BLOCK_BYTES", 2 * BATCH * 5 * 8)
         scores = fitted(model, train).scores(query, train, out=tmp_path_factory.mktemp("scores"))
     return scores, scores.load()
 
@@ -268,7 +269,7 @@ def test_what_changes_only_the_last_bits_is_refused(tmp_path, monkeypatch):
         fitted(model, train, memory=1 << 26).scores(query, train, out=tmp_path / "memory", resume=True)
     fitted(model, train, curvature=ExactBlock()).scores(query, train, out=tmp_path / "factors")
     room = iter([1 << 30])  # to allocate the block, and none when its factor is made
-    monkeypatch.setattr("fastif.curvature.exact_block.available_bytes", lambda _: next(room, 0))
+    monkeypatch.setattr("fastif.curvature.exact.block.available_bytes", lambda _: next(room, 0))
     influence = fitted(model, train, curvature={"2": ExactBlock()}, layers="2")
     assert influence.curvature["2"].in_place_used
     with pytest.raises(ValueError, match=r"factors in place was \[\], is \['2'\]"):

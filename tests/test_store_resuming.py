@@ -47,10 +47,11 @@ from pathlib import Path
 import numpy as np
 import torch
 torch.set_num_threads(1)  # nothing runs in parallel before the process forks
-from fastif import Influence, journal, scoring, store
+from fastif import Influence, journal
+from fastif.influence import queries, score_job
 from tests.stored import BLOCK, PARTS, fitted, problem
 
-store.BLOCK_BYTES = BLOCK
+score_job.BLOCK_BYTES = BLOCK
 folder = Path(sys.argv[1])
 make, call = PARTS.get(sys.argv[2], (problem, Influence.scores))
 model, query, train = make()
@@ -97,11 +98,11 @@ moments = [
     patched(np, "save", 2, torn),                                # in the middle of a block
     patched(os, "fsync", 1, die),                                # a block not yet on the disk
     patched(Path, "replace", 2, renamed_then_dead),              # a block just finished
-    patched(scoring, "_directions", 1, die),                     # among the queries
-    patched(store._Part, "__iter__", 2, die),                    # before the first training batch
+    patched(queries, "_directions", 1, die),                     # among the queries
+    patched(score_job._Part, "__iter__", 2, die),                # before the first training batch
 ]
 if sys.argv[2] == "query groups":  # whose queries are all seen to at once
-    moments[-2:] = [patched(scoring, "_grouped_queries", 1, die), patched(store._Part, "__iter__", 1, die)]
+    moments[-2:] = [patched(queries, "_grouped_queries", 1, die), patched(score_job._Part, "__iter__", 1, die)]
 for moment in moments:
     assert killed(moment) == signal.SIGKILL
     print(len(list(folder.glob("scores-*.npy"))) if folder.exists() else 0)

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastif import ExactBlock, IllConditioned, Influence, build_info
-from fastif.curvature import NotPositiveDefinite, exact_block, triangles
-from fastif.curvature.factor import Within
+from fastif.curvature import NotPositiveDefinite
+from fastif.curvature.exact import block as exact_block
+from fastif.curvature.exact import triangles
+from fastif.curvature.exact.factor import Within
 from fastif.measure import Measure
 from fastif.model.gradients import Dense
 from tests.test_exact_block import close, conditioned, head_problem

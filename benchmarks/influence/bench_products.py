@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import fastif
 from benchmarks.conftest import DEVICE
 from fastif.curvature import FitData, JointCurvature
-from fastif.curvature.products import Matrix, Operator
+from fastif.curvature.matrix_free.operator import Matrix, Operator
 from fastif.evaluation.training import train
 from fastif.model.capture import Capture
 

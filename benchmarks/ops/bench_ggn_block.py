@@ -15,9 +15,9 @@ from torch import nn
 from benchmarks.conftest import DEVICE
 from benchmarks.ops import cifar10_features
 from fastif import ExactBlock, Influence, samplers
-from fastif.curvature.cholesky import extreme_eigenvalues
+from fastif.curvature.exact.cholesky import extreme_eigenvalues
 from fastif.data import load
-from fastif.fitting import begun, observe
+from fastif.influence.fitting import begun, observe
 from fastif.measure import Measure
 from fastif.ops import ggn_block, kronecker_block
 

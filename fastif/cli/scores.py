@@ -32,15 +32,16 @@ from fastif.curvature import (
 )
 from fastif.data.batches import count
 from fastif.evaluation.settings import check_budgets, choose_samplers
-from fastif.influence import Influence
+from fastif.influence.influence import Influence
+from fastif.influence.planning import Plan
+from fastif.influence.score_folder import MANIFEST
+from fastif.influence.score_job import BLOCK_BYTES, fit_settings, write_scores
+from fastif.influence.tiles import By, check_groups, check_positions
 from fastif.journal import refuse_differences, whole
 from fastif.model.calls import dtype_of
 from fastif.model.features import extract
 from fastif.model.losses import LOSSES, MEASUREMENTS
-from fastif.plan import Plan
 from fastif.samplers.subset import Subset
-from fastif.scoring import By, check_groups, check_positions
-from fastif.store import BLOCK_BYTES, MANIFEST, fit_settings, write_scores
 
 FISHERS = ("exact", "monte_carlo", "empirical")
 CURVATURES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {  # the estimator, and what --fisher may be

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastif.curvature.called import Called
-from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
+from fastif.curvature.damping import NotPositiveDefinite, check_damping
 from fastif.curvature.directions import Directions, Explicit
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher

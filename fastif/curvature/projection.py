@@ -10,10 +10,11 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from fastif.curvature.cholesky import check_damping, factorize
+from fastif.curvature.damping import check_damping
 from fastif.curvature.directions import Directions
-from fastif.curvature.network import FitData, JointCurvature, Shape
-from fastif.curvature.products import check_iterations
+from fastif.curvature.exact.cholesky import factorize
+from fastif.curvature.matrix_free.iterations import check_iterations
+from fastif.curvature.protocol import FitData, JointCurvature, Shape
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
 

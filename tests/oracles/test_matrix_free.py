@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastif import CG, Arnoldi, DataInf, Influence
-from fastif.curvature.products import Operator
+from fastif.curvature.matrix_free.operator import Operator
 from tests.networks import LAYERS, build
 from tests.problems import trained
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fastif
 from benchmarks.experiments.class_removal.networks import channels_last
 from fastif import Influence, remove, samplers
-from fastif.curvature.products import Matrix
+from fastif.curvature.matrix_free.operator import Matrix
 from fastif.data import Data
 from fastif.measure import Measure
 from fastif.model.features import Extracted

@@ -6,12 +6,8 @@ Vectors are given by block, [m, g, o, d], or flat: one row per right-hand side, 
 from __future__ import annotations
 
 import math
-import os
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,31 +17,17 @@ from torch.autograd.graph import Node
 from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from tqdm import tqdm
 
-from fastif.curvature.network import FitData
+from fastif.curvature.protocol import FitData
 from fastif.data.batches import batch_length, rows_of
 from fastif.model.calls import call, dtype_of
 from fastif.model.losses import labels_in, logits_of, per_sample
 from fastif.samplers.subset import Subset
 
 Matrix = Literal["ggn", "hessian"]
-_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 _TOGETHER = 16  # right-hand sides that share a forward pass; their tangents stand in memory side by side
 _LEAST = 8  # examples of a slice
 _NEAR = 1 << 25  # bytes of activations and tangents at a time on the CPU: with more, passes wait for memory
-
-
-class NotConverged(UserWarning):
-    """An iterative solver ran out of steps; the message tells the residual that is left."""
-
-
-def warn_not_converged(message: str) -> None:
-    """Warns at the line outside of the package that asked for it."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, NotConverged, stacklevel=level)
 
 
 class Layout:
@@ -391,30 +373,6 @@ def operator_of(op: str, data: FitData | None, matrix: Matrix, keep_graph: bool)
     if data is None:
         raise ValueError(f"{op}: multiplies with the data's curvature, which is not part of a state: call fit(train)")
     return Operator(data, matrix, keep_graph=keep_graph)
-
-
-@contextmanager
-def iterating(op: str, steps: int, data: FitData) -> Iterator[Callable[[float], None]]:
-    """A progress bar of at most so many steps; each is told with the residual that it begins or ends with."""
-    with tqdm(total=steps, desc=op, leave=False, disable=not data.progress) as bar:
-
-        def stepped(residual: float) -> None:
-            bar.set_postfix(residual=f"{residual:.1e}", refresh=False)
-            bar.update()
-
-        yield stepped
-
-
-def silent(residual: float) -> None:
-    del residual
-
-
-def check_iterations(op: str, tolerance: float, **counts: int) -> None:
-    if not 0 < tolerance < 1:
-        raise ValueError(f"{op}: tolerance must be in (0, 1), got {tolerance}")
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{op}: {name} must be an integer >= 1, got {value!r}")
 
 
 def _all_derivatives() -> Any:

@@ -19,19 +19,20 @@ from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastif.curvature import CG, KFAC, Arnoldi, ExactBlock, LiSSA
-from fastif.curvature.network import STANDING, Alone, FitData, JointCurvature, Multiplied, NetworkCurvature, Together
-from fastif.curvature.products import Operator
+from fastif.curvature.matrix_free.operator import Operator
+from fastif.curvature.network import Alone, NetworkCurvature, Together
+from fastif.curvature.protocol import STANDING, FitData, JointCurvature, Multiplied
 from fastif.data.batches import Batch, as_loader, batch_length, count, moved_to, picked
-from fastif.fitting import begun, head_of, observe
+from fastif.influence.fitting import begun, head_of, observe
+from fastif.influence.scoring import tiles
 from fastif.measure import Measure
 from fastif.model.calls import dtype_of
 from fastif.model.gradients import of_table
 from fastif.model.losses import labels_in, output_columns, per_sample
 from fastif.samplers.subset import Subset
-from fastif.scoring import tiles
 
 if TYPE_CHECKING:
-    from fastif.influence import Influence
+    from fastif.influence.influence import Influence
 
 
 class LayerPlan(NamedTuple):

@@ -1,12 +1,11 @@
-"""Scoring: the products of preconditioned query gradients with training gradients, rectangle by rectangle."""
+"""The query side of scores: preconditioned gradients, as many at a time as memory holds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,111 +13,18 @@ from torch import Tensor
 from fastif.curvature import KFAC, Directions, Explicit, LowRank
 from fastif.curvature.directions import Factors
 from fastif.curvature.network import NetworkCurvature
-from fastif.data.batches import as_loader, count
+from fastif.data.batches import as_loader
+from fastif.influence.tiles import By
 from fastif.model.calls import dtype_of
 from fastif.model.gradients import Gradients
 
 if TYPE_CHECKING:
-    from fastif.influence import Influence
+    from fastif.influence.influence import Influence
 
 _MADE = 1 << 23  # bytes of preconditioned query gradients that are made at a time
 
-By = Literal["all", "layer", "token"]
 
-
-class Tile(NamedTuple):
-    """A rectangle of scores and where it stands."""
-
-    query: int  # first row
-    train: int  # first column
-    values: dict[str, Tensor]  # "" or, by layer, its name: [rows, columns]
-
-
-def tiles(
-    influence: Influence,
-    query: Any,
-    train: Any,
-    query_groups: Tensor | None = None,
-    rank: int | None = None,
-    by: By = "all",
-) -> Generator[Tile]:
-    """Rectangles of the scores: queries of a block × training examples of a batch."""
-    if rank is not None and rank < 1:
-        raise ValueError(f"scores: rank must be at least 1, got {rank}")
-    influence.rank_error = 0.0
-    share = influence.n * len(influence.at_checkpoints())
-    total = count(query, influence.passes.batch_size) if query_groups is None else int(query_groups.max()) + 1
-    for checkpoint, curvature in influence.at_checkpoints():
-        with influence.passes.running(checkpoint):
-            for first, held in _query_blocks(influence, query, total, curvature, query_groups, rank, by == "token"):
-                for start, _, gradients in influence.passes.gradients(train, _of_queries(first, held, total)):
-                    parts = {}
-                    for name, g in gradients.items():
-                        dots = _by_position if by == "token" else _dots
-                        parts[name] = dots(held[name], g).div_(share).cpu()
-                    if by == "token":
-                        check_positions({name: g.positions for name, g in gradients.items()})
-                    del gradients  # before those of the next batch come
-                    yield Tile(first, start, parts if by == "layer" else {"": _added(parts.values())})
-                held.clear()  # before the next queries are held
-
-
-def _of_queries(first: int, held: Mapping[str, list[Directions]], total: int) -> str:
-    """What a pass over the training data is for, to be shown."""
-    rows = sum(map(len, next(iter(held.values()))))
-    return "scores" if rows == total else f"scores, queries {first + 1:,} to {first + rows:,} of {total:,}"
-
-
-def query_bytes(influence: Influence, query: Any, rank: int | None, by: By) -> int:
-    """Of what is held of a query at least, as the first batch has it."""
-    item, blocks = dtype_of(influence.model).itemsize, influence.capture.blocks
-    if rank is not None:
-        return item * sum(b.shape[0] * min(rank, *b.shape[1:]) * sum(b.shape[1:]) for b in blocks.values())
-    checkpoint, curvature = influence.at_checkpoints()[0]
-    numbers = {name: block.size for name, block in blocks.items()}
-    factored = {name for name, estimator in curvature.by_block.items() if isinstance(estimator, KFAC)}
-    if factored and by != "token":
-        batch = next(iter(as_loader(query, influence.passes.batch_size)))
-        with influence.passes.running(checkpoint):
-            (_, _, gradients), *_ = influence.passes.gradients([batch], "positions", influence.measurement)
-        numbers.update({name: Factors.size(gradients[name]) or numbers[name] for name in factored})
-    return item * sum(numbers.values())
-
-
-def assembled(
-    influence: Influence,
-    query: Any,
-    train: Any,
-    query_groups: Tensor | None = None,
-    groups: Tensor | None = None,
-    rank: int | None = None,
-    by: By = "all",
-) -> dict[str, Tensor]:
-    """The tiles put together, groups summed."""
-    rows = count(query, influence.passes.batch_size)
-    if query_groups is not None:
-        check_groups("query_groups", query_groups, rows)
-        rows = int(query_groups.max()) + 1
-    columns = n = count(train, influence.passes.batch_size)
-    if groups is not None:
-        check_groups("groups", groups, n)
-        columns = int(groups.max()) + 1
-    out: dict[str, Tensor] = {}
-    with closing(tiles(influence, query, train, query_groups, rank, by)) as made:  # the model is released in any case
-        for tile in made:
-            for key, values in tile.values.items():
-                if key not in out:
-                    out[key] = values.new_zeros((rows, columns, *values.shape[2:]))
-                check_one_length(out[key].shape[2:], values)
-                place = out[key][tile.query : tile.query + len(values)]
-                if groups is None:
-                    place[:, tile.train : tile.train + values.shape[1]] += values
-                else:
-                    place.index_add_(1, groups[tile.train : tile.train + values.shape[1]].cpu(), values)
-    return out
-
-
-def _query_blocks(
+def query_blocks(
     influence: Influence,
     query: Any,
     total: int,
@@ -251,47 +157,17 @@ def _grouped_queries(
     return {name: [made] for name, made in _solved(influence, curvature, totals, rank).items()}
 
 
-def _dots(parts: list[Directions], g: Gradients) -> Tensor:
-    return torch.cat([part.dots(g) for part in parts])
-
-
-def _by_position(parts: list[Directions], g: Gradients) -> Tensor:
-    return torch.cat([g.by_position(part.matrices) for part in parts if isinstance(part, Explicit)])
-
-
-def _added(parts: Any) -> Tensor:
-    first, *rest = parts
-    for part in rest:
-        first += part
-    return first
-
-
-def check_positions(positions: dict[str, int]) -> int:
-    """The number of positions that all layers have."""
-    most = max(positions.values())
-    for name, t in positions.items():
-        if t != most:
-            raise ValueError(
-                f"scores_by_token: layer {name!r} has {t} positions where others have {most}; leave it out with layers="
-            )
-    return most
-
-
-def check_one_length(third: tuple[int, ...], values: Tensor) -> None:
-    """Whether parts of scores [rows, columns, t] have the t of those before them."""
-    if third != values.shape[2:]:
-        raise ValueError(
-            f"scores_by_token: batches must have one number of positions, got {third[0]} and {values.shape[2]}; "
-            "pad the examples to one length"
-        )
-
-
-def check_groups(what: str, groups: Tensor, n: int) -> None:
-    if not isinstance(groups, Tensor) or groups.dtype != torch.int64:
-        got = groups.dtype if isinstance(groups, Tensor) else type(groups).__name__
-        raise TypeError(f"scores: {what} must be an int64 tensor [{n}], got {got}")
-    if groups.shape != (n,) or (n and int(groups.min()) < 0):
-        raise ValueError(
-            f"scores: {what} must be [{n}] numbers >= 0, got shape {list(groups.shape)}, "
-            f"the smallest {int(groups.min()) if groups.numel() else None}"
-        )
+def query_bytes(influence: Influence, query: Any, rank: int | None, by: By) -> int:
+    """Of what is held of a query at least, as the first batch has it."""
+    item, blocks = dtype_of(influence.model).itemsize, influence.capture.blocks
+    if rank is not None:
+        return item * sum(b.shape[0] * min(rank, *b.shape[1:]) * sum(b.shape[1:]) for b in blocks.values())
+    checkpoint, curvature = influence.at_checkpoints()[0]
+    numbers = {name: block.size for name, block in blocks.items()}
+    factored = {name for name, estimator in curvature.by_block.items() if isinstance(estimator, KFAC)}
+    if factored and by != "token":
+        batch = next(iter(as_loader(query, influence.passes.batch_size)))
+        with influence.passes.running(checkpoint):
+            (_, _, gradients), *_ = influence.passes.gradients([batch], "positions", influence.measurement)
+        numbers.update({name: Factors.size(gradients[name]) or numbers[name] for name in factored})
+    return item * sum(numbers.values())

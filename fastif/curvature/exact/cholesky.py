@@ -10,18 +10,11 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from fastif.curvature import triangles
+from fastif.curvature.damping import NotPositiveDefinite, check_damping
+from fastif.curvature.exact import triangles
 
 _ROWS = 512  # of a matrix that are looked through at a time
 F = TypeVar("F")
-
-
-class NotPositiveDefinite(ValueError):
-    """A damped curvature block has no Cholesky factor; the message names block, pivot and the damping that would do."""
-
-
-class IllConditioned(ValueError):
-    """Solves with a factor in single precision leave too large a residual; the message says what would do."""
 
 
 def factorize(matrix: Tensor, damping: float | Literal["auto"], name: str) -> tuple[Tensor, float]:
@@ -113,11 +106,6 @@ def extreme_eigenvalues(
 def eigenvalue_range(matrix: Tensor) -> tuple[float, float]:
     """The same of a symmetric matrix [P, P], of which the lower triangle is read."""
     return extreme_eigenvalues(lambda v: triangles.times(matrix, v[:, None])[:, 0], len(matrix), matrix.device)
-
-
-def check_damping(damping: float | Literal["auto"]) -> None:
-    if damping != "auto" and not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
-        raise ValueError(f"damping must be a finite number >= 0 or 'auto', got {damping!r}")
 
 
 def _damped(matrix: Tensor, damping: float) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from fastif.curvature import triangles
-from fastif.curvature.cholesky import IllConditioned, diagnosed, eigenvalue_range, factorize
+from fastif.curvature.damping import IllConditioned
+from fastif.curvature.exact import triangles
+from fastif.curvature.exact.cholesky import diagnosed, eigenvalue_range, factorize
 
 _LOW_RANK = 1 / 8  # a downdate of fewer columns than this share of the block is kept beside the factor
 _SMALLEST_PIVOT = 1e-8  # of such a downdate: what its subtraction may cancel
@@ -148,7 +149,7 @@ class Beside:
 
 
 class Within:
-    """A factor in the block's dtype above the diagonal of the block itself: see `fastif.curvature.triangles`.
+    """A factor in the block's dtype above the diagonal of the block itself: see `fastif.curvature.exact.triangles`.
 
     Solves are refined with residuals in float64, and raise IllConditioned where that does not reach 1e-6.
     """

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from fastif import ops
-from fastif.curvature import triangles
 from fastif.curvature.called import Called
-from fastif.curvature.cholesky import check_damping, eigenvalue_range, extreme_eigenvalues
+from fastif.curvature.damping import check_damping
 from fastif.curvature.directions import Directions, Explicit
-from fastif.curvature.factor import Beside, Factor, Within
+from fastif.curvature.exact import triangles
+from fastif.curvature.exact.building import Rows
+from fastif.curvature.exact.cholesky import eigenvalue_range, extreme_eigenvalues
+from fastif.curvature.exact.factor import Beside, Factor, Within
+from fastif.curvature.exact.softmax import check_labels, check_layer, check_values, output_grads, output_roots
 from fastif.curvature.kfac import KFAC
-from fastif.curvature.rows import Rows
-from fastif.curvature.softmax import check_labels, check_layer, check_values, output_grads, output_roots
 from fastif.measure import available_bytes
 from fastif.model.gradients import Dense, Gradients
 from fastif.model.layers import Block

@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastif.curvature import Curvature, ExactBlock
-from fastif.curvature.network import Alone, FitData, JointCurvature, NetworkCurvature, Together, check_estimator
+from fastif.curvature.network import Alone, NetworkCurvature, Together
+from fastif.curvature.protocol import FitData, JointCurvature, check_estimator
 from fastif.data.batches import moved_to, picked
 from fastif.model.capture import Capture, Forward
 from fastif.model.losses import IGNORED, labels_in, labels_of, output_columns, per_sample

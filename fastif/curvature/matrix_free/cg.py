@@ -5,29 +5,18 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastif.curvature.arnoldi import Product, krylov, sufficient
-from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
-from fastif.curvature.network import FitData, JointCurvature, Multiplied, Shape, check_estimator
-from fastif.curvature.products import (
-    Layout,
-    Matrix,
-    check_iterations,
-    check_matrix,
-    iterating,
-    operator_of,
-    silent,
-    warn_not_converged,
-)
+from fastif.curvature.damping import NotPositiveDefinite, check_damping
+from fastif.curvature.matrix_free.iterations import check_iterations, iterating, silent, warn_not_converged
+from fastif.curvature.matrix_free.krylov import Product, dots, krylov, norms_of, scaled, sufficient
+from fastif.curvature.matrix_free.operator import Layout, Matrix, check_matrix, operator_of
+from fastif.curvature.protocol import Curvature, FitData, JointCurvature, Multiplied, Shape, check_estimator
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
-
-if TYPE_CHECKING:
-    from fastif.curvature import Curvature
 
 _LOOKED = 30  # products that a failure may cost for its diagnosis
 
@@ -257,20 +246,3 @@ def _refuse(product: Product, p: Tensor, bend: Tensor, damping: float, step: int
         f"curvature {slope + damping:.3g}, and the lowest eigenvalue found without damping is {lowest:.3g}; damping "
         f"{sufficient(min(lowest, 0.0)):g} would do" + ("" if name == "ggn" else ", or matrix='ggn'")
     )
-
-
-def dots(a: Tensor, b: Tensor) -> Tensor:
-    """Dot products of rows, summed in float64, [m]."""
-    return (a.double() * b.double()).sum(1)
-
-
-def norms_of(rows: Tensor) -> Tensor:
-    """float64 [m]; neither overflows nor underflows."""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-
-
-def scaled(rows: Tensor, norms: Tensor) -> Tensor:
-    """Rows of norm 1, or 0. Raises ValueError for NaN and Inf."""
-    if not bool(norms.isfinite().all()):
-        raise ValueError(f"solve: right-hand side {int((~norms.isfinite()).nonzero()[0])} holds NaN or Inf")
-    return (rows / torch.where(norms > 0, norms, 1.0)[:, None]).to(rows)

@@ -10,21 +10,11 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from fastif.curvature.arnoldi import Product, krylov, sufficient
-from fastif.curvature.cg import dots, norms_of, scaled
-from fastif.curvature.cholesky import NotPositiveDefinite, check_damping
-from fastif.curvature.network import FitData, JointCurvature, Multiplied, Shape
-from fastif.curvature.products import (
-    Layout,
-    Matrix,
-    Operator,
-    check_iterations,
-    check_matrix,
-    iterating,
-    operator_of,
-    silent,
-    warn_not_converged,
-)
+from fastif.curvature.damping import NotPositiveDefinite, check_damping
+from fastif.curvature.matrix_free.iterations import check_iterations, iterating, silent, warn_not_converged
+from fastif.curvature.matrix_free.krylov import Product, dots, krylov, norms_of, scaled, sufficient
+from fastif.curvature.matrix_free.operator import Layout, Matrix, Operator, check_matrix, operator_of
+from fastif.curvature.protocol import FitData, JointCurvature, Multiplied, Shape
 from fastif.samplers.subset import Subset
 
 _MARGIN = 1.25  # of the scale above the largest eigenvalue that was seen

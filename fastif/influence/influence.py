@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from fastif.curvature import ExactBlock
 from fastif.curvature.network import NetworkCurvature
 from fastif.data.batches import count
-from fastif.fitting import Estimator, assigned, begun, fit
+from fastif.influence.fitting import Estimator, assigned, begun, fit
+from fastif.influence.planning import Plan, plan
+from fastif.influence.score_folder import ScoreFolder
+from fastif.influence.score_job import write_scores
+from fastif.influence.scoring import assembled, tiles
+from fastif.influence.tiles import best_of
 from fastif.model.capture import Capture
 from fastif.model.features import find_head
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement
 from fastif.model.passes import Passes
-from fastif.plan import Plan, plan
 from fastif.samplers.subset import Subset, check_subset
-from fastif.scoring import assembled, tiles
-from fastif.store import ScoreFolder, best_of, write_scores
 
 
 class Influence:

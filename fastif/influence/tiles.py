@@ -1,0 +1,60 @@
+"""Rectangles of scores, what is checked of them, and the best of each row."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+By = Literal["all", "layer", "token"]
+
+
+class Tile(NamedTuple):
+    """A rectangle of scores and where it stands."""
+
+    query: int  # first row
+    train: int  # first column
+    values: dict[str, Tensor]  # "" or, by layer, its name: [rows, columns]
+
+
+def best_of(
+    held: tuple[Tensor, Tensor] | None, values: Tensor, first: int, k: int, largest: bool
+) -> tuple[Tensor, Tensor]:
+    """The k best of those held and further columns, which begin at `first`; ties go to the lower index."""
+    indices = torch.arange(first, first + values.shape[1]).expand_as(values)
+    if held is not None:
+        values, indices = torch.cat([held[0], values], 1), torch.cat([held[1], indices], 1)
+    order = values.argsort(dim=1, descending=largest, stable=True)[:, :k]
+    return values.gather(1, order), indices.gather(1, order)
+
+
+def check_positions(positions: dict[str, int]) -> int:
+    """The number of positions that all layers have."""
+    most = max(positions.values())
+    for name, t in positions.items():
+        if t != most:
+            raise ValueError(
+                f"scores_by_token: layer {name!r} has {t} positions where others have {most}; leave it out with layers="
+            )
+    return most
+
+
+def check_one_length(third: tuple[int, ...], values: Tensor) -> None:
+    """Whether parts of scores [rows, columns, t] have the t of those before them."""
+    if third != values.shape[2:]:
+        raise ValueError(
+            f"scores_by_token: batches must have one number of positions, got {third[0]} and {values.shape[2]}; "
+            "pad the examples to one length"
+        )
+
+
+def check_groups(what: str, groups: Tensor, n: int) -> None:
+    if not isinstance(groups, Tensor) or groups.dtype != torch.int64:
+        got = groups.dtype if isinstance(groups, Tensor) else type(groups).__name__
+        raise TypeError(f"scores: {what} must be an int64 tensor [{n}], got {got}")
+    if groups.shape != (n,) or (n and int(groups.min()) < 0):
+        raise ValueError(
+            f"scores: {what} must be [{n}] numbers >= 0, got shape {list(groups.shape)}, "
+            f"the smallest {int(groups.min()) if groups.numel() else None}"
+        )
