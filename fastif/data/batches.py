@@ -41,6 +41,7 @@ def as_loader(data: Any, batch_size: int = 256) -> Iterable[Batch]:
     (x,), (x, y), (x1, x2, ..., y) with several inputs, or a mapping of arguments with "labels". `batch_size` counts
     where the data brings none of its own. Empty batches are passed over.
 
+    >>> import torch
     >>> [(x.tolist(), y.tolist()) for x, y in as_loader((torch.arange(3), torch.tensor([0, 1, 1])), batch_size=2)]
     [([0, 1], [0, 1]), ([2], [1])]
 

@@ -1,9 +1,9 @@
 """Checksums of a batch: one number for every example, which differs where anything of the example does.
 
-Σ_j w_j · mix(word_j) modulo 2⁶⁴ over the 64-bit words of an example, with fixed odd weights w. Integer sums come out the
-same in every order: on any device and with any number of threads. mix(v) = v ⊕ (v ≫ 29) brings what differs in a word's
-high bits (the sign of a float) into its low ones, where the product keeps it. It guards against accidents, not against
-an adversary.
+Σ_j w_j · mix(word_j) modulo 2⁶⁴ over the 64-bit words of an example, with fixed odd weights w. Integer sums come out
+the same in every order: on any device and with any number of threads. mix(v) = v ⊕ (v ≫ 29) brings what differs in a
+word's high bits (the sign of a float) into its low ones, where the product keeps it. It guards against accidents, not
+against an adversary.
 """
 
 from functools import lru_cache

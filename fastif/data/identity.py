@@ -129,24 +129,20 @@ class Walked:
     def picked(self, indices: Tensor) -> Iterator[tuple[Batch, Tensor]]:
         """Batches of the examples `indices` alone, each with their places in `indices`; others are not loaded where the
         data can be indexed."""
-        n = self.n
-        if len(indices) == n and torch.equal(indices, torch.arange(n)):
-            start = 0
-            for x, y in self:
-                length = batch_length(x)
-                yield (x, y), torch.arange(start, start + length)
-                start += length
-        elif self.indexable:
+        # What a collate function makes of an example may depend on those beside it: all come as they always do.
+        all_of_them = len(indices) == self.n and torch.equal(indices, torch.arange(self.n))
+        if self.indexable and (self._certain or not all_of_them):
             yield from self._picked_at(indices)
-        else:
-            place = {index: position for position, index in enumerate(indices.tolist())}
-            start = 0
-            for (x, y), length in zip(self, self._lengths, strict=True):
-                rows = torch.tensor([i for i in range(length) if start + i in place], dtype=torch.int64)
-                if len(rows):
-                    places = torch.tensor([place[start + i] for i in rows.tolist()])
-                    yield (rows_of(x, rows), rows_of(y, rows)), places
-                start += length
+            return
+        place = {index: position for position, index in enumerate(indices.tolist())}
+        start = 0
+        for x, y in self:
+            length = batch_length(x)
+            rows = torch.tensor([i for i in range(length) if start + i in place], dtype=torch.int64)
+            if len(rows):
+                places = torch.tensor([place[start + i] for i in rows.tolist()])
+                yield ((x, y) if len(rows) == length else (rows_of(x, rows), rows_of(y, rows))), places
+            start += length
 
     @property
     def indexable(self) -> bool:
@@ -211,8 +207,8 @@ class Walked:
         for worker in range(1, workers):
             if torch.equal(seen[0], seen[worker]):
                 raise ValueError(
-                    f"data: workers 0 and {worker} of the DataLoader bring the same {len(seen[0])} examples: the stream "
-                    "is not shared between them (torch.utils.data.get_worker_info() tells a worker its share)"
+                    f"data: workers 0 and {worker} of the DataLoader bring the same {len(seen[0])} examples: the "
+                    "stream is not shared between them (torch.utils.data.get_worker_info() tells a worker its share)"
                 )
 
     # ---------------------------------------------------------------------------------------------------------- picking

@@ -6,7 +6,7 @@ removed; positive means that the example helps the query. docs/math.md (1), (2).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, overload
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastif.curvature import ExactBlock
 from fastif.curvature.network import NetworkCurvature
-from fastif.data.batches import count
+from fastif.data.batches import Walked, walked
 from fastif.influence.fitting import Estimator, assigned, begun, fit
 from fastif.influence.planning import Plan, plan
 from fastif.influence.score_folder import ScoreFolder
@@ -108,6 +108,7 @@ class Influence:
         self.parts = assigned(self.capture, curvature)  # estimators that have learned nothing, for `plan` and `store`
         self._fitted: list[NetworkCurvature] = []  # by checkpoint
         self.n = 0  # training examples
+        self._train: Walked | None = None  # what the last fit saw
         self.subset: Subset | None = None  # of the last fit; a state does not hold it
         self.bound: float | None = None  # of that subset, where it has one
         self.rank_error = 0.0  # of the last scores with rank=
@@ -157,7 +158,8 @@ class Influence:
         Raises ValueError for whatever `Capture` refuses: layers that are not called, examples that mix, parameters
         used behind a layer's back, NaN; NotPositiveDefinite, naming the layer, where damping does not suffice.
         """
-        n = count(train, self.passes.batch_size)
+        train = walked(train, self.passes.batch_size)
+        n = train.n
         indices, weights = torch.arange(n), torch.full((n,), 1 / n, dtype=torch.float64)
         if subset is not None:
             indices, weights = check_subset(subset, n)
@@ -167,6 +169,7 @@ class Influence:
             with self.passes.running(checkpoint):
                 fitted.append(fit(self.passes, self.parts, train, chosen, self.seed, self.memory))
         self._fitted, self.n, self.subset, self.bound = fitted, n, chosen, getattr(subset, "bound", None)
+        self._train = train
         return self
 
     def on_parameters(self, batch: Any) -> dict[str, Tensor]:
@@ -176,6 +179,7 @@ class Influence:
         that are not covered are absent: they are taken as fixed. With checkpoints, the mean over them.
         docs/math.md (1).
         """
+        (batch,) = self._walked(batch)
         total: dict[str, Tensor] = {}
         for checkpoint, curvature in self.at_checkpoints():
             sums: dict[str, Tensor] = {}
@@ -269,6 +273,7 @@ class Influence:
             resume: go on with a job in `out` that was cut off, at whatever point: what is there is not computed again,
                 and the scores end with the same bits. A folder of other settings is refused, each difference named.
         """
+        query, train = self._walked(query, train)
         if out is not None:
             if groups is not None:
                 raise ValueError("scores: out= and groups= exclude each other; sum the columns of what was written")
@@ -287,6 +292,7 @@ class Influence:
 
         With out=, a folder as for `scores`, [q, n, blocks].
         """
+        query, train = self._walked(query, train)
         if out is not None:
             return write_scores(self, query, train, out, resume=resume, by="layer")
         _check_resume("scores_by_layer", resume)
@@ -304,6 +310,7 @@ class Influence:
         With out=, a folder as for `scores`. Raises ValueError where a covered layer has other positions than the rest
         (a normalisation layer sums over them): leave it out with layers=.
         """
+        query, train = self._walked(query, train)
         if out is not None:
             return write_scores(self, query, train, out, resume=resume, by="token")
         _check_resume("scores_by_token", resume)
@@ -315,7 +322,8 @@ class Influence:
         Largest first: the most helpful; `largest=False` gives the most harmful, smallest first. Ties go to the lower
         index. The score matrix [q, n] is not stored, unless there are several checkpoints.
         """
-        n = count(train, self.passes.batch_size)
+        query, train = self._walked(query, train)
+        n = walked(train, self.passes.batch_size).n
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
             raise ValueError(f"top: k must be an integer in [1, n={n}], got k={k}")
         if len(self._fitted) > 1:  # a checkpoint's part is no score: the sum has to be there before it is ranked
@@ -330,6 +338,7 @@ class Influence:
 
     def self_influence(self, train: Any) -> Tensor:
         """scores[t, t] of every training example, [n], never negative: how much its loss rests on it."""
+        (train,) = self._walked(train)
         total = None
         for checkpoint, curvature in self.at_checkpoints():
             with self.passes.running(checkpoint):
@@ -366,8 +375,16 @@ class Influence:
             fitted[-1].load_state_dict(own, f"{number}/")
         if left:
             raise ValueError(f"load_state_dict: the state is another model's: {min(left)}")
-        self._fitted, self.n, self.subset = fitted, int(state["n"]), None
+        self._fitted, self.n, self.subset, self._train = fitted, int(state["n"]), None, None
         return self
+
+    def _walked(self, *given: Any) -> list[Any]:
+        """Data whose passes are held against each other, and against the fit's where it is what was fitted."""
+        known = [self._train] if self._train is not None else []
+        for data in given:
+            if not isinstance(data, Iterator) and not any(one is data or one.holds(data) for one in known):
+                known.append(walked(data, self.passes.batch_size))
+        return [next((one for one in known if one is data or one.holds(data)), data) for data in given]
 
     def _described(self) -> Tensor:
         """Every block, its shape and its kind of estimator, as bytes of a text."""

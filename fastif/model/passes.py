@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastif.data.batches import as_loader, batch_length, moved_to, rows_of
-from fastif.model.calls import placed
+from fastif.model.calls import dtype_of, placed
 from fastif.model.capture import Capture, Forward
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Loss, Measurement, labels_in, measured
@@ -62,6 +62,8 @@ class Passes:
                         "random or depends on others; call model.eval(), or pass allow_train_mode=True"
                     )
         with ExitStack() as undo:
+            undo.enter_context(torch.inference_mode(False))  # whatever surrounds the call
+            undo.enter_context(torch.enable_grad())
             if checkpoint is not None or self.allow_train_mode:  # BatchNorm in train mode writes its buffers
                 before = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
                 undo.callback(self.model.load_state_dict, before)
@@ -96,7 +98,24 @@ class Passes:
                     "Influence: the model is in train mode and two forward passes of one batch differ (dropout?); "
                     "call model.eval(), or pass allow_train_mode=True"
                 )
+        if not isinstance(x, Tensor) and len(values) > 1:
+            self._check_shared(few, None if y is None else rows_of(y, rows), values, value)
         forward.check(values, mixing=not self.allow_train_mode)
+
+    def _check_shared(self, x: Any, y: Any, values: Tensor, value: Measurement) -> None:
+        """Refuses to cut what all examples share: then one example less in the batch would change the others."""
+        rows = torch.arange(len(values) - 1)
+        x, y = rows_of(x, rows), None if y is None else rows_of(y, rows)
+        fewer = measured(value, self.loss, self.forward(x).outputs, labels_in(x, y), len(rows))
+        coarsest = max(torch.finfo(t).eps for t in (values.dtype, self.autocast, dtype_of(self.model)) if t is not None)
+        values = values.detach()
+        off = float((fewer.detach() - values[:-1]).abs().max())
+        if off > coarsest**0.5 * float(values.abs().max()):
+            raise ValueError(
+                f"Influence: with {len(rows)} examples of the first batch the model gives other values than with "
+                f"{len(values)}, by {off:.2g}: either it mixes examples, or a part of the batch that all examples "
+                "share has as many rows as the batch; make it fastif.data.Shared(...) where the batch is made"
+            )
 
     def at_a_time(self, n: int) -> int:
         """How many of a batch of n examples go through the model at once, as `check` found that their layers take room.
