@@ -12,8 +12,8 @@ from fastif.data import count, picked
 from fastif.influence import score_job
 from fastif.model.capture import Capture
 from fastif.samplers.subset import Subset
-from tests.stored import BLOCK
-from tests.user_script import SCRIPT
+from tests.helpers.stored import BLOCK
+from tests.helpers.user_script import SCRIPT
 
 # Reproducible everywhere; more examples with `pytest --hypothesis-profile=thorough`.
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
@@ -36,7 +36,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def small_blocks():
-    """Folders of scores in blocks of `tests.stored.BLOCK` bytes."""
+    """Folders of scores in blocks of `tests.helpers.stored.BLOCK` bytes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(score_job, "BLOCK_BYTES", BLOCK)
         yield

@@ -8,7 +8,7 @@ import torch
 
 from fastif import ExactBlock, Influence, remove, samplers
 from fastif.evaluation import class_removal
-from tests.problems import WEIGHT_DECAY, trained
+from tests.helpers.problems import WEIGHT_DECAY, trained
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

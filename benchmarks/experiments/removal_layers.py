@@ -36,8 +36,8 @@ from fastif.evaluation.models import build
 from fastif.evaluation.training import RECIPES, train
 from fastif.journal import Journal, write_whole
 from fastif.measure import environment
-from fastif.newton import newton
-from fastif.retained_network import RetainedNetwork
+from fastif.removal.network import RetainedNetwork
+from fastif.removal.newton import newton
 
 ROOT = Path(__file__).parents[2]
 BLOCK = ["body.8", "body.9", "head"]  # the last convolution, its batch norm and the head of the small CNN

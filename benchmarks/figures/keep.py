@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.figures import tables
-from fastif.pages import new_figure
+from fastif.report.pages import new_figure
 
 ROOT = Path(__file__).parents[2]
 PAGES = (

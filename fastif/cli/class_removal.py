@@ -28,7 +28,7 @@ from fastif.evaluation.training import (
     save_checkpoint,
     train,
 )
-from fastif.report import last_step, references, samplers_of, share, write_report
+from fastif.report.class_removal import last_step, references, samplers_of, share, write_report
 
 BUDGETS = ("5%", "20%")
 

@@ -105,7 +105,7 @@ class Influence:
             allow_train_mode=allow_train_mode,
             progress=progress,
         )
-        self.parts = assigned(self.capture, curvature)  # estimators that have learned nothing, for `plan` and `store`
+        self.parts = assigned(self.capture, curvature)  # estimators that have learned nothing: for plans and score jobs
         self._fitted: list[NetworkCurvature] = []  # by checkpoint
         self.n = 0  # training examples
         self._train: Walked | None = None  # what the last fit saw

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastif.ops import _library, farthest_first
 from tests import reference
-from tests.ops.points import COMPILED, HARD, KINDS, check_equal, check_same_bits, op, problem
+from tests.helpers.points import COMPILED, HARD, KINDS, check_equal, check_same_bits, op, problem
 
 pytestmark = pytest.mark.usefixtures("kernel")
 

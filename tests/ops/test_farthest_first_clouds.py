@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fastif.ops import farthest_first
 from tests import reference
-from tests.ops.points import KINDS, check_equal, op, problem
+from tests.helpers.points import KINDS, check_equal, op, problem
 
 pytestmark = pytest.mark.usefixtures("kernel")
 

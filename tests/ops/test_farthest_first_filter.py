@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastif.measure import Measure
 from fastif.ops import build_info, farthest_first
-from tests.ops.points import HARD, KINDS, check_equal, problem
+from tests.helpers.points import HARD, KINDS, check_equal, problem
 from tests.ops.test_farthest_first_lazy import run_on
 
 pytestmark = pytest.mark.skipif(not build_info()["compiled"], reason="the extension is not compiled")

@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastif.ops import build_info, farthest_first
-from tests.ops.points import HARD, KINDS, check_equal, problem
+from tests.helpers.points import HARD, KINDS, check_equal, problem
 
 pytestmark = pytest.mark.skipif(not build_info()["compiled"], reason="the extension is not compiled")
 

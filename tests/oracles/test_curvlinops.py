@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastif import ExactBlock, Influence
-from tests.problems import trained
+from tests.helpers.problems import trained
 
 curvlinops = pytest.importorskip("curvlinops", reason="curvlinops is not installed (make test installs it)")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from fastif import ExactBlock, Influence
+from tests.curvature.test_exact_block import close, order_of
 from tests.oracles.test_curvlinops_layers import MODELS as LAYERED
 from tests.oracles.test_curvlinops_layers import by_layer, problem
-from tests.test_exact_block import close, order_of
 
 curvlinops = pytest.importorskip("curvlinops", reason="curvlinops is not installed (make test installs it)")
 pytestmark = pytest.mark.filterwarnings("ignore")

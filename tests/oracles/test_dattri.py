@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastif import ExactBlock, Influence
-from tests.problems import trained
+from tests.helpers.problems import trained
 
 dattri = pytest.importorskip("dattri.task", reason="dattri is not installed (make test installs it)")
 pytestmark = pytest.mark.filterwarnings("ignore")

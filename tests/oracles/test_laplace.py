@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastif import ExactBlock, Influence
-from tests.problems import trained
-from tests.test_exact_block import close, order_of
+from tests.curvature.test_exact_block import close, order_of
+from tests.helpers.problems import trained
 
 laplace = pytest.importorskip("laplace", reason="laplace-torch is not installed (make test installs it)")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastif import CG, Arnoldi, DataInf, Influence
 from fastif.curvature.matrix_free.operator import Operator
-from tests.networks import LAYERS, build
-from tests.problems import trained
+from tests.helpers.networks import LAYERS, build
+from tests.helpers.problems import trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastif.model.capture import Capture
-from tests.networks import N, build, wavy
+from tests.helpers.networks import N, build, wavy
 
 opacus = pytest.importorskip("opacus.grad_sample", reason="opacus is not installed (make test installs it)")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.experiments.class_removal.tasks import better_high, metrics
 from fastif.journal import write_whole
-from fastif.pages import new_figure
+from fastif.report.pages import new_figure
 
 COSTS = ("RTE", "ME")
 _AXES = {"class": ("F1", "SL", "EL", *COSTS)}

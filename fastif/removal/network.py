@@ -1,0 +1,318 @@
+"""The retained objective F (docs/math.md (13)) of any layers of a network, as a problem for `fastif.removal.newton`."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from fastif.curvature import EKFAC, ExactBlock
+from fastif.data.batches import batch_length, count, moved_to, picked
+from fastif.influence.influence import Influence
+from fastif.model.calls import call
+from fastif.model.features import find_head
+from fastif.model.losses import labels_in, labels_of, logits_of, output_columns, per_sample
+from fastif.removal.retained import SMALLEST_STEP, Sampler, check_removed, check_weight_decay, without_removed
+from fastif.samplers.draw import draw
+from fastif.samplers.subset import Subset, check_subset
+
+_TRUST = 1.0  # damping of the first step in the span of the layers' steps, as a share of its curvature
+
+Matrices = dict[str, Tensor]  # by block, [g, o, d]
+
+
+class RetainedNetwork:
+    """F, its gradient and its curvature for the layers of a network that an `Influence` covers.
+
+    The network is a copy of the model in eval mode, and its parameters are θ: normalisation layers use the statistics
+    that they have, and buffers stay. Every layer's own Newton step answers the removal alone: what was left of the full
+    objective's gradient when training ended is subtracted. A step is the best combination of them and of the step
+    before, by the quadratic model of F with the subset's GGN over all layers at once: estimators that know each layer
+    by itself leave it to these few numbers how layers act on one another. The model is trusted as far as it foretells
+    how F falls (Levenberg–Marquardt). docs/math.md (13).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Any,
+        removed: Tensor,
+        *,
+        layers: str | Sequence[str],
+        curvature: Any | Mapping[str, Any] | None = None,
+        subset: Any | Sampler | None = None,
+        damping: float = 0.0,
+        weight_decay: float = 5e-4,
+        line_search: bool = True,
+        head: str | None = None,
+        batch_size: int = 256,
+        device: torch.device | str | None = None,
+        generator: Generator | None = None,
+    ):
+        n = count(train, batch_size)
+        check_removed(removed, n)
+        check_weight_decay(weight_decay)
+        self.model = copy.deepcopy(model).eval()
+        if device is not None:
+            self.model.to(device)
+        name, self._head = find_head(self.model, head)
+        self._head_name = name or "model"
+        if curvature is None:
+            curvature = {self._head_name: ExactBlock(0.0), "*": EKFAC("auto")}
+        self._influence = Influence(
+            self.model,
+            curvature=_damped(curvature, weight_decay, damping),
+            layers=layers,
+            batch_size=batch_size,
+            progress=False,
+        )
+        self._capture = self._influence.capture
+        self.parameters = {p: name for p, name in self._capture.names.items() if name in self._capture.covered}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(parameter in self.parameters)
+        kept = torch.ones(n, dtype=torch.bool)
+        kept[removed.cpu()] = False
+        self.n, self.kept, self.removed = n, kept.nonzero()[:, 0], removed.cpu()
+        self.weight_decay, self.objective = weight_decay, math.nan
+        self.step_size: dict[str, float] = {}  # of the last step: by layer, a multiple of its own Newton step
+        self._train, self._batch_size = train, batch_size
+        self._subset, self._generator, self._line_search = subset, generator, line_search
+        self._fixed: Subset | None = None
+        if subset is None:
+            self._fixed = Subset(self.kept, torch.full((len(self.kept),), 1 / n, dtype=torch.float64))
+        elif not callable(subset):
+            chosen = check_subset(subset, n)
+            self._fixed = Subset(self.kept[(without := without_removed(chosen, kept)).indices], without.weights)
+        self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # features, logits, labels at the current parameters
+        self._shift: dict[Tensor, Tensor] = {}  # ∇F_all at the trained parameters
+        self._last: Matrices = {}  # the step before
+        self._trust = _TRUST
+
+    @property
+    def device(self) -> torch.device:
+        return self._influence.device
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the parameters that move, keyed like the model's."""
+        return {name: parameter.detach().clone() for parameter, name in self.parameters.items()}
+
+    def gradient(self) -> float:
+        if not self._shift:
+            self._check_model()
+        with self._noting():
+            loss, sums = self._summed(self.kept)
+        if math.isnan(self.objective):  # the first step; later ones know it from their search
+            self.objective = loss / self.n + self._decay()
+            if not math.isfinite(self.objective):
+                raise ValueError(f"remove: the retained objective is {self.objective} at the trained parameters")
+        self._gradient = {p: g / self.n + self.weight_decay * p.detach() for p, g in sums.items()}
+        norm = sum(float(g.square().sum()) for g in self._gradient.values()) ** 0.5
+        if not self._shift:  # of the trained parameters
+            _, removed = self._summed(self.removed)
+            self._shift = {p: g + removed[p] / self.n for p, g in self._gradient.items()}
+        return norm
+
+    def curvature(self) -> int:
+        if self._fixed is not None:
+            self._picks = self._fixed
+        else:
+            assert self._seen is not None
+            assert callable(self._subset)
+            features, logits, labels = self._seen
+            drawn = draw(self._subset, features=features, logits=logits, labels=labels, generator=self._generator)
+            self._picks = Subset(self.kept[drawn.indices], drawn.weights * (len(self.kept) / self.n))
+        self._influence.fit(self._train, subset=self._picks)
+        return len(self._picks.indices)
+
+    def step(self) -> bool:
+        own = self._newton_steps()
+        if not self._line_search:
+            self._move(own)
+            self.objective, self.step_size = self._objective(), dict.fromkeys(own, 1.0)
+            return True
+        directions = {name: {name: matrix} for name, matrix in own.items() if bool(matrix.any())}
+        if self._last:
+            directions["last step"] = self._last
+        slopes, hessian = self._model_along(list(directions.values()))
+        before = {p: p.detach().clone() for p in self.parameters}
+        while self._trust <= 1 / SMALLEST_STEP:
+            sizes = damped_minimum(slopes, hessian, self._trust)
+            step = _combined(directions.values(), sizes.tolist())
+            self._move(step)
+            value = self._objective()
+            foretold = float(slopes @ sizes - 0.5 * sizes @ hessian @ sizes)
+            ratio = (self.objective - value) / foretold
+            if not ratio >= 0.25:
+                self._trust *= 4
+            elif ratio > 0.75:
+                self._trust = max(self._trust / 4, SMALLEST_STEP)
+            if value < self.objective:
+                self._last, self.objective = step, value
+                self.step_size = dict(zip(directions, sizes.tolist(), strict=True))
+                return True
+            with torch.no_grad():
+                for parameter, value in before.items():
+                    parameter.copy_(value)
+        return False
+
+    # ------------------------------------------------------------------------------------------------- steps and model
+
+    def _newton_steps(self) -> Matrices:
+        """−(G + (γ + λ)I)⁻¹ (∇F(θ) − ∇F_all(θ̂)), by block."""
+        moved = {p: g - self._shift[p] for p, g in self._gradient.items()}
+        solved = self._influence.solve({name: moved[p].to(p.dtype) for p, name in self.parameters.items()})
+        return self._matrices({p: -solved[name] for p, name in self.parameters.items()})
+
+    def _model_along(self, directions: Sequence[Matrices]) -> tuple[Tensor, Tensor]:
+        """b [m] and A [m, m] of the model F(θ + Σ_j c_j d_j) ≈ F − b·c + ½ cᵀAc, in float64.
+
+        A has the GGN of the subset, with all that layers have in common: c backward passes over it.
+        """
+        m = len(directions)
+        gradient = self._matrices(self._gradient)
+        slopes, squares = torch.zeros(m, dtype=torch.float64), torch.zeros(m, m, dtype=torch.float64)
+        holders = {name: [j for j in range(m) if name in directions[j]] for name in self._capture.blocks}
+        holders = {name: rows for name, rows in holders.items() if rows}
+        stacked = {name: torch.stack([directions[j][name] for j in rows]) for name, rows in holders.items()}
+        for name, rows in holders.items():
+            flat = stacked[name].flatten(1).double()
+            slopes[rows] -= (flat @ gradient[name].flatten().double()).cpu()
+            squares[torch.tensor(rows)[:, None], torch.tensor(rows)] += (flat @ flat.T).cpu()
+        ggn = torch.zeros(m, m, dtype=torch.float64)
+        with self._capture.attached():
+            for x, y, places in self._batches(self._picks.indices):
+                forward = self._capture.forward(x)
+                weights = self._picks.weights[places].to(self.device)
+                batch = labels_in(x, y)
+                for scores, column in output_columns("cross_entropy", forward.outputs, batch, forward.n, "exact", None):
+                    along = torch.zeros(m, forward.n, dtype=torch.float64, device=self.device)
+                    for name, g in forward.gradients(scores, column, keep=True).items():
+                        if name in holders:
+                            along[holders[name]] += g.dots(stacked[name])
+                    ggn += ((along * weights) @ along.T).cpu()
+        return slopes, ggn + self.weight_decay * squares
+
+    def _move(self, step: Matrices) -> None:
+        with torch.no_grad():
+            for name, matrix in step.items():
+                for parameter, rows, value in self._capture.blocks[name].split(matrix):
+                    parameter[rows] += value
+
+    def _matrices(self, values: Mapping[Tensor, Tensor]) -> Matrices:
+        return {name: block.matrix(values) for name, block in self._capture.blocks.items()}
+
+    # ------------------------------------------------------------------------------------------------- passes over data
+
+    def _batches(self, indices: Tensor) -> Iterator[tuple[Any, Any, Tensor]]:
+        with torch.autocast(self.device.type, enabled=False):
+            for (x, y), places in picked(self._train, self._batch_size, indices):
+                yield moved_to(x, self.device), moved_to(y, self.device), places
+
+    def _check_model(self) -> None:
+        """Refuses, on one example, layers that are not called (`Capture` does) and a head that is not the last one."""
+        calls: list[Tensor] = []
+        hook = self._head.register_forward_hook(lambda _module, _args, output: calls.append(output.detach().clone()))
+        try:
+            with self._capture.attached():
+                (logits,) = (
+                    logits_of(self._capture.forward(x).outputs).detach() for x, _, _ in self._batches(self.kept[:1])
+                )
+        finally:
+            hook.remove()
+        same = len(calls) == 1 and calls[0].shape == logits.shape
+        if not same or not torch.allclose(calls[0].to(logits), logits, rtol=0.0, atol=0.0, equal_nan=True):
+            raise ValueError(
+                f"remove: the head {self._head_name!r} is not the last operation of the model: it runs {len(calls)} "
+                "times, and its last output must be the model's; name the last layer with head=, and let the model "
+                "return logits"
+            )
+
+    def _losses(self, x: Any, y: Any) -> Tensor:
+        batch = labels_in(x, y)
+        if batch is None:
+            raise ValueError("remove: the training data has no labels")
+        return per_sample("cross_entropy", call(self.model, x), batch, batch_length(x))
+
+    def _summed(self, indices: Tensor) -> tuple[float, dict[Tensor, Tensor]]:
+        """Σ ℓ and Σ ∇ℓ over some examples, in float64."""
+        parameters, total = list(self.parameters), 0.0
+        sums = {p: torch.zeros_like(p, dtype=torch.float64, requires_grad=False) for p in parameters}
+        for x, y, _ in self._batches(indices):
+            losses = self._losses(x, y)
+            total += float(losses.detach().double().sum())
+            for parameter, g in zip(parameters, torch.autograd.grad(losses.sum(), parameters), strict=True):
+                sums[parameter] += g
+        return total, sums
+
+    @torch.no_grad()
+    def _objective(self) -> float:
+        total = sum(float(self._losses(x, y).double().sum()) for x, y, _ in self._batches(self.kept))
+        return total / self.n + self._decay()
+
+    def _decay(self) -> float:
+        return 0.5 * self.weight_decay * sum(float(p.detach().double().square().sum()) for p in self.parameters)
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Notes what the head sees and says, where a sampler will ask for it."""
+        if not callable(self._subset):
+            yield
+            return
+        notes: list[tuple[Tensor, Tensor]] = []
+
+        def note(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            notes.append((args[0].detach().cpu(), output.detach().cpu()))
+
+        hook = self._head.register_forward_hook(note)
+        try:
+            yield
+        finally:
+            hook.remove()
+        features, logits = (torch.cat(parts) for parts in zip(*notes, strict=True))
+        self._seen = features, logits, self._labels()
+
+    def _labels(self) -> Tensor:
+        if self._seen is not None:
+            return self._seen[2]
+        return torch.cat(
+            [labels_of(labels_in(x, y)).cpu() for (x, y), _ in picked(self._train, self._batch_size, self.kept)]
+        )
+
+
+def damped_minimum(slopes: Tensor, hessian: Tensor, damping: float) -> Tensor:
+    """The c that minimises −slopes·c + ½ cᵀ(hessian + damping·diag(hessian))c: lengths of directions do not matter."""
+    scale = hessian.diagonal().sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)  # without curvature: a gradient step
+    unit = hessian / scale[:, None] / scale
+    unit.diagonal().add_(damping)
+    return torch.linalg.solve(unit, slopes / scale) / scale
+
+
+def _combined(directions: Iterable[Matrices], sizes: list[float]) -> Matrices:
+    out: Matrices = {}
+    for direction, size in zip(directions, sizes, strict=True):
+        for name, matrix in direction.items():
+            out[name] = out[name] + size * matrix if name in out else size * matrix
+    return out
+
+
+def _damped(curvature: Any | Mapping[str, Any], weight_decay: float, damping: float) -> Any:
+    """Copies of the estimators, damped by so much more. "auto" finds its own, and a damping beside it is refused."""
+    if isinstance(curvature, Mapping):
+        return {pattern: _damped(estimator, weight_decay, damping) for pattern, estimator in curvature.items()}
+    estimator = copy.deepcopy(curvature)
+    own = getattr(estimator, "damping", None)
+    if own == "auto" and damping > 0:
+        raise ValueError(
+            f"remove: damping is added to numbers, got damping={damping} beside {type(estimator).__name__}"
+            "(damping='auto'); give curvature= a number"
+        )
+    if isinstance(own, float | int):
+        estimator.damping += weight_decay + damping
+    return estimator

@@ -1,0 +1,196 @@
+"""Removal: the network that a classifier would have been without some of its training examples.
+
+A few subsampled Newton steps on the retained objective
+
+    F(θ) = (1/n) Σ_{i retained} ℓ_i(θ) + ½ weight_decay ‖θ‖²        (docs/math.md (13)),
+
+with its gradient over all retained data, its curvature from a sampler's weighted subset at the current parameters, and
+a search on F itself. θ is the head or any layers. No held-out example takes part in any choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from tqdm import tqdm
+
+from fastif.data.batches import as_loader, count
+from fastif.model.capture import Capture
+from fastif.model.features import Extracted, extract, find_head
+from fastif.removal.head import check_settings, head_steps
+from fastif.removal.network import RetainedNetwork
+from fastif.removal.newton import newton
+from fastif.removal.retained import Sampler
+from fastif.removal.steps import HeadStep, NetworkStep, Removal
+
+
+def remove(
+    model: nn.Module,
+    train: Any,
+    indices: Tensor,
+    *,
+    layers: str | Sequence[str] | None = None,
+    curvature: Any | Mapping[str, Any] | None = None,
+    subset: Any | Sampler | None = None,
+    steps: int = 6,
+    damping: float = 0.0,
+    weight_decay: float = 5e-4,
+    line_search: bool = True,
+    head: str | None = None,
+    extracted: Extracted | None = None,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    generator: Generator | None = None,
+    progress: bool = True,
+) -> Removal:
+    """The model without the training examples `indices`: Newton steps on some layers. The model itself is not changed.
+
+    Args:
+        model: a classifier trained with softmax cross-entropy whose last operation is an nn.Linear.
+        train: the data it was trained on with labels, as `fastif.data.as_loader` takes it.
+        indices: int64 [r], the examples to remove, counted in the order of `train`.
+        layers: names or patterns of the layers that may move, as `fastif.Influence` takes them ("*": all that are
+            known, frozen ones too). Default the head, whose steps are computed on its features, in one pass through the
+            model; others need some passes per step. Normalisation layers run in eval mode, and buffers stay as they
+            are.
+        curvature: an estimator or a mapping to them, as `fastif.Influence` takes them: layers that no pattern of a
+            mapping matches stay. `weight_decay` and `damping` are added to the numbers that estimators are damped by;
+            damping="auto" finds its own, to which weight_decay is not added and beside which damping > 0 is refused.
+            Default the exact block for the head and EKFAC(damping="auto") for the rest.
+        subset: which retained examples carry the curvature: None for all; a sampler with its k bound, such as
+            `functools.partial(samplers.logit, k=500)`, drawn afresh from the retained data in each step; or anything
+            with `indices` (counted in `train`) and `weights`: its removed examples are left out, the other weights
+            unchanged.
+        steps: at most so many; fewer where F stops falling.
+        damping: absolute λ >= 0, added to the diagonal of the curvature beside weight_decay, not to F.
+        weight_decay: of the training; it also makes F's optimum finite where a whole class is removed.
+        line_search: of the head, take the best of the steps ⅛, ¼, ½, 1, 2, 4 by F; where none lowers F (a small subset
+            can underrate the curvature by far), halve ⅛ until one does. Of other layers, take the combination of the
+            layers' steps (as without line search) and of the last step that minimises the subset's quadratic model of
+            F, damped until F falls (docs/math.md (13)). False: full steps along
+            −(G + (weight_decay + damping) I)⁻¹ (∇F(θ) − ∇F_all(θ̂)), where F_all is the objective with all data and θ̂
+            the trained parameters, taken as its optimum. The first step is then docs/math.md (3) exactly, since
+            ∇F_all(θ̂) − ∇F(θ̂) = (1/n) Σ_{i removed} ∇ℓ_i.
+        head, batch_size, device, progress: as in `fastif.extract`.
+        extracted: what `fastif.extract(model, train)` returned, for the head's steps: the pass over the data is then
+            not made again, but for its first batch, which is compared. Several removals from one model need one pass.
+        generator: for samplers that draw; default torch's global one, so that runs differ unless it is seeded.
+
+    Raises ValueError for indices out of range, repeated or all there are, for missing labels, for damping > 0 beside an
+    "auto", for `extracted` of another number of examples, of a first batch that the model sees otherwise, or beside
+    layers that it cannot serve, and what `extract`, `Influence`, the sampler and the curvature raise.
+    """
+    check_settings(steps, damping)
+    name, layer = find_head(model, head)
+    only_head = layers is None or list(Capture(model, layers).blocks) == [name or "model"]
+    if only_head and curvature is None:
+        place = layer.weight.device if device is None else torch.device(device)
+        if extracted is None:
+            extracted = extract(model, train, head=head, batch_size=batch_size, device=device, progress=progress)
+        else:
+            _check_extracted(extracted, model, layer, train, head, batch_size, device)
+        features, _, labels = extracted
+        if labels is None:
+            raise ValueError("remove: the training data has no labels")
+        prefix = f"{name}." if name else ""
+        moving = {f"{prefix}{key}": p.detach().clone() for key, p in layer.named_parameters()}
+        taken = head_steps(
+            features.to(place),
+            labels.to(place),
+            layer.weight.detach().to(place),
+            None if layer.bias is None else layer.bias.detach().to(place),
+            torch.as_tensor(indices).to(place),
+            subset=subset,
+            steps=steps,
+            damping=damping,
+            weight_decay=weight_decay,
+            line_search=line_search,
+            generator=generator,
+        )
+    else:
+        if extracted is not None:
+            raise ValueError(
+                "remove: extracted serves the steps of the head alone with its exact block; leave it out where other "
+                "layers move or curvature= is given"
+            )
+        problem = RetainedNetwork(
+            model,
+            train,
+            torch.as_tensor(indices),
+            layers=(name or "*") if layers is None else layers,
+            curvature=curvature,
+            subset=subset,
+            damping=damping,
+            weight_decay=weight_decay,
+            line_search=line_search,
+            head=head,
+            batch_size=batch_size,
+            device=device,
+            generator=generator,
+        )
+        prefix, moving = "", problem.state
+        taken = _network_steps(problem, steps)
+    history = list(tqdm(taken, "remove", total=steps, disable=not progress))
+    steps_taken = [_parameters(step, prefix) for step in history]
+    return _removal(model, history, [moving, *steps_taken])
+
+
+def _network_steps(problem: RetainedNetwork, steps: int) -> Iterator[NetworkStep]:
+    for step, objective, norm, examples, seconds, peak_bytes in newton(problem, steps):
+        yield NetworkStep(step, problem.state, objective, norm, problem.step_size, examples, seconds, peak_bytes)
+
+
+def _parameters(step: HeadStep | NetworkStep, prefix: str) -> dict[str, Tensor]:
+    """What moved, keyed like the model's parameters."""
+    if isinstance(step, NetworkStep):
+        return step.parameters
+    parameters = {f"{prefix}weight": step.weight}
+    return parameters if step.bias is None else {**parameters, f"{prefix}bias": step.bias}
+
+
+def _removal(model: nn.Module, history: list[Any], parameters: list[dict[str, Tensor]]) -> Removal:
+    """With every key of state_dict under which a parameter that moved is known: shared ones have several."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    keys = {key: names.get(value) for key, value in model.state_dict(keep_vars=True).items()}
+    state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    moved = [
+        {key: values[name].to(state[key]) for key, name in keys.items() if name in values} for values in parameters
+    ]
+    return Removal({**state, **{key: value.clone() for key, value in moved[-1].items()}}, history, moved)
+
+
+def _check_extracted(
+    extracted: Extracted,
+    model: nn.Module,
+    layer: nn.Linear,
+    train: Any,
+    head: str | None,
+    batch_size: int,
+    device: torch.device | str | None,
+) -> None:
+    """Raises ValueError unless there is a row for each example of `train`, its first batch's as the model makes them.
+
+    Another order of the data, other labels and layers below the head that have changed show in a batch.
+    """
+    n, (c, d) = count(train, batch_size), layer.weight.shape
+    if extracted.features.shape != (n, d) or extracted.logits.shape != (n, c):
+        raise ValueError(
+            f"remove: extracted must be of the n={n} training examples and this head, features [n, d={d}] and logits "
+            f"[n, c={c}], got {list(extracted.features.shape)} and {list(extracted.logits.shape)}"
+        )
+    x, y = next(iter(as_loader(train, batch_size)))
+    own = extract(model, [x if y is None else (x, y)], head=head, device=device, progress=False)
+    what = f"of other data or another model: of the first {len(own.logits)} examples its"
+    for name in ("features", "logits"):
+        want, given = getattr(own, name), getattr(extracted, name)
+        away = float((given[: len(want)].to(want) - want).abs().max())
+        allowed = 4 * torch.finfo(given.dtype).eps ** 0.5 * float(want.abs().max())
+        if not away <= allowed:
+            raise ValueError(f"remove: extracted is {what} {name} are off by up to {away:.2g}, more than {allowed:.2g}")
+    if own.labels is not None and extracted.labels is not None:
+        wrong = int((extracted.labels[: len(own.labels)].to(own.labels) != own.labels).sum())
+        if wrong:
+            raise ValueError(f"remove: extracted is {what} labels differ in {wrong}")

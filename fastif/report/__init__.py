@@ -1,0 +1,6 @@
+"""Reports: what was measured as one HTML page and one JSON file, readable without fastif."""
+
+from fastif.report.class_removal import write_report
+from fastif.report.evaluations import write_evaluations
+
+__all__ = ["write_evaluations", "write_report"]

@@ -1,0 +1,160 @@
+"""The experiments of docs/evaluation.md run at a small scale, go on where they were cut off, and fill their tables."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.experiments import lds, mislabel_detection
+from benchmarks.figures import keep, tables
+from benchmarks.influence import operations
+from fastif import evaluation
+from fastif.model.gradients import Dense, second_moment
+from tests.data.test_data import real_data, write_shard
+
+
+def test_mislabel_detection_runs_and_resumes(tmp_path, monkeypatch):
+    draw = np.random.default_rng(0)
+    clean = draw.integers(0, 10, 80)
+    images = (clean[:, None, None, None] * 20 + draw.integers(0, 50, (80, 3, 32, 32))).astype(np.uint8)
+    write_shard(tmp_path / "shard0.npz", images, clean.tolist(), list(range(80)), [0] * 64 + [1] * 16)
+    worse = np.where(np.arange(80) % 4 == 0, (clean + 1) % 10, clean)
+    np.savez(tmp_path / "labels.npz", clean=clean.astype(np.int8), worse=worse.astype(np.int8))
+    monkeypatch.setattr(mislabel_detection, "SHARES", ("20%",))
+    monkeypatch.setattr(mislabel_detection, "SEEDS", 2)
+    options = dict(root=tmp_path, n=60, epochs=4, labels="worse", out=tmp_path / "a")
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    made = mislabel_detection.main(arguments)["detection"]
+    names = [tuple(row["contender"]) for row in made]
+    assert len(set(names)) == len(names) == 3 + 2 + 5 * 2 + 2
+    again = {tuple(row["contender"]): row for row in made}
+    assert again["loss", "", "", 0]["auc"] != again["head", "", "100%", 0]["auc"]
+    # A job that was cut off after three rows: these are kept, the others come out alike.
+    kept = [json.dumps({"row": {**row, "cpu_seconds": -1}}) for row in made[:3]]
+    settings = {"n": 60, "epochs": 4, "labels": ["worse"], "damping": mislabel_detection.DAMPING}
+    (tmp_path / "a" / "rows.jsonl").write_text("\n".join([json.dumps({"settings": settings}), *kept, ""]))
+    resumed = mislabel_detection.main(arguments)["detection"]
+    assert [row["cpu_seconds"] == -1 for row in resumed] == [True] * 3 + [False] * (len(made) - 3)
+    assert [row["auc"] for row in resumed] == [row["auc"] for row in made]
+    stored = tmp_path / "a" / "results.json"
+    monkeypatch.setattr(tables, "KEPT", tmp_path)
+    keep.keep(stored, "mislabel")
+    assert tables.mislabel_table("mislabel").count("\n| ") == 3 + 2 + 5 + 2
+
+
+def test_lds_runs_and_its_table_is_whole(tmp_path, monkeypatch):
+    root = real_data("fashion_mnist")
+    monkeypatch.setattr(lds, "DAMPINGS", (1e-2,))
+    options = dict(root=root, n=120, queries=4, subsets=3, out=tmp_path / "a")
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    made = lds.main([*arguments, "--left-out", "2", "--models", "digits", "--contenders", "fastif"])["lds"]
+    ours = [name for name in lds.CONTENDERS if name.startswith("fastif")]
+    assert [row["contender"] for row in made] == [name for name in ours for _ in range(2)]  # two models of digits
+    assert all(-1 <= row["lds"]["mean"] <= 1 for row in made)
+    monkeypatch.setattr(tables, "KEPT", tmp_path)
+    keep.keep(tmp_path / "a" / "results.json", "lds")
+    assert tables.lds_table("lds").count("\n| fastif") == len(ours)
+
+
+def test_rows_of_another_run_are_added_to_those_that_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "KEPT", tmp_path)
+
+    def write(name, *rows, **facts):
+        meta = {"models": {"CNN": {"n": 9, "seconds_of_a_retraining": len(rows), **facts}}}
+        found = [{"model": model, "contender": who, "damping": damping} for model, who, damping in rows]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"meta": meta, "lds": found}))
+
+    write("lds", ("MLP", "a", 1), ("CNN", "b", 1), ("MLP", "b", 1), ("MLP", "c", 1))
+    write("part", ("CNN", "b", 1), ("CNN", "b", 2), ("CNN", "a", 3))
+    keep.main(["add", str(tmp_path / "part.json"), "lds"])
+    rows = [tuple(row.values()) for row in json.loads((tmp_path / "lds.json").read_text())["lds"]]
+    order = [("MLP", "a", 1), ("CNN", "a", 3), ("MLP", "b", 1), ("CNN", "b", 1), ("CNN", "b", 2), ("MLP", "c", 1)]
+    assert rows == order
+    write("other", ("CNN", "a", 1), n=8)
+    with pytest.raises(ValueError, match="add: CNN: n must be that of the kept results, 9, got 8"):
+        keep.add(tmp_path / "other.json", "lds")
+
+
+def test_benchmarks_take_the_place_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "KEPT", tmp_path)
+    machine = {"cpu": {"brand_raw": "x", "hz": 1}, "threads": 2, "build": {"isa": "avx512"}, "torch": "2"}
+
+    def write(name, names, **facts):
+        found = [{"name": benchmark, "from": name} for benchmark in names]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"machine_info": {**machine, **facts}, "benchmarks": found}))
+
+    write("blocks", ["test_a[1]", "test_b"])
+    write("some", ["test_a[2]", "test_a[3]"], cpu={"brand_raw": "x", "hz": 2})
+    keep.add(tmp_path / "some.json", "blocks")
+    kept = json.loads((tmp_path / "blocks.json").read_text())["benchmarks"]
+    assert [(b["name"], b["from"]) for b in kept] == [
+        ("test_b", "blocks"),
+        ("test_a[2]", "some"),
+        ("test_a[3]", "some"),
+    ]
+    write("other", ["test_b"], threads=1)
+    with pytest.raises(ValueError, match="add: threads must be that of the kept results, 2, got 1"):
+        keep.add(tmp_path / "other.json", "blocks")
+
+
+def test_products_that_are_added_to_something_are_counted():
+    """Second moments are such; torch's own counter leaves them out."""
+    left, right, total = torch.randn(7, 3), torch.randn(3, 5), torch.zeros(7, 5)
+    with operations.counted() as counter:
+        total.addmm_(left, right)
+        total[None].baddbmm_(left[None], right[None])
+        _ = left @ right
+    assert counter.get_total_flops() == 3 * 2 * 7 * 3 * 5
+    x = torch.randn(1, 11, 1, 40)
+    with operations.counted() as counter:
+        second_moment(x, torch.ones(11))
+    assert counter.get_total_flops() == 2 * 11 * 40 * 40  # one square suffices
+
+
+@pytest.mark.parametrize(("t", "q", "products"), [(1, 5, 5), (3, 5, 8), (3, 1, 3)])
+def test_dots_are_counted_as_the_fewest_products(t, q, products):
+    gradients = Dense(torch.randn(1, 7, t, 4), torch.randn(1, 7, t, 6))
+    with operations.counted() as counter:
+        gradients.dots(torch.randn(q, 1, 6, 4))
+    assert counter.get_total_flops() == 2 * 7 * 4 * 6 * products
+
+
+def test_attention_is_counted():
+    one = torch.randn(2, 4, 16, 8, requires_grad=True)
+    with operations.counted() as counter:
+        nn.functional.scaled_dot_product_attention(one, one, one).sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * 2 * 2 * 4 * 16 * 16 * 8
+
+
+def test_scores_that_are_not_finite_are_told_and_not_judged():
+    retrained = evaluation.Retrained([], [], torch.zeros(0), torch.zeros(0))
+    left_out = evaluation.LeftOut([], torch.zeros(0), torch.zeros(0), None)
+    found = lds.judged(torch.full((2, 3), torch.nan), retrained, left_out)
+    assert found == {"lds": None, "loo": None, "loo_pearson": None}
+
+
+def test_the_table_of_gpus_has_the_newest_result_of_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "KEPT", tmp_path)
+    page = "before\n<!-- table: gpu -->\n<!-- end -->\nafter"
+    assert "No GPU has run them yet." in tables.with_tables(page)
+    stages = [{"name": "build", "passed": True}, {"name": "racecheck", "passed": False}, {"name": "x", "passed": None}]
+    rows = [
+        {"name": "test_dots", "seconds": {"fastif": 0.012}, "share_of_limit": 0.61, "ratio": {"torch": 2.5}},
+        {"name": "test_influence[mlp]", "ratio": {"kronfluence / exact": 4.0}},
+    ]
+    for device, date, scale in (("A", "2026-01-01", 2), ("A", "2026-02-01", 1), ("B", "2026-01-01", 3)):
+        benchmarks = [rows[0] | {"seconds": {"fastif": 0.012 * scale}}, rows[1]]
+        kept = dict(device=device, driver="1", torch="2", cuda="13", date=date, stages=stages, benchmarks=benchmarks)
+        limits = {"copy_bytes_per_second": 4e12, "matmul_float32_flops_per_second": 5e13}
+        (tmp_path / f"gpu-{device.lower()}-{date}.json").write_text(json.dumps({**kept, "limits": limits}))
+    made = tables.with_tables(page)
+    assert made.count("`dots`") == 2
+    assert "| `dots` | 0.012 | 61% | 2.5× torch |" in made
+    assert "| `dots` | 0.036 | 61% | 2.5× torch |" in made
+    assert "| `influence[mlp]` |  |  | 4.0× kronfluence / exact |" in made
+    assert "A, driver 1, torch 2, CUDA 13, 2026-02-01" in made
+    assert "4.00 TB/s copied, 50 TFLOP/s in float32 and 0 in TF32 products. Passed: build. Failed: racecheck." in made

@@ -1,0 +1,1 @@
+"""What several tests share: models, problems, definitions by hand, stored jobs."""
