@@ -40,6 +40,9 @@ class Arguments(tuple):
     __slots__ = ()
 
 
+_PARTS = (Tensor, np.ndarray, list, tuple, Shared, Mapping)  # what makes a list or tuple parts of a batch
+
+
 def read_batch(batch: Any, number: int, held: dict[str, str]) -> Batch:
     """The batch as (x, y), its arrays as tensors, and what its examples share as `Shared`.
 
@@ -177,9 +180,7 @@ def _tensors(value: Any) -> Any:
 
 def _is_column(value: Any) -> bool:
     """Whether a list or tuple holds strings, numbers or other things one by one, and not parts of a batch."""
-    return isinstance(value, list | tuple) and not any(
-        isinstance(part, Tensor | np.ndarray | Mapping | list | tuple | Shared) for part in value
-    )
+    return isinstance(value, list | tuple) and not any(isinstance(part, _PARTS) for part in value)
 
 
 def _size(value: Any) -> int | None:
@@ -191,6 +192,8 @@ def _size(value: Any) -> int | None:
 
 def _mapped(x: Any, path: str, function: Callable[[str, Any], Any]) -> Any:
     """A batch of the same structure, with `function(path, part)` in the place of every part."""
+    if isinstance(x, Tensor):  # by far the most frequent
+        return function(path, x)
     if isinstance(x, Mapping):
         return {key: _mapped(value, f"{path}[{key!r}]", function) for key, value in x.items()}
     if isinstance(x, list | tuple) and not _is_column(x):

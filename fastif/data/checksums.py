@@ -34,7 +34,9 @@ def checksums(x: Any, y: Any) -> tuple[Tensor, int]:
             rows.append(torch.tensor([_of_text(one) for one in held]) * _name(path))
         else:
             shared += sum(_of_part(path + inner, part) for inner, part in parts_of(held))
-    total = torch.stack([part.to(rows[0].device) for part in rows]).sum(0)
+    total = rows[0]
+    for part in rows[1:]:
+        total += part.to(total.device)
     return total.cpu(), _signed(shared)
 
 
@@ -53,7 +55,9 @@ def _words(values: Tensor) -> Tensor:
     """The bits of every row, int64 [n, words], zeros behind them where they fill no word."""
     if values.layout != torch.strided:
         values = values.to_dense()
-    flat = values.resolve_conj().resolve_neg().reshape(len(values), -1).contiguous()
+    if values.is_conj() or values.is_neg():
+        values = values.clone().resolve_conj().resolve_neg()
+    flat = values.reshape(len(values), -1).contiguous()
     size = flat.shape[1] * flat.element_size()
     if size % 8 or flat.storage_offset() * flat.element_size() % 8:
         padded = torch.zeros((len(flat), -(-size // 8) * 8), dtype=torch.uint8, device=flat.device)
@@ -73,12 +77,13 @@ def _of_words(words: Tensor) -> Tensor:
         mixed = ((words >> _SHIFT) & ((1 << (64 - _SHIFT)) - 1)) ^ words  # >> of a signed number brings its sign along
         return (mixed * torch.from_numpy(_weights(w).view(np.int64)).to(words.device)).sum(1)
     bits, out = words.numpy().view(np.uint64), np.empty(n, np.uint64)
+    weights = _weights(w)
     each = max(1, _NEAR // max(1, w))
     for start in range(0, n, each):
         part = bits[start : start + each]
         mixed = part >> np.uint64(_SHIFT)
         mixed ^= part
-        np.einsum("ij,j->i", mixed, _weights(w), out=out[start : start + each])
+        np.einsum("ij,j->i", mixed, weights, out=out[start : start + each])
     return torch.from_numpy(out.view(np.int64))
 
 

@@ -62,8 +62,9 @@ class Walked:
         self._certain = self._order is not None and self._order.certain
         self._lengths = [*self._order.lengths] if self._order is not None and self._certain else []
         self._shared: list[int] = []
-        self._rows = torch.zeros(sum(self._lengths), dtype=torch.int64)
-        self._known = torch.zeros(len(self._rows), dtype=torch.bool)
+        self._rows = np.zeros(sum(self._lengths), np.int64)  # checksums, by example
+        self._known = np.zeros(len(self._rows), bool)
+        self._walked_to = 0  # all examples before this one are known
         self._picks: dict[bytes, Tensor] = {}  # checksums of what a collate function made of some examples
         self._all_lengths = self._certain  # whether `_lengths` has all batches
         self._looked = self._order is None or is_pair(data) or isinstance(data, Tensor | np.ndarray)
@@ -98,10 +99,10 @@ class Walked:
     @property
     def identity(self) -> Identity:
         """Walks through what was not walked yet."""
-        if len(self._known) < self.n or not bool(self._known.all()) or len(self._shared) < len(self._lengths):
+        if len(self._known) < self.n or not self._known[: self.n].all() or len(self._shared) < len(self._lengths):
             for _ in self:
                 pass
-        return Identity([*self._lengths], self._rows[: self.n].clone(), [*self._shared])
+        return Identity([*self._lengths], torch.from_numpy(self._rows[: self.n].copy()), [*self._shared])
 
     def __len__(self) -> int:
         return len(self._loader)  # pyright: ignore[reportArgumentType]  # TypeError where there is none, as for any len
@@ -163,9 +164,11 @@ class Walked:
         else:
             self._lengths.append(len(rows))
         if stop > len(self._rows):
-            self._rows = torch.cat([self._rows, self._rows.new_zeros(max(stop, 2 * start) - len(self._rows))])
-            self._known = torch.cat([self._known, self._known.new_zeros(len(self._rows) - len(self._known))])
-        self._compare(torch.arange(start, stop), rows, f"batch {number} (examples {start} to {stop - 1})")
+            more = max(stop, 2 * start) - len(self._rows)
+            self._rows, self._known = np.pad(self._rows, (0, more)), np.pad(self._known, (0, more))
+        if stop > self._walked_to or not np.array_equal(self._rows[start:stop], rows.numpy()):
+            self._compare(np.arange(start, stop), rows, f"batch {number} (examples {start} to {stop - 1})")
+        self._walked_to = max(self._walked_to, stop)
         if number == len(self._shared):
             self._shared.append(shared)
         elif number < len(self._shared) and self._shared[number] != shared:
@@ -173,17 +176,17 @@ class Walked:
                 f"the data changed between passes: what all examples of batch {number} share is not what it was"
             )
 
-    def _compare(self, places: Tensor, rows: Tensor, where: str) -> None:
+    def _compare(self, places: np.ndarray, found: Tensor, where: str) -> None:
         """Notes the checksums of examples that are seen for the first time, and compares those of the others."""
-        before = self._rows[places]
-        differ = (self._known[places] & (before != rows)).nonzero()
+        rows = found.numpy()
+        differ = np.flatnonzero(self._known[places] & (self._rows[places] != rows))
         if len(differ):
-            first = int(differ[0])
-            elsewhere = (self._known & (self._rows == rows[first])).nonzero()
-            moved = f"; in its place is what was example {int(elsewhere[0])}" if len(elsewhere) else ""
+            first = differ[0]
+            elsewhere = np.flatnonzero(self._known & (self._rows == rows[first]))
+            moved = f"; in its place is what was example {elsewhere[0]}" if len(elsewhere) else ""
             raise ValueError(
                 f"the data changed between passes: {where} differs from the pass before in {len(differ)} of "
-                f"{len(rows)} examples, first in example {int(places[first])}{moved} ({_WHY})"
+                f"{len(rows)} examples, first in example {places[first]}{moved} ({_WHY})"
             )
         self._rows[places], self._known[places] = rows, True
 
@@ -195,17 +198,17 @@ class Walked:
         with torch.random.fork_rng(devices=[]):  # what it draws is not missed by who draws after it
             ((x, y),) = self._at(self._order.indices[:length], length)
         rows, _ = checksums(x, y)
-        self._compare(torch.arange(length), rows, "batch 0, loaded twice,")
+        self._compare(np.arange(length), rows, "batch 0, loaded twice,")
 
     def _check_workers(self) -> None:
         """Refuses a stream that its loader's workers do not share: each brings all of it."""
         workers = getattr(self.data, "num_workers", 0)
         if workers < 2:
             return
-        parts = self._rows[: sum(self._lengths)].split(self._lengths)
-        seen = [torch.cat([*parts[worker::workers], self._rows[:0]]).sort().values for worker in range(workers)]
+        parts = np.split(self._rows[: sum(self._lengths)], np.cumsum(self._lengths)[:-1])
+        seen = [np.sort(np.concatenate([self._rows[:0], *parts[worker::workers]])) for worker in range(workers)]
         for worker in range(1, workers):
-            if torch.equal(seen[0], seen[worker]):
+            if np.array_equal(seen[0], seen[worker]):
                 raise ValueError(
                     f"data: workers 0 and {worker} of the DataLoader bring the same {len(seen[0])} examples: the "
                     "stream is not shared between them (torch.utils.data.get_worker_info() tells a worker its share)"
@@ -226,7 +229,7 @@ class Walked:
             if len(rows) != len(mine):
                 raise ValueError(f"data: {len(rows)} examples came where {what} were asked for, {len(mine)}")
             if self._certain:
-                self._compare(mine, rows, what)
+                self._compare(mine.numpy(), rows, what)
             elif not torch.equal(self._picks.setdefault(mine.numpy().tobytes(), rows), rows):
                 raise ValueError(f"the data changed between passes: {what} are not what they were ({_WHY})")
             yield batch, where
