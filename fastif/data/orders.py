@@ -94,7 +94,7 @@ def _order_of_loader(loader: DataLoader) -> Order | None:
         return None
     certain = loader.collate_fn is default_collate
     if type(batches) is BatchSampler and isinstance(batches.sampler, SequentialSampler):
-        return _in_turn(len(batches.sampler), batches.batch_size, certain)
+        return _in_turn(_length(batches.sampler), batches.batch_size, certain)
     found = _listed(batches)
     flat = [index for batch in found for index in batch]
     if not all(isinstance(index, int | np.integer) for index in flat):

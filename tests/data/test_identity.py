@@ -165,7 +165,7 @@ def test_rows_and_labels_that_do_not_match_name_the_batch(data, message):
         fitted(data)
 
 
-# --------------------------------------------------------------------------------------------- passes that are not alike
+# -------------------------------------------------------------------------------------------- passes that are not alike
 
 
 def walk(data, times=2):

@@ -340,3 +340,33 @@ def test_a_compiled_model_is_as_one_that_is_not(when):
     influence = fastif.Influence(compiled, curvature=fastif.Identity(), progress=False).fit((X, Y))
     torch.testing.assert_close(influence.scores((X, Y), (X, Y)) * N, want, rtol=1e-10, atol=1e-14)
     compiled(X).sum().backward()  # and still runs
+
+
+# ------------------------------------------------------------------------------------------------- features and removal
+
+
+@pytest.mark.parametrize("kind", [Wrapped, Squeezed])
+def test_features_and_removal_of_wrapped_and_squeezed_outputs(kind):
+    data = [{"x": X[s], "id": IDS[s], "labels": Y[s]} for s in (slice(0, 6), slice(6, 7))]
+    found = fastif.extract(built(kind), data, progress=False)
+    for got, want in zip(found, fastif.extract(built(Linear), (X, Y), progress=False), strict=True):
+        torch.testing.assert_close(got, want)
+    removals = [
+        fastif.remove(built(model), source, torch.arange(2), layers=layers, steps=2, progress=False).state_dict
+        for layers in ("b", "*")
+        for model, source in ((kind, data), (Linear, (X, Y)))
+    ]
+    for got, want in (removals[:2], removals[2:]):
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)
+
+
+def test_features_of_a_token_model_are_those_of_its_positions():
+    model = built(WrappedTagger)
+    features, logits, labels = fastif.extract(model, (TOKENS, TAGS), batch_size=3, progress=False)
+    torch.testing.assert_close(features, model.a(TOKENS).tanh().detach())
+    torch.testing.assert_close(logits, Tagger.forward(model, TOKENS).detach())
+    assert torch.equal(labels, TAGS)
+    with pytest.raises(ValueError, match="one number of positions, got 4 and 3; pad"):
+        fastif.extract(model, [(TOKENS[:3], TAGS[:3]), (TOKENS[3:, :3], TAGS[3:, :3])], progress=False)
+    with pytest.raises(ValueError, match=r"\[7, 4, 5\]"):
+        fastif.remove(model, (TOKENS, TAGS.clamp(min=0)), torch.arange(2), progress=False)
