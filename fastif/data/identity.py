@@ -248,7 +248,7 @@ class Walked:
             )
         elif is_pair(data) or isinstance(data, Tensor | np.ndarray):
             parts = data if isinstance(data, tuple) else (data,)
-            few = [tuple(part[rows] for part in parts) for rows in indices.split(size)]
+            few = (tuple(part[rows] for part in parts) for rows in indices.split(size))
         else:
             few = Subset(as_tensors(data), indices.tolist())
         return iter(loader_of(few, size, self._held))
