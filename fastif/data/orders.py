@@ -40,7 +40,7 @@ def order_of(data: Any, batch_size: int) -> Order | None:
         return _in_turn(len(data[0]), batch_size)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return _in_turn(len(data), batch_size)  # pyright: ignore[reportArgumentType]
-    return _in_turn(len(data), batch_size) if is_table(data) else None
+    return _in_turn(_length(data), batch_size) if is_table(data) else None
 
 
 def is_pair(data: Any) -> bool:
