@@ -1,7 +1,11 @@
 """Data: readers for the image sets of the experiments, and one way to walk through anything that holds examples."""
 
 from fastif.data.batches import (
+    Arguments,
     Batch,
+    Identity,
+    Shared,
+    Walked,
     as_loader,
     batch_length,
     batch_lengths,
@@ -10,14 +14,19 @@ from fastif.data.batches import (
     picked,
     rebuilt,
     rows_of,
+    walked,
 )
 from fastif.data.image_sets import HUMAN_LABELS, NAMES, Data, human_labels, load
 
 __all__ = [
     "HUMAN_LABELS",
     "NAMES",
+    "Arguments",
     "Batch",
     "Data",
+    "Identity",
+    "Shared",
+    "Walked",
     "as_loader",
     "batch_length",
     "batch_lengths",
@@ -28,4 +37,5 @@ __all__ = [
     "picked",
     "rebuilt",
     "rows_of",
+    "walked",
 ]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastif.curvature.network import NetworkCurvature, prepare
 from fastif.curvature.protocol import Estimator
+from fastif.data.batches import Walked, walked
 from fastif.model.capture import Capture
 from fastif.model.losses import Measurement
 from fastif.model.passes import Passes
@@ -65,6 +66,7 @@ class Fitted(NamedTuple):
     curvatures: tuple[NetworkCurvature, ...]  # by checkpoint
     n: int  # training examples
     subset: Subset | None = None  # that carried the curvature; None where a state was loaded, which does not hold it
+    train: Walked | None = None  # the training data, as they were seen; likewise
 
     @property
     def passes(self) -> Passes:
@@ -81,6 +83,14 @@ class Fitted(NamedTuple):
     def at_checkpoints(self) -> list[tuple[Checkpoint, NetworkCurvature]]:
         """Every checkpoint with what was fitted there."""
         return list(zip(self.setup.states, self.curvatures, strict=True))
+
+    def walk(self, *given: Any) -> list[Any]:
+        """Data whose passes are held against each other, and against the fit's where it is what was fitted."""
+        known = [self.train] if self.train is not None else []
+        for data in given:
+            if not isinstance(data, Iterator) and not any(one is data or one.holds(data) for one in known):
+                known.append(walked(data, self.passes.batch_size))
+        return [next((one for one in known if one is data or one.holds(data)), data) for data in given]
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that was learned, as tensors."""

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fastif.curvature.network import NetworkCurvature, prepare
 from fastif.curvature.protocol import FitData, JointCurvature, SeenBatch
-from fastif.data.batches import count, moved_to, picked
+from fastif.data.batches import moved_to, picked, walked
 from fastif.influence.coverage import cover_head, look_at
 from fastif.influence.fitted import Fitted, Setup
 from fastif.model.capture import LateLayer
@@ -23,7 +23,8 @@ from fastif.samplers.subset import Subset
 
 def fit(setup: Setup, train: Any, subset: Subset | None) -> Fitted:
     """What the examples of a subset (default all, 1/n each) make of the estimators, at every checkpoint."""
-    n = count(train, setup.passes.batch_size)
+    train = walked(train, setup.passes.batch_size)
+    n = train.n
     if subset is None:
         subset = Subset(torch.arange(n), torch.full((n,), 1 / n, dtype=torch.float64))
     setup = cover_head(setup, train, subset.indices)
@@ -38,7 +39,7 @@ def fit(setup: Setup, train: Any, subset: Subset | None) -> Fitted:
             setup.capture.take_up(late.name)
             curvatures.clear()
     setup.capture.fixed = True
-    return Fitted(setup, tuple(curvatures), n, subset)
+    return Fitted(setup, tuple(curvatures), n, subset, train)
 
 
 def _fit_here(setup: Setup, train: Any, subset: Subset) -> NetworkCurvature:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastif.curvature.exact.block import ExactBlock
 from fastif.curvature.protocol import Estimator
-from fastif.data.batches import count
+from fastif.data.batches import count, walked
 from fastif.influence.coverage import assign, cover_head, look_at, restore_coverage, warn_of_lost
 from fastif.influence.fitted import Fitted, Setup, load_fitted
 from fastif.influence.fitting import fit
@@ -184,13 +184,17 @@ class Influence:
         Raises ValueError for whatever `Capture` refuses: layers that are not called, examples that mix, parameters
         used behind a layer's back, NaN; NotPositiveDefinite, naming the layer, where damping does not suffice.
         """
-        chosen = subset
+        train, chosen = walked(train, self.passes.batch_size), subset
         if subset is not None:
-            chosen = Subset(*check_subset(subset, count(train, self.passes.batch_size)))
+            chosen = Subset(*check_subset(subset, train.n))
         self._fitted, self.bound = fit(self.setup, train, chosen), getattr(subset, "bound", None)
         self.setup = self._fitted.setup
         self._warned = self._warned or warn_of_lost(self.capture, stacklevel=2)
         return self
+
+    def look_at(self, train: Any, indices: Tensor) -> None:
+        """Has the first of the examples `indices` decide what is covered; the model is running."""
+        self.setup = look_at(self.setup, train, indices)
 
     def on_parameters(self, batch: Any) -> dict[str, Tensor]:
         """Σ_z I(z) = −(G + λI)⁻¹ Σ_z ∇ℓ(z) over the examples of `batch`: a dict keyed like the model's parameters.
@@ -199,6 +203,7 @@ class Influence:
         that are not covered are absent: they are taken as fixed. With checkpoints, the mean over them.
         docs/math.md (1).
         """
+        (batch,) = self.fitted.walk(batch)
         total: dict[str, Tensor] = {}
         for checkpoint, curvature in self.fitted.at_checkpoints():
             sums: dict[str, Tensor] = {}
@@ -292,6 +297,7 @@ class Influence:
             resume: go on with a job in `out` that was cut off, at whatever point: what is there is not computed again,
                 and the scores end with the same bits. A folder of other settings is refused, each difference named.
         """
+        query, train = self.fitted.walk(query, train)
         if out is not None:
             if groups is not None:
                 raise ValueError("scores: out= and groups= exclude each other; sum the columns of what was written")
@@ -313,6 +319,7 @@ class Influence:
 
         With out=, a folder as for `scores`, [q, n, blocks].
         """
+        query, train = self.fitted.walk(query, train)
         if out is not None:
             return write_scores(self.fitted, query, train, out, resume=resume, by="layer")
         _check_resume("scores_by_layer", resume)
@@ -330,6 +337,7 @@ class Influence:
         With out=, a folder as for `scores`. Raises ValueError where a covered layer has other positions than the rest
         (a normalisation layer sums over them): leave it out with layers=.
         """
+        query, train = self.fitted.walk(query, train)
         if out is not None:
             return write_scores(self.fitted, query, train, out, resume=resume, by="token")
         _check_resume("scores_by_token", resume)
@@ -341,10 +349,12 @@ class Influence:
         Largest first: the most helpful; `largest=False` gives the most harmful, smallest first. Ties go to the lower
         index. The score matrix [q, n] is not stored, unless there are several checkpoints.
         """
+        query, train = self.fitted.walk(query, train)
         return find_top(self.fitted, query, train, k, largest)
 
     def self_influence(self, train: Any) -> Tensor:
         """scores[t, t] of every training example, [n], never negative: how much its loss rests on it."""
+        (train,) = self.fitted.walk(train)
         return compute_self_influence(self.fitted, train)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,11 +1,16 @@
 """How a model is called, where it stands meanwhile, and the type of its parameters."""
 
+import inspect
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from fastif.data.batch import Arguments, whole
 
 
 @contextmanager
@@ -26,10 +31,34 @@ def placed(model: nn.Module, device: torch.device, op: str) -> Iterator[None]:
 
 
 def call(model: nn.Module, x: Any) -> Any:
-    """The model's outputs; a mapping is taken as keyword arguments, without "labels"."""
-    if isinstance(x, Mapping):
-        return model(**{key: value for key, value in x.items() if key != "labels"})
-    return model(x)
+    """The model's outputs; compiled parts run uncompiled, so that hooks see their layers.
+
+    A mapping is taken as keyword arguments, without "labels" and what the model's forward names no argument for;
+    `Arguments` as several. What the examples of a batch share goes in whole.
+    """
+    x = whole(x)
+    with torch.compiler.set_stance("force_eager") if _is_compiled(model) else nullcontext():
+        if isinstance(x, Mapping):
+            return model(**{key: x[key] for key in _taken(type(model), tuple(x), tuple(map(type, x.values())))})
+        return model(*x) if isinstance(x, Arguments) else model(x)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in model.modules())
+
+
+@lru_cache(maxsize=256)
+def _taken(kind: type[nn.Module], keys: tuple[str, ...], types: tuple[type, ...]) -> tuple[str, ...]:
+    """The keys of a batch that models of a class take as arguments; says once which tensors they do not."""
+    parameters = inspect.signature(kind.forward).parameters
+    any_key = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    left_out = [key for key in keys if key != "labels" and not any_key and key not in parameters]
+    tensors = [
+        repr(key) for key, type_ in zip(keys, types, strict=True) if key in left_out and issubclass(type_, Tensor)
+    ]
+    if tensors:
+        warnings.warn(f"{kind.__name__}.forward takes no {', '.join(tensors)}: left out of the batches", stacklevel=5)
+    return tuple(key for key in keys if key != "labels" and key not in left_out)
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastif.data.batches import as_loader, moved_to
+from fastif.data.batches import as_loader, batch_length, moved_to
 from fastif.model.calls import call, placed
+from fastif.model.losses import IGNORED
 from fastif.ops._checks import first_nonfinite_row
 
 
 class Extracted(NamedTuple):
     """What the head saw and said, row i for example i, on the CPU in the dtype of the head's weight."""
 
-    features: Tensor  # [n, d], the input of the head
-    logits: Tensor  # [n, c], its output
-    labels: Tensor | None  # int64 [n], None where the data has none
+    features: Tensor  # [n, d], or [n, t, d] where it sees t positions of an example: the input of the head
+    logits: Tensor  # [n, c] or [n, t, c], its output
+    labels: Tensor | None  # int64 [n] or [n, t], None where the data has none
 
 
 def extract(
@@ -36,15 +37,17 @@ def extract(
     """Features, logits and labels of all examples: one pass in eval mode, without gradients, streamed to the CPU.
 
     `data` is whatever `fastif.data.as_loader` takes: a DataLoader that does not shuffle, a Dataset, tensors (x, y) or
-    x alone; a batch that is a mapping has its labels under "labels". `head` names the linear layer whose output is the
+    x alone; a batch that is a mapping has its labels under "labels". The model returns logits, or something with
+    `.logits`. Where the head sees positions (a token classifier), so do the features; samplers take a row per example,
+    such as `features.mean(1)`. `head` names the linear layer whose output is the
     model's output; without it, the last nn.Linear of `model.named_modules()`. Batches go to `device`, by default that
     of the head; where the model is elsewhere it is moved there and back. Whatever happens, the model is left as it was:
     training flags, hooks and device.
 
     Raises ValueError for a head that is not there, is not the model's last operation, or runs more than once per
     forward pass, or on anything but one row per example; for features or logits that are NaN or Inf and labels outside
-    [0, c), with the example's index; and for data without examples. Raises TypeError for a model that does not return
-    a tensor.
+    [0, c), with the example's index; and for data without examples. Raises TypeError for a model that returns no
+    logits.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     >>> features, logits, labels = extract(model, (torch.zeros(5, 4), torch.tensor([0, 1, 1, 0, 1])), progress=False)
@@ -77,11 +80,18 @@ def extract(
             for x, y in batches:
                 calls.clear()
                 output = call(model, moved_to(x, device))
-                batch_features, batch_logits = _checked(name, calls, output, x, n)
+                batch_features, batch_logits = _checked(name, calls, output, batch_length(x), n)
+                if features and batch_features.shape[1:] != features[0].shape[1:]:
+                    raise ValueError(
+                        f"extract: batches must have one number of positions, got {features[0].shape[1]} and "
+                        f"{batch_features.shape[1]}; pad the examples to one length"
+                    )
                 features.append(batch_features)
                 logits.append(batch_logits)
                 y = x.get("labels") if y is None and isinstance(x, Mapping) else y
-                labels.append(None if y is None else _checked_labels(y, len(batch_logits), batch_logits.shape[1], n))
+                labels.append(
+                    None if y is None else _checked_labels(y, batch_logits.shape[:-1], batch_logits.shape[-1], n)
+                )
                 n += len(batch_logits)
         finally:
             hook.remove()
@@ -143,27 +153,32 @@ def called_head(model: nn.Module, x: Any) -> str | None:
     return (last or [name for name, _ in calls] or [None])[-1]
 
 
-def _checked(name: str, calls: list[tuple[Tensor, Tensor]], output: Any, x: Any, start: int) -> tuple[Tensor, Tensor]:
-    """Input and output of the head's one call in a forward pass over the examples start, start + 1, ..."""
+def _checked(name: str, calls: list[tuple[Tensor, Tensor]], output: Any, n: int, start: int) -> tuple[Tensor, Tensor]:
+    """Input and output of the head's one call in a forward pass over the n examples start, start + 1, ..."""
     if len(calls) != 1:
         raise ValueError(
             f"extract: the head {name!r} must run once per forward pass, it ran {len(calls)} times; "
             "name another layer with head="
         )
     features, logits = calls[0]
-    if features.dim() != 2 or (isinstance(x, Tensor) and len(features) != len(x)):
-        rows = len(x) if isinstance(x, Tensor) else "b"
+    if features.dim() not in (2, 3) or len(features) != n:
         raise ValueError(
-            f"extract: the head {name!r} must see one row per example, [b={rows}, d], "
+            f"extract: the head {name!r} must see one row per example, [b={n}, d], or its positions, [b={n}, t, d], "
             f"it saw shape {list(features.shape)}"
         )
     if not isinstance(output, Tensor):
-        raise TypeError(f"extract: the model must return its logits as one tensor [b, c], got {type(output).__name__}")
+        output = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            "extract: the model must return its logits as one tensor [b, c] or in `.logits`, got "
+            f"{type(output).__name__}"
+        )
     for what, values in (("features", features), ("logits", logits)):
-        row = first_nonfinite_row(values)
+        row = first_nonfinite_row(values.flatten(1))
         if row is not None:
             raise ValueError(f"extract: {what} must be finite, example {start + row} has NaN or Inf")
-    if not torch.equal(output.detach().to("cpu", logits.dtype), logits):
+    said = output.detach().to("cpu", logits.dtype)
+    if not torch.equal(said[None] if n == 1 and said.dim() == logits.dim() - 1 else said, logits):
         raise ValueError(
             f"extract: the head {name!r} is not the last operation of the model: the model's output, shape "
             f"{list(output.shape)}, is not the head's, shape {list(logits.shape)}; name the last layer with head=, "
@@ -172,16 +187,20 @@ def _checked(name: str, calls: list[tuple[Tensor, Tensor]], output: Any, x: Any,
     return features, logits
 
 
-def _checked_labels(y: Any, rows: int, classes: int, start: int) -> Tensor:
+def _checked_labels(y: Any, shape: torch.Size, classes: int, start: int) -> Tensor:
     y = torch.as_tensor(y).detach().cpu()
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"extract: labels must be integers, got {y.dtype}")
-    if y.shape != (rows,):
-        raise ValueError(f"extract: labels must be one per example, [b={rows}], got shape {list(y.shape)}")
-    outside = ((y < 0) | (y >= classes)).nonzero()
-    if len(outside):
-        row = int(outside[0])
-        raise ValueError(f"extract: labels must be in [0, c={classes}), example {start + row} has {int(y[row])}")
+    if y.shape != shape:
+        what = f"one per example, [b={shape[0]}]" if len(shape) == 1 else f"one per position, {list(shape)}"
+        raise ValueError(f"extract: labels must be {what}, got shape {list(y.shape)}")
+    wrong = (y < 0) | (y >= classes)
+    if len(shape) > 1:
+        wrong &= y != IGNORED
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        value = int(y[wrong][0])
+        raise ValueError(f"extract: labels must be in [0, c={classes}), example {start + row} has {value}")
     return y.long()
 
 

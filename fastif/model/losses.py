@@ -13,12 +13,16 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-Loss = Literal["cross_entropy", "causal_lm", "bce", "mse"] | Callable[[Any, Any], Tensor]
+from fastif.data.batch import whole
+
+Loss = Literal["cross_entropy", "token_cross_entropy", "causal_lm", "bce", "mse"] | Callable[[Any, Any], Tensor]
 Measurement = Literal["loss", "margin", "log_odds"] | Callable[[Any, Any], Tensor]
 Fisher = Literal["exact", "monte_carlo", "empirical"]
 
-LOSSES = ("cross_entropy", "causal_lm", "bce", "mse")
+LOSSES = ("cross_entropy", "token_cross_entropy", "causal_lm", "bce", "mse")
 MEASUREMENTS = ("loss", "margin", "log_odds")
+_SOFTMAX = ("cross_entropy", "token_cross_entropy", "causal_lm")
+_HESSIANS = 1 << 31  # bytes that the output Hessians of a function as loss may take
 IGNORED = -100  # the label of positions that do not count
 
 
@@ -42,8 +46,11 @@ def check_measurement(measurement: Any, loss: Any) -> None:
 def per_sample(loss: Any, outputs: Any, batch: Any, n: int) -> Tensor:
     """The losses [n] of a batch.
 
-    - "cross_entropy": −log softmax(logits)[label], logits [n, c] and integer labels [n]; with positions ([n, c, ...]
-      and [n, ...]) their sum. Labels −100 do not count.
+    - "cross_entropy": −log softmax(logits)[label], logits [n, c] and integer labels [n]; with positions (logits
+      [n, c, ...] as torch has them or [n, ..., c], labels [n, ...]) their sum. Labels −100 do not count. Where the
+      shapes fit both (as many positions as classes), outputs with `.logits` [n, t, c] are read as that, as transformers
+      mean them; a plain tensor is refused.
+    - "token_cross_entropy": the same, the classes always last.
     - "causal_lm": logits [n, t, v] and token labels [n, t]; Σ over t of the cross-entropy of label t+1 given position
       t, labels −100 left out.
     - "bce": binary cross-entropy with logits, summed over the outputs of an example.
@@ -52,11 +59,12 @@ def per_sample(loss: Any, outputs: Any, batch: Any, n: int) -> Tensor:
     """
     if callable(loss):
         return _values_of(loss, "loss", outputs, batch, n)
-    scores, labels = logits_of(outputs), labels_of(batch)
-    if loss in ("cross_entropy", "causal_lm"):
-        scores, labels = _class_axis_last(loss, scores, labels, n)
+    labels = labels_of(batch)
+    if loss in _SOFTMAX:
+        scores, labels = _class_axis_last(loss, outputs, labels, n)
         losses = F.cross_entropy(scores.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=IGNORED)
         return losses.view(n, -1).sum(1)
+    scores = _with_batch_axis(logits_of(outputs), n, labels.dim())
     targets = _targets(loss, scores, labels, n)
     if loss == "bce":
         losses = F.binary_cross_entropy_with_logits(scores, targets, reduction="none")
@@ -83,7 +91,7 @@ def measured(measurement: Any, loss: Any, outputs: Any, batch: Any, n: int) -> T
         return per_sample(loss, outputs, batch, n)
     if callable(measurement):
         return _values_of(measurement, "measurement", outputs, batch, n)
-    logits, labels = _class_axis_last("cross_entropy", logits_of(outputs), labels_of(batch), n)
+    logits, labels = _class_axis_last("cross_entropy", outputs, labels_of(batch), n)
     if logits.shape[1] != 1 or bool((labels == IGNORED).any()):
         raise ValueError(
             f"measurement: {measurement!r} needs one label per example and none that is {IGNORED}, got labels of shape "
@@ -107,9 +115,8 @@ def output_columns(
     if callable(loss):
         yield from _columns_of_function(loss, outputs, batch, n, fisher, generator)
         return
-    logits = logits_of(outputs)
-    if loss in ("cross_entropy", "causal_lm"):
-        scores, labels = _class_axis_last(loss, logits, labels_of(batch), n)
+    if loss in _SOFTMAX:
+        scores, labels = _class_axis_last(loss, outputs, labels_of(batch), n)
         probs = scores.detach().softmax(-1)  # [n, t, c]
         counted = (labels != IGNORED)[..., None]
         c = scores.shape[-1]
@@ -128,7 +135,7 @@ def output_columns(
             column[..., k] = roots[..., k] * (1 - probs[..., k])
             yield scores, column * counted
         return
-    scores = logits.reshape(n, -1)
+    scores = logits_of(outputs).reshape(n, -1)
     spread = (scores.detach().sigmoid() * (1 - scores.detach().sigmoid())).sqrt()
     if loss == "mse":
         spread = torch.full_like(scores.detach(), 2**0.5)
@@ -158,9 +165,34 @@ def logits_of(outputs: Any) -> Tensor:
     return logits_of(logits)
 
 
+class Logits(dict):
+    """Outputs of which the logits alone are there: `.logits`, ["logits"] or [0]."""
+
+    def __init__(self, logits: Tensor):
+        super().__init__(logits=logits)
+
+    def __missing__(self, key: Any) -> Any:
+        if key == 0:
+            return self["logits"]
+        raise ValueError(
+            f"loss: the curvature in the outputs needs a function of the logits alone, it asks for {key!r}; choose "
+            "fisher='empirical'"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self[name]
+
+
+def like_outputs(outputs: Any, logits: Tensor) -> Any:
+    """Outputs as a loss takes them, with other logits."""
+    return logits if isinstance(outputs, Tensor) else Logits(logits)
+
+
 def labels_in(x: Any, y: Any) -> Any:
     """What a loss is given beside the outputs: y, or the whole mapping where the batch is one."""
-    return x if y is None and isinstance(x, Mapping) else y
+    return whole(x if y is None and isinstance(x, Mapping) else y)
 
 
 def labels_of(batch: Any) -> Tensor:
@@ -170,10 +202,11 @@ def labels_of(batch: Any) -> Tensor:
     return labels
 
 
-def _class_axis_last(loss: str, logits: Tensor, labels: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def _class_axis_last(loss: str, outputs: Any, labels: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Logits [n, t, c] and labels [n, t] of one example's positions."""
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"loss: labels of {loss!r} must be integers, got {labels.dtype}")
+    logits = _with_batch_axis(logits_of(outputs), n, labels.dim() + 1)
     if loss == "causal_lm":
         if logits.dim() != 3 or labels.shape != logits.shape[:2] or logits.shape[1] < 2:
             raise ValueError(
@@ -181,12 +214,9 @@ def _class_axis_last(loss: str, logits: Tensor, labels: Tensor, n: int) -> tuple
                 f"and {list(labels.shape)}"
             )
         logits, labels = logits[:, :-1], labels[:, 1:]
+    elif _classes_last(loss, logits, labels, n, plain=isinstance(outputs, Tensor)):
+        logits, labels = logits.reshape(n, -1, logits.shape[-1]), labels.reshape(n, -1)
     else:
-        if logits.dim() < 2 or labels.shape != (*logits.shape[:1], *logits.shape[2:]) or len(labels) != n:
-            raise ValueError(
-                f"loss: 'cross_entropy' needs logits [n={n}, c, ...] and labels [n={n}, ...], got "
-                f"{list(logits.shape)} and {list(labels.shape)}"
-            )
         logits, labels = logits.reshape(n, logits.shape[1], -1).mT, labels.reshape(n, -1)
     outside = (labels != IGNORED) & ((labels < 0) | (labels >= logits.shape[-1]))
     if bool(outside.any()):
@@ -194,6 +224,32 @@ def _class_axis_last(loss: str, logits: Tensor, labels: Tensor, n: int) -> tuple
         value = int(labels[outside][0])
         raise ValueError(f"loss: labels must be in [0, c={logits.shape[-1]}), example {row} of the batch has {value}")
     return logits, labels.long()
+
+
+def _classes_last(loss: str, logits: Tensor, labels: Tensor, n: int, plain: bool) -> bool:
+    """Whether the classes are the last axis of the logits, by their shape; else the second."""
+    last = len(labels) == n and logits.dim() >= 2 and labels.shape == logits.shape[:-1]
+    second = len(labels) == n and logits.dim() >= 2 and labels.shape == (n, *logits.shape[2:])
+    if not last and (loss == "token_cross_entropy" or not second):
+        forms = "[n, ..., c]" if loss == "token_cross_entropy" else f"[n={n}, c, ...] or [n, ..., c]"
+        raise ValueError(
+            f"loss: {loss!r} needs logits {forms} and labels [n={n}, ...], got "
+            f"{list(logits.shape)} and {list(labels.shape)}"
+        )
+    if not (last and second) or loss == "token_cross_entropy" or logits.dim() == 2:
+        return last
+    if plain:
+        raise ValueError(
+            f"loss: logits {list(logits.shape)} and labels {list(labels.shape)} fit as [n, c, ...] and as [n, ..., c]: "
+            "pass loss='token_cross_entropy' where the classes are last, and where they are second "
+            "loss=lambda outputs, y: cross_entropy(outputs, y, reduction='none').flatten(1).sum(1)"
+        )
+    return logits.dim() == 3  # transformers: tokens [n, t, c], but segmented images [n, c, h, w]
+
+
+def _with_batch_axis(outputs: Tensor, n: int, dims: int) -> Tensor:
+    """The outputs of one example with the axis that a model's `.squeeze()` took."""
+    return outputs[None] if n == 1 and outputs.dim() in (0, dims - 1) else outputs
 
 
 def _targets(loss: str, outputs: Tensor, labels: Tensor, n: int) -> Tensor:
@@ -221,15 +277,17 @@ def _columns_of_function(
     loss: Any, outputs: Any, batch: Any, n: int, fisher: str, generator: Generator | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Columns of a user's loss: a root of its output Hessian, found by autograd example by example."""
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            f"loss: fisher={fisher!r} with a function needs a model that returns a tensor, got "
-            f"{type(outputs).__name__}; choose fisher='empirical'"
+    scores = logits_of(outputs)
+    m = scores.numel() // n
+    if 8 * n * m * m > _HESSIANS:
+        raise ValueError(
+            f"loss: fisher={fisher!r} with a function takes the output Hessians of {n} examples with {m} outputs, "
+            f"{8 * n * m * m >> 20} MiB: choose a smaller batch_size, a loss by its name, or fisher='empirical'"
         )
-    scores = outputs
     with torch.enable_grad():
         leaf = scores.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(per_sample(loss, leaf, batch, n).sum(), leaf, create_graph=True)
+        values = per_sample(loss, like_outputs(outputs, leaf), batch, n)
+        (gradient,) = torch.autograd.grad(values.sum(), leaf, create_graph=True)
         if not gradient.requires_grad:
             raise ValueError("loss: the function has no second derivative in the outputs; choose fisher='empirical'")
         flat = gradient.reshape(n, -1)

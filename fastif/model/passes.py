@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastif.data.batches import as_loader, batch_length, moved_to, rows_of
-from fastif.model.calls import placed
+from fastif.model.calls import dtype_of, placed
 from fastif.model.capture import Capture
 from fastif.model.check import settle
 from fastif.model.forward import Forward
@@ -66,7 +66,8 @@ class Passes:
                         "random or depends on others; call model.eval(), or pass allow_train_mode=True"
                     )
         with ExitStack() as undo:
-            undo.enter_context(torch.enable_grad())  # whatever surrounds the call
+            undo.enter_context(torch.inference_mode(False))  # whatever surrounds the call
+            undo.enter_context(torch.enable_grad())
             if checkpoint is not None or self.allow_train_mode:  # BatchNorm in train mode writes its buffers
                 before = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
                 undo.callback(self.model.load_state_dict, before)
@@ -96,6 +97,8 @@ class Passes:
         with torch.random.fork_rng(devices), torch.autocast(self.device.type, self.autocast, enabled=short):
             if not (self.allow_train_mode and any(module.training for module in self.model.modules())):
                 self._refuse_draws(few, values, rows)
+                if not isinstance(few, Tensor) and len(rows) > 1:
+                    self._check_shared(few, values, rows)
             forward = settle(self.capture, few, values, alone=not self.allow_train_mode, short=short)
         self._example_bytes = forward.nbytes // forward.n
 
@@ -118,6 +121,20 @@ class Passes:
     def needs_check(self, x: Any) -> bool:
         """Whether a batch shows what none before it could: one example alone does not show whether examples mix."""
         return self.capture.checked < min(2, batch_length(x))
+
+    @torch.no_grad()
+    def _check_shared(self, x: Any, values: Any, rows: Tensor) -> None:
+        """Refuses to cut what all examples share: then one example less in the batch would change the others."""
+        every = values(self.capture.forward(x).outputs, rows)
+        fewer = values(self.capture.forward(rows_of(x, rows[:-1])).outputs, rows[:-1])
+        coarsest = max(torch.finfo(t).eps for t in (every.dtype, self.autocast, dtype_of(self.model)) if t is not None)
+        off = float((fewer - every[:-1]).abs().max())
+        if off > coarsest**0.5 * float(every.abs().max()):
+            raise ValueError(
+                f"Influence: with {len(rows) - 1} examples of the first batch the model gives other values than with "
+                f"{len(rows)}, by {off:.2g}: either it mixes examples, or a part of the batch that all examples "
+                "share has as many rows as the batch; make it fastif.data.Shared(...) where the batch is made"
+            )
 
     def at_a_time(self, n: int) -> int:
         """How many of a batch of n examples go through the model at once, as `check` found that their layers take room.

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fastif.curvature import EKFAC, ExactBlock
-from fastif.data.batches import batch_length, count, moved_to, picked
+from fastif.data.batches import batch_length, moved_to, picked, walked
 from fastif.influence.influence import Influence
 from fastif.model.calls import call
 from fastif.model.features import find_head
@@ -55,7 +55,8 @@ class RetainedNetwork:
         device: torch.device | str | None = None,
         generator: Generator | None = None,
     ):
-        n = count(train, batch_size)
+        train = walked(train, batch_size)
+        n = train.n
         check_removed(removed, n)
         check_weight_decay(weight_decay)
         self.model = copy.deepcopy(model).eval()
@@ -230,6 +231,8 @@ class RetainedNetwork:
                 )
         finally:
             hook.remove()
+        if len(calls) == 1 and logits.dim() == calls[0].dim() - 1:  # the model squeezes a batch of one
+            logits = logits[None]
         same = len(calls) == 1 and calls[0].shape == logits.shape
         if not same or not torch.allclose(calls[0].to(logits), logits, rtol=0.0, atol=0.0, equal_nan=True):
             raise ValueError(

@@ -9,6 +9,13 @@ from fastif.data import as_loader, batch_lengths, picked
 X, Y = torch.arange(10.0)[:, None], torch.arange(10) % 3
 
 
+class DrawnBatches:
+    """A batch sampler that brings another order each time."""
+
+    def __iter__(self):
+        return iter(torch.randperm(10).split(4))
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter([(X[0], Y[0]), (X[1], Y[1])])
@@ -52,7 +59,7 @@ def test_an_iterable_dataset_is_taken_as_it_is():
         DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True),
         DataLoader(TensorDataset(X, Y), sampler=RandomSampler(X)),
         DataLoader(TensorDataset(X, Y), batch_size=None, shuffle=True),
-        DataLoader(TensorDataset(X, Y), batch_sampler=[[1, 0], [2]]),
+        DataLoader(TensorDataset(X, Y), batch_sampler=DrawnBatches()),
     ],
     ids=["shuffle", "sampler", "unbatched", "batch sampler"],
 )
@@ -108,8 +115,8 @@ def test_what_is_no_data_is_refused(data, error, words):
 def test_batches_and_sizes_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         as_loader(X, batch_size=0)
-    with pytest.raises(TypeError, match="got 3 parts"):
-        list(as_loader([(X, Y, Y)]))
+    with pytest.raises(TypeError, match="got 0 parts"):
+        list(as_loader([()]))
 
 
 class _Counted(TensorDataset):

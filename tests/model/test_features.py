@@ -224,9 +224,9 @@ def test_a_head_that_does_not_run_exactly_once_is_refused(times, forward, xy):
 
 
 def test_a_head_that_does_not_see_one_row_per_example_is_refused(xy):
-    with pytest.raises(ValueError, match=r"must see one row per example, \[b=23, d\], it saw shape \[23, 1, 4\]"):
+    with pytest.raises(ValueError, match=r"the model's output, shape \[23, 4\], is not the head's, shape \[23, 1, 4\]"):
         run(Around(lambda m, x: m.head(x[:, None])[:, 0]), xy, head="head")
-    with pytest.raises(ValueError, match=r"must see one row per example, \[b=23, d\], it saw shape \[46, 4\]"):
+    with pytest.raises(ValueError, match=r"must see one row per example, \[b=23, d\], .* it saw shape \[46, 4\]"):
         run(Around(lambda m, x: m.head(torch.cat([x, x]))), xy, head="head")
 
 

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from fastif.curvature.protocol import FitData
 from fastif.data.batches import batch_length, rows_of
 from fastif.model.calls import call, dtype_of
-from fastif.model.losses import labels_in, logits_of, per_sample
+from fastif.model.losses import Logits, labels_in, logits_of, per_sample
 from fastif.samplers.subset import Subset
 
 Matrix = Literal["ggn", "hessian"]
@@ -78,6 +78,7 @@ class Operator:
         self.graph_bytes = 0
         self.mode: Literal["forward over reverse", "double backward"] = "forward over reverse"
         self.reason = ""
+        self.logits_alone = False  # whether the model returns more than a tensor, of which the loss sees the logits
         self._activations: int | None = None  # bytes that a forward pass keeps of an example
         self._padding = self._rows_of_padding()
         self._graphs: list[_Graph] | None = None
@@ -200,14 +201,8 @@ class Operator:
 
     def scores(self, outputs: Any) -> Tensor:
         """The outputs between which and the loss the GGN takes the second derivative."""
-        if not callable(self.data.loss):
-            return logits_of(outputs)
-        if not isinstance(outputs, Tensor):
-            raise TypeError(
-                f"products: matrix='ggn' with a function as loss needs a model that returns a tensor, got "
-                f"{type(outputs).__name__}; choose matrix='hessian'"
-            )
-        return outputs
+        self.logits_alone = not isinstance(outputs, Tensor)
+        return logits_of(outputs) if self.logits_alone or not callable(self.data.loss) else outputs
 
     def objective(self, outputs: Any, batch: Any, weights: Tensor, n: int) -> Tensor:
         """Σ_i w_i ℓ_i of a batch."""
@@ -286,7 +281,8 @@ class _OutputHessian:
     def __init__(self, operator: Operator, scores: Tensor, batch: Any, weights: Tensor):
         with torch.enable_grad():
             self._leaf = scores.detach().requires_grad_()
-            self._slope = _differentiable(operator.objective(self._leaf, batch, weights, len(weights)), [self._leaf])
+            outputs = Logits(self._leaf) if operator.logits_alone else self._leaf
+            self._slope = _differentiable(operator.objective(outputs, batch, weights, len(weights)), [self._leaf])
 
     def __call__(self, moved: Tensor) -> Tensor:
         return _batched(self._slope, [self._leaf], [moved])[0]
