@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastif.curvature.exact.block import ExactBlock
 from fastif.curvature.protocol import Estimator
-from fastif.data.batches import count, walked
+from fastif.data.batches import walked
 from fastif.influence.coverage import assign, cover_head, look_at, restore_coverage, warn_of_lost
 from fastif.influence.fitted import Fitted, Setup, load_fitted
 from fastif.influence.fitting import fit
@@ -166,7 +166,8 @@ class Influence:
                 of `scores` does.
             rank: as for `scores`.
         """
-        every = torch.arange(count(train, self.passes.batch_size))
+        train = walked(train, self.passes.batch_size)
+        every = torch.arange(train.n)
         self.setup = cover_head(self.setup, train, every)
         with self.passes.running(None):
             self.setup = look_at(self.setup, train, every)

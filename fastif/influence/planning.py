@@ -10,7 +10,7 @@ import math
 from typing import Any, NamedTuple
 
 from fastif.curvature.protocol import STANDING, Cost, Products
-from fastif.data.batches import count
+from fastif.data.batches import Walked, walked
 from fastif.influence.fitted import Setup
 from fastif.influence.queries import MADE, query_bytes_of
 from fastif.influence.rehearsal import Rehearsal, rehearse, rehearse_scores
@@ -68,9 +68,9 @@ class Plan(NamedTuple):
         )
 
 
-def make_plan(setup: Setup, train: Any, query: Any | None, rank: int | None) -> Plan:
+def make_plan(setup: Setup, train: Walked, query: Any | None, rank: int | None) -> Plan:
     """See `Influence.plan`; the model stands ready with its hooks."""
-    passes, n = setup.passes, count(train, setup.passes.batch_size)
+    passes, n = setup.passes, train.n
     item = dtype_of(setup.model).itemsize
     seen = rehearse(setup, train, n)
     total, making, solving = Cost(), 0, 0
@@ -110,7 +110,8 @@ def make_plan(setup: Setup, train: Any, query: Any | None, rank: int | None) -> 
     )
     if query is None:
         return made
-    q = count(query, passes.batch_size)
+    query = walked(query, passes.batch_size)
+    q = query.n
     if multiplying:
         return made._replace(q=q)
     if seen.curvature is not None:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastif.curvature.matrix_free.operator import Operator
 from fastif.curvature.network import NetworkCurvature, prepare
 from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Products, Shape
-from fastif.data.batches import Batch, as_loader, batch_length, moved_to, picked
+from fastif.data.batches import Batch, Walked, as_loader, batch_length, moved_to, picked
 from fastif.influence.fitted import Fitted, Setup
 from fastif.influence.fitting import observe
 from fastif.influence.scoring import compute_self_influence, make_tiles
@@ -81,10 +81,10 @@ class _KeepsNothing(JointCurvature):
         return Cost()
 
 
-def rehearse(setup: Setup, train: Any, n: int) -> Rehearsal:
+def rehearse(setup: Setup, train: Walked, n: int) -> Rehearsal:
     """Sends the first slice of the first batch through the model, and shows it to the estimators."""
     passes, capture = setup.passes, setup.capture
-    size = min(n, getattr(train, "batch_size", None) or passes.batch_size)
+    size = train.lengths[0]
     ((x, y), _) = next(iter(picked(train, size, torch.arange(size))))
     x, y = moved_to(x, setup.device), moved_to(y, setup.device)
     if passes.needs_check(x):
