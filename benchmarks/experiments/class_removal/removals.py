@@ -91,7 +91,7 @@ class LiSSA:
         kept[removed] = False
         kept = kept.nonzero()[:, 0]
         retained = {name: values[kept] for name, values in self.seen.items()}
-        series = fastif.LiSSA(self.damping + weight_decay, self.matrix, steps=self.iterations, keep_graph=True)
+        series = fastif.LiSSA(self.damping + weight_decay, self.matrix, max_steps=self.iterations, keep_graph=True)
         with warnings.catch_warnings(record=True) as said, Measure(device) as work:
             warnings.simplefilter("always")  # of a series that did not converge
             drawn = draw(partial(sampler, k=m), **retained, generator=torch.Generator().manual_seed(seed))

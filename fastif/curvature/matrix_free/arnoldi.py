@@ -9,10 +9,11 @@ import torch
 from torch import Generator, Tensor
 
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
-from fastif.curvature.matrix_free.iterations import check_iterations, warn_not_converged
+from fastif.curvature.matrix_free.iterations import NotConverged, check_iterations
 from fastif.curvature.matrix_free.krylov import krylov, sufficient
 from fastif.curvature.matrix_free.operator import Layout, Matrix, check_matrix, operator_of
 from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Products, Shape
+from fastif.renamed import warn_outside
 
 
 class Arnoldi(JointCurvature):
@@ -92,10 +93,11 @@ class Arnoldi(JointCurvature):
         self._vectors = found.vectors
         residual, largest = float(self._residuals.max()), float(self._values.abs().max())
         if not found.invariant and (residual > self.tolerance * largest or self.error == 1):
-            warn_not_converged(
+            warn_outside(
                 f"Arnoldi: after {steps} steps {len(self._values)} of rank={self.rank} pairs are there and the largest "
                 f"residual is {residual / largest:.2g} of the largest eigenvalue, at a tolerance of "
                 f"{self.tolerance:g}: more steps (max_steps) or a smaller rank would help",
+                NotConverged,
             )
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
-from fastif.curvature.matrix_free.iterations import check_iterations, iterating, silent, warn_not_converged
+from fastif.curvature.matrix_free.iterations import NotConverged, check_iterations, iterating, silent
 from fastif.curvature.matrix_free.krylov import Product, dots, krylov, norms_of, scaled, sufficient
 from fastif.curvature.matrix_free.operator import Layout, Matrix, check_matrix, operator_of
 from fastif.curvature.protocol import (
@@ -27,6 +27,7 @@ from fastif.curvature.protocol import (
 )
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
+from fastif.renamed import warn_outside
 
 _LOOKED = 30  # products that a failure may cost for its diagnosis
 
@@ -119,7 +120,7 @@ class CG(JointCurvature):
             )
         self.residual, self.steps_taken = float(found.residuals.max()), found.steps
         if self.residual > self.tolerance:
-            warn_not_converged(
+            warn_outside(
                 f"CG: after {self.steps_taken} of {self.max_steps} steps the residual is {self.residual:.2g} of the "
                 f"right-hand side, above the tolerance {self.tolerance:g}"
                 + (
@@ -127,6 +128,7 @@ class CG(JointCurvature):
                     if self.steps_taken >= self.max_steps
                     else f": it falls no longer, {operator.coarsest} does not resolve less"
                 ),
+                NotConverged,
             )
         return self._layout.by_block(found.x, rhs)
 

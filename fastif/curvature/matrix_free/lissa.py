@@ -11,10 +11,11 @@ import torch
 from torch import Generator, Tensor
 
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
-from fastif.curvature.matrix_free.iterations import check_iterations, iterating, silent, warn_not_converged
+from fastif.curvature.matrix_free.iterations import NotConverged, check_iterations, iterating, silent
 from fastif.curvature.matrix_free.krylov import Product, dots, krylov, norms_of, scaled, sufficient
 from fastif.curvature.matrix_free.operator import Layout, Matrix, Operator, check_matrix, operator_of
 from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Products, Shape
+from fastif.renamed import rename_arguments, warn_outside, warn_renamed
 from fastif.samplers.subset import Subset
 
 _MARGIN = 1.25  # of the scale above the largest eigenvalue that was seen
@@ -44,7 +45,7 @@ class LiSSA(JointCurvature):
         matrix: "ggn" or "hessian".
         scale: the series converges if it is more than half of the largest eigenvalue of G + λI. "auto": a quarter
             above the largest eigenvalue that power iteration finds, or that of the batches drawn (see `scale_used`).
-        steps: at most. Where they do not suffice, `NotConverged` is warned of.
+        max_steps: of the series. Where they do not suffice, `NotConverged` is warned of.
         tolerance: of the residual, relative to the right-hand side.
         batch: examples per step, or None for all.
         repeats: of the whole series, for batches.
@@ -53,13 +54,14 @@ class LiSSA(JointCurvature):
     Of the last solve, `residual` (computed from x) and `steps_taken` are kept.
     """
 
+    @rename_arguments(steps="max_steps")
     def __init__(
         self,
         damping: float = 1e-2,
         matrix: Matrix = "ggn",
         *,
         scale: float | Literal["auto"] = "auto",
-        steps: int = 1000,
+        max_steps: int = 1000,
         tolerance: float = 1e-3,
         batch: int | None = None,
         repeats: int = 1,
@@ -69,7 +71,7 @@ class LiSSA(JointCurvature):
         if damping == "auto" or damping == 0:
             raise ValueError(f"LiSSA: damping must be a number > 0, got {damping!r}: it has to converge")
         check_matrix("LiSSA", matrix)
-        check_iterations("LiSSA", tolerance, steps=steps, repeats=repeats, batch=1 if batch is None else batch)
+        check_iterations("LiSSA", tolerance, max_steps=max_steps, repeats=repeats, batch=1 if batch is None else batch)
         if scale != "auto" and not (isinstance(scale, int | float) and 0 < scale < math.inf):
             raise ValueError(f"LiSSA: scale must be a finite number > 0 or 'auto', got {scale!r}")
         if batch is None and repeats > 1:
@@ -79,7 +81,7 @@ class LiSSA(JointCurvature):
         self.damping, self.tolerance, self.batch, self.repeats = damping, tolerance, batch, repeats
         self.matrix: Matrix = matrix
         self.scale: float | Literal["auto"] = scale
-        self.steps, self.keep_graph = steps, keep_graph
+        self.max_steps, self.keep_graph = max_steps, keep_graph
         self._data: FitData | None = None
         self._scale: Tensor | None = None
         self.residual: float | None = None  # of the last solve, relative, the largest of its right-hand sides
@@ -103,6 +105,12 @@ class LiSSA(JointCurvature):
             self._scale = torch.tensor(_MARGIN * found + self.damping, dtype=torch.float64)
 
     @property
+    def steps(self) -> int:
+        """The old name of `max_steps`."""
+        warn_renamed("LiSSA.steps", "LiSSA.max_steps")
+        return self.max_steps
+
+    @property
     def scale_used(self) -> float:
         """The number given, or what "auto" found."""
         if self._scale is None:
@@ -115,7 +123,7 @@ class LiSSA(JointCurvature):
         self.graph_bytes = operator.graph_bytes
         sizes = norms_of(flat)
         b, x, self.steps_taken = scaled(flat, sizes), torch.zeros_like(flat), 0
-        with iterating("LiSSA", self.steps * self.repeats, operator.data) as stepped:
+        with iterating("LiSSA", self.max_steps * self.repeats, operator.data) as stepped:
             for repeat in range(self.repeats):
                 products = self._products(operator, repeat)
                 found, taken = neumann(
@@ -123,7 +131,7 @@ class LiSSA(JointCurvature):
                     b,
                     self.damping,
                     self.scale_used,
-                    steps=self.steps,
+                    steps=self.max_steps,
                     tolerance=_CLOSER * self.tolerance if self.batch is None else None,
                     whole=operator,
                     name=self.matrix,
@@ -134,16 +142,17 @@ class LiSSA(JointCurvature):
                 self.steps_taken += taken
         self.residual = float(norms_of(b - (operator(x) + self.damping * x)).max())
         if not self.residual <= self.tolerance:
-            warn_not_converged(
+            warn_outside(
                 f"LiSSA: after {self.steps_taken} steps the residual is {self.residual:.2g} of the right-hand side, "
                 f"above the tolerance {self.tolerance:g}: "
                 + (
                     f"it falls no longer, {operator.coarsest} does not resolve less"
-                    if self.batch is None and self.steps_taken < self.steps
+                    if self.batch is None and self.steps_taken < self.max_steps
                     else "more steps, more damping"
                     + (" or CG" if self.batch is None else ", larger batches or more repeats")
                     + " would help"
                 ),
+                NotConverged,
             )
         return self._layout.by_block(x * sizes[:, None].to(x), rhs)
 
@@ -180,7 +189,7 @@ class LiSSA(JointCurvature):
         share = 1.0 if self.batch is None else min(1.0, self.batch / n)
         finding = _POWER_STEPS if self.scale == "auto" else 0
         return Products(
-            share * finding, share * self.steps * self.repeats + 2, matrix=self.matrix, keep_graph=self.keep_graph
+            share * finding, share * self.max_steps * self.repeats + 2, matrix=self.matrix, keep_graph=self.keep_graph
         )
 
 
