@@ -446,5 +446,7 @@ def test_one_step_of_removal_by_a_downdate_is_that_of_a_refit(monkeypatch):
         line_search=False,
         weight_decay=WEIGHT_DECAY,
     )
-    moved = torch.cat([history.weight - head.weight, (history.bias - head.bias)[:, None]], 1)
+    moved = torch.cat(
+        [history.parameters["weight"] - head.weight, (history.parameters["bias"] - head.bias)[:, None]], 1
+    )
     assert close(step, moved.detach(), 1e-5)
