@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastif.curvature.called import Called
 from fastif.curvature.directions import Directions, Explicit
+from fastif.curvature.limits import MEMORY
 from fastif.model.capture import Forward
 from fastif.model.gradients import Formed, Gradients
 from fastif.model.layers import Block
@@ -179,7 +180,7 @@ class JointCurvature(Estimator):
     joint = True
     passes = 0
     fisher = "empirical"
-    memory: int = 1 << 27  # bytes that right-hand sides, and what solving takes beside them, may take at a time
+    memory: int = MEMORY  # bytes that right-hand sides, and what solving takes beside them, may take at a time
 
     def assign(self, names: Sequence[str]) -> dict[tuple[str, ...], JointCurvature]:
         return {tuple(names): self} if names else {}

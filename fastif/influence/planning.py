@@ -83,7 +83,7 @@ class Plan(NamedTuple):
         )
 
 
-def make_plan(setup: Setup, train: Any, query: Any | None, rank: int | None) -> Plan:
+def make_plan(setup: Setup, train: Any, query: Any | None, low_rank: int | None) -> Plan:
     """See `Influence.plan`; the model stands ready with its hooks."""
     passes, n = setup.passes, count(train, setup.passes.batch_size)
     item = dtype_of(setup.model).itemsize
@@ -130,7 +130,7 @@ def make_plan(setup: Setup, train: Any, query: Any | None, rank: int | None) -> 
     q = count(query, passes.batch_size)
     if multiplying:
         return made._replace(q=q)
-    scores, own, held = _rehearse(setup, probe.curvature, query, train, n, rank)
+    scores, own, held = _rehearse(setup, probe.curvature, query, train, n, low_rank)
     scored = q * n * item if setup.device.type == "cpu" else 0
     return made._replace(
         q=q,
@@ -141,7 +141,7 @@ def make_plan(setup: Setup, train: Any, query: Any | None, rank: int | None) -> 
 
 
 def _rehearse(
-    setup: Setup, curvature: NetworkCurvature, query: Any, train: Any, n: int, rank: int | None
+    setup: Setup, curvature: NetworkCurvature, query: Any, train: Any, n: int, low_rank: int | None
 ) -> tuple[int | None, int | None, int]:
     """Peak bytes of the first two blocks of queries times two batches of training examples, and of the latter's
     self-influence: from then on, whatever is held at a time has been held. And how many queries the first block has."""
@@ -158,7 +158,7 @@ def _rehearse(
         return Fitted(setup._replace(passes=quiet, checkpoints=states), (copy.deepcopy(curvature),), n)
 
     fitted, held = stand_in(), 0
-    with Measure(setup.device) as scoring, closing(make_tiles(fitted, query, first, rank=rank)) as tiles:
+    with Measure(setup.device) as scoring, closing(make_tiles(fitted, query, first, low_rank=low_rank)) as tiles:
         for tile in tiles:
             if tile.query > 0:
                 break

@@ -21,12 +21,12 @@ from fastif.model.gradients import Gradients
 _MADE = 1 << 23  # bytes of preconditioned query gradients that are made at a time
 
 
-def query_bytes(fitted: Fitted, query: Any, rank: int | None, by: By) -> int:
+def query_bytes(fitted: Fitted, query: Any, low_rank: int | None, by: By) -> int:
     """Of what is held of a query at least, as the first batch has it."""
     passes, blocks = fitted.passes, fitted.capture.blocks
     item = dtype_of(passes.model).itemsize
-    if rank is not None:
-        return item * sum(b.shape[0] * min(rank, *b.shape[1:]) * sum(b.shape[1:]) for b in blocks.values())
+    if low_rank is not None:
+        return item * sum(b.shape[0] * min(low_rank, *b.shape[1:]) * sum(b.shape[1:]) for b in blocks.values())
     checkpoint, curvature = fitted.at_checkpoints()[0]
     numbers = {name: block.size for name, block in blocks.items()}
     factored = {name for name, estimator in curvature.by_block.items() if estimator.keeps_query_factors}
@@ -44,12 +44,12 @@ def query_blocks(
     total: int,
     curvature: NetworkCurvature,
     groups: Tensor | None,
-    rank: int | None,
+    low_rank: int | None,
     explicit: bool,
 ) -> Iterator[tuple[int, dict[str, list[Directions]]]]:
     """The query side for as many queries at a time as `memory` holds, with the first query's index."""
     if groups is not None:
-        yield 0, _grouped_queries(fitted, query, curvature, groups, rank)
+        yield 0, _grouped_queries(fitted, query, curvature, groups, low_rank)
         return
     whole = sum(block.size for block in fitted.capture.blocks.values()) * dtype_of(fitted.passes.model).itemsize
     each = max(1, min(fitted.memory // 4, _MADE) // whole)  # making them takes some copies
@@ -57,7 +57,7 @@ def query_blocks(
     for start, n, gradients in fitted.passes.gradients(query, "queries", fitted.setup.measurement):
         for begin in range(0, n, each):
             part = {name: g.rows(begin, begin + each) for name, g in gradients.items()}
-            made = _directions(curvature, part, rank, explicit)
+            made = _directions(curvature, part, low_rank, explicit)
             del part
             if held.parts and held.nbytes_with(made) > memory:
                 yield first, held.settled(memory - held.nbytes)
@@ -135,23 +135,23 @@ class _Held:
 def _directions(
     curvature: NetworkCurvature,
     gradients: Mapping[str, Gradients],
-    rank: int | None,
+    low_rank: int | None,
     explicit: bool,
 ) -> dict[str, Directions]:
-    if rank is None and not explicit:
+    if low_rank is None and not explicit:
         return curvature.directions(gradients)
-    return _solved(curvature, {name: g.formed() for name, g in gradients.items()}, rank)
+    return _solved(curvature, {name: g.formed() for name, g in gradients.items()}, low_rank)
 
 
-def _solved(curvature: NetworkCurvature, matrices: Mapping[str, Tensor], rank: int | None) -> dict[str, Directions]:
+def _solved(curvature: NetworkCurvature, matrices: Mapping[str, Tensor], low_rank: int | None) -> dict[str, Directions]:
     solved = curvature.solve(matrices)
-    if rank is None:
+    if low_rank is None:
         return {name: Explicit(matrices) for name, matrices in solved.items()}
-    return {name: LowRank.of(matrices, rank) for name, matrices in solved.items()}
+    return {name: LowRank.of(matrices, low_rank) for name, matrices in solved.items()}
 
 
 def _grouped_queries(
-    fitted: Fitted, query: Any, curvature: NetworkCurvature, groups: Tensor, rank: int | None
+    fitted: Fitted, query: Any, curvature: NetworkCurvature, groups: Tensor, low_rank: int | None
 ) -> dict[str, list[Directions]]:
     number = int(groups.max()) + 1
     totals = {
@@ -163,4 +163,4 @@ def _grouped_queries(
         for group in here.unique().tolist():
             for name, g in gradients.items():
                 totals[name][group] += g.sum((here == group).to(fitted.passes.device))
-    return {name: [made] for name, made in _solved(curvature, totals, rank).items()}
+    return {name: [made] for name, made in _solved(curvature, totals, low_rank).items()}
