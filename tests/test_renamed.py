@@ -84,6 +84,6 @@ def test_warnings_stand_where_the_old_name_does():
     def function(new: int) -> int:
         return new
 
-    with pytest.warns(DeprecationWarning) as caught:
+    with pytest.warns(DeprecationWarning, match="old= was renamed to new=") as caught:
         assert function(old=3) == 3
     assert caught[0].filename == __file__

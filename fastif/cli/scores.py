@@ -245,10 +245,8 @@ def _estimator(curvature: str, damping: str | None, fisher: str | None, seed: in
             raise ValueError(f"--damping must be a number >= 0 or auto, got {damping}") from None
     if make is RandomProjection:
         options["seed"] = seed
-    if fishers == FISHERS and fisher is not None:
+    if len(fishers) > 1 and fisher is not None:
         options["fisher"] = fisher
-    elif make is ExactBlock and fisher == "empirical":
-        options["matrix"] = "empirical_fisher"
     return make(**options)
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastif.curvature import limits
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
 from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork
 from fastif.model.gradients import Dense, Formed, Gradients, OneHot
@@ -15,7 +16,6 @@ from fastif.model.losses import Fisher
 from fastif.model.sliced_gradients import Sliced
 
 _RELATIVE_DAMPING = 0.1  # of the mean squared entry of the gradients, for damping="auto" (Kwon et al. 2024)
-_ENTRIES = 1 << 24  # of gradients that are formed at a time where they have to be
 
 
 class DataInf(Curvature):
@@ -91,8 +91,8 @@ class DataInf(Curvature):
         """
         size = self.shape[0] * self.shape[1] * self.shape[2]
         parts, total = [], sum(float(weights.double().sum()) for _, weights in self._fitted())
-        for begin in range(0, len(gradients), max(1, _ENTRIES // size)):
-            some = gradients.rows(begin, begin + max(1, _ENTRIES // size))
+        for begin in range(0, len(gradients), max(1, limits.DATA_INF_ENTRIES // size)):
+            some = gradients.rows(begin, begin + max(1, limits.DATA_INF_ENTRIES // size))
             entries = some.formed()
             formed = entries.double()
             norms = formed.square().flatten(1).sum(1)

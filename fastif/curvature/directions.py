@@ -10,13 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastif.curvature import limits
 from fastif.model.gradients import Dense, Formed, Gradients
 from fastif.model.sliced_gradients import Sliced, whole
-
-_ENTRIES = 1 << 24  # of the largest intermediate of LowRank
-_FORMED = 1 << 20  # entries of matrices that are made of factors at a time: 4 MiB in float32, a cache's
-_TOGETHER = 1 << 21  # entries of training gradients that meet matrices made of factors, of several positions
-_SAMPLE = 64  # queries and training examples on which an approximation measures its error
 
 
 class Directions(Protocol):
@@ -87,7 +83,7 @@ class LowRank:
             return train.dots(self.left @ self.right)
         q, _, _, r = self.left.shape
         out = []
-        each = max(1, _ENTRIES // (train.inputs[0, :, :, 0].numel() * len(train.inputs) * r))
+        each = max(1, limits.LOW_RANK_ENTRIES // (train.inputs[0, :, :, 0].numel() * len(train.inputs) * r))
         for begin in range(0, q, each):  # [g, n, t, queries, r] at a time
             left, right = self.left[begin : begin + each], self.right[begin : begin + each]
             u = torch.einsum("gnto,qgor->gntqr", train.output_grads, left)
@@ -164,7 +160,7 @@ class Factors:
         if not fits:
             return self
         matrices, inverse = self._query.inputs.new_empty((len(self), 1, o, d)), self._basis.inverse_eigenvalues
-        each = max(1, _FORMED // (o * d))
+        each = max(1, limits.QUERY_MATRIX_ENTRIES // (o * d))
         for i in range(0, len(self), each):
             matrices[i : i + each] = self._basis.unrotated(_of(self._query, i, i + each, inverse))
         return Explicit(matrices)
@@ -176,13 +172,13 @@ class Factors:
         """With training gradients in the eigenbasis."""
         if self._query.positions == 1:
             return self._with(train)
-        each = max(1, _TOGETHER // self._basis.inverse_eigenvalues.numel())
+        each = max(1, limits.TRAIN_MATRIX_ENTRIES // self._basis.inverse_eigenvalues.numel())
         parts = (Formed(train.rows(i, i + each).formed()) for i in range(0, len(train), each))
         return torch.cat([self._with(part) for part in parts], 1)
 
     def _with(self, train: Gradients) -> Tensor:
         inverse = self._basis.inverse_eigenvalues
-        each = max(1, _FORMED // inverse.numel())
+        each = max(1, limits.QUERY_MATRIX_ENTRIES // inverse.numel())
         return torch.cat([train.dots(_of(self._query, i, i + each, inverse)) for i in range(0, len(self), each)])
 
 
@@ -208,7 +204,7 @@ class Separable(Factors):
         if train.positions > 1:
             return self._exact(rotated)
         if self._rank is None:
-            self._rank = self._sufficient(whole(rotated.rows(0, _SAMPLE)))
+            self._rank = self._sufficient(whole(rotated.rows(0, limits.ERROR_SAMPLE)))
             self._basis.separable_rank = self._rank or None
         if self._rank == 0:
             return self._exact(rotated)
@@ -217,7 +213,7 @@ class Separable(Factors):
 
     def _sufficient(self, train: Dense) -> int:
         """The smallest rank within the tolerance, or 0 where the exact form is as cheap."""
-        query, inverse = self._query.rows(0, _SAMPLE), self._basis.inverse_eigenvalues
+        query, inverse = self._query.rows(0, limits.ERROR_SAMPLE), self._basis.inverse_eigenvalues
         exact = train.dots(_of(query, 0, len(query), inverse))
         allowed = self._tolerance * float(exact.norm())
 

@@ -10,6 +10,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from fastif.curvature import limits
 from fastif.curvature.damping import check_damping
 from fastif.curvature.directions import Directions
 from fastif.curvature.exact.cholesky import factorize
@@ -18,8 +19,6 @@ from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCu
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
 
-_ENTRIES = 1 << 23  # of signs that stand at a time
-_HELD = 1 << 24  # signs that are kept at most, 64 MiB in float32
 _WORD = 32  # signs that one hash gives
 
 
@@ -101,7 +100,7 @@ class RandomProjection(JointCurvature):
             yield self._held[name].to(like)
             return
         words = -(-self.dimension // _WORD)
-        each = max(1, _ENTRIES // (size * _WORD))
+        each = max(1, limits.SIGNS_MADE // (size * _WORD))
         made: list[Tensor] = []
         for begin in range(0, words, each):
             s = signs(self.seed, name, size, begin, min(each, words - begin), like.device)
@@ -116,7 +115,7 @@ class RandomProjection(JointCurvature):
     @property
     def _holds(self) -> bool:
         """Whether all signs are few enough to be made once."""
-        return self.dimension * sum(math.prod(shape) for shape in self._shapes.values()) <= _HELD
+        return self.dimension * sum(math.prod(shape) for shape in self._shapes.values()) <= limits.SIGNS_KEPT
 
     def _solved(self, rows: Tensor) -> Tensor:
         """(K + λI)⁻¹ φ for rows φ [m, k]."""
@@ -160,11 +159,11 @@ class RandomProjection(JointCurvature):
 
     def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
         largest, k = max(block.size for block in blocks.values()), self.dimension
-        standing = min(max(_ENTRIES, largest * _WORD), largest * (k + _WORD))
+        standing = min(max(limits.SIGNS_MADE, largest * _WORD), largest * (k + _WORD))
         every = k * sum(block.size for block in blocks.values())
         formed = sum(block.positions * block.size for block in blocks.values())
         return Cost(
-            held=2 * 8 * k**2 + (every * fit.item if every <= _HELD else 0),
+            held=2 * 8 * k**2 + (every * fit.item if every <= limits.SIGNS_KEPT else 0),
             making=standing * (8 + fit.item) + 2 * 8 * k**2,
             operations=2 * fit.n * fit.columns * (formed + every + k**2) + k**3 / 3,
         )

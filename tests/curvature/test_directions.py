@@ -189,8 +189,8 @@ def test_factors_take_less_memory_than_matrices():
 
 
 def test_matrices_are_turned_back_in_parts(monkeypatch):
-    monkeypatch.setattr("fastif.curvature.directions._FORMED", 3 * 40 * 25)
-    monkeypatch.setattr("fastif.curvature.directions._TOGETHER", 4 * 40 * 25)
+    monkeypatch.setattr("fastif.curvature.limits.QUERY_MATRIX_ENTRIES", 3 * 40 * 25)
+    monkeypatch.setattr("fastif.curvature.limits.TRAIN_MATRIX_ENTRIES", 4 * 40 * 25)
     model, data = by_words()
     influence = Influence(model, curvature=EKFAC(1e-2), layers="first", progress=False).fit(data)
     block, g = influence.curvature["first"], gradients_of(model, "first", data)["first"]

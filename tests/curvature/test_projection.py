@@ -24,8 +24,8 @@ def projection(name, k, seed=0):
 @pytest.mark.parametrize("name", ["mlp", "words", "pixels"])
 @pytest.mark.parametrize("entries", [1 << 23, 1])
 def test_it_is_the_curvature_of_projected_gradients(name, entries, monkeypatch):
-    monkeypatch.setattr("fastif.curvature.projection._ENTRIES", entries)
-    monkeypatch.setattr("fastif.curvature.projection._HELD", entries)
+    monkeypatch.setattr("fastif.curvature.limits.SIGNS_MADE", entries)
+    monkeypatch.setattr("fastif.curvature.limits.SIGNS_KEPT", entries)
     x, y = problem(name).data
     subset = Subset(torch.tensor([17, 0, 5, 9, 2]), torch.tensor([0.3, 0.1, 0.2, 0.5, 0.0], dtype=torch.float64))
     influence = influence_of(name, RandomProjection(70, DAMPING), batch_size=7).fit((x, y), subset)

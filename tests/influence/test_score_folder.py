@@ -273,7 +273,7 @@ def test_what_changes_only_the_last_bits_is_refused(tmp_path, monkeypatch):
         fitted(model, train, memory=1 << 26).scores(query, train, out=tmp_path / "memory", resume=True)
     fitted(model, train, curvature=ExactBlock()).scores(query, train, out=tmp_path / "factors")
     room = iter([1 << 30])  # to allocate the block, and none when its factor is made
-    monkeypatch.setattr("fastif.curvature.exact.block.available_bytes", lambda _: next(room, 0))
+    monkeypatch.setattr("fastif.curvature.exact.room.available_bytes", lambda _: next(room, 0))
     influence = fitted(model, train, curvature={"2": ExactBlock()}, layers="2")
     assert influence.curvature["2"].in_place_used
     with pytest.raises(ValueError, match=r"choices was \{\}, is \{'0/2': \{'factor in place': True\}\}"):

@@ -18,6 +18,7 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from fastif.curvature import limits
 from fastif.curvature.protocol import FitData
 from fastif.data.batches import batch_length, rows_of
 from fastif.model.calls import call, dtype_of
@@ -25,9 +26,6 @@ from fastif.model.losses import labels_in, logits_of, per_sample
 from fastif.samplers.subset import Subset
 
 Matrix = Literal["ggn", "hessian"]
-_TOGETHER = 16  # right-hand sides that share a forward pass; their tangents stand in memory side by side
-_LEAST = 8  # examples of a slice
-_NEAR = 1 << 25  # bytes of activations and tangents at a time on the CPU: with more, passes wait for memory
 
 
 class Layout:
@@ -89,7 +87,7 @@ class Operator:
 
     def __call__(self, vectors: Tensor, subset: Subset | None = None) -> Tensor:
         """G v, or the product with the curvature of another subset."""
-        return torch.cat([self._some(rows, subset) for rows in vectors.split(_TOGETHER)])
+        return torch.cat([self._some(rows, subset) for rows in vectors.split(limits.PRODUCT_VECTORS)])
 
     def _some(self, vectors: Tensor, subset: Subset | None) -> Tensor:
         tangents = self._to_parameters(vectors)
@@ -115,7 +113,7 @@ class Operator:
         """A batch in slices whose activations, and tangents along m vectors, stay near."""
         if self._activations is None:
             self._activations = self._looked_at(x)
-        each = max(_LEAST, _NEAR // max(1, (m + 1) * self._activations))
+        each = max(limits.SLICE_EXAMPLES, limits.SLICE_BYTES // max(1, (m + 1) * self._activations))
         if each >= len(weights):
             yield x, y, weights
             return
