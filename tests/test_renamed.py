@@ -87,3 +87,31 @@ def test_warnings_stand_where_the_old_name_does():
     with pytest.warns(DeprecationWarning, match="old= was renamed to new=") as caught:
         assert function(old=3) == 3
     assert caught[0].filename == __file__
+
+
+def test_verbs_of_estimators(scored):
+    influence, query, train = scored
+    for name, old, new in (("EKFAC", "rotated", "rotate"), ("RandomProjection", "projected_block", "project_block")):
+        fitted = Influence(influence.model, curvature=getattr(fastif, name)(), progress=False).fit(train)
+        estimator, passes = fitted.curvature["0"], fitted.passes
+        block = () if name == "EKFAC" else ("0",)
+        with passes.running(None):
+            ((_, _, gradients),) = passes.gradients(query, "queries")
+        want = getattr(estimator, new)(*block, gradients["0"])
+        with renamed(f"{name}.{old}", f"{name}.{new}"):
+            found = getattr(estimator, old)(*block, gradients["0"])
+        if name == "EKFAC":
+            want, found = want.formed(), found.formed()
+            with renamed("EKFAC.unrotated", "EKFAC.unrotate"):
+                assert torch.equal(estimator.unrotated(want), estimator.unrotate(want))
+        else:
+            with renamed("RandomProjection.projected", "RandomProjection.project"):
+                assert torch.equal(estimator.projected(gradients), estimator.project(gradients))
+        assert torch.equal(found, want)
+
+
+def test_approximations_of_low_rank():
+    matrices = torch.randn(3, 1, 4, 5)
+    with renamed("LowRank.of", "LowRank.approximate"):
+        found = fastif.curvature.LowRank.of(matrices, 2)
+    assert torch.equal(found.left, fastif.curvature.LowRank.approximate(matrices, 2).left)

@@ -48,13 +48,13 @@ class DataInf(Curvature):
     def begin(self, name: str, shape: tuple[int, int, int]) -> None:
         self.name, self.shape, self._parts, self._gains = name, shape, [], []
 
-    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
-        del column, turn
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, pass_index: int) -> None:
+        del column, pass_index
         self._parts += [(part, weights[rows].clone()) for part, rows in _kept(gradients)]  # of no other layer's memory
 
-    def end(self, turn: int) -> None:
+    def end(self, pass_index: int) -> None:
         """Finds λ and each example's gain. Raises NotPositiveDefinite where "auto" finds 0."""
-        del turn
+        del pass_index
         norms = [gradients.sq_norms().double() for gradients, _ in self._parts]
         weights = [w.to(n) for (_, w), n in zip(self._parts, norms, strict=True)]
         total = torch.cat(weights).sum()

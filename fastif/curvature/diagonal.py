@@ -33,13 +33,13 @@ class Diagonal(Curvature):
     def begin(self, name: str, shape: tuple[int, int, int]) -> None:
         self.name, self.shape, self._diagonal = name, shape, None
 
-    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
-        del column, turn
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, pass_index: int) -> None:
+        del column, pass_index
         squares = gradients.squares(weights)
         self._diagonal = squares if self._diagonal is None else self._diagonal.add_(squares)
 
-    def end(self, turn: int) -> None:
-        del turn
+    def end(self, pass_index: int) -> None:
+        del pass_index
         if not bool(self.diagonal.isfinite().all()):
             raise NotPositiveDefinite(f"Diagonal: layer {self.name!r} holds NaN or Inf")
         _ = self.inverse_diagonal
@@ -90,9 +90,9 @@ class Identity(Curvature):
     def begin(self, name: str, shape: tuple[int, int, int]) -> None:
         del name, shape
 
-    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None: ...
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, pass_index: int) -> None: ...
 
-    def end(self, turn: int) -> None: ...
+    def end(self, pass_index: int) -> None: ...
 
     def solve(self, rhs: Tensor) -> Tensor:
         return rhs

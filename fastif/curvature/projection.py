@@ -18,6 +18,7 @@ from fastif.curvature.matrix_free.iterations import check_iterations
 from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Shape
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
+from fastif.renamed import warn_renamed
 
 _WORD = 32  # signs that one hash gives
 
@@ -57,15 +58,15 @@ class RandomProjection(JointCurvature):
         self._shapes, self._moment, self._factor = dict(shapes), None, None
         self._held: dict[str, Tensor] = {}  # S by block
 
-    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
-        del column, turn
-        rows = self.projected(gradients).double()
+    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
+        del column, pass_index
+        rows = self.project(gradients).double()
         moment = (rows * weights.to(rows)[:, None]).T @ rows
         self._moment = moment if self._moment is None else self._moment.add_(moment)
 
-    def end(self, turn: int) -> None:
+    def end(self, pass_index: int) -> None:
         """Makes the factor. Raises NotPositiveDefinite where K holds NaN or Inf."""
-        del turn
+        del pass_index
         _ = self.factor
 
     @property
@@ -82,15 +83,25 @@ class RandomProjection(JointCurvature):
             self._factor = factorize(self.moment, self.damping, "RandomProjection")[0]
         return self._factor
 
-    def projected(self, gradients: Mapping[str, Gradients]) -> Tensor:
+    def project(self, gradients: Mapping[str, Gradients]) -> Tensor:
         """φ_i = Σ_blocks S g_i, [n, k]; the gradients are not formed where their factors are smaller."""
-        parts = [self.projected_block(name, g) for name, g in gradients.items()]
+        parts = [self.project_block(name, g) for name, g in gradients.items()]
         return torch.stack(parts).sum(0)
 
-    def projected_block(self, name: str, gradients: Gradients) -> Tensor:
+    def project_block(self, name: str, gradients: Gradients) -> Tensor:
         """The part S g_i of one block, [n, k]."""
         like = gradients.rows(0, 1).formed()
         return torch.cat([gradients.dots(signs).T for signs in self._signs(name, like)], 1)
+
+    def projected(self, gradients: Mapping[str, Gradients]) -> Tensor:
+        """The old name of `project`."""
+        warn_renamed("RandomProjection.projected", "RandomProjection.project")
+        return self.project(gradients)
+
+    def projected_block(self, name: str, gradients: Gradients) -> Tensor:
+        """The old name of `project_block`."""
+        warn_renamed("RandomProjection.projected_block", "RandomProjection.project_block")
+        return self.project_block(name, gradients)
 
     def _signs(self, name: str, like: Tensor) -> Iterator[Tensor]:
         """S of a block, [rows, g, o, d], as many rows at a time as may stand."""
@@ -117,7 +128,7 @@ class RandomProjection(JointCurvature):
         """Whether all signs are few enough to be made once."""
         return self.dimension * sum(math.prod(shape) for shape in self._shapes.values()) <= limits.SIGNS_KEPT
 
-    def _solved(self, rows: Tensor) -> Tensor:
+    def _solve_rows(self, rows: Tensor) -> Tensor:
         """(K + λI)⁻¹ φ for rows φ [m, k]."""
         return torch.cholesky_solve(rows.double().T, self.factor).T.to(rows)
 
@@ -127,7 +138,7 @@ class RandomProjection(JointCurvature):
         rows = torch.stack(
             [torch.cat([v @ s.flatten(1).T for s in self._signs(name, v)], 1) for name, v in flat.items()]
         ).sum(0)
-        solved = self._solved(rows)
+        solved = self._solve_rows(rows)
         out: dict[str, Tensor] = {}
         for name, value in flat.items():
             total, begin = torch.zeros_like(value), 0
@@ -138,11 +149,11 @@ class RandomProjection(JointCurvature):
         return out
 
     def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
-        rows = self.projected(gradients)
-        return (rows * self._solved(rows)).sum(1)
+        rows = self.project(gradients)
+        return (rows * self._solve_rows(rows)).sum(1)
 
     def directions(self, gradients: Mapping[str, Gradients]) -> dict[str, Directions]:
-        solved = self._solved(self.projected(gradients))
+        solved = self._solve_rows(self.project(gradients))
         return {name: Projected(solved, self, name, len(gradients)) for name in gradients}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -190,7 +201,7 @@ class Projected:
         return 0.0
 
     def dots(self, train: Gradients) -> Tensor:
-        return self.solved @ self.projection.projected_block(self.name, train).T
+        return self.solved @ self.projection.project_block(self.name, train).T
 
 
 def signs(seed: int, name: str, size: int, first: int, words: int, device: torch.device) -> Tensor:

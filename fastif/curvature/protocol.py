@@ -81,7 +81,7 @@ class Cost(NamedTuple):
     hessian_rows: int = 0  # of a fit: backward passes through the graph of a gradient, each of all examples
 
     def __add__(self, other: Cost) -> Cost:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Of two estimators that are made one after another."""
+        """Adds the costs of two estimators that are made one after another."""
         return Cost(
             self.held + other.held,
             max(self.making, other.making),
@@ -113,9 +113,9 @@ class Estimator(Called, ABC):
     def assign(self, names: Sequence[str]) -> dict[tuple[str, ...], JointCurvature]:
         """What takes care of these blocks, not copied: this estimator for each of them, or one for all."""
 
-    def end(self, turn: int) -> None:
+    def end(self, pass_index: int) -> None:
         """Ends a pass; raises NotPositiveDefinite with a diagnosis. Called once where there are no passes."""
-        del turn
+        del pass_index
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -150,8 +150,8 @@ class Curvature(Estimator):
         return False
 
     @abstractmethod
-    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
-        """Takes in Σ_i weights[i] vec(g_i) vec(g_i)ᵀ of a batch, column `column` of its curvature, in pass `turn`."""
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, pass_index: int) -> None:
+        """Takes in Σ_i weights[i] vec(g_i) vec(g_i)ᵀ of a batch, column `column` of its curvature, in a pass."""
 
     @abstractmethod
     def solve(self, rhs: Tensor) -> Tensor:
@@ -199,9 +199,9 @@ class JointCurvature(Estimator):
         del seen
         return False
 
-    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
+    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
         """Takes in a batch, as `Curvature.observe`."""
-        del gradients, weights, column, turn
+        del gradients, weights, column, pass_index
 
     @abstractmethod
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -251,11 +251,11 @@ class OneBlock(JointCurvature):
     def observe_batch(self, seen: SeenBatch) -> bool:
         return self.estimator.observe_batch(seen, [self.name])
 
-    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
-        self.estimator.observe(gradients[self.name], weights, column, turn)
+    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
+        self.estimator.observe(gradients[self.name], weights, column, pass_index)
 
-    def end(self, turn: int) -> None:
-        self.estimator.end(turn)
+    def end(self, pass_index: int) -> None:
+        self.estimator.end(pass_index)
 
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {self.name: self.estimator.solve(rhs[self.name])}
@@ -294,25 +294,25 @@ class JoinedBlocks(JointCurvature):
     def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
         del data
         self._shapes = shapes
-        self.estimator.begin(", ".join(self.names), self._whole(shapes))
+        self.estimator.begin(", ".join(self.names), self._joint_shape(shapes))
 
     def observe_batch(self, seen: SeenBatch) -> bool:
         return self.estimator.observe_batch(seen._replace(softmax=False), self.names)  # closed forms are of one layer
 
-    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
-        self.estimator.observe(self._joined(gradients), weights, column, turn)
+    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
+        self.estimator.observe(self._join(gradients), weights, column, pass_index)
 
-    def end(self, turn: int) -> None:
-        self.estimator.end(turn)
+    def end(self, pass_index: int) -> None:
+        self.estimator.end(pass_index)
 
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        whole = torch.cat([rhs[name].flatten(-3) for name in self.names], -1)
-        solved = self.estimator.solve(whole[..., None, None, :])[..., 0, 0, :]
+        joint = torch.cat([rhs[name].flatten(-3) for name in self.names], -1)
+        solved = self.estimator.solve(joint[..., None, None, :])[..., 0, 0, :]
         parts = solved.split([torch.Size(self._shapes[name]).numel() for name in self.names], -1)
         return {name: part.reshape(rhs[name].shape) for name, part in zip(self.names, parts, strict=True)}
 
     def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
-        return self.estimator.sq_norms(self._joined(gradients))
+        return self.estimator.sq_norms(self._join(gradients))
 
     def stand_in(self) -> None:
         self.estimator.stand_in()
@@ -326,12 +326,12 @@ class JoinedBlocks(JointCurvature):
     def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
         shapes = {name: block.shape for name, block in blocks.items()}
         positions = max(block.positions for block in blocks.values())
-        return self.estimator.cost(BlockWork(self._whole(shapes), positions, False), fit._replace(head=False))
+        return self.estimator.cost(BlockWork(self._joint_shape(shapes), positions, False), fit._replace(head=False))
 
-    def _whole(self, shapes: Mapping[str, Shape]) -> Shape:
+    def _joint_shape(self, shapes: Mapping[str, Shape]) -> Shape:
         return 1, 1, sum(torch.Size(shapes[name]).numel() for name in self.names)
 
-    def _joined(self, gradients: Mapping[str, Gradients]) -> Gradients:
+    def _join(self, gradients: Mapping[str, Gradients]) -> Gradients:
         return Formed(torch.cat([gradients[name].formed().flatten(1) for name in self.names], 1)[:, None, None])
 
 

@@ -20,9 +20,9 @@ class Shampoo(EKFAC):
     Arguments as for `KFAC`. docs/math.md (16).
     """
 
-    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
-        if turn > 0 or of_table(gradients):
-            super().observe(gradients, weights, column, turn)
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, pass_index: int) -> None:
+        if pass_index > 0 or of_table(gradients):
+            super().observe(gradients, weights, column, pass_index)
             return
         g, o, d = self.shape
         each = max(1, limits.SHAMPOO_ENTRIES // (g * o * d))

@@ -145,7 +145,7 @@ class Influence:
 
     @property
     def subset(self) -> Subset | None:
-        """Of the last fit; a state does not hold it."""
+        """The subset of the last fit; a state does not hold it."""
         return None if self._fitted is None else self._fitted.subset
 
     @property

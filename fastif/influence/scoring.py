@@ -50,7 +50,7 @@ def make_tiles(
                     if by == "token":
                         check_positions({name: g.positions for name, g in gradients.items()})
                     del gradients  # before those of the next batch come
-                    yield Tile(first, start, parts if by == "layer" else {"": _added(parts.values())}, low_rank_error)
+                    yield Tile(first, start, parts if by == "layer" else {"": _add_up(parts.values())}, low_rank_error)
                 held.clear()  # before the next queries are held
 
 
@@ -135,7 +135,7 @@ def _by_position(parts: list[Directions], g: Gradients) -> Tensor:
     return torch.cat([g.by_position(part.matrices) for part in parts if isinstance(part, Explicit)])
 
 
-def _added(parts: Any) -> Tensor:
+def _add_up(parts: Any) -> Tensor:
     first, *rest = parts
     for part in rest:
         first += part

@@ -66,7 +66,7 @@ class RetainedNetwork:
             curvature = {self._head_name: ExactBlock(0.0), "*": EKFAC("auto")}
         self._influence = Influence(
             self.model,
-            curvature=_damped(curvature, weight_decay, damping),
+            curvature=_add_damping(curvature, weight_decay, damping),
             layers=layers,
             batch_size=batch_size,
             progress=False,
@@ -100,8 +100,8 @@ class RetainedNetwork:
     def gradient(self) -> float:
         if not self._shift:
             self._check_model()
-        with self._noting():
-            loss, sums = self._summed(self.kept)
+        with self._note_head():
+            loss, sums = self._sum_over(self.kept)
         if math.isnan(self.objective):  # the first step; later ones know it from their search
             self.objective = loss / self.n + self._decay()
             if not math.isfinite(self.objective):
@@ -109,7 +109,7 @@ class RetainedNetwork:
         self._gradient = {p: g / self.n + self.weight_decay * p.detach() for p, g in sums.items()}
         norm = sum(float(g.square().sum()) for g in self._gradient.values()) ** 0.5
         if not self._shift:  # of the trained parameters
-            _, removed = self._summed(self.removed)
+            _, removed = self._sum_over(self.removed)
             self._shift = {p: g + removed[p] / self.n for p, g in self._gradient.items()}
         return norm
 
@@ -132,7 +132,7 @@ class RetainedNetwork:
         before = {p: p.detach().clone() for p in self._names}
         while self._trust <= 1 / SMALLEST_STEP:
             sizes = damped_minimum(slopes, hessian, self._trust)
-            step = _combined(directions.values(), sizes.tolist())
+            step = _combine(directions.values(), sizes.tolist())
             self._move(step)
             value = self._objective()
             foretold = float(slopes @ sizes - 0.5 * sizes @ hessian @ sizes)
@@ -228,7 +228,7 @@ class RetainedNetwork:
             raise ValueError("remove: the training data has no labels")
         return per_sample("cross_entropy", call(self.model, x), batch, batch_length(x))
 
-    def _summed(self, indices: Tensor) -> tuple[float, dict[Tensor, Tensor]]:
+    def _sum_over(self, indices: Tensor) -> tuple[float, dict[Tensor, Tensor]]:
         """Σ ℓ and Σ ∇ℓ over some examples, in float64."""
         parameters, total = list(self._names), 0.0
         sums = {p: torch.zeros_like(p, dtype=torch.float64, requires_grad=False) for p in parameters}
@@ -248,7 +248,7 @@ class RetainedNetwork:
         return 0.5 * self.weight_decay * sum(float(p.detach().double().square().sum()) for p in self._names)
 
     @contextmanager
-    def _noting(self) -> Iterator[None]:
+    def _note_head(self) -> Iterator[None]:
         """Notes what the head sees and says, where a sampler will ask for it."""
         if self._picks.sampler is None:
             yield
@@ -283,7 +283,7 @@ def damped_minimum(slopes: Tensor, hessian: Tensor, damping: float) -> Tensor:
     return torch.linalg.solve(unit, slopes / scale) / scale
 
 
-def _combined(directions: Iterable[Matrices], sizes: list[float]) -> Matrices:
+def _combine(directions: Iterable[Matrices], sizes: list[float]) -> Matrices:
     out: Matrices = {}
     for direction, size in zip(directions, sizes, strict=True):
         for name, matrix in direction.items():
@@ -291,10 +291,10 @@ def _combined(directions: Iterable[Matrices], sizes: list[float]) -> Matrices:
     return out
 
 
-def _damped(curvature: Any | Mapping[str, Any], weight_decay: float, damping: float) -> Any:
+def _add_damping(curvature: Any | Mapping[str, Any], weight_decay: float, damping: float) -> Any:
     """Copies of the estimators, damped by so much more. "auto" finds its own, and a damping beside it is refused."""
     if isinstance(curvature, Mapping):
-        return {pattern: _damped(estimator, weight_decay, damping) for pattern, estimator in curvature.items()}
+        return {pattern: _add_damping(estimator, weight_decay, damping) for pattern, estimator in curvature.items()}
     estimator = copy.deepcopy(curvature)
     own = getattr(estimator, "damping", None)
     if own == "auto" and damping > 0:

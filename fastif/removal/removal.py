@@ -147,7 +147,7 @@ def _head_problem(
 
 
 def _removal(model: nn.Module, history: list[Step], parameters: list[dict[str, Tensor]]) -> Removal:
-    """With every key of state_dict under which a parameter that moved is known: shared ones have several."""
+    """What `remove` returns; a parameter that moved stands under each of its keys in state_dict: some have two."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     keys = {key: names.get(value) for key, value in model.state_dict(keep_vars=True).items()}
     state = {key: value.detach().clone() for key, value in model.state_dict().items()}

@@ -92,7 +92,7 @@ def test_the_mean_over_drawn_matrices_goes_to_the_inverse():
                 some = points[torch.randint(60, (10,), generator=g)]
                 yield lambda v, some=some: v @ some.T @ some / 10
 
-        x, taken = neumann(matrices(), b, 0.3, 4.0, steps=steps, tolerance=None, whole=lambda v: v @ whole, name="ggn")
+        x, taken = neumann(matrices(), b, 0.3, 4.0, steps=steps, tolerance=None, full=lambda v: v @ whole, name="ggn")
         assert taken == steps
         errors.append(float((x - want).norm() / want.norm()))
     assert errors[1] < 0.02 < errors[0]
@@ -309,7 +309,7 @@ def test_rounding_is_told_from_divergence():
         while True:
             yield noisy
 
-    options = {"steps": 2000, "tolerance": 1e-9, "whole": lambda v: v @ a, "name": "matrix"}
+    options = {"steps": 2000, "tolerance": 1e-9, "full": lambda v: v @ a, "name": "matrix"}
     x, steps = neumann(matrices(), b, 0.1, 1.4, eps=1e-2, **options)
     assert steps < 2000
     assert x.isfinite().all()

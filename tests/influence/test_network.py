@@ -97,7 +97,7 @@ class Scaled(JointCurvature):
     def begin(self, shapes, data):
         self.shapes, self.data, self.ended = dict(shapes), data, 0
 
-    def end(self, turn):
+    def end(self, pass_index):
         self.ended += 1
         self.seen = torch.cat([weights for _, _, weights in self.data.batches(self.data.subset)])
 

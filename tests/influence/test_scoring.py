@@ -131,8 +131,8 @@ class Mean(nn.Module):
 def test_rank_error_is_true_down_to_rounding_and_for_zero_gradients():
     matrices = torch.zeros(2, 1, 4, 4, dtype=torch.float32)
     matrices[0, 0] = torch.diag(torch.tensor([1.0, 1e-2, 1e-5, 0.0]))
-    assert LowRank.of(matrices, 2).error == pytest.approx(1e-5, rel=1e-3)
-    assert LowRank.of(matrices, 3).error == 0
+    assert LowRank.approximate(matrices, 2).error == pytest.approx(1e-5, rel=1e-3)
+    assert LowRank.approximate(matrices, 3).error == 0
 
 
 def test_margin_of_an_ignored_label_is_refused():

@@ -110,9 +110,9 @@ class ExactBlock(Curvature):
             self.observe_loss((seen.losses * seen.weights.to(seen.losses)).sum(), [seen.blocks[name] for name in names])
         return head is not None or self.matrix == "hessian"
 
-    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, pass_index: int) -> None:
         """Adds Σ_i weights[i] vec(g_i) vec(g_i)ᵀ: a column of the curvature of a layer that is not the head."""
-        del turn
+        del pass_index
         if self.matrix == "hessian":
             raise ValueError(f"ExactBlock: the Hessian of {self.name!r} is not made of gradients: see observe_loss")
         self._solver.release()
@@ -126,9 +126,9 @@ class ExactBlock(Curvature):
         self._solver.release()
         self._sum.add_hessian(total, blocks)
 
-    def end(self, turn: int) -> None:
+    def end(self, pass_index: int) -> None:
         """Makes the factor; raises NotPositiveDefinite with a diagnosis."""
-        del turn
+        del pass_index
         self._factored()
 
     def state_dict(self) -> dict[str, Tensor]:

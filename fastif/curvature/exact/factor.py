@@ -11,14 +11,14 @@ from torch import Tensor
 from fastif.curvature import limits
 from fastif.curvature.damping import IllConditioned
 from fastif.curvature.exact import triangles
-from fastif.curvature.exact.cholesky import diagnosed, eigenvalue_range, factorize
+from fastif.curvature.exact.cholesky import diagnose, eigenvalue_range, factorize
 
 _SMALLEST_PIVOT = 1e-8  # of a downdate that is kept beside the factor: what its subtraction may cancel
 _RESIDUAL = 1e-6  # relative, the largest that a solve may leave
 
 
 class Factor(Protocol):
-    """Of A = G + λI, G a block [P, P]; columns are float64 [P, m]."""
+    """A factor of A = G + λI, G a block [P, P]; columns are float64 [P, m]."""
 
     @property
     def damping(self) -> float:
@@ -79,12 +79,12 @@ class SeparateFactor:
         self._taken: tuple[Tensor, Tensor] | None = None  # see take
 
     @classmethod
-    def of(cls, block: Tensor, damping: float | Literal["auto"], name: str) -> SeparateFactor:
+    def make(cls, block: Tensor, damping: float | Literal["auto"], name: str) -> SeparateFactor:
         return cls(*factorize(block, damping, name))
 
     @classmethod
     def stand_in(cls, block: Tensor, name: str) -> SeparateFactor:
-        """Of a block of zeros, damped by 1."""
+        """The factor of a block of zeros, damped by 1."""
         del name
         return cls(torch.eye(len(block), dtype=torch.float64, device=block.device), 1.0)
 
@@ -160,33 +160,33 @@ class InPlaceFactor:
         self._square, self._pivots = square, pivots
 
     @classmethod
-    def of(cls, block: Tensor, damping: float | Literal["auto"], name: str) -> InPlaceFactor:
+    def make(cls, block: Tensor, damping: float | Literal["auto"], name: str) -> InPlaceFactor:
         """Raises NotPositiveDefinite as `factorize`, and IllConditioned where a random right-hand side shows it."""
 
-        def made(damping: float) -> InPlaceFactor:
+        def factor_with(damping: float) -> InPlaceFactor:
             return cls(block, triangles.factorize(block, damping), damping, name)
 
         def attempt(damping: float, floor: float) -> InPlaceFactor | None:
-            factor = made(damping)
+            factor = factor_with(damping)
             good = factor._pivots.min().item() > floor and factor._random_residual() <= _RESIDUAL / 10
             return factor if good else None
 
         def smallest_pivot(damping: float, floor: float) -> float:
-            factor = made(damping)
+            factor = factor_with(damping)
             pivot = factor._pivots.min().item()
             if pivot > floor:
                 raise IllConditioned(factor._diagnosis(factor._random_residual()))
             return pivot
 
         try:
-            return diagnosed(block, damping, name, attempt, smallest_pivot)[0]
+            return diagnose(block, damping, name, attempt, smallest_pivot)[0]
         except BaseException:
             triangles.restore(block)
             raise
 
     @classmethod
     def stand_in(cls, block: Tensor, name: str) -> InPlaceFactor:
-        """Of a block of zeros, damped by 1."""
+        """The factor of a block of zeros, damped by 1."""
         return cls(block, torch.ones(len(block), dtype=torch.float64, device=block.device), 1.0, name)
 
     def move_to(self, block: Tensor) -> InPlaceFactor:

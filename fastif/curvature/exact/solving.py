@@ -29,7 +29,7 @@ class BlockSolver:
             place = place_of(total, in_place, len(flat), flat.element_size())
             if place.in_place:
                 total.own()
-            self.factor = place.of(total.finish_flat(), damping, name)
+            self.factor = place.make(total.finish_flat(), damping, name)
         return self.factor
 
     def release(self) -> None:

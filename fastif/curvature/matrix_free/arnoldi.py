@@ -69,9 +69,9 @@ class Arnoldi(JointCurvature):
         self._layout, self._data = Layout(shapes), data
         self._values = self._vectors = self._residuals = self._left_out = None
 
-    def end(self, turn: int) -> None:
+    def end(self, pass_index: int) -> None:
         """Finds the eigenpairs. Raises NotPositiveDefinite where one is below −λ."""
-        del turn
+        del pass_index
         operator = operator_of("Arnoldi", self._data, self.matrix, self.keep_graph)
         size = self._layout.size
         generator = Generator().manual_seed(operator.data.seed)
@@ -119,8 +119,8 @@ class Arnoldi(JointCurvature):
 
     @property
     def error(self) -> float:
-        """Of a solve, relative, in the directions that are left out: left_out / (left_out + λ), as good an estimate as
-        `left_out` is; 1 where that is inf.
+        """The relative error of a solve in the directions that are left out: left_out / (left_out + λ), as good an
+        estimate as `left_out` is; 1 where that is inf.
         """
         return 1.0 if math.isinf(self.left_out) else self.left_out / (self.left_out + self.damping)
 

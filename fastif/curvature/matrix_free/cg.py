@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
 from fastif.curvature.matrix_free.iterations import NotConverged, check_iterations, iterating, silent
-from fastif.curvature.matrix_free.krylov import Product, dots, krylov, norms_of, scaled, sufficient
+from fastif.curvature.matrix_free.krylov import Product, dots, krylov, normalise, norms_of, sufficient
 from fastif.curvature.matrix_free.operator import Layout, Matrix, check_matrix, operator_of
 from fastif.curvature.protocol import (
     BlockWork,
@@ -93,15 +93,15 @@ class CG(JointCurvature):
             for name, estimator in self._preconditioners.items():
                 estimator.begin(name, shapes[name])
 
-    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
+    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
         for name, estimator in self._preconditioners.items():
-            estimator.observe(gradients[name], weights, column, turn)
+            estimator.observe(gradients[name], weights, column, pass_index)
 
-    def end(self, turn: int) -> None:
+    def end(self, pass_index: int) -> None:
         """Ends a pass of the preconditioner."""
         for estimator in self._preconditioners.values():
-            if turn < estimator.passes:
-                estimator.end(turn)
+            if pass_index < estimator.passes:
+                estimator.end(pass_index)
 
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(G + λI)⁻¹ rhs. Raises NotPositiveDefinite for a direction of no or negative curvature."""
@@ -137,7 +137,7 @@ class CG(JointCurvature):
         return self._layout.flat({name: self._preconditioners[name].solve(part) for name, part in parts.items()})
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Of the preconditioner: the curvature itself is never there."""
+        """The preconditioner's state: the curvature itself is never there."""
         return {
             f"{name}/{key}": value
             for name, estimator in self._preconditioners.items()
@@ -191,7 +191,7 @@ def conjugate_gradients(
     Raises NotPositiveDefinite for pᵀ(A + λI)p <= 0, with the damping that would do.
     """
     sizes = norms_of(rhs)
-    b = scaled(rhs, sizes)
+    b = normalise(rhs, sizes)
     x = torch.zeros_like(b)
     r = b.clone()
     residuals = norms_of(r)  # 1 each, or 0

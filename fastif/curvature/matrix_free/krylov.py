@@ -98,8 +98,8 @@ def norms_of(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
 
 
-def scaled(rows: Tensor, norms: Tensor) -> Tensor:
-    """Rows of norm 1, or 0. Raises ValueError for NaN and Inf."""
+def normalise(rows: Tensor, norms: Tensor) -> Tensor:
+    """Divides rows by their norms; rows that are 0 stay. Raises ValueError for NaN and Inf."""
     if not bool(norms.isfinite().all()):
         raise ValueError(f"solve: right-hand side {int((~norms.isfinite()).nonzero()[0])} holds NaN or Inf")
     return (rows / torch.where(norms > 0, norms, 1.0)[:, None]).to(rows)

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
 from fastif.curvature.matrix_free.iterations import NotConverged, check_iterations, iterating, silent
-from fastif.curvature.matrix_free.krylov import Product, dots, krylov, norms_of, scaled, sufficient
+from fastif.curvature.matrix_free.krylov import Product, dots, krylov, normalise, norms_of, sufficient
 from fastif.curvature.matrix_free.operator import Layout, Matrix, Operator, check_matrix, operator_of
 from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Products, Shape
 from fastif.renamed import rename_arguments, warn_outside, warn_renamed
@@ -96,9 +96,9 @@ class LiSSA(JointCurvature):
         if self.batch is not None and self.batch > k:
             raise ValueError(f"LiSSA: batch must be at most the subset's k={k} examples, got {self.batch}")
 
-    def end(self, turn: int) -> None:
+    def end(self, pass_index: int) -> None:
         """Finds the scale."""
-        del turn
+        del pass_index
         if self._scale is None:
             operator = self._operator()
             found = largest(self._products(operator, repeat=-1), self._start(operator))
@@ -122,7 +122,7 @@ class LiSSA(JointCurvature):
         operator, flat = self._operator(), self._layout.flat(rhs)
         self.graph_bytes = operator.graph_bytes
         sizes = norms_of(flat)
-        b, x, self.steps_taken = scaled(flat, sizes), torch.zeros_like(flat), 0
+        b, x, self.steps_taken = normalise(flat, sizes), torch.zeros_like(flat), 0
         with iterating("LiSSA", self.max_steps * self.repeats, operator.data) as stepped:
             for repeat in range(self.repeats):
                 products = self._products(operator, repeat)
@@ -133,7 +133,7 @@ class LiSSA(JointCurvature):
                     self.scale_used,
                     steps=self.max_steps,
                     tolerance=_CLOSER * self.tolerance if self.batch is None else None,
-                    whole=operator,
+                    full=operator,
                     name=self.matrix,
                     eps=torch.finfo(operator.coarsest).eps,
                     stepped=stepped,
@@ -169,7 +169,7 @@ class LiSSA(JointCurvature):
         data, batch = operator.data, self.batch
         generator = Generator().manual_seed(data.seed + 1 + repeat)
         while True:
-            yield operator if batch is None else partial(operator, subset=drawn(data.subset, batch, generator))
+            yield operator if batch is None else partial(operator, subset=draw_batch(data.subset, batch, generator))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The scale: the curvature itself is never there."""
@@ -193,7 +193,7 @@ class LiSSA(JointCurvature):
         )
 
 
-def drawn(subset: Subset, batch: int, generator: Generator) -> Subset:
+def draw_batch(subset: Subset, batch: int, generator: Generator) -> Subset:
     """`batch` examples drawn in proportion to their weights, with repetition; they carry the subset's whole weight."""
     total = subset.weights.sum()
     u = torch.rand(batch, generator=generator, dtype=torch.float64) * total
@@ -204,14 +204,14 @@ def drawn(subset: Subset, batch: int, generator: Generator) -> Subset:
 
 def largest(products: Iterator[Product], start: Tensor) -> float:
     """The largest |A v| of power iteration over the matrices A: towards the largest eigenvalue, from below."""
-    v, found = scaled(start, norms_of(start)), 0.0
+    v, found = normalise(start, norms_of(start)), 0.0
     for _ in range(_POWER_STEPS):
         image = next(products)(v)
         size = float(norms_of(image))
         found = max(found, size)
         if size == 0:
             break
-        v = scaled(image, norms_of(image))
+        v = normalise(image, norms_of(image))
     return found
 
 
@@ -223,7 +223,7 @@ def neumann(
     *,
     steps: int,
     tolerance: float | None,
-    whole: Product,
+    full: Product,
     name: str,
     eps: float = 0.0,
     stepped: Callable[[float], None] = silent,
@@ -232,7 +232,8 @@ def neumann(
 
     tolerance: of the norm of what is added times the scale, where A is always the same; a row that is there stands
     still, and all do where A's rounding, eps relative to it, lets them come no further. None where A varies: x is then
-    the mean over the second half of the steps. `whole` is for the diagnosis, `stepped` is told the largest residual.
+    the mean over the second half of the steps. `full`, the product with all examples, is for the diagnosis;
+    `stepped` is told the largest residual.
     """
     x, mean = torch.zeros_like(b), torch.zeros_like(b)
     moving = torch.arange(len(b), device=b.device)
@@ -247,7 +248,7 @@ def neumann(
         # With one matrix the rest shrinks in every step, if it does at all.
         if not worst <= (_AWAY if tolerance is None else 2 * max(lowest, eps**0.5)):
             direction = rest[int(size.nan_to_num(math.inf).argmax())][None]
-            _refuse(whole, direction, damping, scale, step + 1, name, 0.0 if tolerance is None else eps)
+            _refuse(full, direction, damping, scale, step + 1, name, 0.0 if tolerance is None else eps)
             return x, step
         if tolerance is not None:
             moving, rest = moving[size > tolerance], rest[size > tolerance]
@@ -272,7 +273,7 @@ def _refuse(
             f"LiSSA: in step {step} the product of the {name} with a vector holds NaN or Inf; with scale {scale:g} the "
             "series diverges: scale='auto' finds one"
         )
-    v = scaled(direction, norms_of(direction))
+    v = normalise(direction, norms_of(direction))
     image = product(v) + damping * v
     curvature, size = float(dots(v, image)[0]), float(norms_of(image)[0])
     if eps and curvature > -eps * scale and size <= _GROWN * scale:
