@@ -15,7 +15,7 @@ from fastif.model.gradients import Dense, Formed, Gradients, OneHot
 from fastif.model.losses import Fisher
 from fastif.model.sliced_gradients import Sliced
 
-_RELATIVE_DAMPING = 0.1  # of the mean squared entry of the gradients, for damping="auto" (Kwon et al. 2024)
+_RELATIVE_DAMPING = 0.1  # damping="auto" is this share of the gradients' mean squared entry (Kwon et al. 2024).
 
 
 class DataInf(Curvature):
@@ -50,7 +50,8 @@ class DataInf(Curvature):
 
     def observe(self, gradients: Gradients, weights: Tensor, column: int, pass_index: int) -> None:
         del column, pass_index
-        self._parts += [(part, weights[rows].clone()) for part, rows in _kept(gradients)]  # of no other layer's memory
+        # Copies: a view would keep the memory of the whole batch, with all layers, alive.
+        self._parts += [(part, weights[rows].clone()) for part, rows in _copy_smallest(gradients)]
 
     def end(self, pass_index: int) -> None:
         """Finds λ and each example's gain. Raises NotPositiveDefinite where "auto" finds 0."""
@@ -101,7 +102,7 @@ class DataInf(Curvature):
                 mine = _double(part)
                 own, shares = mine.sq_norms(), weights.to(norms) / total
                 along = mine.dots(formed).square() / torch.where(own > 0, own, 1.0)  # [m, n]
-                across = (norms[:, None] - along).clamp(min=0)  # Cauchy and Schwarz
+                across = (norms[:, None] - along).clamp(min=0)  # not below zero but for rounding, by Cauchy and Schwarz
                 value += (across / self.damping_used + along / (self.damping_used + total * own)) @ shares
             parts.append(value.to(entries))
         return torch.cat(parts)
@@ -136,7 +137,7 @@ class DataInf(Curvature):
         return Cost(held=fit.n * fit.item * numbers, operations=2 * fit.n * t * block.size)
 
 
-def _kept(gradients: Gradients) -> list[tuple[Gradients, slice]]:
+def _copy_smallest(gradients: Gradients) -> list[tuple[Gradients, slice]]:
     """The gradients in their smallest form, with copies of their own: what they were made of is let go."""
     parts = gradients.parts() if isinstance(gradients, Sliced) else [(gradients, slice(0, len(gradients)))]
     out: list[tuple[Gradients, slice]] = []
@@ -152,7 +153,7 @@ def _kept(gradients: Gradients) -> list[tuple[Gradients, slice]]:
 
 
 def _double(gradients: Gradients) -> Gradients:
-    """Those that `_kept` made, in float64."""
+    """Those that `_copy_smallest` made, in float64."""
     if isinstance(gradients, OneHot):
         return OneHot(gradients.places, gradients.inputs.double(), gradients.table_rows)
     if isinstance(gradients, Dense):

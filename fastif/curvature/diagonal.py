@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
-from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork
+from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork, check_fisher
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
 
@@ -25,8 +25,7 @@ class Diagonal(Curvature):
         if damping == "auto":
             raise ValueError("Diagonal: damping must be a number, got 'auto'")
         check_damping(damping)
-        if fisher not in ("exact", "monte_carlo", "empirical"):
-            raise ValueError(f"Diagonal: fisher must be 'exact', 'monte_carlo' or 'empirical', got {fisher!r}")
+        check_fisher("Diagonal", fisher)
         self.damping, self.fisher, self.name = damping, fisher, "layer"
         self._diagonal: Tensor | None = None
 

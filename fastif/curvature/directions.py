@@ -230,7 +230,7 @@ class Separable(QueryFactors):
             return float((self._pairs(query, train, rank) - exact).norm()) <= allowed
 
         o, d = inverse.shape[1:]
-        enough, most = 2, o * d // (o + d)  # from this rank on it costs as much
+        enough, most = 2, o * d // (o + d)  # From rank `most` on, the products cost as much as the exact form.
         while enough < most and not suffices(enough):
             enough *= 2
         if enough >= most:

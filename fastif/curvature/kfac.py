@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
 from fastif.curvature.directions import Directions, Explicit, QueryFactors, Separable, products_of
-from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork
+from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork, check_fisher
 from fastif.model.gradients import Gradients, Unfinished
 from fastif.model.losses import Fisher
 from fastif.renamed import warn_renamed
 
-_RELATIVE_DAMPING = 0.1  # of the mean eigenvalue, for damping="auto" (Grosse et al. 2023)
+_RELATIVE_DAMPING = 0.1  # damping="auto" is this share of the mean eigenvalue, as in Grosse et al. (2023).
 
 
 class KFAC(Curvature):
@@ -45,10 +45,7 @@ class KFAC(Curvature):
         separable: float | None = None,
     ):
         check_damping(damping)
-        if fisher not in ("exact", "monte_carlo", "empirical"):
-            raise ValueError(
-                f"{type(self).__name__}: fisher must be 'exact', 'monte_carlo' or 'empirical', got {fisher!r}"
-            )
+        check_fisher(type(self).__name__, fisher)
         if separable is not None and not 0 < separable < 1:
             raise ValueError(f"{type(self).__name__}: separable must be a tolerance in (0, 1) or None, got {separable}")
         self.damping: float | Literal["auto"] = damping

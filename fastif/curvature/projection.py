@@ -15,7 +15,7 @@ from fastif.curvature.damping import check_damping
 from fastif.curvature.directions import Directions
 from fastif.curvature.exact.cholesky import factorize
 from fastif.curvature.matrix_free.iterations import check_iterations
-from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Shape
+from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Shape, check_fisher
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
 from fastif.renamed import warn_renamed
@@ -46,8 +46,7 @@ class RandomProjection(JointCurvature):
         if damping == "auto" or damping == 0:
             raise ValueError(f"RandomProjection: damping must be a number > 0, got {damping!r}")
         check_iterations("RandomProjection", 0.5, dimension=dimension)
-        if fisher not in ("exact", "monte_carlo", "empirical"):
-            raise ValueError(f"RandomProjection: fisher must be 'exact', 'monte_carlo' or 'empirical', got {fisher!r}")
+        check_fisher("RandomProjection", fisher)
         self.dimension, self.damping, self.seed = dimension, damping, seed
         self.fisher: Fisher = fisher
         self._moment: Tensor | None = None  # K, float64 [k, k]

@@ -233,16 +233,36 @@ class JointCurvature(Estimator):
         return Products()
 
 
-class OneBlock(JointCurvature):
-    """One block's own estimator."""
+class SingleEstimator(JointCurvature):
+    """What leaves its work to one estimator of a single block."""
 
-    def __init__(self, name: str, estimator: Curvature):
-        self.name, self.estimator = name, estimator
+    def __init__(self, estimator: Curvature):
+        self.estimator = estimator
         self.passes, self.fisher = estimator.passes, estimator.fisher
 
     @property
     def given(self) -> Curvature:
         return self.estimator
+
+    def end(self, pass_index: int) -> None:
+        self.estimator.end(pass_index)
+
+    def stand_in(self) -> None:
+        self.estimator.stand_in()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.estimator.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.estimator.load_state_dict(state)
+
+
+class OneBlock(SingleEstimator):
+    """One block's own estimator."""
+
+    def __init__(self, name: str, estimator: Curvature):
+        super().__init__(estimator)
+        self.name = name
 
     def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
         del data
@@ -254,9 +274,6 @@ class OneBlock(JointCurvature):
     def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
         self.estimator.observe(gradients[self.name], weights, column, pass_index)
 
-    def end(self, pass_index: int) -> None:
-        self.estimator.end(pass_index)
-
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {self.name: self.estimator.solve(rhs[self.name])}
 
@@ -266,30 +283,17 @@ class OneBlock(JointCurvature):
     def directions(self, gradients: Mapping[str, Gradients]) -> dict[str, Directions]:
         return {self.name: self.estimator.directions(gradients[self.name])}
 
-    def stand_in(self) -> None:
-        self.estimator.stand_in()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.estimator.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.estimator.load_state_dict(state)
-
     def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
         return self.estimator.cost(blocks[self.name], fit)
 
 
-class JoinedBlocks(JointCurvature):
+class JoinedBlocks(SingleEstimator):
     """One estimator for several blocks as if they were one: their parameters one after another, [1, 1, P]."""
 
     def __init__(self, names: tuple[str, ...], estimator: Curvature):
-        self.names, self.estimator = names, estimator
-        self.passes, self.fisher = estimator.passes, estimator.fisher
+        super().__init__(estimator)
+        self.names = names
         self._shapes: Mapping[str, Shape] = {}
-
-    @property
-    def given(self) -> Curvature:
-        return self.estimator
 
     def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
         del data
@@ -302,9 +306,6 @@ class JoinedBlocks(JointCurvature):
     def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
         self.estimator.observe(self._join(gradients), weights, column, pass_index)
 
-    def end(self, pass_index: int) -> None:
-        self.estimator.end(pass_index)
-
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         joint = torch.cat([rhs[name].flatten(-3) for name in self.names], -1)
         solved = self.estimator.solve(joint[..., None, None, :])[..., 0, 0, :]
@@ -313,15 +314,6 @@ class JoinedBlocks(JointCurvature):
 
     def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
         return self.estimator.sq_norms(self._join(gradients))
-
-    def stand_in(self) -> None:
-        self.estimator.stand_in()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.estimator.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.estimator.load_state_dict(state)
 
     def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
         shapes = {name: block.shape for name, block in blocks.items()}
@@ -341,3 +333,8 @@ def check_estimator(rule: str, estimator: Any) -> None:
         raise TypeError(f"{rule}, got the class {estimator.__name__}; call it: {estimator.__name__}()")
     if not hasattr(estimator, "observe"):
         raise TypeError(f"{rule}, got {estimator!r}")
+
+
+def check_fisher(op: str, fisher: Any) -> None:
+    if fisher not in ("exact", "monte_carlo", "empirical"):
+        raise ValueError(f"{op}: fisher must be 'exact', 'monte_carlo' or 'empirical', got {fisher!r}")

@@ -21,7 +21,7 @@ from fastif.removal.retained import SMALLEST_STEP, Picks, check_removed, check_w
 from fastif.samplers.draw import Sampler
 from fastif.samplers.subset import Subset
 
-_TRUST = 1.0  # damping of the first step in the span of the layers' steps, as a share of its curvature
+_TRUST = 1.0  # The first step in the span of the layers' steps is damped by its own curvature, until F has answered.
 
 Matrices = dict[str, Tensor]  # by block, [g, o, d]
 
@@ -277,7 +277,7 @@ class RetainedNetwork:
 def damped_minimum(slopes: Tensor, hessian: Tensor, damping: float) -> Tensor:
     """The c that minimises −slopes·c + ½ cᵀ(hessian + damping·diag(hessian))c: lengths of directions do not matter."""
     scale = hessian.diagonal().sqrt()
-    scale = torch.where(scale > 0, scale, 1.0)  # without curvature: a gradient step
+    scale = torch.where(scale > 0, scale, 1.0)  # a direction without curvature takes a gradient step
     unit = hessian / scale[:, None] / scale
     unit.diagonal().add_(damping)
     return torch.linalg.solve(unit, slopes / scale) / scale

@@ -12,7 +12,7 @@ from fastif.samplers.draw import Sampler, draw
 from fastif.samplers.subset import Subset, check_subset
 
 STEP_SIZES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
-SMALLEST_STEP = 2.0**-20  # where none of them lowers F, the step is halved down to this
+SMALLEST_STEP = 2.0**-20  # Where none of them lowers F, the step is halved down to this and no further.
 
 
 class Picks:

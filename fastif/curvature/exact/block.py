@@ -74,7 +74,7 @@ class ExactBlock(Curvature):
         self.matrix: Matrix = matrix
         self.in_place: InPlace = in_place
         self.name, self.joint = name, joint
-        self.fisher: Fisher = "empirical" if matrix == "empirical_fisher" else "exact"  # of blocks that are no head
+        self.fisher: Fisher = "empirical" if matrix == "empirical_fisher" else "exact"  # unused where it is a head
         self._shape = 0, 0, 0  # g, o, d of a layer that is given by its gradients
         self._forget()
 

@@ -142,7 +142,7 @@ class BlockSum:
 
         gradient = join(torch.autograd.grad(total, parameters, create_graph=True, allow_unused=True))
         if not gradient.requires_grad:
-            return  # linear in the parameters
+            return  # The loss is linear in the parameters: its Hessian is zero.
         for k in range(size):
             row = torch.autograd.grad(gradient[k], parameters, retain_graph=True, allow_unused=True)
             flat[k] += join(row).to(flat)

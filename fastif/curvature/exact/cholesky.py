@@ -13,7 +13,7 @@ from torch import Tensor
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
 from fastif.curvature.exact import triangles
 
-_ROWS = 512  # of a matrix that are looked through at a time
+_ROWS = 512  # Rows that are looked through for NaN and Inf at a time: a mask of all takes a byte an entry.
 F = TypeVar("F")
 
 

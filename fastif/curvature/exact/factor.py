@@ -13,8 +13,9 @@ from fastif.curvature.damping import IllConditioned
 from fastif.curvature.exact import triangles
 from fastif.curvature.exact.cholesky import diagnose, eigenvalue_range, factorize
 
-_SMALLEST_PIVOT = 1e-8  # of a downdate that is kept beside the factor: what its subtraction may cancel
-_RESIDUAL = 1e-6  # relative, the largest that a solve may leave
+# A downdate is kept beside the factor only while its pivots stay above this: below, half of the digits are gone.
+_SMALLEST_PIVOT = 1e-8
+_RESIDUAL = 1e-6  # A solve that leaves a larger relative residual than this is refused: its scores would be wrong.
 
 
 class Factor(Protocol):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_AIM = 1e-12  # the relative residual at which a solve is no longer refined
+_AIM = 1e-12  # A solve whose relative residual is this small is refined no further: float64 resolves little more.
 
 
 def panel_of(size: int) -> int:

@@ -29,7 +29,7 @@ from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
 from fastif.renamed import warn_outside
 
-_LOOKED = 30  # products that a failure may cost for its diagnosis
+_LOOKED = 30  # So many products may a failure cost, to find the damping that it advises.
 
 
 class CG(JointCurvature):
@@ -209,7 +209,7 @@ def conjugate_gradients(
         x[rows[better]], r[rows[better]] = moved[better], left[better]
         stalled = not bool((after < 0.5 * residuals[rows]).any())
         residuals[rows[better]] = after[better]
-        if stalled:  # begun anew, it came no further: rounding
+        if stalled:  # The recursion began anew and came no further: rounding lets it come no closer.
             break
     return Solved(x * sizes[:, None].to(x), residuals.cpu(), steps)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]  # [m, P] → [m, P], symmetric
-_ROUNDING = 8.0  # units of rounding below which a direction counts as spanned already
+_ROUNDING = 8.0  # A direction of which less is left than so many units of rounding counts as spanned already.
 
 
 class Krylov(NamedTuple):

@@ -18,11 +18,11 @@ from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCu
 from fastif.renamed import rename_arguments, warn_outside, warn_renamed
 from fastif.samplers.subset import Subset
 
-_MARGIN = 1.25  # of the scale above the largest eigenvalue that was seen
+_MARGIN = 1.25  # Power iteration finds the largest eigenvalue from below: the scale stands so far above what it found.
 _POWER_STEPS = 30
-_CLOSER = 0.99  # so that the residual, computed once more, does not exceed the tolerance by its rounding
-_GROWN = 1.7  # < √3: of the scale, above which a product shows an eigenvalue of 2 scale
-_AWAY = 100.0  # a change so many times larger than the first one: the series diverges
+_CLOSER = 0.99  # The series aims closer than the tolerance: the residual is computed once more, with other rounding.
+_GROWN = 1.7  # A product longer than so many scales (√3, less rounding) shows an eigenvalue of 2 scales: see `_refuse`.
+_AWAY = 100.0  # With batches changes go up and down; one so many times the first one means that the series diverges.
 
 
 class Diverged(ValueError):
