@@ -1,5 +1,7 @@
 """fastif: which training examples made a model behave so, and what would it be without them?"""
 
+from typing import Any
+
 from fastif import curvature, data, evaluation, ops, samplers
 from fastif._version import __version__
 from fastif.curvature import (
@@ -24,7 +26,8 @@ from fastif.influence.planning import Plan
 from fastif.influence.score_folder import ScoreFolder
 from fastif.model.features import Extracted, extract, find_head
 from fastif.ops import build_info
-from fastif.removal import HeadStep, NetworkStep, Removal, remove
+from fastif.removal import Removal, Step, remove
+from fastif.renamed import find_renamed
 from fastif.samplers import CertifiedSubset, Subset
 
 __all__ = [
@@ -38,12 +41,10 @@ __all__ = [
     "Diverged",
     "ExactBlock",
     "Extracted",
-    "HeadStep",
     "Identity",
     "IllConditioned",
     "Influence",
     "LiSSA",
-    "NetworkStep",
     "NotConverged",
     "NotPositiveDefinite",
     "Plan",
@@ -51,6 +52,7 @@ __all__ = [
     "Removal",
     "ScoreFolder",
     "Shampoo",
+    "Step",
     "Subset",
     "__version__",
     "build_info",
@@ -63,3 +65,7 @@ __all__ = [
     "remove",
     "samplers",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return find_renamed(__name__, name, {"HeadStep": Step, "NetworkStep": Step})

@@ -242,7 +242,7 @@ CONTENDERS: dict[str, Contender] = {
     "fastif, exact head, EK-FAC below, mean over 5 networks": partial(ours, make=mixed, ensemble=True),
     "fastif, K-FAC": partial(ours, make=fastif.KFAC),
     "fastif, CG": partial(ours, make=partial(fastif.CG, tolerance=1e-3)),
-    "fastif, LiSSA, 200 steps": partial(ours, make=partial(fastif.LiSSA, steps=200)),
+    "fastif, LiSSA, 200 steps": partial(ours, make=partial(fastif.LiSSA, max_steps=200)),
     "fastif, diagonal": partial(ours, make=fastif.Diagonal),
     "fastif, no curvature": partial(ours, make=lambda damping: fastif.Identity()),
     "kronfluence, EK-FAC": kronfluence,

@@ -50,7 +50,7 @@ class OneSize(RetainedNetwork):
 
     def step(self) -> bool:
         own = self._newton_steps()
-        before, size = {p: p.detach().clone() for p in self.parameters}, 2.0
+        before, size = {p: p.detach().clone() for p in self._names}, 2.0
         while size > 2.0**-20:
             size /= 2
             self._move({name: size * matrix for name, matrix in own.items()})
@@ -94,7 +94,7 @@ def removals(k: int, steps: int, weight_decay: float) -> dict[str, Callable[...,
         problem, spent = kind(model, *given, layers="*", **settings(k, generator)), 0.0
         for figures in newton(problem, steps):
             spent += figures.seconds
-            yield {**model.state_dict(), **problem.state}, spent
+            yield {**model.state_dict(), **problem.parameters}, spent
 
     def body(estimator: Any) -> Callable[..., States]:
         return partial(run, k, "*", {"head": exact, "*": estimator})

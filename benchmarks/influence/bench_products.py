@@ -135,8 +135,8 @@ SOLVERS = {
     "CG, Diagonal": fastif.CG(DAMPING, tolerance=1e-3, preconditioner=fastif.Diagonal(DAMPING)),
     "CG, EKFAC": fastif.CG(DAMPING, tolerance=1e-3, preconditioner=fastif.EKFAC(DAMPING)),
     "CG, graph kept": fastif.CG(DAMPING, tolerance=1e-3, keep_graph=True),
-    "LiSSA": fastif.LiSSA(DAMPING, tolerance=1e-3, steps=20000),
-    "LiSSA, graph kept": fastif.LiSSA(DAMPING, tolerance=1e-3, steps=20000, keep_graph=True),
+    "LiSSA": fastif.LiSSA(DAMPING, tolerance=1e-3, max_steps=20000),
+    "LiSSA, graph kept": fastif.LiSSA(DAMPING, tolerance=1e-3, max_steps=20000, keep_graph=True),
 }
 
 
@@ -187,7 +187,7 @@ SHARES = (0.01, 0.05, 0.2)
 TOLERANCE, STEPS, STRONGER = 1e-3, 5000, 0.5  # STRONGER: damping, LiSSA's steps are in proportion to its inverse
 ESTIMATORS = {
     "CG": partial(fastif.CG, STRONGER, tolerance=TOLERANCE, max_steps=STEPS),
-    "LiSSA": partial(fastif.LiSSA, STRONGER, tolerance=TOLERANCE, steps=STEPS),
+    "LiSSA": partial(fastif.LiSSA, STRONGER, tolerance=TOLERANCE, max_steps=STEPS),
 }
 
 

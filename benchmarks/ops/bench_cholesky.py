@@ -27,7 +27,7 @@ def test_factor_and_solve(race, name):
     damped = flat.double() + DAMPING * torch.eye(size, dtype=torch.float64, device=DEVICE)
 
     def ours():
-        block._outdate()
+        block._solver.release()
         return block.solve(rhs.double()).flatten(1)
 
     def single():
@@ -65,7 +65,7 @@ def test_factor_and_solve_in_place(race, name):
     rhs = torch.randn(count, c, d, dtype=torch.float64, device=DEVICE)
 
     def solve(block, count=count):
-        block._outdate()
+        block._solver.release()
         return block.solve(rhs[:count]).flatten(1)
 
     def single():
@@ -102,7 +102,7 @@ def test_downdate_and_solve(race, removed):
     factor = copy.copy(block._factored())
 
     def ours():
-        block._factor = copy.copy(factor)
+        block._solver.factor = copy.copy(factor)
         block.downdate(inputs[rows], logits[rows], weights=weights[rows])
         assert block._factored().corrected
         solved = block.solve(rhs)
@@ -110,7 +110,7 @@ def test_downdate_and_solve(race, removed):
         return solved
 
     def anew():
-        block._outdate()
+        block._solver.release()
         block.downdate(inputs[rows], logits[rows], weights=weights[rows])
         solved = block.solve(rhs)
         block.update(inputs[rows], logits[rows], weights=weights[rows])

@@ -1,10 +1,9 @@
 """`fastif sample`."""
 
-import inspect
 import zipfile
-from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from fastif.cli.arguments import check, writable
 from fastif.evaluation.settings import SAMPLERS, check_budgets, choose_samplers
 from fastif.journal import whole
-from fastif.samplers.subset import Subset
+from fastif.samplers.draw import draw, missing_inputs
 
 
 def sample_command(
@@ -42,28 +41,16 @@ def sample_command(
     if len(set(lengths.values())) > 1:
         raise ValueError(f"the files must hold as many examples each, got {lengths}")
     n = next(iter(lengths.values()))
-    subset = drawn(name, function, given, check_budgets([k], n)[0], n, seed)
+    picker = partial(function, k=check_budgets([k], n)[0])
+    for what in missing_inputs(picker, given):
+        raise ValueError(f"the sampler {name} needs --{what}")
+    try:
+        subset = draw(picker, n=n, **given, generator=torch.Generator().manual_seed(seed), op="sample")
+    except TypeError as error:
+        raise ValueError(str(error)) from error
     with writable(out.parent):
         _write_subset(out, subset.indices, subset.weights)
     print(f"{len(subset.indices)} of {n} examples, weights sum to {float(subset.weights.sum()):.4g}: {out}")
-
-
-def drawn(name: str, function: Callable[..., Any], given: Mapping[str, Tensor], k: int, n: int, seed: int) -> Subset:
-    """What a sampler picks that takes what it needs from `given`: features, logits, labels."""
-    known: dict[str, Any] = {"n": n, "generator": torch.Generator().manual_seed(seed), **given}
-    if "features" in given:
-        known["points"] = given["features"]
-    arguments: dict[str, Any] = {"k": k}
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.name in known:
-            arguments[parameter.name] = known[parameter.name]
-        elif parameter.default is inspect.Parameter.empty and parameter.name != "k":
-            needed = "features" if parameter.name == "points" else parameter.name
-            raise ValueError(f"the sampler {name} needs --{needed}")
-    try:
-        return function(**arguments)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
 
 
 def read_array(path: Path, name: str) -> Tensor:

@@ -1,10 +1,10 @@
 """`fastif scores`."""
 
 import csv
-import inspect
 import json
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastif.cli.arguments import Interrupted, check, device_named, split, terminal, writable
-from fastif.cli.sample import drawn, read_array
+from fastif.cli.sample import read_array
 from fastif.cli.script import function_named, returned
 from fastif.curvature import (
     CG,
@@ -30,6 +30,7 @@ from fastif.curvature import (
     LiSSA,
     RandomProjection,
 )
+from fastif.curvature.limits import MEMORY
 from fastif.data.batches import count
 from fastif.evaluation.settings import check_budgets, choose_samplers
 from fastif.influence.influence import Influence
@@ -39,9 +40,7 @@ from fastif.influence.score_job import BLOCK_BYTES, fit_settings, write_scores
 from fastif.influence.tiles import By, check_groups, check_positions
 from fastif.journal import refuse_differences, whole
 from fastif.model.calls import dtype_of
-from fastif.model.features import extract
 from fastif.model.losses import LOSSES, MEASUREMENTS
-from fastif.samplers.subset import Subset
 
 FISHERS = ("exact", "monte_carlo", "empirical")
 CURVATURES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {  # the estimator, and what --fisher may be
@@ -110,14 +109,17 @@ def scores_command(
         Path | None,
         typer.Option(help="A group for each query, .npy or .safetensors with a tensor query-groups: rows are groups."),
     ] = None,
-    rank: Annotated[
+    low_rank: Annotated[
         int | None,
         typer.Option(
             help="Keep only so many singular vectors of each query's gradient: less memory.", show_default="all"
         ),
     ] = None,
+    rank: Annotated[int | None, typer.Option(hidden=True)] = None,
     batch_size: Annotated[int, typer.Option(help="For data without batches of its own.")] = 256,
-    memory: Annotated[int, typer.Option(help="MiB for query gradients, a quarter of it for slices of a batch.")] = 1024,
+    memory: Annotated[
+        int, typer.Option(help="MiB for query gradients, a quarter of it for slices of a batch.")
+    ] = MEMORY >> 20,
     top: Annotated[int, typer.Option(help="Training examples per query in top.csv, the most helpful first.")] = 10,
     self_influence: Annotated[
         bool, typer.Option("--self-influence", help="Write self_influence.npy, too: each example's score on itself.")
@@ -141,8 +143,9 @@ def scores_command(
     check("loss", loss, loss in LOSSES, f"one of {', '.join(LOSSES)}")
     check("measurement", measurement, measurement in MEASUREMENTS, f"one of {', '.join(MEASUREMENTS)}")
     check("by", by, by in get_args(By), f"one of {', '.join(get_args(By))}")
-    check("rank", rank, rank is None or rank >= 1, ">= 1")
-    for name, given in (("query-groups", query_groups), ("rank", rank)):
+    low_rank = rank if low_rank is None else low_rank  # --rank is its old name
+    check("low-rank", low_rank, low_rank is None or low_rank >= 1, ">= 1")
+    for name, given in (("query-groups", query_groups), ("low-rank", low_rank)):
         check(name, given, by == "all" or given is None, f"left out with --by {by}")
     if (sampler is None) != (k is None):
         raise ValueError("--sampler and --k go together: which examples carry the curvature, and how many")
@@ -175,14 +178,14 @@ def scores_command(
         check_groups("query_groups", groups, q)
         row, rows, q = "group", "groups of queries", int(groups.max()) + 1
     if not quiet or by == "token":
-        plan = influence.plan(train, query if by == "all" and groups is None else None, rank=rank)
+        plan = influence.plan(train, query if by == "all" and groups is None else None, low_rank=low_rank)
         if by == "token":  # now, not after the fit
             check_positions({name: layer.positions for name, layer in plan.layers.items()})
         if not quiet:
             _print_plan(influence, plan, q, rows, by, out)
     with writable(out):
         try:
-            known = _fit(influence, train, out / "curvature.safetensors", resume, picker, size, seed)
+            known = _fit(influence, train, out / "curvature.safetensors", resume, picker, size)
             scores = write_scores(
                 influence.fitted,
                 query,
@@ -190,7 +193,7 @@ def scores_command(
                 out,
                 resume=resume,
                 query_groups=groups,
-                rank=rank,
+                low_rank=low_rank,
                 by=by,  # pyright: ignore[reportArgumentType]
             )
             best = scores.top(min(n, max(top, _SHOWN))) if top or not quiet else None
@@ -201,15 +204,16 @@ def scores_command(
                 paths.append(out / "self_influence.npy")
                 if not (known and paths[-1].exists()):
                     values = influence.self_influence(train)
-                    with whole(paths[-1]) as partial:
-                        np.save(partial, values.numpy())
+                    with whole(paths[-1]) as unfinished:
+                        np.save(unfinished, values.numpy())
         except KeyboardInterrupt:
             raise Interrupted(f"what was finished is in {out}; the same command with --resume continues") from None
     if best is not None and not quiet:
         console = terminal()
         console.print(_table(row, rows, *best, n))
-        if rank is not None:
-            console.print(f"relative error of the queries' gradients at rank {rank}: at most {scores.rank_error:.1e}")
+        if low_rank is not None:
+            error = f"at most {scores.low_rank_error:.1e}"
+            console.print(f"relative error of the queries' gradients at rank {low_rank}: {error}")
         names = ", ".join(path.name for path in (out / MANIFEST, *paths))
         console.print(f"[bold]{out}[/bold]: the scores, as fastif.ScoreFolder reads them; {names}", soft_wrap=True)
         console.print(f"{time.perf_counter() - began:.1f} s in all")
@@ -241,10 +245,8 @@ def _estimator(curvature: str, damping: str | None, fisher: str | None, seed: in
             raise ValueError(f"--damping must be a number >= 0 or auto, got {damping}") from None
     if make is RandomProjection:
         options["seed"] = seed
-    if fishers == FISHERS and fisher is not None:
+    if len(fishers) > 1 and fisher is not None:
         options["fisher"] = fisher
-    elif make is ExactBlock and fisher == "empirical":
-        options["matrix"] = "empirical_fisher"
     return make(**options)
 
 
@@ -258,7 +260,6 @@ def _fit(
     resume: bool,
     picker: tuple[str, Callable[..., Any]] | None,
     k: int | None,
-    seed: int,
 ) -> bool:
     """Fits the curvature and keeps it in a file, or takes it from there: whether it was there."""
     name = None if picker is None else picker[0]
@@ -270,17 +271,14 @@ def _fit(
         if not influence.setup.estimators.needs_data:
             influence.load_state_dict(state)
             return True
-    subset = None
-    if picker is not None and k is not None:
-        subset = _subset(influence, train, picker, k, seed)
-    influence.fit(train, subset=subset)
+    influence.fit(train, subset=None if picker is None else partial(picker[1], k=k))
     if known:
         return True
     from safetensors.torch import save
 
     state = {key: value.detach().cpu().contiguous() for key, value in influence.state_dict().items()}
-    with whole(stored) as partial:
-        partial.write_bytes(save(state, {"fastif": json.dumps(settings)}))
+    with whole(stored) as unfinished:
+        unfinished.write_bytes(save(state, {"fastif": json.dumps(settings)}))
     return False
 
 
@@ -295,21 +293,11 @@ def _read_curvature(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} is damaged: {error}; remove it and resume the job") from error
 
 
-def _subset(influence: Influence, train: Any, picker: tuple[str, Callable[..., Any]], k: int, seed: int) -> Subset:
-    name, function = picker
-    given: dict[str, Any] = {}
-    if {"labels", "logits", "features", "points"} & set(inspect.signature(function).parameters):
-        batch_size, progress = influence.passes.batch_size, influence.passes.progress
-        seen = extract(influence.model, train, device=influence.device, batch_size=batch_size, progress=progress)
-        given = {what: values for what, values in seen._asdict().items() if values is not None}
-    return drawn(name, function, given, k, count(train, influence.passes.batch_size), seed)
-
-
 # ------------------------------------------------------------------------------------------------------------- results
 
 
 def _write_top(path: Path, row: str, values: Tensor, indices: Tensor, k: int) -> None:
-    with whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow((row, "rank", "train", "score"))
         for query, (scores, places) in enumerate(zip(values[:, :k].tolist(), indices[:, :k].tolist(), strict=True)):

@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastif.curvature import limits
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
 from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork
 from fastif.model.gradients import Dense, Formed, Gradients, OneHot
 from fastif.model.losses import Fisher
 from fastif.model.sliced_gradients import Sliced
 
-_RELATIVE_DAMPING = 0.1  # of the mean squared entry of the gradients, for damping="auto" (Kwon et al. 2024)
-_ENTRIES = 1 << 24  # of gradients that are formed at a time where they have to be
+_RELATIVE_DAMPING = 0.1  # damping="auto" is this share of the gradients' mean squared entry (Kwon et al. 2024).
 
 
 class DataInf(Curvature):
@@ -48,13 +48,14 @@ class DataInf(Curvature):
     def begin(self, name: str, shape: tuple[int, int, int]) -> None:
         self.name, self.shape, self._parts, self._gains = name, shape, [], []
 
-    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
-        del column, turn
-        self._parts += [(part, weights[rows].clone()) for part, rows in _kept(gradients)]  # of no other layer's memory
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, pass_index: int) -> None:
+        del column, pass_index
+        # Copies: a view would keep the memory of the whole batch, with all layers, alive.
+        self._parts += [(part, weights[rows].clone()) for part, rows in _copy_smallest(gradients)]
 
-    def end(self, turn: int) -> None:
+    def end(self, pass_index: int) -> None:
         """Finds λ and each example's gain. Raises NotPositiveDefinite where "auto" finds 0."""
-        del turn
+        del pass_index
         norms = [gradients.sq_norms().double() for gradients, _ in self._parts]
         weights = [w.to(n) for (_, w), n in zip(self._parts, norms, strict=True)]
         total = torch.cat(weights).sum()
@@ -91,8 +92,8 @@ class DataInf(Curvature):
         """
         size = self.shape[0] * self.shape[1] * self.shape[2]
         parts, total = [], sum(float(weights.double().sum()) for _, weights in self._fitted())
-        for begin in range(0, len(gradients), max(1, _ENTRIES // size)):
-            some = gradients.rows(begin, begin + max(1, _ENTRIES // size))
+        for begin in range(0, len(gradients), max(1, limits.DATA_INF_ENTRIES // size)):
+            some = gradients.rows(begin, begin + max(1, limits.DATA_INF_ENTRIES // size))
             entries = some.formed()
             formed = entries.double()
             norms = formed.square().flatten(1).sum(1)
@@ -101,7 +102,7 @@ class DataInf(Curvature):
                 mine = _double(part)
                 own, shares = mine.sq_norms(), weights.to(norms) / total
                 along = mine.dots(formed).square() / torch.where(own > 0, own, 1.0)  # [m, n]
-                across = (norms[:, None] - along).clamp(min=0)  # Cauchy and Schwarz
+                across = (norms[:, None] - along).clamp(min=0)  # not below zero but for rounding, by Cauchy and Schwarz
                 value += (across / self.damping_used + along / (self.damping_used + total * own)) @ shares
             parts.append(value.to(entries))
         return torch.cat(parts)
@@ -137,7 +138,7 @@ class DataInf(Curvature):
         return Cost(held, operations=2 * fit.n * t * block.size, learned=held)
 
 
-def _kept(gradients: Gradients) -> list[tuple[Gradients, slice]]:
+def _copy_smallest(gradients: Gradients) -> list[tuple[Gradients, slice]]:
     """The gradients in their smallest form, with copies of their own: what they were made of is let go."""
     parts = gradients.parts() if isinstance(gradients, Sliced) else [(gradients, slice(0, len(gradients)))]
     out: list[tuple[Gradients, slice]] = []
@@ -153,7 +154,7 @@ def _kept(gradients: Gradients) -> list[tuple[Gradients, slice]]:
 
 
 def _double(gradients: Gradients) -> Gradients:
-    """Those that `_kept` made, in float64."""
+    """Those that `_copy_smallest` made, in float64."""
     if isinstance(gradients, OneHot):
         return OneHot(gradients.places, gradients.inputs.double(), gradients.table_rows)
     if isinstance(gradients, Dense):

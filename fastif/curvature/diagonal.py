@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
-from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork
+from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork, check_fisher
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
 
@@ -25,21 +25,20 @@ class Diagonal(Curvature):
         if damping == "auto":
             raise ValueError("Diagonal: damping must be a number, got 'auto'")
         check_damping(damping)
-        if fisher not in ("exact", "monte_carlo", "empirical"):
-            raise ValueError(f"Diagonal: fisher must be 'exact', 'monte_carlo' or 'empirical', got {fisher!r}")
+        check_fisher("Diagonal", fisher)
         self.damping, self.fisher, self.name = damping, fisher, "layer"
         self._diagonal: Tensor | None = None
 
     def begin(self, name: str, shape: tuple[int, int, int]) -> None:
         self.name, self.shape, self._diagonal = name, shape, None
 
-    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
-        del column, turn
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, pass_index: int) -> None:
+        del column, pass_index
         squares = gradients.squares(weights)
         self._diagonal = squares if self._diagonal is None else self._diagonal.add_(squares)
 
-    def end(self, turn: int) -> None:
-        del turn
+    def end(self, pass_index: int) -> None:
+        del pass_index
         if not bool(self.diagonal.isfinite().all()):
             raise NotPositiveDefinite(f"Diagonal: layer {self.name!r} holds NaN or Inf")
         _ = self.inverse_diagonal
@@ -91,9 +90,9 @@ class Identity(Curvature):
     def begin(self, name: str, shape: tuple[int, int, int]) -> None:
         del name, shape
 
-    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None: ...
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, pass_index: int) -> None: ...
 
-    def end(self, turn: int) -> None: ...
+    def end(self, pass_index: int) -> None: ...
 
     def solve(self, rhs: Tensor) -> Tensor:
         return rhs

@@ -10,13 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastif.curvature import limits
 from fastif.model.gradients import Dense, Formed, Gradients
 from fastif.model.sliced_gradients import Sliced, whole
-
-_ENTRIES = 1 << 24  # of the largest intermediate of LowRank
-_FORMED = 1 << 20  # entries of matrices that are made of factors at a time: 4 MiB in float32, a cache's
-_TOGETHER = 1 << 21  # entries of training gradients that meet matrices made of factors, of several positions
-_SAMPLE = 64  # queries and training examples on which an approximation measures its error
+from fastif.renamed import warn_renamed
 
 
 class Directions(Protocol):
@@ -67,11 +64,18 @@ class LowRank:
     error: float  # largest over the queries of |V − left right| / |V|, Frobenius
 
     @staticmethod
-    def of(matrices: Tensor, rank: int) -> LowRank:
+    def approximate(matrices: Tensor, rank: int) -> LowRank:
+        """Keeps the `rank` largest singular vectors of matrices [q, g, o, d]."""
         u, s, v = torch.linalg.svd(matrices, full_matrices=False)
-        left_out, whole = s[..., rank:].square().sum((1, 2)), s.square().sum((1, 2))
-        lost = (left_out / whole.clamp(min=torch.finfo(s.dtype).tiny)).sqrt()  # 0 for a gradient that is zero
+        left_out, total = s[..., rank:].square().sum((1, 2)), s.square().sum((1, 2))
+        lost = (left_out / total.clamp(min=torch.finfo(s.dtype).tiny)).sqrt()  # 0 for a gradient that is zero
         return LowRank(u[..., :rank] * s[..., None, :rank], v[..., :rank, :], float(lost.max()))
+
+    @staticmethod
+    def of(matrices: Tensor, rank: int) -> LowRank:
+        """The old name of `approximate`."""
+        warn_renamed("LowRank.of", "LowRank.approximate")
+        return LowRank.approximate(matrices, rank)
 
     def __len__(self) -> int:
         return len(self.left)
@@ -87,7 +91,7 @@ class LowRank:
             return train.dots(self.left @ self.right)
         q, _, _, r = self.left.shape
         out = []
-        each = max(1, _ENTRIES // (train.inputs[0, :, :, 0].numel() * len(train.inputs) * r))
+        each = max(1, limits.LOW_RANK_ENTRIES // (train.inputs[0, :, :, 0].numel() * len(train.inputs) * r))
         for begin in range(0, q, each):  # [g, n, t, queries, r] at a time
             left, right = self.left[begin : begin + each], self.right[begin : begin + each]
             u = torch.einsum("gnto,qgor->gntqr", train.output_grads, left)
@@ -106,16 +110,16 @@ class Basis(Protocol):
         """[1, o, d]."""
         ...
 
-    def rotated(self, gradients: Gradients) -> Gradients: ...
+    def rotate(self, gradients: Gradients) -> Gradients: ...
 
-    def unrotated(self, matrices: Tensor) -> Tensor: ...
+    def unrotate(self, matrices: Tensor) -> Tensor: ...
 
 
-class Factors:
+class QueryFactors:
     """Gradients Σ_t u_t a_tᵀ in the eigenbasis, t (o + d) numbers of each: matrices are made of them when needed.
 
     Training gradients are turned into the eigenbasis, too; or, where that is more work than it saves, the queries'
-    matrices are turned back once and kept: see `settled`.
+    matrices are turned back once and kept: see `settle`.
     """
 
     def __init__(self, query: Gradients, basis: Basis):
@@ -123,7 +127,7 @@ class Factors:
 
     @staticmethod
     def size(gradients: Gradients) -> int | None:
-        """Numbers that each of the gradients takes; None where it had better be a matrix.
+        """The numbers that each of the gradients takes; None where it had better be a matrix.
 
         Factors suit a block of one matrix [o, d] with one position, or with so few that they are half of it at most.
         """
@@ -145,13 +149,13 @@ class Factors:
         return 0.0
 
     @staticmethod
-    def joined(parts: Sequence[Factors]) -> Factors:
+    def join(parts: Sequence[QueryFactors]) -> QueryFactors:
         """The queries of several, of one block, one after another."""
         made = copy.copy(parts[0])
         made._query = Dense.cat([part._query for part in parts])
         return made
 
-    def settled(self, room: int) -> Directions:
+    def settle(self, room: int) -> Directions:
         """The form in which training gradients meet them; matrices may take `room` bytes.
 
         With several positions matrices are faster by far, where there is room for them. With one, turning a training
@@ -164,29 +168,30 @@ class Factors:
         if not fits:
             return self
         matrices, inverse = self._query.inputs.new_empty((len(self), 1, o, d)), self._basis.inverse_eigenvalues
-        each = max(1, _FORMED // (o * d))
+        each = max(1, limits.QUERY_MATRIX_ENTRIES // (o * d))
         for i in range(0, len(self), each):
-            matrices[i : i + each] = self._basis.unrotated(_of(self._query, i, i + each, inverse))
+            matrices[i : i + each] = self._basis.unrotate(_make_matrices(self._query, i, i + each, inverse))
         return Explicit(matrices)
 
     def dots(self, train: Gradients) -> Tensor:
-        return self._exact(self._basis.rotated(train))
+        return self._exact(self._basis.rotate(train))
 
     def _exact(self, train: Gradients) -> Tensor:
-        """With training gradients in the eigenbasis."""
+        """Products with training gradients that are in the eigenbasis."""
         if self._query.positions == 1:
             return self._with(train)
-        each = max(1, _TOGETHER // self._basis.inverse_eigenvalues.numel())
+        each = max(1, limits.TRAIN_MATRIX_ENTRIES // self._basis.inverse_eigenvalues.numel())
         parts = (Formed(train.rows(i, i + each).formed()) for i in range(0, len(train), each))
         return torch.cat([self._with(part) for part in parts], 1)
 
     def _with(self, train: Gradients) -> Tensor:
         inverse = self._basis.inverse_eigenvalues
-        each = max(1, _FORMED // inverse.numel())
-        return torch.cat([train.dots(_of(self._query, i, i + each, inverse)) for i in range(0, len(self), each)])
+        each = max(1, limits.QUERY_MATRIX_ENTRIES // inverse.numel())
+        matrices = (_make_matrices(self._query, i, i + each, inverse) for i in range(0, len(self), each))
+        return torch.cat([train.dots(some) for some in matrices])
 
 
-class Separable(Factors):
+class Separable(QueryFactors):
     """The inverse eigenvalues as a sum of r products x yᵀ.
 
     Then a score is Σ_r (Σ_o u_q u_t x_r)(Σ_d a_q a_t y_r): r (o + d) operations per pair in the place of o·d. The rank
@@ -199,16 +204,16 @@ class Separable(Factors):
         self._products, self._tolerance = products, tolerance
         self._rank: int | None = None  # 0: exact
 
-    def settled(self, room: int) -> Directions:
+    def settle(self, room: int) -> Directions:
         del room
         return self
 
     def dots(self, train: Gradients) -> Tensor:
-        rotated = self._basis.rotated(train)
+        rotated = self._basis.rotate(train)
         if train.positions > 1:
             return self._exact(rotated)
         if self._rank is None:
-            self._rank = self._sufficient(whole(rotated.rows(0, _SAMPLE)))
+            self._rank = self._sufficient(whole(rotated.rows(0, limits.ERROR_SAMPLE)))
             self._basis.separable_rank = self._rank or None
         if self._rank == 0:
             return self._exact(rotated)
@@ -217,15 +222,15 @@ class Separable(Factors):
 
     def _sufficient(self, train: Dense) -> int:
         """The smallest rank within the tolerance, or 0 where the exact form is as cheap."""
-        query, inverse = self._query.rows(0, _SAMPLE), self._basis.inverse_eigenvalues
-        exact = train.dots(_of(query, 0, len(query), inverse))
+        query, inverse = self._query.rows(0, limits.ERROR_SAMPLE), self._basis.inverse_eigenvalues
+        exact = train.dots(_make_matrices(query, 0, len(query), inverse))
         allowed = self._tolerance * float(exact.norm())
 
         def suffices(rank: int) -> bool:
             return float((self._pairs(query, train, rank) - exact).norm()) <= allowed
 
         o, d = inverse.shape[1:]
-        enough, most = 2, o * d // (o + d)  # from this rank on it costs as much
+        enough, most = 2, o * d // (o + d)  # From rank `most` on, the products cost as much as the exact form.
         while enough < most and not suffices(enough):
             enough *= 2
         if enough >= most:
@@ -237,7 +242,7 @@ class Separable(Factors):
         return enough
 
     def _pairs(self, query: Gradients, train: Gradients, rank: int) -> Tensor:
-        (a_query, u_query), (a, u) = _factors(query), _factors(train)
+        (a_query, u_query), (a, u) = _factors_of(query), _factors_of(train)
         total = a.new_zeros((len(a_query), len(a)))
         for x, y in zip(self._products[0][:rank], self._products[1][:rank], strict=True):
             total.addcmul_((u_query * x) @ u.T, (a_query * y) @ a.T)
@@ -259,15 +264,15 @@ def products_of(inverse: Tensor, eigenvalues: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(inverse), y.to(inverse)
 
 
-def _of(query: Dense, begin: int, end: int, inverse: Tensor) -> Tensor:
+def _make_matrices(query: Dense, begin: int, end: int, inverse: Tensor) -> Tensor:
     """The matrices [q, 1, o, d] of some queries, times the inverse eigenvalues [1, o, d]."""
     if query.positions > 1:
         return query.rows(begin, end).formed().mul_(inverse)
-    a, u = (factor[begin:end] for factor in _factors(query))
+    a, u = (factor[begin:end] for factor in _factors_of(query))
     return (u[:, None, :, None] * inverse).mul_(a[:, None, None, :])
 
 
-def _factors(gradients: Gradients) -> tuple[Tensor, Tensor]:
+def _factors_of(gradients: Gradients) -> tuple[Tensor, Tensor]:
     """Inputs [n, d] and output gradients [n, o] of gradients with one position."""
     assert isinstance(gradients, Dense)
     return gradients.inputs[0, :, 0], gradients.output_grads[0, :, 0]

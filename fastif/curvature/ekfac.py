@@ -17,15 +17,15 @@ class EKFAC(KFAC):
 
     passes = 2
 
-    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
-        if turn == 0:
-            super().observe(gradients, weights, column, turn)
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, pass_index: int) -> None:
+        if pass_index == 0:
+            super().observe(gradients, weights, column, pass_index)
         else:
-            squares = self.rotated(gradients).squares(weights)
+            squares = self.rotate(gradients).squares(weights)
             self._eigenvalues = squares if self._eigenvalues is None else self._eigenvalues.add_(squares)
 
-    def end(self, turn: int) -> None:
-        if turn == 0:
+    def end(self, pass_index: int) -> None:
+        if pass_index == 0:
             self._decompose()
             self._eigenvalues = None  # those of the product have served
         else:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
-from fastif.curvature.directions import Directions, Explicit, Factors, Separable, products_of
+from fastif.curvature.directions import Directions, Explicit, QueryFactors, Separable, products_of
 from fastif.curvature.eigenvectors import find_eigenvectors
-from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork
+from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork, check_fisher
 from fastif.model.gradients import Gradients, Unfinished
 from fastif.model.losses import Fisher
+from fastif.renamed import warn_renamed
 
-_RELATIVE_DAMPING = 0.1  # of the mean eigenvalue, for damping="auto" (Grosse et al. 2023)
+_RELATIVE_DAMPING = 0.1  # damping="auto" is this share of the mean eigenvalue, as in Grosse et al. (2023).
 
 
 class KFAC(Curvature):
@@ -47,10 +48,7 @@ class KFAC(Curvature):
         separable: float | None = None,
     ):
         check_damping(damping)
-        if fisher not in ("exact", "monte_carlo", "empirical"):
-            raise ValueError(
-                f"{type(self).__name__}: fisher must be 'exact', 'monte_carlo' or 'empirical', got {fisher!r}"
-            )
+        check_fisher(type(self).__name__, fisher)
         if separable is not None and not 0 < separable < 1:
             raise ValueError(f"{type(self).__name__}: separable must be a tolerance in (0, 1) or None, got {separable}")
         self.damping: float | Literal["auto"] = damping
@@ -72,9 +70,9 @@ class KFAC(Curvature):
         self._moments, self._positions, self._eigenvalues, self._inverse = {}, 0.0, None, None
         self._products = None
 
-    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
-        """Takes in a batch: column `column` of its curvature (the activations only once), in pass `turn`."""
-        del turn
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, pass_index: int) -> None:
+        """Takes in a batch: column `column` of its curvature (the activations only once), in pass `pass_index`."""
+        del pass_index
         activations = gradients.activations
         for side in ("inputs", "outputs"):
             if column == 0 or side != activations:
@@ -84,9 +82,9 @@ class KFAC(Curvature):
             each = gradients.positions if counts is None else counts.to(weights)
             self._positions += float((weights.double() * each).sum())
 
-    def end(self, turn: int) -> None:
-        """Ends pass `turn`: the eigenbases are found. Raises NotPositiveDefinite, naming the layer, if it cannot."""
-        del turn
+    def end(self, pass_index: int) -> None:
+        """Finds the eigenbases. Raises NotPositiveDefinite, naming the layer, if it cannot."""
+        del pass_index
         self._decompose()
         _ = self.damping_used
 
@@ -111,7 +109,7 @@ class KFAC(Curvature):
 
     @property
     def eigenvalues(self) -> Tensor:
-        """Of the undamped curvature, in the eigenbases, [g, o, d]."""
+        """Eigenvalues of the undamped curvature, in the eigenbases, [g, o, d]."""
         if self._eigenvalues is None:
             raise ValueError(f"{type(self).__name__}: not fitted; call Influence.fit first")
         return self._eigenvalues
@@ -153,19 +151,19 @@ class KFAC(Curvature):
 
     def solve(self, rhs: Tensor) -> Tensor:
         """(G + λI)⁻¹ rhs for rhs [..., g, o, d]."""
-        return self.unrotated(self._to_basis(rhs) * self.inverse_eigenvalues)
+        return self.unrotate(self._to_basis(rhs) * self.inverse_eigenvalues)
 
     def sq_norms(self, gradients: Gradients) -> Tensor:
         """g_iᵀ (G + λI)⁻¹ g_i, [n]."""
-        return self.rotated(gradients).sq_norms(self.inverse_eigenvalues)
+        return self.rotate(gradients).sq_norms(self.inverse_eigenvalues)
 
     def directions(self, gradients: Gradients) -> Directions:
         """The query side of pairwise scores."""
-        rotated = self.rotated(gradients)
-        if Factors.size(gradients) is None:
-            return Explicit(self.unrotated(rotated.formed() * self.inverse_eigenvalues))
+        rotated = self.rotate(gradients)
+        if QueryFactors.size(gradients) is None:
+            return Explicit(self.unrotate(rotated.formed() * self.inverse_eigenvalues))
         if self.separable is None or gradients.positions > 1:
-            return Factors(rotated, self)
+            return QueryFactors(rotated, self)
         if self._products is None:
             self._products = products_of(self.inverse_eigenvalues[0], self.eigenvalues[0])
         return Separable(rotated, self, self._products, self.separable)
@@ -202,16 +200,26 @@ class KFAC(Curvature):
             + 10 * g * (d**3 + outputs**3),
         )
 
-    def rotated(self, gradients: Gradients) -> Gradients:
-        """The gradients in the eigenbases."""
+    def rotate(self, gradients: Gradients) -> Gradients:
+        """Turns gradients into the eigenbases."""
         assert self.input_basis is not None
         return gradients.rotated(self.output_basis, self.input_basis)
 
-    def unrotated(self, matrices: Tensor) -> Tensor:
-        """Matrices [..., g, o, d] out of the eigenbases."""
+    def unrotate(self, matrices: Tensor) -> Tensor:
+        """Turns matrices [..., g, o, d] back out of the eigenbases."""
         assert self.input_basis is not None
         m = matrices @ self.input_basis.mT
         return m if self.output_basis is None else self.output_basis @ m
+
+    def rotated(self, gradients: Gradients) -> Gradients:
+        """The old name of `rotate`."""
+        warn_renamed(f"{type(self).__name__}.rotated", f"{type(self).__name__}.rotate")
+        return self.rotate(gradients)
+
+    def unrotated(self, matrices: Tensor) -> Tensor:
+        """The old name of `unrotate`."""
+        warn_renamed(f"{type(self).__name__}.unrotated", f"{type(self).__name__}.unrotate")
+        return self.unrotate(matrices)
 
     def _to_basis(self, m: Tensor) -> Tensor:
         assert self.input_basis is not None

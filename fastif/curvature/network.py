@@ -42,17 +42,17 @@ class NetworkCurvature:
             own = None if data is None else data._replace(blocks={name: data.blocks[name] for name in names})
             part.begin({name: shapes[name] for name in names}, own)
 
-    def open(self, turn: int) -> NetworkCurvature:
-        """The part of it that looks at the data in pass `turn`."""
-        return NetworkCurvature({names: part for names, part in self.parts.items() if turn < part.passes})
+    def open(self, pass_index: int) -> NetworkCurvature:
+        """The part of it that looks at the data in pass `pass_index`."""
+        return NetworkCurvature({names: part for names, part in self.parts.items() if pass_index < part.passes})
 
-    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
+    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
         for names, part in self.parts.items():
-            part.observe({name: gradients[name] for name in names}, weights, column, turn)
+            part.observe({name: gradients[name] for name in names}, weights, column, pass_index)
 
-    def end(self, turn: int) -> None:
+    def end(self, pass_index: int) -> None:
         for part in self.parts.values():
-            part.end(turn)
+            part.end(pass_index)
 
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(G + λI)⁻¹ rhs for rhs [..., g, o, d] by block."""

@@ -10,16 +10,16 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from fastif.curvature import limits
 from fastif.curvature.damping import check_damping
 from fastif.curvature.directions import Directions
 from fastif.curvature.exact.cholesky import factorize
 from fastif.curvature.matrix_free.iterations import check_iterations
-from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Shape
+from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Shape, check_fisher
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
+from fastif.renamed import warn_renamed
 
-_ENTRIES = 1 << 23  # of signs that stand at a time
-_HELD = 1 << 24  # signs that are kept at most, 64 MiB in float32
 _WORD = 32  # signs that one hash gives
 
 
@@ -46,8 +46,7 @@ class RandomProjection(JointCurvature):
         if damping == "auto" or damping == 0:
             raise ValueError(f"RandomProjection: damping must be a number > 0, got {damping!r}")
         check_iterations("RandomProjection", 0.5, dimension=dimension)
-        if fisher not in ("exact", "monte_carlo", "empirical"):
-            raise ValueError(f"RandomProjection: fisher must be 'exact', 'monte_carlo' or 'empirical', got {fisher!r}")
+        check_fisher("RandomProjection", fisher)
         self.dimension, self.damping, self.seed = dimension, damping, seed
         self.fisher: Fisher = fisher
         self._moment: Tensor | None = None  # K, float64 [k, k]
@@ -58,15 +57,15 @@ class RandomProjection(JointCurvature):
         self._shapes, self._moment, self._factor = dict(shapes), None, None
         self._held: dict[str, Tensor] = {}  # S by block
 
-    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
-        del column, turn
-        rows = self.projected(gradients).double()
+    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
+        del column, pass_index
+        rows = self.project(gradients).double()
         moment = (rows * weights.to(rows)[:, None]).T @ rows
         self._moment = moment if self._moment is None else self._moment.add_(moment)
 
-    def end(self, turn: int) -> None:
+    def end(self, pass_index: int) -> None:
         """Makes the factor. Raises NotPositiveDefinite where K holds NaN or Inf."""
-        del turn
+        del pass_index
         _ = self.factor
 
     @property
@@ -83,15 +82,25 @@ class RandomProjection(JointCurvature):
             self._factor = factorize(self.moment, self.damping, "RandomProjection")[0]
         return self._factor
 
-    def projected(self, gradients: Mapping[str, Gradients]) -> Tensor:
+    def project(self, gradients: Mapping[str, Gradients]) -> Tensor:
         """φ_i = Σ_blocks S g_i, [n, k]; the gradients are not formed where their factors are smaller."""
-        parts = [self.projected_block(name, g) for name, g in gradients.items()]
+        parts = [self.project_block(name, g) for name, g in gradients.items()]
         return torch.stack(parts).sum(0)
 
-    def projected_block(self, name: str, gradients: Gradients) -> Tensor:
+    def project_block(self, name: str, gradients: Gradients) -> Tensor:
         """The part S g_i of one block, [n, k]."""
         like = gradients.rows(0, 1).formed()
         return torch.cat([gradients.dots(signs).T for signs in self._signs(name, like)], 1)
+
+    def projected(self, gradients: Mapping[str, Gradients]) -> Tensor:
+        """The old name of `project`."""
+        warn_renamed("RandomProjection.projected", "RandomProjection.project")
+        return self.project(gradients)
+
+    def projected_block(self, name: str, gradients: Gradients) -> Tensor:
+        """The old name of `project_block`."""
+        warn_renamed("RandomProjection.projected_block", "RandomProjection.project_block")
+        return self.project_block(name, gradients)
 
     def _signs(self, name: str, like: Tensor) -> Iterator[Tensor]:
         """S of a block, [rows, g, o, d], as many rows at a time as may stand."""
@@ -101,7 +110,7 @@ class RandomProjection(JointCurvature):
             yield self._held[name].to(like)
             return
         words = -(-self.dimension // _WORD)
-        each = max(1, _ENTRIES // (size * _WORD))
+        each = max(1, limits.SIGNS_MADE // (size * _WORD))
         made: list[Tensor] = []
         for begin in range(0, words, each):
             s = signs(self.seed, name, size, begin, min(each, words - begin), like.device)
@@ -116,9 +125,9 @@ class RandomProjection(JointCurvature):
     @property
     def _holds(self) -> bool:
         """Whether all signs are few enough to be made once."""
-        return self.dimension * sum(math.prod(shape) for shape in self._shapes.values()) <= _HELD
+        return self.dimension * sum(math.prod(shape) for shape in self._shapes.values()) <= limits.SIGNS_KEPT
 
-    def _solved(self, rows: Tensor) -> Tensor:
+    def _solve_rows(self, rows: Tensor) -> Tensor:
         """(K + λI)⁻¹ φ for rows φ [m, k]."""
         return torch.cholesky_solve(rows.double().T, self.factor).T.to(rows)
 
@@ -128,7 +137,7 @@ class RandomProjection(JointCurvature):
         rows = torch.stack(
             [torch.cat([v @ s.flatten(1).T for s in self._signs(name, v)], 1) for name, v in flat.items()]
         ).sum(0)
-        solved = self._solved(rows)
+        solved = self._solve_rows(rows)
         out: dict[str, Tensor] = {}
         for name, value in flat.items():
             total, begin = torch.zeros_like(value), 0
@@ -139,11 +148,11 @@ class RandomProjection(JointCurvature):
         return out
 
     def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
-        rows = self.projected(gradients)
-        return (rows * self._solved(rows)).sum(1)
+        rows = self.project(gradients)
+        return (rows * self._solve_rows(rows)).sum(1)
 
     def directions(self, gradients: Mapping[str, Gradients]) -> dict[str, Directions]:
-        solved = self._solved(self.projected(gradients))
+        solved = self._solve_rows(self.project(gradients))
         return {name: Projected(solved, self, name, len(gradients)) for name in gradients}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -160,14 +169,14 @@ class RandomProjection(JointCurvature):
 
     def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
         largest, k = max(block.size for block in blocks.values()), self.dimension
-        standing = min(max(_ENTRIES, largest * _WORD), largest * (k + _WORD))
+        standing = min(max(limits.SIGNS_MADE, largest * _WORD), largest * (k + _WORD))
         every = k * sum(block.size for block in blocks.values())
         formed = sum(block.positions * block.size for block in blocks.values())
         return Cost(
-            held=2 * 8 * k**2 + (every * fit.item if every <= _HELD else 0),
+            held=2 * 8 * k**2 + (every * fit.item if every <= limits.SIGNS_KEPT else 0),
             making=standing * (8 + fit.item) + 2 * 8 * k**2,
             operations=2 * fit.n * fit.columns * (formed + every + k**2) + k**3 / 3,
-            learned=8 * k**2 + (every * fit.item if every <= _HELD else 0),
+            learned=8 * k**2 + (every * fit.item if every <= limits.SIGNS_KEPT else 0),
             observing=standing * (8 + fit.item),
         )
 
@@ -193,7 +202,7 @@ class Projected:
         return 0.0
 
     def dots(self, train: Gradients) -> Tensor:
-        return self.solved @ self.projection.projected_block(self.name, train).T
+        return self.solved @ self.projection.project_block(self.name, train).T
 
 
 def signs(seed: int, name: str, size: int, first: int, words: int, device: torch.device) -> Tensor:

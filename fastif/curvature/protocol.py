@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastif.curvature.called import Called
 from fastif.curvature.directions import Directions, Explicit
+from fastif.curvature.limits import MEMORY
 from fastif.model.capture import Forward
 from fastif.model.gradients import Formed, Gradients
 from fastif.model.layers import Block
@@ -85,7 +86,7 @@ class Cost(NamedTuple):
     beside: int = 0  # bytes that a solve takes at a time beside these and its right-hand sides
 
     def __add__(self, other: Cost) -> Cost:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Of two estimators that are made one after another."""
+        """Adds the costs of two estimators that are made one after another."""
         return Cost(
             self.held + other.held,
             max(self.making, other.making),
@@ -121,9 +122,9 @@ class Estimator(Called, ABC):
     def assign(self, names: Sequence[str]) -> dict[tuple[str, ...], JointCurvature]:
         """What takes care of these blocks, not copied: this estimator for each of them, or one for all."""
 
-    def end(self, turn: int) -> None:
+    def end(self, pass_index: int) -> None:
         """Ends a pass; raises NotPositiveDefinite with a diagnosis. Called once where there are no passes."""
-        del turn
+        del pass_index
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -158,8 +159,8 @@ class Curvature(Estimator):
         return False
 
     @abstractmethod
-    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
-        """Takes in Σ_i weights[i] vec(g_i) vec(g_i)ᵀ of a batch, column `column` of its curvature, in pass `turn`."""
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, pass_index: int) -> None:
+        """Takes in Σ_i weights[i] vec(g_i) vec(g_i)ᵀ of a batch, column `column` of its curvature, in a pass."""
 
     @abstractmethod
     def solve(self, rhs: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ class JointCurvature(Estimator):
     joint = True
     passes = 0
     fisher = "empirical"
-    memory: int = 1 << 27  # bytes that right-hand sides, and what solving takes beside them, may take at a time
+    memory: int = MEMORY  # bytes that right-hand sides, and what solving takes beside them, may take at a time
 
     def assign(self, names: Sequence[str]) -> dict[tuple[str, ...], JointCurvature]:
         return {tuple(names): self} if names else {}
@@ -207,9 +208,9 @@ class JointCurvature(Estimator):
         del seen
         return False
 
-    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
+    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
         """Takes in a batch, as `Curvature.observe`."""
-        del gradients, weights, column, turn
+        del gradients, weights, column, pass_index
 
     @abstractmethod
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -241,16 +242,36 @@ class JointCurvature(Estimator):
         return Products()
 
 
-class OneBlock(JointCurvature):
-    """One block's own estimator."""
+class SingleEstimator(JointCurvature):
+    """What leaves its work to one estimator of a single block."""
 
-    def __init__(self, name: str, estimator: Curvature):
-        self.name, self.estimator = name, estimator
+    def __init__(self, estimator: Curvature):
+        self.estimator = estimator
         self.passes, self.fisher = estimator.passes, estimator.fisher
 
     @property
     def given(self) -> Curvature:
         return self.estimator
+
+    def end(self, pass_index: int) -> None:
+        self.estimator.end(pass_index)
+
+    def stand_in(self) -> None:
+        self.estimator.stand_in()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.estimator.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.estimator.load_state_dict(state)
+
+
+class OneBlock(SingleEstimator):
+    """One block's own estimator."""
+
+    def __init__(self, name: str, estimator: Curvature):
+        super().__init__(estimator)
+        self.name = name
 
     def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
         del data
@@ -259,11 +280,8 @@ class OneBlock(JointCurvature):
     def observe_batch(self, seen: SeenBatch) -> bool:
         return self.estimator.observe_batch(seen, [self.name])
 
-    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
-        self.estimator.observe(gradients[self.name], weights, column, turn)
-
-    def end(self, turn: int) -> None:
-        self.estimator.end(turn)
+    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
+        self.estimator.observe(gradients[self.name], weights, column, pass_index)
 
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {self.name: self.estimator.solve(rhs[self.name])}
@@ -274,72 +292,47 @@ class OneBlock(JointCurvature):
     def directions(self, gradients: Mapping[str, Gradients]) -> dict[str, Directions]:
         return {self.name: self.estimator.directions(gradients[self.name])}
 
-    def stand_in(self) -> None:
-        self.estimator.stand_in()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.estimator.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.estimator.load_state_dict(state)
-
     def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
         return self.estimator.cost(blocks[self.name], fit)
 
 
-class JoinedBlocks(JointCurvature):
+class JoinedBlocks(SingleEstimator):
     """One estimator for several blocks as if they were one: their parameters one after another, [1, 1, P]."""
 
     def __init__(self, names: tuple[str, ...], estimator: Curvature):
-        self.names, self.estimator = names, estimator
-        self.passes, self.fisher = estimator.passes, estimator.fisher
+        super().__init__(estimator)
+        self.names = names
         self._shapes: Mapping[str, Shape] = {}
-
-    @property
-    def given(self) -> Curvature:
-        return self.estimator
 
     def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
         del data
         self._shapes = shapes
-        self.estimator.begin(", ".join(self.names), self._whole(shapes))
+        self.estimator.begin(", ".join(self.names), self._joint_shape(shapes))
 
     def observe_batch(self, seen: SeenBatch) -> bool:
         return self.estimator.observe_batch(seen._replace(softmax=False), self.names)  # closed forms are of one layer
 
-    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
-        self.estimator.observe(self._joined(gradients), weights, column, turn)
-
-    def end(self, turn: int) -> None:
-        self.estimator.end(turn)
+    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
+        self.estimator.observe(self._join(gradients), weights, column, pass_index)
 
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        whole = torch.cat([rhs[name].flatten(-3) for name in self.names], -1)
-        solved = self.estimator.solve(whole[..., None, None, :])[..., 0, 0, :]
+        joint = torch.cat([rhs[name].flatten(-3) for name in self.names], -1)
+        solved = self.estimator.solve(joint[..., None, None, :])[..., 0, 0, :]
         parts = solved.split([torch.Size(self._shapes[name]).numel() for name in self.names], -1)
         return {name: part.reshape(rhs[name].shape) for name, part in zip(self.names, parts, strict=True)}
 
     def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
-        return self.estimator.sq_norms(self._joined(gradients))
-
-    def stand_in(self) -> None:
-        self.estimator.stand_in()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.estimator.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.estimator.load_state_dict(state)
+        return self.estimator.sq_norms(self._join(gradients))
 
     def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
         shapes = {name: block.shape for name, block in blocks.items()}
         positions = max(block.positions for block in blocks.values())
-        return self.estimator.cost(BlockWork(self._whole(shapes), positions, False), fit._replace(head=False))
+        return self.estimator.cost(BlockWork(self._joint_shape(shapes), positions, False), fit._replace(head=False))
 
-    def _whole(self, shapes: Mapping[str, Shape]) -> Shape:
+    def _joint_shape(self, shapes: Mapping[str, Shape]) -> Shape:
         return 1, 1, sum(torch.Size(shapes[name]).numel() for name in self.names)
 
-    def _joined(self, gradients: Mapping[str, Gradients]) -> Gradients:
+    def _join(self, gradients: Mapping[str, Gradients]) -> Gradients:
         return Formed(torch.cat([gradients[name].formed().flatten(1) for name in self.names], 1)[:, None, None])
 
 
@@ -349,3 +342,8 @@ def check_estimator(rule: str, estimator: Any) -> None:
         raise TypeError(f"{rule}, got the class {estimator.__name__}; call it: {estimator.__name__}()")
     if not hasattr(estimator, "observe"):
         raise TypeError(f"{rule}, got {estimator!r}")
+
+
+def check_fisher(op: str, fisher: Any) -> None:
+    if fisher not in ("exact", "monte_carlo", "empirical"):
+        raise ValueError(f"{op}: fisher must be 'exact', 'monte_carlo' or 'empirical', got {fisher!r}")

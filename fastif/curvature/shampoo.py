@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastif.curvature import limits
 from fastif.curvature.ekfac import EKFAC
 from fastif.curvature.protocol import BlockWork, Cost, FitWork
 from fastif.model.gradients import Dense, Formed, Gradients, of_table
-
-_ENTRIES = 1 << 21  # of gradients that are formed at a time: 8 MiB in float32
 
 
 class Shampoo(EKFAC):
@@ -21,12 +20,12 @@ class Shampoo(EKFAC):
     Arguments as for `KFAC`. docs/math.md (16).
     """
 
-    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
-        if turn > 0 or of_table(gradients):
-            super().observe(gradients, weights, column, turn)
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, pass_index: int) -> None:
+        if pass_index > 0 or of_table(gradients):
+            super().observe(gradients, weights, column, pass_index)
             return
         g, o, d = self.shape
-        each = max(1, _ENTRIES // (g * o * d))
+        each = max(1, limits.SHAMPOO_ENTRIES // (g * o * d))
         for begin in range(0, len(gradients), each):
             self._add(gradients.rows(begin, begin + each), weights[begin : begin + each])
         self._positions = 1.0  # the scale of the factors does not matter: their eigenvectors serve

@@ -93,7 +93,7 @@ def class_removal(
     if not (isinstance(damping, Real) and 0 <= damping < math.inf):
         raise ValueError(f"damping must be a finite number >= 0, got {damping!r}")
     weight_decay, damping = float(weight_decay), float(damping)
-    _, layer = find_head(model, head)
+    _, layer = find_head(model, head, op="class_removal")
     removed_classes = check_classes(classes, layer.out_features)
     features, labels = _labelled("train", extract(model, train, head=head, device=device, progress=progress))
     held_features, held_labels = _labelled("test", extract(model, test, head=head, device=device, progress=progress))
@@ -226,7 +226,7 @@ class _Job:
         members = self.members(removed)
         head = optimal_head(self.features, self.labels, self.weight, self.bias, members, weight_decay=self.weight_decay)
         return {
-            **self.measured(removed, head.weight, head.bias),
+            **self.measured(removed, **head.parameters),
             "objective": head.objective,
             "gradient_norm": head.gradient_norm,
             "seconds": time.perf_counter() - began,
@@ -251,7 +251,7 @@ class _Job:
             weight_decay=self.weight_decay,
             generator=torch.Generator().manual_seed(seed * 1_000_003 + removed),
         ):
-            metrics = self.measured(removed, step.weight, step.bias)
+            metrics = self.measured(removed, **step.parameters)
             rows.append(
                 {
                     **metrics,
@@ -260,7 +260,7 @@ class _Job:
                     "objective": step.objective,
                     "excess": step.objective - optimum,
                     "gradient_norm": step.gradient_norm,
-                    "step_size": step.step_size,
+                    "step_size": step.step_size["head"],
                     "seconds": step.seconds,
                     "peak_bytes": step.peak_bytes,
                     "stopped": False,
@@ -270,7 +270,7 @@ class _Job:
         rest = {"step_size": 0.0, "seconds": 0.0, "peak_bytes": 0, "stopped": True}
         return rows + [{**last, **rest, "step": step} for step in range(len(rows) + 1, self.steps + 1)]
 
-    def measured(self, removed: int, weight: Tensor, bias: Tensor | None) -> dict[str, Any]:
+    def measured(self, removed: int, weight: Tensor, bias: Tensor | None = None) -> dict[str, Any]:
         logits = _logits(self.held_features, weight, bias)
         return {"class": removed, **measure(logits, self.held_labels, removed)}
 

@@ -79,10 +79,11 @@ class LiSSAStep:
         kept[removed] = False
         kept = kept.nonzero()[:, 0]
         retained = {name: values[kept] for name, values in self.seen.items()}
-        series = LiSSA(self.damping + self.weight_decay, self.matrix, steps=self.iterations, keep_graph=True)
+        series = LiSSA(self.damping + self.weight_decay, self.matrix, max_steps=self.iterations, keep_graph=True)
         with warnings.catch_warnings(record=True) as said, Measure(self.device) as work:
             warnings.simplefilter("always")  # of a series that did not converge
-            drawn = draw(partial(sampler, k=m), **retained, generator=torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(seed)
+            drawn = draw(partial(sampler, k=m), **retained, generator=generator)  # pyright: ignore[reportArgumentType]
             subset = Subset(kept[drawn.indices], drawn.weights * (len(kept) / n))
             influence = Influence(
                 self.model, curvature=series, device=self.device, batch_size=self.batch_size, progress=False

@@ -54,21 +54,21 @@ def _fit_here(setup: Setup, train: Any, subset: Subset) -> NetworkCurvature:
         passes.model, passes.loss, passes.capture.blocks, subset, batches, seed, passes.autocast, passes.progress
     )
     curvature = prepare(setup.estimators, passes.capture.blocks, data, setup.memory)
-    for turn in range(max(1, curvature.passes)):
-        looking = curvature.open(turn)
+    for pass_index in range(max(1, curvature.passes)):
+        looking = curvature.open(pass_index)
         generator = torch.Generator().manual_seed(seed)
         total = -(-len(subset.indices) // passes.batch_size)
-        with tqdm(batches(subset), f"fit, pass {turn + 1}", total, disable=not passes.progress) as bar:
+        with tqdm(batches(subset), f"fit, pass {pass_index + 1}", total, disable=not passes.progress) as bar:
             for number, (x, y, weights) in enumerate(bar):
                 passes.capture.batch = number
                 if passes.needs_check(x):
                     passes.check(x, y)
                 for rows, part, labels in passes.slices(x, y):
                     with counted_from(rows.start):
-                        observe(passes, looking, part, labels, weights[rows], turn, generator)
+                        observe(passes, looking, part, labels, weights[rows], pass_index, generator)
                 if not looking.parts:
                     break  # nothing to learn: the first batch was looked at for what `Capture` refuses
-        (looking if turn else curvature).end(turn)  # those that look at nothing end with pass 0 too
+        (looking if pass_index else curvature).end(pass_index)  # those that look at nothing end with pass 0 too
     return curvature
 
 
@@ -78,7 +78,7 @@ def observe(
     x: Any,
     y: Any,
     weights: Tensor,
-    turn: int,
+    pass_index: int,
     generator: torch.Generator,
     most_columns: int | None = None,
 ) -> None:
@@ -99,9 +99,9 @@ def observe(
         columns = output_columns(passes.loss, forward.outputs, batch, forward.n, fisher, generator)
         for column, (scores, s) in enumerate(islice(columns, most_columns)):
             gradients = forward.gradients(scores, s, keep=True)
-            NetworkCurvature(parts).observe(gradients, weights, column, turn)
+            NetworkCurvature(parts).observe(gradients, weights, column, pass_index)
             del gradients, scores, s  # before those of the next column come
     if empirical.parts:
         gradients = forward.gradients(losses)
         del forward, losses  # and the graph with them, before the estimators take their turn
-        empirical.observe(gradients, weights, 0, turn)
+        empirical.observe(gradients, weights, 0, pass_index)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from fastif.curvature.exact.block import ExactBlock
+from fastif.curvature.limits import MEMORY
 from fastif.curvature.protocol import Estimator
 from fastif.data.batches import walked
 from fastif.influence.coverage import assign, cover_head, look_at, restore_coverage, warn_of_lost
@@ -24,10 +25,13 @@ from fastif.influence.planning import Plan, make_plan
 from fastif.influence.score_folder import ScoreFolder
 from fastif.influence.score_job import write_scores
 from fastif.influence.scoring import compute_scores, compute_self_influence, find_top
+from fastif.influence.tiles import By
 from fastif.model.capture import Capture
-from fastif.model.features import find_head
+from fastif.model.features import extract, find_head
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement
 from fastif.model.passes import Passes
+from fastif.renamed import rename_arguments, warn_renamed
+from fastif.samplers.draw import Sampler, call_sampler, needs_pass
 from fastif.samplers.subset import Subset, check_subset
 
 
@@ -66,7 +70,8 @@ class Influence:
         autocast: run forward and backward passes under autocast of this 16-bit type, whatever surrounds the call; sums
             are float32 all the same. Default: not.
         allow_train_mode: run a model in train mode as it is.
-        seed: of what is drawn: the labels of fisher="monte_carlo", the examples of a stochastic LiSSA.
+        seed: of what is drawn: the labels of fisher="monte_carlo", the examples of a stochastic LiSSA, and those of a
+            sampler that `fit` is given without a generator.
         progress: show progress bars.
     """
 
@@ -80,7 +85,7 @@ class Influence:
         measurement: Measurement = "loss",
         checkpoints: Sequence[Mapping[str, Tensor]] | None = None,
         batch_size: int = 256,
-        memory: int = 1 << 27,
+        memory: int = MEMORY,
         device: torch.device | str | None = None,
         autocast: torch.dtype | None = None,
         allow_train_mode: bool = False,
@@ -97,7 +102,7 @@ class Influence:
         alone = curvature if isinstance(curvature, Estimator) else None
         of_head = alone is not None and alone.prefers_head and not alone.joint and layers is None
         if of_head:
-            layers = find_head(model)[0] or "*"
+            layers = find_head(model, op="Influence")[0] or "*"
         passes = Passes(
             model,
             loss,
@@ -115,7 +120,7 @@ class Influence:
         self._fitted: Fitted | None = None
         self._warned = False  # of parameters that are not covered
         self.bound: float | None = None  # of the last fit's subset, where it has one
-        self.rank_error = 0.0  # of the last scores with rank=
+        self.low_rank_error = 0.0  # of the last scores with low_rank=
 
     @property
     def model(self) -> nn.Module:
@@ -148,7 +153,7 @@ class Influence:
 
     @property
     def subset(self) -> Subset | None:
-        """Of the last fit; a state does not hold it."""
+        """The subset of the last fit; a state does not hold it."""
         return None if self._fitted is None else self._fitted.subset
 
     @property
@@ -156,38 +161,45 @@ class Influence:
         """The fitted estimators by block (of the first checkpoint)."""
         return self.fitted.curvatures[0].by_block
 
-    def plan(self, train: Any, query: Any | None = None, *, rank: int | None = None) -> Plan:
+    @rename_arguments(rank="low_rank")
+    def plan(self, train: Any, query: Any | None = None, *, low_rank: int | None = None) -> Plan:
         """What will be covered, skipped, stored and computed; only a few examples go through the model.
 
         Args:
-            query: where given, the plan holds the peak memory of scores(query, train, rank=rank) and of
-                self_influence(train) too. For that, the first queries that are held at a time meet the first two
+            query: where given, the plan holds the peak memory of scores(query, train, low_rank=low_rank)
+                and of self_influence(train) too. For that, the first queries that are held at a time meet the first two
                 batches of `train`, with a curvature that has the sizes of a fitted one; it takes as long as this part
                 of `scores` does.
-            rank: as for `scores`.
+            low_rank: as for `scores`.
         """
         train = walked(train, self.passes.batch_size)
         every = torch.arange(train.n)
         self.setup = cover_head(self.setup, train, every)
         with self.passes.running(None):
             self.setup = look_at(self.setup, train, every)
-            return make_plan(self.setup, train, query, rank)
+            return make_plan(self.setup, train, query, low_rank)
 
-    def fit(self, train: Any, subset: Any | None = None) -> Influence:
+    def fit(self, train: Any, subset: Any | Sampler | None = None, *, generator: Generator | None = None) -> Influence:
         """Builds the curvature at the model's parameters.
 
         Args:
             train: the data that the model was trained on, as `fastif.data.as_loader` takes it; its length is n of (2).
-            subset: the examples of `train` that carry the curvature, with weights; default all, 1/n each. One of
-                `samplers.certified` leaves its bound in `bound`: so far at most, in the spectral norm, the head's GGN
-                is from that of all examples. docs/math.md (12).
+            subset: the examples of `train` that carry the curvature: anything with `indices` and `weights`, or a
+                sampler with its k bound, such as `functools.partial(samplers.logit, k=500)`, which is drawn once, from
+                the model as it is; where it takes features, logits or labels, `fastif.extract` brings them in a pass of
+                its own. Default all, 1/n each. One of `samplers.certified` leaves its bound in `bound`: so far at most,
+                in the spectral norm, the head's GGN is from that of all examples. docs/math.md (12).
+            generator: for samplers that draw; default a new one with this Influence's `seed`.
 
         Raises ValueError for whatever `Capture` refuses: layers that are not called, examples that mix, parameters
-        used behind a layer's back, NaN; NotPositiveDefinite, naming the layer, where damping does not suffice.
+        used behind a layer's back, NaN; NotPositiveDefinite, naming the layer, where damping does not suffice; and what
+        a sampler, or `extract` for it, raises.
         """
-        train, chosen = walked(train, self.passes.batch_size), subset
+        train, chosen = walked(train, self.passes.batch_size), None
         if subset is not None:
-            chosen = Subset(*check_subset(subset, train.n))
+            if callable(subset):
+                subset = self._call_sampler(subset, train, train.n, generator)
+            chosen = check_subset(subset, train.n)
         self._fitted, self.bound = fit(self.setup, train, chosen), getattr(subset, "bound", None)
         self.setup = self._fitted.setup
         self._warned = self._warned or warn_of_lost(self.capture, stacklevel=2)
@@ -196,6 +208,16 @@ class Influence:
     def look_at(self, train: Any, indices: Tensor) -> None:
         """Has the first of the examples `indices` decide what is covered; the model is running."""
         self.setup = look_at(self.setup, train, indices)
+
+    def _call_sampler(self, sampler: Sampler, train: Any, n: int, generator: Generator | None) -> Any:
+        seen: dict[str, Tensor | None] = {}
+        if needs_pass(sampler):
+            batch_size, progress = self.passes.batch_size, self.passes.progress
+            given = extract(self.model, train, device=self.device, batch_size=batch_size, progress=progress)
+            seen = given._asdict()
+        if generator is None:
+            generator = Generator().manual_seed(self.setup.seed)
+        return call_sampler(sampler, n, seen, generator, "fit")
 
     def on_parameters(self, batch: Any) -> dict[str, Tensor]:
         """Σ_z I(z) = −(G + λI)⁻¹ Σ_z ∇ℓ(z) over the examples of `batch`: a dict keyed like the model's parameters.
@@ -256,93 +278,96 @@ class Influence:
         query: Any,
         train: Any,
         *,
+        by: Literal["all"] = "all",
         groups: Tensor | None = None,
         query_groups: Tensor | None = None,
-        rank: int | None = None,
+        low_rank: int | None = None,
     ) -> Tensor: ...
+    @overload
+    def scores(self, query: Any, train: Any, *, by: Literal["layer"]) -> dict[str, Tensor]: ...
+    @overload
+    def scores(self, query: Any, train: Any, *, by: Literal["token"]) -> Tensor: ...
     @overload
     def scores(
         self,
         query: Any,
         train: Any,
         *,
+        by: By = "all",
         query_groups: Tensor | None = None,
-        rank: int | None = None,
+        low_rank: int | None = None,
         out: Path | str,
         resume: bool = False,
     ) -> ScoreFolder: ...
+    @rename_arguments(rank="low_rank")
     def scores(
         self,
         query: Any,
         train: Any,
         *,
+        by: By = "all",
         groups: Tensor | None = None,
         query_groups: Tensor | None = None,
-        rank: int | None = None,
+        low_rank: int | None = None,
         out: Path | str | None = None,
         resume: bool = False,
-    ) -> Tensor | ScoreFolder:
+    ) -> Tensor | dict[str, Tensor] | ScoreFolder:
         """scores[q, t] = (1/n) ∇m_qᵀ (G + λI)⁻¹ ∇ℓ_t, [q, n]: predicted rise of q's measurement if t is removed.
 
         With the measurement "loss", positive: t helps q. In units of the measurement; on the CPU. docs/math.md (2).
 
         Args:
             query, train: data with labels.
+            by: "all": the scores, [q, n]; "layer": the part of every block in them, {block: [q, n]}; "token": the part
+                of every position of the training examples, [q, n, t]. Parts add up to the scores.
             groups: int64 [n]; columns are then groups of training examples, scores of a group are summed, [q, groups].
             query_groups: int64 [q]; rows are then groups of queries, [groups, n].
-            rank: keep only so many singular vectors of each query's preconditioned gradient (less memory, so fewer
-                passes over `train` for many queries); the largest relative error is in `rank_error` afterwards.
+            low_rank: keep only so many singular vectors of each query's preconditioned gradient (less memory, so fewer
+                passes over `train` for many queries); the largest relative error is in `low_rank_error` afterwards.
             out: a folder for the scores; they are written block by block as they are computed and returned as a
-                `ScoreFolder`, which reads them from there, also later and without the model. Not with groups=, whose
-                sums are complete with the last training example only: add the columns of what was written.
+                `ScoreFolder`, [q, n], [q, n, blocks] or [q, n, t], which reads them from there, also later and without
+                the model. Not with groups=, whose sums are complete with the last training example only: add the
+                columns of what was written.
             resume: go on with a job in `out` that was cut off, at whatever point: what is there is not computed again,
                 and the scores end with the same bits. A folder of other settings is refused, each difference named.
+
+        Raises ValueError for groups=, query_groups= and low_rank= with parts of scores, and by token where a covered
+        layer has other positions than the rest (a normalisation layer sums over them): leave it out with layers=.
         """
+        if by not in get_args(By):
+            raise ValueError(f"scores: by must be one of {', '.join(map(repr, get_args(By)))}, got {by!r}")
+        for name, given in (("groups", groups), ("query_groups", query_groups), ("low_rank", low_rank)):
+            if given is not None and by != "all":
+                raise ValueError(f"scores: {name}= goes with by='all' alone, got by={by!r}")
         query, train = self.fitted.walk(query, train)
-        if out is not None:
-            if groups is not None:
-                raise ValueError("scores: out= and groups= exclude each other; sum the columns of what was written")
-            folder = write_scores(self.fitted, query, train, out, resume=resume, query_groups=query_groups, rank=rank)
-            self.rank_error = folder.rank_error
-            return folder
-        _check_resume("scores", resume)
-        values, self.rank_error = compute_scores(self.fitted, query, train, query_groups, groups, rank)
-        return values[""]
+        if out is None:
+            if resume:
+                raise ValueError("scores: resume=True needs out=, the folder of the job")
+            values, self.low_rank_error = compute_scores(self.fitted, query, train, query_groups, groups, low_rank, by)
+            return values if by == "layer" else values[""]
+        if groups is not None:
+            raise ValueError("scores: out= and groups= exclude each other; sum the columns of what was written")
+        folder = write_scores(
+            self.fitted, query, train, out, resume=resume, query_groups=query_groups, low_rank=low_rank, by=by
+        )
+        self.low_rank_error = folder.low_rank_error
+        return folder
 
-    @overload
-    def scores_by_layer(self, query: Any, train: Any) -> dict[str, Tensor]: ...
-    @overload
-    def scores_by_layer(self, query: Any, train: Any, *, out: Path | str, resume: bool = False) -> ScoreFolder: ...
-    def scores_by_layer(
-        self, query: Any, train: Any, *, out: Path | str | None = None, resume: bool = False
-    ) -> dict[str, Tensor] | ScoreFolder:
-        """The part of every block in `scores`, {block: [q, n]}; they add up to `scores`.
+    def scores_by_layer(self, query: Any, train: Any, **options: Any) -> Any:
+        """The old name of `scores` with by="layer"."""
+        warn_renamed("Influence.scores_by_layer", "Influence.scores(by='layer')")
+        return self.scores(query, train, by="layer", **options)
 
-        With out=, a folder as for `scores`, [q, n, blocks].
-        """
-        query, train = self.fitted.walk(query, train)
-        if out is not None:
-            return write_scores(self.fitted, query, train, out, resume=resume, by="layer")
-        _check_resume("scores_by_layer", resume)
-        return compute_scores(self.fitted, query, train, by="layer").values
+    def scores_by_token(self, query: Any, train: Any, **options: Any) -> Any:
+        """The old name of `scores` with by="token"."""
+        warn_renamed("Influence.scores_by_token", "Influence.scores(by='token')")
+        return self.scores(query, train, by="token", **options)
 
-    @overload
-    def scores_by_token(self, query: Any, train: Any) -> Tensor: ...
-    @overload
-    def scores_by_token(self, query: Any, train: Any, *, out: Path | str, resume: bool = False) -> ScoreFolder: ...
-    def scores_by_token(
-        self, query: Any, train: Any, *, out: Path | str | None = None, resume: bool = False
-    ) -> Tensor | ScoreFolder:
-        """The part of every position of the training examples in `scores`, [q, n, t]; they add up to `scores`.
-
-        With out=, a folder as for `scores`. Raises ValueError where a covered layer has other positions than the rest
-        (a normalisation layer sums over them): leave it out with layers=.
-        """
-        query, train = self.fitted.walk(query, train)
-        if out is not None:
-            return write_scores(self.fitted, query, train, out, resume=resume, by="token")
-        _check_resume("scores_by_token", resume)
-        return compute_scores(self.fitted, query, train, by="token").values[""]
+    @property
+    def rank_error(self) -> float:
+        """The old name of `low_rank_error`."""
+        warn_renamed("Influence.rank_error", "Influence.low_rank_error")
+        return self.low_rank_error
 
     def top(self, query: Any, train: Any, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
         """The k training examples with the largest scores for each query: (values [q, k], indices int64 [q, k]).
@@ -373,8 +398,3 @@ class Influence:
         self._fitted, self.bound = load_fitted(self.setup, state), None
         self.capture.fixed = True
         return self
-
-
-def _check_resume(op: str, resume: bool) -> None:
-    if resume:
-        raise ValueError(f"{op}: resume=True needs out=, the folder of the job")

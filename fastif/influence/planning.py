@@ -68,7 +68,7 @@ class Plan(NamedTuple):
         )
 
 
-def make_plan(setup: Setup, train: Walked, query: Any | None, rank: int | None) -> Plan:
+def make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | None) -> Plan:
     """See `Influence.plan`; the model stands ready with its hooks."""
     passes, n = setup.passes, train.n
     item = dtype_of(setup.model).itemsize
@@ -115,9 +115,9 @@ def make_plan(setup: Setup, train: Walked, query: Any | None, rank: int | None) 
     if multiplying:
         return made._replace(q=q)
     if seen.curvature is not None:
-        scores, own, held = rehearse_scores(setup, seen.curvature, query, train, n, rank)
+        scores, own, held = rehearse_scores(setup, seen.curvature, query, train, n, low_rank)
     else:
-        scores, own, held = _computed_scores(setup, seen, total, query, q, rank)
+        scores, own, held = _computed_scores(setup, seen, total, query, q, low_rank)
     scored = q * n * item if setup.device.type == "cpu" else 0
     return made._replace(
         q=q,
@@ -128,13 +128,13 @@ def make_plan(setup: Setup, train: Walked, query: Any | None, rank: int | None) 
 
 
 def _computed_scores(
-    setup: Setup, seen: Rehearsal, total: Cost, query: Any, q: int, rank: int | None
+    setup: Setup, seen: Rehearsal, total: Cost, query: Any, q: int, low_rank: int | None
 ) -> tuple[int | None, int | None, int]:
     """Peak bytes of scores and of self-influence, and queries of the first block, by arithmetic: where the curvature is
     too large to stand in for."""
     whole = sum(block.size for block in seen.blocks.values()) * dtype_of(setup.model).itemsize
     factored = {name for name, estimator in setup.estimators.by_block.items() if estimator.keeps_query_factors}
-    each = query_bytes_of(setup, query, factored, rank)
+    each = query_bytes_of(setup, query, factored, low_rank)
     held = max(1, min(q, setup.memory // each))
     if seen.gradients is None:
         return None, None, held
@@ -143,7 +143,7 @@ def _computed_scores(
         kept += held * whole
     largest = max(block.size for block in seen.blocks.values()) * dtype_of(setup.model).itemsize
     made = max(1, min(held, min(setup.memory // 4, MADE) // whole))
-    making = made * (whole + 2 * largest) if each == whole or rank is not None else made * each
+    making = made * (whole + 2 * largest) if each == whole or low_rank is not None else made * each
     passing = 2 * seen.gradients  # the gradients of a slice, and what becomes of them
     beside = min(total.beside, 4 * made * largest)  # a few queries at a time
     return (

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastif.curvature.directions import Directions, Explicit, Factors, LowRank
+from fastif.curvature.directions import Directions, Explicit, LowRank, QueryFactors
 from fastif.curvature.network import NetworkCurvature
 from fastif.data.batches import as_loader
 from fastif.influence.fitted import Fitted, Setup
@@ -21,25 +21,25 @@ from fastif.model.gradients import Gradients
 MADE = 1 << 23  # bytes of preconditioned query gradients that are made at a time
 
 
-def query_bytes(fitted: Fitted, query: Any, rank: int | None, by: By) -> int:
+def query_bytes(fitted: Fitted, query: Any, low_rank: int | None, by: By) -> int:
     """Bytes that are held of a query at least, as the first batch has it."""
     by_block = fitted.curvatures[0].by_block
     factored = {name for name, estimator in by_block.items() if estimator.keeps_query_factors and by != "token"}
-    return query_bytes_of(fitted.setup, query, factored, rank)
+    return query_bytes_of(fitted.setup, query, factored, low_rank)
 
 
-def query_bytes_of(setup: Setup, query: Any, factored: set[str], rank: int | None) -> int:
+def query_bytes_of(setup: Setup, query: Any, factored: set[str], low_rank: int | None) -> int:
     """The same, where blocks `factored` keep queries in factors if these are fewer numbers."""
     passes, blocks = setup.passes, setup.capture.blocks
     item = dtype_of(passes.model).itemsize
-    if rank is not None:
-        return item * sum(b.shape[0] * min(rank, *b.shape[1:]) * sum(b.shape[1:]) for b in blocks.values())
+    if low_rank is not None:
+        return item * sum(b.shape[0] * min(low_rank, *b.shape[1:]) * sum(b.shape[1:]) for b in blocks.values())
     numbers = {name: block.size for name, block in blocks.items()}
     if factored:
         batch = next(iter(as_loader(query, passes.batch_size)))
         with passes.running(setup.states[0]):
             _, _, gradients = next(passes.gradients([batch], "positions", setup.measurement))
-        numbers.update({name: Factors.size(gradients[name]) or numbers[name] for name in factored})
+        numbers.update({name: QueryFactors.size(gradients[name]) or numbers[name] for name in factored})
     return item * sum(numbers.values())
 
 
@@ -49,23 +49,25 @@ def query_blocks(
     total: int,
     curvature: NetworkCurvature,
     groups: Tensor | None,
-    rank: int | None,
+    low_rank: int | None,
     explicit: bool,
 ) -> Iterator[tuple[int, dict[str, list[Directions]]]]:
     """The query side for as many queries at a time as `memory` holds, with the first query's index."""
     if groups is not None:
-        yield 0, _grouped_queries(fitted, query, curvature, groups, rank)
+        yield 0, _grouped_queries(fitted, query, curvature, groups, low_rank)
         return
-    whole = sum(block.size for block in fitted.capture.blocks.values()) * dtype_of(fitted.passes.model).itemsize
-    each = max(1, min(fitted.memory // 4, MADE) // whole)  # making them takes some copies
+    explicit_bytes = (
+        sum(block.size for block in fitted.capture.blocks.values()) * dtype_of(fitted.passes.model).itemsize
+    )
+    each = max(1, min(fitted.memory // 4, MADE) // explicit_bytes)  # making them takes some copies
     first, held, memory = 0, _Held(0), fitted.memory
     for start, n, gradients in fitted.passes.gradients(query, "queries", fitted.setup.measurement):
         for begin in range(0, n, each):
             part = {name: g.rows(begin, begin + each) for name, g in gradients.items()}
-            made = _directions(curvature, part, rank, explicit)
+            made = _directions(curvature, part, low_rank, explicit)
             del part
             if held.parts and held.nbytes_with(made) > memory:
-                yield first, held.settled(memory - held.nbytes)
+                yield first, held.settle(memory - held.nbytes)
                 held = _Held(0)
             if not held.parts:  # as many as will be held in this form
                 first, few, size = start + begin, min(each, n - begin), held.nbytes_with(made)
@@ -73,7 +75,7 @@ def query_blocks(
             held.add(made)
             del made
         del gradients  # before those of the next batch come, and the training examples
-    yield first, held.settled(memory - held.nbytes)
+    yield first, held.settle(memory - held.nbytes)
 
 
 class _Held:
@@ -90,21 +92,21 @@ class _Held:
         """`nbytes` once these are added: factors all take as many positions as the longest."""
         total = self.nbytes
         for name, directions in made.items():
-            if not isinstance(directions, Factors):
+            if not isinstance(directions, QueryFactors):
                 total += directions.nbytes
                 continue
             before, after = self._factors.get(name, (0, 0)), self._factors_with(name, directions)
             total += math.prod(after) - math.prod(before)
         return total
 
-    def _factors_with(self, name: str, directions: Factors) -> tuple[int, int]:
+    def _factors_with(self, name: str, directions: QueryFactors) -> tuple[int, int]:
         number, longest = self._factors.get(name, (0, 0))
         return number + len(directions), max(longest, directions.nbytes // len(directions))
 
     def add(self, made: Mapping[str, Directions]) -> None:
         self.nbytes = self.nbytes_with(made)
         for name, directions in made.items():
-            if isinstance(directions, Factors):
+            if isinstance(directions, QueryFactors):
                 self._factors[name] = self._factors_with(name, directions)
             parts = self.parts.setdefault(name, [])
             if not isinstance(directions, Explicit) or not self._joins(name, parts, directions):
@@ -116,16 +118,16 @@ class _Held:
             self._rows[name][before : before + len(matrices)] = matrices
             parts[:] = [Explicit(self._rows[name][: before + len(matrices)])]
 
-    def settled(self, room: int) -> dict[str, list[Directions]]:
+    def settle(self, room: int) -> dict[str, list[Directions]]:
         """All of them, those in factors in the form that takes the least work; `room`: bytes that are left for it."""
         for parts in self.parts.values():
             runs = [list(run) for _, run in groupby(parts, type)]
             parts.clear()
             for run in runs:
-                if isinstance(run[0], Factors):
-                    whole = Factors.joined([part for part in run if isinstance(part, Factors)])
-                    run[:] = [whole.settled(room + whole.nbytes)]
-                    room += whole.nbytes - run[0].nbytes
+                if isinstance(run[0], QueryFactors):
+                    joined = QueryFactors.join([part for part in run if isinstance(part, QueryFactors)])
+                    run[:] = [joined.settle(room + joined.nbytes)]
+                    room += joined.nbytes - run[0].nbytes
                 parts += run
         return self.parts
 
@@ -140,23 +142,23 @@ class _Held:
 def _directions(
     curvature: NetworkCurvature,
     gradients: Mapping[str, Gradients],
-    rank: int | None,
+    low_rank: int | None,
     explicit: bool,
 ) -> dict[str, Directions]:
-    if rank is None and not explicit:
+    if low_rank is None and not explicit:
         return curvature.directions(gradients)
-    return _solved(curvature, {name: g.formed() for name, g in gradients.items()}, rank)
+    return _solve(curvature, {name: g.formed() for name, g in gradients.items()}, low_rank)
 
 
-def _solved(curvature: NetworkCurvature, matrices: Mapping[str, Tensor], rank: int | None) -> dict[str, Directions]:
+def _solve(curvature: NetworkCurvature, matrices: Mapping[str, Tensor], low_rank: int | None) -> dict[str, Directions]:
     solved = curvature.solve(matrices)
-    if rank is None:
+    if low_rank is None:
         return {name: Explicit(matrices) for name, matrices in solved.items()}
-    return {name: LowRank.of(matrices, rank) for name, matrices in solved.items()}
+    return {name: LowRank.approximate(matrices, low_rank) for name, matrices in solved.items()}
 
 
 def _grouped_queries(
-    fitted: Fitted, query: Any, curvature: NetworkCurvature, groups: Tensor, rank: int | None
+    fitted: Fitted, query: Any, curvature: NetworkCurvature, groups: Tensor, low_rank: int | None
 ) -> dict[str, list[Directions]]:
     number = int(groups.max()) + 1
     totals = {
@@ -168,4 +170,4 @@ def _grouped_queries(
         for group in here.unique().tolist():
             for name, g in gradients.items():
                 totals[name][group] += g.sum((here == group).to(fitted.passes.device))
-    return {name: [made] for name, made in _solved(curvature, totals, rank).items()}
+    return {name: [made] for name, made in _solve(curvature, totals, low_rank).items()}

@@ -162,7 +162,7 @@ def _observe_some(
 
 
 def rehearse_scores(
-    setup: Setup, curvature: NetworkCurvature, query: Any, train: Any, n: int, rank: int | None
+    setup: Setup, curvature: NetworkCurvature, query: Any, train: Any, n: int, low_rank: int | None
 ) -> tuple[int | None, int | None, int]:
     """Peak bytes of the first two blocks of queries times two batches of training examples, and of the latter's
     self-influence: from then on, whatever is held at a time has been held. And how many queries the first block has."""
@@ -179,7 +179,7 @@ def rehearse_scores(
         return Fitted(setup._replace(passes=quiet, checkpoints=states), (copy.deepcopy(curvature),), n)
 
     fitted, held = stand_in(), 0
-    with Measure(setup.device) as scoring, closing(make_tiles(fitted, query, first, rank=rank)) as tiles:
+    with Measure(setup.device) as scoring, closing(make_tiles(fitted, query, first, low_rank=low_rank)) as tiles:
         for tile in tiles:
             if tile.query > 0:
                 break

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastif.influence.tiles import best_of
+from fastif.renamed import warn_renamed
 
 MANIFEST = "manifest.json"
 
@@ -39,8 +40,8 @@ class ScoreFolder:
 
     `scores[rows, columns]` reads a part as a tensor, rows and columns being integers or slices as for a tensor;
     `scores.load()` all of it, `scores.blocks()` one block after another. `scores.settings` holds what determined the
-    numbers, `scores.rank_error` what rank= lost. Those of `scores_by_layer` are [q, n, layers], in the order of
-    `scores.layers`: `scores[rows, columns, "name"]` reads one layer's; those of `scores_by_token` are [q, n, t].
+    numbers, `scores.low_rank_error` what low_rank= lost. Those by layer are [q, n, layers], in the order of
+    `scores.layers`: `scores[rows, columns, "name"]` reads one layer's; those by token are [q, n, t].
 
     >>> from tempfile import TemporaryDirectory
     >>> from fastif import Diagonal, Influence
@@ -64,7 +65,7 @@ class ScoreFolder:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             self.settings: dict[str, Any] = manifest["settings"]
-            self.rank_error: float = manifest["rank_error"]
+            self.low_rank_error: float = manifest["rank_error"]
             self.row_runs, self.column_runs = _runs(self.settings["rows"]), _runs(self.settings["columns"])
             parts: list[str] | int | None = self.settings.get("parts")
             self.layers = parts if isinstance(parts, list) else None
@@ -80,6 +81,12 @@ class ScoreFolder:
     def __repr__(self) -> str:
         done, blocks = self.count_blocks()
         return f"ScoreFolder({str(self.folder)!r}, shape={list(self.shape)}, {done} of {blocks} blocks)"
+
+    @property
+    def rank_error(self) -> float:
+        """The old name of `low_rank_error`."""
+        warn_renamed("ScoreFolder.rank_error", "ScoreFolder.low_rank_error")
+        return self.low_rank_error
 
     @property
     def finished(self) -> bool:

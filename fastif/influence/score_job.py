@@ -37,14 +37,14 @@ def write_scores(
     *,
     resume: bool,
     query_groups: Tensor | None = None,
-    rank: int | None = None,
+    low_rank: int | None = None,
     by: By = "all",
 ) -> ScoreFolder:
     """Computes what is missing of the scores in `folder`; `Influence.scores` documents it."""
     for data in (query, train):
         if isinstance(data, Iterator):
             raise ValueError("scores: out= walks through the data more than once, got an iterator; pass a list")
-    settings = settings_of(fitted, query, train, query_groups, rank, by)
+    settings = settings_of(fitted, query, train, query_groups, low_rank, by)
     scores = _open_folder(Path(folder), settings, resume)
     checkpoints, batch_size = len(fitted.curvatures), fitted.passes.batch_size
     for rows in scores.row_runs:
@@ -52,7 +52,7 @@ def write_scores(
         # All checkpoints are in a block before the next one begins; with one alone, the queries are seen to once.
         for columns in [missing] if checkpoints == 1 and missing else [[run] for run in missing]:
             mine = query if query_groups is not None else _Part(query, batch_size, [rows])
-            tiles = make_tiles(fitted, mine, _Part(train, batch_size, columns), query_groups, rank, by)
+            tiles = make_tiles(fitted, mine, _Part(train, batch_size, columns), query_groups, low_rank, by)
             _write_tiles(scores, tiles, rows, columns, checkpoints)
     return scores
 
@@ -85,10 +85,10 @@ def _write_tiles(
     starts = list(accumulate((len(run) for run in missing), initial=0))  # where the runs begin in the part
     under_way: dict[int, Tensor] = {}
     left = [len(rows) * len(run) * checkpoints for run in missing]
-    rank_error = 0.0
+    low_rank_error = 0.0
     with closing(tiles):
         for tile in tiles:
-            rank_error = max(rank_error, tile.rank_error)
+            low_rank_error = max(low_rank_error, tile.low_rank_error)
             number = bisect_right(starts, tile.train) - 1  # a batch lies in one run
             run = missing[number]
             values = tile.values[""] if scores.layers is None else torch.stack([*tile.values.values()], 2)
@@ -99,16 +99,16 @@ def _write_tiles(
             under_way[number][tile.query : tile.query + len(values), column : column + values.shape[1]] += values
             left[number] -= values.shape[0] * values.shape[1]
             if left[number] == 0:
-                _write_block(scores, rows, run, under_way.pop(number), rank_error)
+                _write_block(scores, rows, run, under_way.pop(number), low_rank_error)
     if any(left):
         raise ValueError("scores: the data gave fewer examples than at its first pass")
 
 
-def _write_block(scores: ScoreFolder, rows: range, columns: range, values: Tensor, rank_error: float) -> None:
+def _write_block(scores: ScoreFolder, rows: range, columns: range, values: Tensor, low_rank_error: float) -> None:
     try:
-        if rank_error > scores.rank_error:  # first: a block whose error is not noted would be taken for exact
-            scores.rank_error = rank_error
-            _write_manifest(scores.folder, scores.settings, rank_error)
+        if low_rank_error > scores.low_rank_error:  # first: a block whose error is not noted would be taken for exact
+            scores.low_rank_error = low_rank_error
+            _write_manifest(scores.folder, scores.settings, low_rank_error)
         with whole(scores.block_path(rows, columns)) as partial:
             np.save(partial, values.numpy())
     except OSError as error:
@@ -117,8 +117,8 @@ def _write_block(scores: ScoreFolder, rows: range, columns: range, values: Tenso
         raise OSError(error.errno, f"{why}, and the same job goes on from there when it is resumed") from error
 
 
-def _write_manifest(folder: Path, settings: Mapping[str, Any], rank_error: float) -> None:
-    manifest = {"settings": settings, "rank_error": rank_error}
+def _write_manifest(folder: Path, settings: Mapping[str, Any], low_rank_error: float) -> None:
+    manifest = {"settings": settings, "rank_error": low_rank_error}
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
 
 
@@ -141,14 +141,14 @@ class _Part:
 
 
 def settings_of(
-    fitted: Fitted, query: Any, train: Any, query_groups: Tensor | None, rank: int | None, by: By
+    fitted: Fitted, query: Any, train: Any, query_groups: Tensor | None, low_rank: int | None, by: By
 ) -> dict[str, Any]:
     """All that determines the scores' bits, but for the data, of which the first batches stand for the rest."""
     setup, passes = fitted.setup, fitted.passes
     parts = [*fitted.capture.blocks] if by == "layer" else _positions(fitted, train) if by == "token" else None
     item = dtype_of(passes.model).itemsize
     lengths = [batch_lengths(data, passes.batch_size) for data in (query, train)]
-    each = query_bytes(fitted, query, rank, by)
+    each = query_bytes(fitted, query, low_rank, by)
     if parts is not None:  # the bytes of a score are those of all its parts
         item *= parts if isinstance(parts, int) else len(parts)
     widest, height = max(lengths[1]), sum(lengths[0])
@@ -164,7 +164,7 @@ def settings_of(
         "n": sum(lengths[1]),
         **fit_settings(setup, train),
         "measurement": described(setup.measurement),
-        "rank": rank,
+        "rank": low_rank,
         "by": None if by == "all" else by,
         "parts": parts,
         "query groups": None if query_groups is None else fingerprint([query_groups]),

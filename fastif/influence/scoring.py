@@ -21,7 +21,7 @@ class Scores(NamedTuple):
     """Scores in memory."""
 
     values: dict[str, Tensor]  # "" or, by layer, its name: [q, n]
-    rank_error: float
+    low_rank_error: float
 
 
 def make_tiles(
@@ -29,19 +29,19 @@ def make_tiles(
     query: Any,
     train: Any,
     query_groups: Tensor | None = None,
-    rank: int | None = None,
+    low_rank: int | None = None,
     by: By = "all",
 ) -> Generator[Tile]:
     """Rectangles of the scores: queries of a block × training examples of a batch."""
-    if rank is not None and rank < 1:
-        raise ValueError(f"scores: rank must be at least 1, got {rank}")
+    if low_rank is not None and low_rank < 1:
+        raise ValueError(f"scores: low_rank must be at least 1, got {low_rank}")
     passes, checkpoints = fitted.passes, fitted.at_checkpoints()
     share = fitted.n * len(checkpoints)
     total = count(query, passes.batch_size) if query_groups is None else int(query_groups.max()) + 1
     for checkpoint, curvature in checkpoints:
         with passes.running(checkpoint):
-            for first, held in query_blocks(fitted, query, total, curvature, query_groups, rank, by == "token"):
-                rank_error = max(part.error for parts in held.values() for part in parts)
+            for first, held in query_blocks(fitted, query, total, curvature, query_groups, low_rank, by == "token"):
+                low_rank_error = max(part.error for parts in held.values() for part in parts)
                 for start, _, gradients in passes.gradients(train, _of_queries(first, held, total)):
                     parts = {}
                     for name, g in gradients.items():
@@ -50,7 +50,7 @@ def make_tiles(
                     if by == "token":
                         check_positions({name: g.positions for name, g in gradients.items()})
                     del gradients  # before those of the next batch come
-                    yield Tile(first, start, parts if by == "layer" else {"": _added(parts.values())}, rank_error)
+                    yield Tile(first, start, parts if by == "layer" else {"": _add_up(parts.values())}, low_rank_error)
                 held.clear()  # before the next queries are held
 
 
@@ -66,7 +66,7 @@ def compute_scores(
     train: Any,
     query_groups: Tensor | None = None,
     groups: Tensor | None = None,
-    rank: int | None = None,
+    low_rank: int | None = None,
     by: By = "all",
 ) -> Scores:
     """The tiles put together, groups summed."""
@@ -80,10 +80,12 @@ def compute_scores(
         check_groups("groups", groups, n)
         columns = int(groups.max()) + 1
     out: dict[str, Tensor] = {}
-    rank_error = 0.0
-    with closing(make_tiles(fitted, query, train, query_groups, rank, by)) as tiles:  # releases the model in any case
+    low_rank_error = 0.0
+    with closing(
+        make_tiles(fitted, query, train, query_groups, low_rank, by)
+    ) as tiles:  # releases the model in any case
         for tile in tiles:
-            rank_error = max(rank_error, tile.rank_error)
+            low_rank_error = max(low_rank_error, tile.low_rank_error)
             for key, values in tile.values.items():
                 if key not in out:
                     out[key] = values.new_zeros((rows, columns, *values.shape[2:]))
@@ -93,7 +95,7 @@ def compute_scores(
                     place[:, tile.train : tile.train + values.shape[1]] += values
                 else:
                     place.index_add_(1, groups[tile.train : tile.train + values.shape[1]].cpu(), values)
-    return Scores(out, rank_error)
+    return Scores(out, low_rank_error)
 
 
 def find_top(fitted: Fitted, query: Any, train: Any, k: int, largest: bool) -> tuple[Tensor, Tensor]:
@@ -133,7 +135,7 @@ def _by_position(parts: list[Directions], g: Gradients) -> Tensor:
     return torch.cat([g.by_position(part.matrices) for part in parts if isinstance(part, Explicit)])
 
 
-def _added(parts: Any) -> Tensor:
+def _add_up(parts: Any) -> Tensor:
     first, *rest = parts
     for part in rest:
         first += part

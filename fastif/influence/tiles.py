@@ -16,7 +16,7 @@ class Tile(NamedTuple):
     query: int  # first row
     train: int  # first column
     values: dict[str, Tensor]  # "" or, by layer, its name: [rows, columns]
-    rank_error: float = 0.0  # relative, of the rows' preconditioned gradients, where they were kept at a lower rank
+    low_rank_error: float = 0.0  # relative, of the rows' preconditioned gradients, where they were kept at a lower rank
 
 
 def best_of(
@@ -36,7 +36,8 @@ def check_positions(positions: dict[str, int]) -> int:
     for name, t in positions.items():
         if t != most:
             raise ValueError(
-                f"scores_by_token: layer {name!r} has {t} positions where others have {most}; leave it out with layers="
+                f"scores(by='token'): layer {name!r} has {t} positions where others have {most}; "
+                "leave it out with layers="
             )
     return most
 
@@ -45,7 +46,7 @@ def check_one_length(third: tuple[int, ...], values: Tensor) -> None:
     """Whether parts of scores [rows, columns, t] have the t of those before them."""
     if third != values.shape[2:]:
         raise ValueError(
-            f"scores_by_token: batches must have one number of positions, got {third[0]} and {values.shape[2]}; "
+            f"scores(by='token'): batches must have one number of positions, got {third[0]} and {values.shape[2]}; "
             "pad the examples to one length"
         )
 

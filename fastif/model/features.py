@@ -54,7 +54,7 @@ def extract(
     >>> features.shape, logits.shape, labels
     (torch.Size([5, 3]), torch.Size([5, 2]), tensor([0, 1, 1, 0, 1]))
     """
-    name, layer = find_head(model, head)
+    name, layer = find_head(model, head, op="extract")
     loader = as_loader(data, batch_size)
     device = layer.weight.device if device is None else torch.empty(0, device=device).device
     calls: list[tuple[Tensor, Tensor]] = []
@@ -103,10 +103,10 @@ def extract(
     return Extracted(torch.cat(features), torch.cat(logits), torch.cat(given) if given else None)
 
 
-def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear]:
+def find_head(model: nn.Module, head: str | None = None, *, op: str = "find_head") -> tuple[str, nn.Linear]:
     """The linear layer named `head`, or the last nn.Linear of `model.named_modules()`, with its name.
 
-    Raises ValueError where there is none, and says what there is.
+    Raises ValueError where there is none, and says what there is; `op` opens the message.
 
     >>> find_head(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)))
     ('2', Linear(in_features=3, out_features=2, bias=True))
@@ -116,13 +116,13 @@ def find_head(model: nn.Module, head: str | None = None) -> tuple[str, nn.Linear
     if head is None:
         if not linear:
             last = [f"{name!r} ({type(module).__name__})" for name, module in modules.items()][-3:]
-            raise ValueError(f"extract: the model has no nn.Linear; its last modules are {', '.join(last)}")
+            raise ValueError(f"{op}: the model has no nn.Linear; its last modules are {', '.join(last)}")
         return list(linear.items())[-1]
     if head not in modules:
         known = ", ".join(map(repr, linear)) or "none"
-        raise ValueError(f"extract: the model has no module named {head!r}; its linear layers are {known}")
+        raise ValueError(f"{op}: the model has no module named {head!r}; its linear layers are {known}")
     if head not in linear:
-        raise ValueError(f"extract: the head must be an nn.Linear, {head!r} is {type(modules[head]).__name__}")
+        raise ValueError(f"{op}: the head must be an nn.Linear, {head!r} is {type(modules[head]).__name__}")
     return head, linear[head]
 
 

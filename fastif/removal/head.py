@@ -15,24 +15,18 @@ from fastif import ops
 from fastif.curvature import ExactBlock
 from fastif.curvature.damping import check_damping
 from fastif.curvature.exact.softmax import check_labels, output_grads
-from fastif.removal.newton import Figures, newton
-from fastif.removal.retained import (
-    SMALLEST_STEP,
-    STEP_SIZES,
-    Sampler,
-    check_removed,
-    check_weight_decay,
-    without_removed,
-)
-from fastif.removal.steps import HeadStep
-from fastif.samplers.draw import draw
-from fastif.samplers.subset import Subset, check_subset
+from fastif.removal.newton import newton
+from fastif.removal.retained import SMALLEST_STEP, STEP_SIZES, Picks, check_removed, check_weight_decay
+from fastif.removal.steps import Step
+from fastif.samplers.draw import Sampler
 
 
 class RetainedHead:
     """F, its gradient and its curvature for a linear head; θ is [c, d (+1 for the bias)], float64.
 
-    `curvature_of` makes the block at the current parameters, with the number of examples that carry it.
+    Arguments as for `head_steps`. `name` is the head's among the model's layers, `keys` those of its weight and bias
+    among the model's parameters. `curvature_of`, where it is given, makes the block at the current parameters in the
+    place of that of the subset.
     """
 
     def __init__(
@@ -42,28 +36,35 @@ class RetainedHead:
         weight: Tensor,
         bias: Tensor | None,
         removed: Tensor,
+        *,
         weight_decay: float,
-        curvature_of: Callable[[RetainedHead], tuple[ExactBlock, int]],
+        subset: Any | Sampler | None = None,
+        damping: float = 0.0,
         line_search: bool = True,
+        generator: Generator | None = None,
+        name: str = "head",
+        keys: tuple[str, str] = ("weight", "bias"),
+        curvature_of: Callable[[RetainedHead], ExactBlock] | None = None,
     ):
         n = len(features)
         _check_head(features, labels, weight, bias)
         check_removed(removed, n)
         check_weight_decay(weight_decay)
-        self.kept = torch.ones(n, dtype=torch.bool, device=features.device)
-        self.kept[removed] = False
-        self.share = int(self.kept.sum()) / n
-        self.weight_decay, self.has_bias = weight_decay, bias is not None
-        self.features = features[self.kept]
+        kept = torch.ones(n, dtype=torch.bool, device=features.device)
+        kept[removed] = False
+        self.share = int(kept.sum()) / n
+        self.weight_decay, self.damping, self.has_bias = weight_decay, damping, bias is not None
+        self.features = features[kept]
         self.inputs = self._with_ones(self.features)
-        self.labels = labels[self.kept]
+        self.labels = labels[kept]
         self._removed = self._with_ones(features[removed]), labels[removed]
         self.dtype, self.n = weight.dtype, n
         self.theta = (weight if bias is None else torch.cat([weight, bias[:, None]], 1)).double()
         self.logits = self._logits(self.theta)
         self.objective = self._objective(self.logits, self.theta)
-        self.step_size = 0.0  # of the last step, as a multiple of the Newton step
-        self._curvature_of, self._line_search = curvature_of, line_search
+        self.step_size: dict[str, float] = {}  # of the last step, as a multiple of the Newton step
+        self._picks = Picks(subset, kept, generator)
+        self._curvature_of, self._line_search, self._name, self._keys = curvature_of, line_search, name, keys
         self._shift = None if line_search else self._full_gradient()
 
     @property
@@ -71,18 +72,29 @@ class RetainedHead:
         return self.inputs.device
 
     @property
-    def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [c, d] and bias [c] of the current parameters."""
-        theta = self.theta.to(self.dtype)
-        return (theta[:, :-1], theta[:, -1]) if self.has_bias else (theta, None)
+    def parameters(self) -> dict[str, Tensor]:
+        """Weight [c, d] and, where there is one, bias [c], by their keys."""
+        theta = self.theta.to(self.dtype, copy=True)
+        return dict(zip(self._keys, (theta[:, :-1], theta[:, -1]) if self.has_bias else (theta,), strict=False))
 
     def gradient(self) -> float:
         self._gradient = self._gradient_at(self.theta, self.logits)
         return self._gradient.norm().item()
 
     def curvature(self) -> int:
-        self._block, examples = self._curvature_of(self)
-        return examples
+        if self._curvature_of is not None:
+            self._block = self._curvature_of(self)
+            return len(self.logits)
+        picks = self._picks.take({"features": self.features, "logits": self.logits, "labels": self.labels})
+        name = "head (damping here: weight_decay + damping)"
+        self._block = ExactBlock(self.weight_decay + self.damping, name=name)
+        weights = picks.weights.to(self.inputs)
+        if self._picks.all:
+            self._block.fit(self.inputs, self.logits, weights=weights)
+        else:
+            rows = picks.indices.to(self.device)
+            self._block.fit(self.inputs[rows], self.logits[rows], weights=weights)
+        return len(weights)
 
     def step(self) -> bool:
         direction = -self._block.solve(self._gradient if self._shift is None else self._gradient - self._shift)
@@ -92,17 +104,8 @@ class RetainedHead:
             return False
         self.theta = self.theta + size * direction
         self.logits = self._logits(self.theta)
-        self.objective, self.step_size = value, size
+        self.objective, self.step_size = value, {self._name: size}
         return True
-
-    def block(self, damping: float, picks: Subset | None = None) -> ExactBlock:
-        """The curvature of all retained examples, or of some with weights, damped by weight_decay + damping."""
-        block = ExactBlock(self.weight_decay + damping, name="head (damping here: weight_decay + damping)")
-        if picks is None:
-            weights = self.inputs.new_full((len(self.inputs),), 1 / self.n)
-            return block.fit(self.inputs, self.logits, weights=weights)
-        rows = picks.indices.to(self.inputs.device)
-        return block.fit(self.inputs[rows], self.logits[rows], weights=picks.weights.to(self.inputs))
 
     def _with_ones(self, features: Tensor) -> Tensor:
         return torch.cat([features, features.new_ones(len(features), 1)], 1) if self.has_bias else features
@@ -157,31 +160,26 @@ def head_steps(
     weight_decay: float = 5e-4,
     line_search: bool = True,
     generator: Generator | None = None,
-) -> Iterator[HeadStep]:
+) -> Iterator[Step]:
     """The steps of `remove` one by one, on features [n, d] and labels [n] that were extracted before.
 
     weight [c, d] and bias [c] (or None) are the trained head, removed [r] the examples to remove; the rest is as in
     `remove`. Ends early where no step size lowers F.
     """
     check_settings(steps, damping)
-    fixed = None
-
-    def curvature(problem: RetainedHead) -> tuple[ExactBlock, int]:
-        if subset is None:
-            return problem.block(damping), len(problem.logits)
-        if fixed is not None:
-            picks = fixed
-        else:
-            seen = {"features": problem.features, "logits": problem.logits, "labels": problem.labels}
-            drawn = draw(subset, **seen, generator=generator)
-            picks = Subset(drawn.indices, drawn.weights * problem.share)
-        return problem.block(damping, picks), len(picks.indices)
-
-    problem = RetainedHead(features, labels, weight, bias, removed, weight_decay, curvature, line_search)
-    if subset is not None and not callable(subset):
-        fixed = without_removed(check_subset(subset, len(features)), problem.kept)
-    for figures in newton(problem, steps):
-        yield _head_step(figures, problem)
+    problem = RetainedHead(
+        features,
+        labels,
+        weight,
+        bias,
+        removed,
+        weight_decay=weight_decay,
+        subset=subset,
+        damping=damping,
+        line_search=line_search,
+        generator=generator,
+    )
+    yield from newton(problem, steps)
 
 
 def optimal_head(
@@ -194,7 +192,7 @@ def optimal_head(
     weight_decay: float,
     tolerance: float = 1e-9,
     max_steps: int = 100,
-) -> HeadStep:
+) -> Step:
     """The head retrained to convergence on the retained data: the minimum of F, in float64, with its certificate.
 
     F is strongly convex, so that F − min F <= gradient_norm² / (2 weight_decay) (docs/math.md (13)). The result's
@@ -204,26 +202,23 @@ def optimal_head(
     if not weight_decay > 0:
         raise ValueError(f"optimal_head: weight_decay must be > 0 for a finite optimum, got {weight_decay}")
 
-    def curvature(problem: RetainedHead) -> tuple[ExactBlock, int]:
+    def single(problem: RetainedHead) -> ExactBlock:
         # Built in float32: an inexact curvature slows the last steps a little and moves their limit not at all.
-        single = ExactBlock(weight_decay).fit(problem.inputs.float(), problem.logits.float())
-        single.block.mul_(problem.share)
-        return single, len(problem.logits)
+        block = ExactBlock(weight_decay).fit(problem.inputs.float(), problem.logits.float())
+        block.block.mul_(problem.share)
+        return block
 
     bias = None if bias is None else bias.double()
-    problem = RetainedHead(features.double(), labels, weight.double(), bias, removed, weight_decay, curvature)
+    problem = RetainedHead(
+        features.double(), labels, weight.double(), bias, removed, weight_decay=weight_decay, curvature_of=single
+    )
     steps, seconds = 0, 0.0
-    for figures in newton(problem, max_steps, tolerance):
-        steps, seconds = figures.step, seconds + figures.seconds
+    for step in newton(problem, max_steps, tolerance):
+        steps, seconds = step.step, seconds + step.seconds
     norm = problem.gradient()
     if norm**2 / (2 * weight_decay) > 1e-9:
         raise ValueError(f"optimal_head: not converged after {max_steps} steps: gradient norm {norm:.2g}")
-    return HeadStep(steps, *problem.head, problem.objective, norm, 1.0, len(problem.labels), seconds, None)
-
-
-def _head_step(figures: Figures, problem: RetainedHead) -> HeadStep:
-    step, objective, norm, examples, seconds, peak_bytes = figures
-    return HeadStep(step, *problem.head, objective, norm, problem.step_size, examples, seconds, peak_bytes)
+    return Step(steps, problem.parameters, problem.objective, norm, {"head": 1.0}, len(problem.labels), seconds, None)
 
 
 def _check_head(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -18,11 +18,11 @@ from fastif.influence.influence import Influence
 from fastif.model.calls import call
 from fastif.model.features import find_head
 from fastif.model.losses import labels_in, labels_of, logits_of, output_columns, per_sample
-from fastif.removal.retained import SMALLEST_STEP, Sampler, check_removed, check_weight_decay, without_removed
-from fastif.samplers.draw import draw
-from fastif.samplers.subset import Subset, check_subset
+from fastif.removal.retained import SMALLEST_STEP, Picks, check_removed, check_weight_decay
+from fastif.samplers.draw import Sampler
+from fastif.samplers.subset import Subset
 
-_TRUST = 1.0  # damping of the first step in the span of the layers' steps, as a share of its curvature
+_TRUST = 1.0  # The first step in the span of the layers' steps is damped by its own curvature, until F has answered.
 
 Matrices = dict[str, Tensor]  # by block, [g, o, d]
 
@@ -62,13 +62,13 @@ class RetainedNetwork:
         self.model = copy.deepcopy(model).eval()
         if device is not None:
             self.model.to(device)
-        name, self._head = find_head(self.model, head)
+        name, self._head = find_head(self.model, head, op="remove")
         self._head_name = name or "model"
         if curvature is None:
             curvature = {self._head_name: ExactBlock(0.0), "*": EKFAC("auto")}
         self._influence = Influence(
             self.model,
-            curvature=_damped(curvature, weight_decay, damping),
+            curvature=_add_damping(curvature, weight_decay, damping),
             layers=layers,
             batch_size=batch_size,
             progress=False,
@@ -80,21 +80,16 @@ class RetainedNetwork:
         with self._influence.passes.running(None):
             self._influence.look_at(train, kept.nonzero()[:, 0])
         self._capture = self._influence.capture
-        self.parameters = {p: name for p, name in self._capture.names.items() if name in self._capture.covered}
+        self._names = {p: name for p, name in self._capture.names.items() if name in self._capture.covered}
         for parameter in self.model.parameters():
-            parameter.requires_grad_(parameter in self.parameters)
+            parameter.requires_grad_(parameter in self._names)
         self.n, self.kept, self.removed = n, kept.nonzero()[:, 0], removed.cpu()
         self.weight_decay, self.objective = weight_decay, math.nan
         self.step_size: dict[str, float] = {}  # of the last step: by layer, a multiple of its own Newton step
         self._train, self._batch_size = train, batch_size
-        self._subset, self._generator, self._line_search = subset, generator, line_search
-        self._fixed: Subset | None = None
-        if subset is None:
-            self._fixed = Subset(self.kept, torch.full((len(self.kept),), 1 / n, dtype=torch.float64))
-        elif not callable(subset):
-            chosen = check_subset(subset, n)
-            self._fixed = Subset(self.kept[(without := without_removed(chosen, kept)).indices], without.weights)
-        self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # features, logits, labels at the current parameters
+        self._line_search = line_search
+        self._picks = Picks(subset, kept, generator)
+        self._seen: dict[str, Tensor] = {}  # features, logits and labels of the retained at the current parameters
         self._shift: dict[Tensor, Tensor] = {}  # ∇F_all at the trained parameters
         self._last: Matrices = {}  # the step before
         self._trust = _TRUST
@@ -104,15 +99,15 @@ class RetainedNetwork:
         return self._influence.device
 
     @property
-    def state(self) -> dict[str, Tensor]:
+    def parameters(self) -> dict[str, Tensor]:
         """Copies of the parameters that move, keyed like the model's."""
-        return {name: parameter.detach().clone() for parameter, name in self.parameters.items()}
+        return {name: parameter.detach().clone() for parameter, name in self._names.items()}
 
     def gradient(self) -> float:
         if not self._shift:
             self._check_model()
-        with self._noting():
-            loss, sums = self._summed(self.kept)
+        with self._note_head():
+            loss, sums = self._sum_over(self.kept)
         if math.isnan(self.objective):  # the first step; later ones know it from their search
             self.objective = loss / self.n + self._decay()
             if not math.isfinite(self.objective):
@@ -120,21 +115,15 @@ class RetainedNetwork:
         self._gradient = {p: g / self.n + self.weight_decay * p.detach() for p, g in sums.items()}
         norm = sum(float(g.square().sum()) for g in self._gradient.values()) ** 0.5
         if not self._shift:  # of the trained parameters
-            _, removed = self._summed(self.removed)
+            _, removed = self._sum_over(self.removed)
             self._shift = {p: g + removed[p] / self.n for p, g in self._gradient.items()}
         return norm
 
     def curvature(self) -> int:
-        if self._fixed is not None:
-            self._picks = self._fixed
-        else:
-            assert self._seen is not None
-            assert callable(self._subset)
-            features, logits, labels = self._seen
-            drawn = draw(self._subset, features=features, logits=logits, labels=labels, generator=self._generator)
-            self._picks = Subset(self.kept[drawn.indices], drawn.weights * (len(self.kept) / self.n))
-        self._influence.fit(self._train, subset=self._picks)
-        return len(self._picks.indices)
+        picks = self._picks.take(self._seen)
+        self._carriers = Subset(self.kept[picks.indices], picks.weights)
+        self._influence.fit(self._train, subset=self._carriers)
+        return len(picks.indices)
 
     def step(self) -> bool:
         own = self._newton_steps()
@@ -146,10 +135,10 @@ class RetainedNetwork:
         if self._last:
             directions["last step"] = self._last
         slopes, hessian = self._model_along(list(directions.values()))
-        before = {p: p.detach().clone() for p in self.parameters}
+        before = {p: p.detach().clone() for p in self._names}
         while self._trust <= 1 / SMALLEST_STEP:
             sizes = damped_minimum(slopes, hessian, self._trust)
-            step = _combined(directions.values(), sizes.tolist())
+            step = _combine(directions.values(), sizes.tolist())
             self._move(step)
             value = self._objective()
             foretold = float(slopes @ sizes - 0.5 * sizes @ hessian @ sizes)
@@ -172,8 +161,8 @@ class RetainedNetwork:
     def _newton_steps(self) -> Matrices:
         """−(G + (γ + λ)I)⁻¹ (∇F(θ) − ∇F_all(θ̂)), by block."""
         moved = {p: g - self._shift[p] for p, g in self._gradient.items()}
-        solved = self._influence.solve({name: moved[p].to(p.dtype) for p, name in self.parameters.items()})
-        return self._matrices({p: -solved[name] for p, name in self.parameters.items()})
+        solved = self._influence.solve({name: moved[p].to(p.dtype) for p, name in self._names.items()})
+        return self._matrices({p: -solved[name] for p, name in self._names.items()})
 
     def _model_along(self, directions: Sequence[Matrices]) -> tuple[Tensor, Tensor]:
         """b [m] and A [m, m] of the model F(θ + Σ_j c_j d_j) ≈ F − b·c + ½ cᵀAc, in float64.
@@ -192,9 +181,9 @@ class RetainedNetwork:
             squares[torch.tensor(rows)[:, None], torch.tensor(rows)] += (flat @ flat.T).cpu()
         ggn = torch.zeros(m, m, dtype=torch.float64)
         with self._capture.attached():
-            for x, y, places in self._batches(self._picks.indices):
+            for x, y, places in self._batches(self._carriers.indices):
                 forward = self._capture.forward(x)
-                weights = self._picks.weights[places].to(self.device)
+                weights = self._carriers.weights[places].to(self.device)
                 batch = labels_in(x, y)
                 for scores, column in output_columns("cross_entropy", forward.outputs, batch, forward.n, "exact", None):
                     along = torch.zeros(m, forward.n, dtype=torch.float64, device=self.device)
@@ -247,9 +236,9 @@ class RetainedNetwork:
             raise ValueError("remove: the training data has no labels")
         return per_sample("cross_entropy", call(self.model, x), batch, batch_length(x))
 
-    def _summed(self, indices: Tensor) -> tuple[float, dict[Tensor, Tensor]]:
+    def _sum_over(self, indices: Tensor) -> tuple[float, dict[Tensor, Tensor]]:
         """Σ ℓ and Σ ∇ℓ over some examples, in float64."""
-        parameters, total = list(self.parameters), 0.0
+        parameters, total = list(self._names), 0.0
         sums = {p: torch.zeros_like(p, dtype=torch.float64, requires_grad=False) for p in parameters}
         for x, y, _ in self._batches(indices):
             losses = self._losses(x, y)
@@ -264,12 +253,12 @@ class RetainedNetwork:
         return total / self.n + self._decay()
 
     def _decay(self) -> float:
-        return 0.5 * self.weight_decay * sum(float(p.detach().double().square().sum()) for p in self.parameters)
+        return 0.5 * self.weight_decay * sum(float(p.detach().double().square().sum()) for p in self._names)
 
     @contextmanager
-    def _noting(self) -> Iterator[None]:
+    def _note_head(self) -> Iterator[None]:
         """Notes what the head sees and says, where a sampler will ask for it."""
-        if not callable(self._subset):
+        if self._picks.sampler is None:
             yield
             return
         notes: list[tuple[Tensor, Tensor]] = []
@@ -283,11 +272,11 @@ class RetainedNetwork:
         finally:
             hook.remove()
         features, logits = (torch.cat(parts) for parts in zip(*notes, strict=True))
-        self._seen = features, logits, self._labels()
+        self._seen = {"features": features, "logits": logits, "labels": self._labels()}
 
     def _labels(self) -> Tensor:
-        if self._seen is not None:
-            return self._seen[2]
+        if self._seen:
+            return self._seen["labels"]
         return torch.cat(
             [labels_of(labels_in(x, y)).cpu() for (x, y), _ in picked(self._train, self._batch_size, self.kept)]
         )
@@ -296,13 +285,13 @@ class RetainedNetwork:
 def damped_minimum(slopes: Tensor, hessian: Tensor, damping: float) -> Tensor:
     """The c that minimises −slopes·c + ½ cᵀ(hessian + damping·diag(hessian))c: lengths of directions do not matter."""
     scale = hessian.diagonal().sqrt()
-    scale = torch.where(scale > 0, scale, 1.0)  # without curvature: a gradient step
+    scale = torch.where(scale > 0, scale, 1.0)  # a direction without curvature takes a gradient step
     unit = hessian / scale[:, None] / scale
     unit.diagonal().add_(damping)
     return torch.linalg.solve(unit, slopes / scale) / scale
 
 
-def _combined(directions: Iterable[Matrices], sizes: list[float]) -> Matrices:
+def _combine(directions: Iterable[Matrices], sizes: list[float]) -> Matrices:
     out: Matrices = {}
     for direction, size in zip(directions, sizes, strict=True):
         for name, matrix in direction.items():
@@ -310,10 +299,10 @@ def _combined(directions: Iterable[Matrices], sizes: list[float]) -> Matrices:
     return out
 
 
-def _damped(curvature: Any | Mapping[str, Any], weight_decay: float, damping: float) -> Any:
+def _add_damping(curvature: Any | Mapping[str, Any], weight_decay: float, damping: float) -> Any:
     """Copies of the estimators, damped by so much more. "auto" finds its own, and a damping beside it is refused."""
     if isinstance(curvature, Mapping):
-        return {pattern: _damped(estimator, weight_decay, damping) for pattern, estimator in curvature.items()}
+        return {pattern: _add_damping(estimator, weight_decay, damping) for pattern, estimator in curvature.items()}
     estimator = copy.deepcopy(curvature)
     own = getattr(estimator, "damping", None)
     if own == "auto" and damping > 0:

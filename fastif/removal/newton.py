@@ -7,21 +7,29 @@ network. docs/math.md (13).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from fastif.measure import Measure
+from fastif.removal.steps import Step
 
 
 class Problem(Protocol):
     """An objective F and the parameters where it stands."""
 
     objective: float  # F at the parameters
+    step_size: dict[str, float]  # of the last step, by layer
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
+        ...
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Copies of those that move, keyed like the model's."""
         ...
 
     def gradient(self) -> float:
@@ -37,18 +45,7 @@ class Problem(Protocol):
         ...
 
 
-class Figures(NamedTuple):
-    """How a step came about."""
-
-    step: int  # 1, 2, ...
-    objective: float  # F after the step
-    gradient_norm: float  # ‖∇F‖ before the step
-    subset_size: int  # examples that carried the curvature
-    seconds: float  # of this step: gradient, draw, curvature, solve and search
-    peak_bytes: int | None  # tensors allocated in it at the same time
-
-
-def newton(problem: Problem, steps: int, tolerance: float = 0.0) -> Iterator[Figures]:
+def newton(problem: Problem, steps: int, tolerance: float = 0.0) -> Iterator[Step]:
     """Takes at most `steps` steps; ends where ‖∇F‖ <= tolerance and where F no longer falls.
 
     After each one `problem` stands where the step led.
@@ -61,4 +58,13 @@ def newton(problem: Problem, steps: int, tolerance: float = 0.0) -> Iterator[Fig
             examples = problem.curvature()
             if not problem.step():
                 return
-        yield Figures(number, problem.objective, norm, examples, work.seconds, work.peak_bytes)
+        yield Step(
+            number,
+            problem.parameters,
+            problem.objective,
+            norm,
+            problem.step_size,
+            examples,
+            work.seconds,
+            work.peak_bytes,
+        )

@@ -10,7 +10,7 @@ a search on F itself. θ is the head or any layers. No held-out example takes pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,11 @@ from tqdm import tqdm
 from fastif.data.batches import as_loader, count
 from fastif.model.capture import Capture
 from fastif.model.features import Extracted, extract, find_head
-from fastif.removal.head import check_settings, head_steps
+from fastif.removal.head import RetainedHead, check_settings
 from fastif.removal.network import RetainedNetwork
 from fastif.removal.newton import newton
-from fastif.removal.retained import Sampler
-from fastif.removal.steps import HeadStep, NetworkStep, Removal
+from fastif.removal.steps import Removal, Step
+from fastif.samplers.draw import Sampler
 
 
 def remove(
@@ -84,32 +84,22 @@ def remove(
     layers that it cannot serve, and what `extract`, `Influence`, the sampler and the curvature raise.
     """
     check_settings(steps, damping)
-    name, layer = find_head(model, head)
-    only_head = layers is None or list(Capture(model, layers).blocks) == [name or "model"]
-    if only_head and curvature is None:
-        place = layer.weight.device if device is None else torch.device(device)
+    name, layer = find_head(model, head, op="remove")
+    indices = torch.as_tensor(indices)
+    settings: dict[str, Any] = {
+        "subset": subset,
+        "damping": damping,
+        "weight_decay": weight_decay,
+        "line_search": line_search,
+        "generator": generator,
+    }
+    if curvature is None and (layers is None or list(Capture(model, layers).blocks) == [name or "model"]):
+        seen: dict[str, Any] = {"head": head, "batch_size": batch_size, "device": device}
         if extracted is None:
-            extracted = extract(model, train, head=head, batch_size=batch_size, device=device, progress=progress)
+            extracted = extract(model, train, **seen, progress=progress)
         else:
-            _check_extracted(extracted, model, layer, train, head, batch_size, device)
-        features, _, labels = extracted
-        if labels is None:
-            raise ValueError("remove: the training data has no labels")
-        prefix = f"{name}." if name else ""
-        moving = {f"{prefix}{key}": p.detach().clone() for key, p in layer.named_parameters()}
-        taken = head_steps(
-            features.to(place),
-            labels.to(place),
-            layer.weight.detach().to(place),
-            None if layer.bias is None else layer.bias.detach().to(place),
-            torch.as_tensor(indices).to(place),
-            subset=subset,
-            steps=steps,
-            damping=damping,
-            weight_decay=weight_decay,
-            line_search=line_search,
-            generator=generator,
-        )
+            _check_extracted(extracted, model, layer, train, **seen)
+        problem = _head_problem(name, layer, extracted, indices, device, settings)
     else:
         if extracted is not None:
             raise ValueError(
@@ -119,40 +109,45 @@ def remove(
         problem = RetainedNetwork(
             model,
             train,
-            torch.as_tensor(indices),
+            indices,
             layers=(name or "*") if layers is None else layers,
             curvature=curvature,
-            subset=subset,
-            damping=damping,
-            weight_decay=weight_decay,
-            line_search=line_search,
             head=head,
             batch_size=batch_size,
             device=device,
-            generator=generator,
+            **settings,
         )
-        prefix, moving = "", problem.state
-        taken = _network_steps(problem, steps)
-    history = list(tqdm(taken, "remove", total=steps, disable=not progress))
-    steps_taken = [_parameters(step, prefix) for step in history]
-    return _removal(model, history, [moving, *steps_taken])
+    before = problem.parameters
+    history = list(tqdm(newton(problem, steps), "remove", total=steps, disable=not progress))
+    return _removal(model, history, [before, *(step.parameters for step in history)])
 
 
-def _network_steps(problem: RetainedNetwork, steps: int) -> Iterator[NetworkStep]:
-    for step, objective, norm, examples, seconds, peak_bytes in newton(problem, steps):
-        yield NetworkStep(step, problem.state, objective, norm, problem.step_size, examples, seconds, peak_bytes)
+def _head_problem(
+    name: str,
+    layer: nn.Linear,
+    extracted: Extracted,
+    removed: Tensor,
+    device: torch.device | str | None,
+    settings: dict[str, Any],
+) -> RetainedHead:
+    place = layer.weight.device if device is None else torch.device(device)
+    if extracted.labels is None:
+        raise ValueError("remove: the training data has no labels")
+    prefix = f"{name}." if name else ""
+    return RetainedHead(
+        extracted.features.to(place),
+        extracted.labels.to(place),
+        layer.weight.detach().to(place),
+        None if layer.bias is None else layer.bias.detach().to(place),
+        removed.to(place),
+        name=name or "model",
+        keys=(f"{prefix}weight", f"{prefix}bias"),
+        **settings,
+    )
 
 
-def _parameters(step: HeadStep | NetworkStep, prefix: str) -> dict[str, Tensor]:
-    """What moved, keyed like the model's parameters."""
-    if isinstance(step, NetworkStep):
-        return step.parameters
-    parameters = {f"{prefix}weight": step.weight}
-    return parameters if step.bias is None else {**parameters, f"{prefix}bias": step.bias}
-
-
-def _removal(model: nn.Module, history: list[Any], parameters: list[dict[str, Tensor]]) -> Removal:
-    """With every key of state_dict under which a parameter that moved is known: shared ones have several."""
+def _removal(model: nn.Module, history: list[Step], parameters: list[dict[str, Tensor]]) -> Removal:
+    """What `remove` returns; a parameter that moved stands under each of its keys in state_dict: some have two."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     keys = {key: names.get(value) for key, value in model.state_dict(keep_vars=True).items()}
     state = {key: value.detach().clone() for key, value in model.state_dict().items()}

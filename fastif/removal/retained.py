@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from fastif.samplers.subset import Subset
+from fastif.samplers.draw import Sampler, draw
+from fastif.samplers.subset import Subset, check_subset
 
-Sampler = Callable[..., Any]
 STEP_SIZES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
-SMALLEST_STEP = 2.0**-20  # where none of them lowers F, the step is halved down to this
+SMALLEST_STEP = 2.0**-20  # Where none of them lowers F, the step is halved down to this and no further.
+
+
+class Picks:
+    """Which retained examples carry the curvature in a step: all, those of a subset, or those that a sampler draws.
+
+    `kept` is bool [n]: what of the training data is retained. Indices count among the retained, and weights are on the
+    1/n scale: what is removed is left out, and the rest counts as it did.
+    """
+
+    def __init__(self, subset: Any | Sampler | None, kept: Tensor, generator: Generator | None):
+        n, retained = len(kept), int(kept.sum())
+        self.all, self.sampler = subset is None, subset if callable(subset) else None
+        self._share, self._generator = retained / n, generator
+        self._fixed: Subset | None = None
+        if subset is None:
+            self._fixed = Subset(torch.arange(retained), torch.full((retained,), 1 / n, dtype=torch.float64))
+        elif self.sampler is None:
+            self._fixed = without_removed(check_subset(subset, n), kept)
+
+    def take(self, seen: Mapping[str, Any]) -> Subset:
+        """Those of the next step; `seen` are features, logits and labels of the retained, for a sampler."""
+        if self._fixed is not None:
+            return self._fixed
+        assert self.sampler is not None
+        found = draw(self.sampler, **seen, generator=self._generator, op="remove")
+        return Subset(found.indices, found.weights * self._share)
 
 
 def without_removed(subset: Subset, kept: Tensor) -> Subset:

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-
-class HeadStep(NamedTuple):
-    """The head after a step, and how it came about."""
-
-    step: int  # 1, 2, ...
-    weight: Tensor  # [c, d]
-    bias: Tensor | None  # [c]
-    objective: float  # F after the step
-    gradient_norm: float  # ‖∇F‖ before the step
-    step_size: float  # multiple of the Newton step that was taken
-    subset_size: int  # examples that carried the curvature
-    seconds: float  # of this step: draw, gradient, curvature, solve and line search
-    peak_bytes: int | None  # tensors allocated in it at the same time
+from fastif.renamed import find_renamed, warn_renamed
 
 
-class NetworkStep(NamedTuple):
-    """A network's layers after a step, and how it came about."""
+class Step(NamedTuple):
+    """The layers that move, after a step, and how it came about."""
 
     step: int  # 1, 2, ...
-    parameters: dict[str, Tensor]  # those that move, keyed like the model's
+    parameters: dict[str, Tensor]  # that move, keyed like the model's; a head on its own has "weight" and "bias"
     objective: float  # F after the step
     gradient_norm: float  # ‖∇F‖ before the step
     step_size: dict[str, float]  # by layer: multiple of its Newton step that was taken; and of the "last step"
@@ -33,12 +21,29 @@ class NetworkStep(NamedTuple):
     seconds: float  # of this step: gradient, draw, curvature, solve and search
     peak_bytes: int | None  # tensors allocated in it at the same time
 
+    @property
+    def weight(self) -> Tensor:
+        """The head's, by the name that it had in `HeadStep`."""
+        return self._of_head("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The head's, or None, by the name that it had in `HeadStep`."""
+        return self._of_head("bias") if len(self.parameters) > 1 else None
+
+    def _of_head(self, kind: str) -> Tensor:
+        if len(self.step_size) > 1:
+            raise AttributeError(f"Step.{kind}: several layers moved; see parameters")
+        name = next(name for name in self.parameters if name.rpartition(".")[2] == kind)
+        warn_renamed(f"Step.{kind}", f"Step.parameters[{name!r}]")
+        return self.parameters[name]
+
 
 class Removal(NamedTuple):
     """What `remove` returns."""
 
     state_dict: dict[str, Tensor]  # of the whole model: load_state_dict takes it
-    history: list[HeadStep] | list[NetworkStep]  # one entry per step taken; empty if none would have lowered F
+    history: list[Step]  # one entry per step taken; empty if none would have lowered F
     moved: list[dict[str, Tensor]]  # the part of state_dict that moved: before the first step and after each
 
     def after(self, step: int) -> dict[str, Tensor]:
@@ -49,3 +54,7 @@ class Removal(NamedTuple):
         if not 0 <= step < len(self.moved):
             raise ValueError(f"Removal.after: step must be in [0, {len(self.moved) - 1}], got {step}")
         return {**self.state_dict, **{key: value.clone() for key, value in self.moved[step].items()}}
+
+
+def __getattr__(name: str) -> Any:
+    return find_renamed(__name__, name, {"HeadStep": Step, "NetworkStep": Step})

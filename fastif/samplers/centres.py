@@ -39,7 +39,7 @@ def k_center(
     metric: Metric = "euclidean",
     chunk_rows: int | None = None,
     generator: Generator | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Subset:
     """Farthest-first centres, each weighted by the share of the points that are nearest to it.
 

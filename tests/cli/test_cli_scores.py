@@ -121,7 +121,7 @@ def test_parts_of_the_scores(run, script, by, function):
     assert code == 0
     model, train, query = returned(function)
     influence = Influence(model, curvature=Diagonal(), progress=False).fit(train)
-    want = influence.scores_by_layer(query, train) if by == "layer" else influence.scores_by_token(query, train)
+    want = influence.scores(query, train, by=by)
     want = torch.stack([*want.values()], 2) if isinstance(want, dict) else want
     got = ScoreFolder("out")
     assert got.layers == (["0", "2"] if by == "layer" else None)
@@ -156,15 +156,15 @@ def test_groups_of_queries(run, script):
 
 
 def test_gradients_of_queries_at_a_rank(run, script):
-    job = ["scores", "ownscript:tokens", "--out", "out", "--curvature", "diagonal", "--rank", "1"]
+    job = ["scores", "ownscript:tokens", "--out", "out", "--curvature", "diagonal", "--low-rank", "1"]
     code, printed, _ = run(*job)
     assert code == 0
     model, train, query = returned("tokens")
     influence = Influence(model, curvature=Diagonal(), progress=False).fit(train)
-    exact, want = influence.scores(query, train), influence.scores(query, train, rank=1)
+    exact, want = influence.scores(query, train), influence.scores(query, train, low_rank=1)
     assert not torch.allclose(exact, want, rtol=1e-3)
     assert torch.allclose(ScoreFolder("out").load(), want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
-    assert f"relative error of the queries' gradients at rank 1: at most {influence.rank_error:.1e}" in printed
+    assert f"relative error of the queries' gradients at rank 1: at most {influence.low_rank_error:.1e}" in printed
 
 
 def test_the_plan_of_scores_that_go_to_the_disk_holds_a_block_of_them(run, script, monkeypatch):
@@ -178,7 +178,7 @@ def test_the_plan_of_scores_that_go_to_the_disk_holds_a_block_of_them(run, scrip
         return re.search("scores: peak (.*); self", printed)[1]
 
     model, train, query = returned()
-    plan = Influence(model, curvature=Diagonal(), memory=1 << 30, progress=False).plan(train, query)
+    plan = Influence(model, curvature=Diagonal(), progress=False).plan(train, query)
     if plan.score_bytes is None:
         assert peak(1 << 26, "a") == "unknown"
         return

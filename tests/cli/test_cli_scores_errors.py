@@ -55,8 +55,11 @@ from tests.helpers.user_script import files
         ),
         (["ownscript:problem", "--measurement", "logit"], "--measurement must be one of loss, margin, log_odds"),
         (["ownscript:problem", "--by", "head"], "--by must be one of all, layer, token, got head"),
-        (["ownscript:problem", "--by", "layer", "--rank", "2"], "--rank must be left out with --by layer, got 2"),
-        (["ownscript:problem", "--rank", "0"], "--rank must be >= 1, got 0"),
+        (
+            ["ownscript:problem", "--by", "layer", "--low-rank", "2"],
+            "--low-rank must be left out with --by layer, got 2",
+        ),
+        (["ownscript:problem", "--low-rank", "0"], "--low-rank must be >= 1, got 0"),
         (["ownscript:pooled", "--by", "token"], "layer '3' has 1 positions where others have 4; leave it out"),
         (["ownscript:problem", "--query-groups", "groups.npy"], "no file groups.npy for --query-groups"),
         (["ownscript:problem", "--query-groups", "ownscript.py"], "must be a .npy or .safetensors file, got ownscript"),

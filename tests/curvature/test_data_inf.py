@@ -27,7 +27,7 @@ def test_it_is_the_mean_of_inverses(name, slice_entries, monkeypatch):
     x, y = problem(name).data
     subset = Subset(torch.tensor([17, 0, 5, 9, 2]), torch.tensor([0.3, 0.1, 0.2, 0.5, 0.0], dtype=torch.float64))
     influence = influence_of(name, DataInf(DAMPING), batch_size=2).fit((x, y), subset)
-    layers = influence.scores_by_layer((x, y), (x, y))
+    layers = influence.scores((x, y), (x, y), by="layer")
     total = 0
     for key, layer in by_hand(name).items():
         gradients = layer.gradients().flatten(1)

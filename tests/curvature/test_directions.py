@@ -9,7 +9,7 @@ from torch import nn
 import fastif.influence.queries
 from fastif import EKFAC, KFAC, Diagonal, Influence, build_info
 from fastif.curvature import Explicit
-from fastif.curvature.directions import Factors
+from fastif.curvature.directions import QueryFactors
 from fastif.measure import Measure
 from fastif.model.gradients import Dense
 from tests.helpers.captures import gradients_of
@@ -57,14 +57,14 @@ def defined(influence: Influence, query, train, layers: str = "*") -> torch.Tens
 def forms(monkeypatch):
     """By name of a block the form that its queries were held in, in the order of the blocks of queries."""
     seen: list[dict[str, list[str]]] = []
-    settled = fastif.influence.queries._Held.settled
+    settle = fastif.influence.queries._Held.settle
 
     def told(self, room):
-        parts = settled(self, room)
+        parts = settle(self, room)
         seen.append({name: [type(part).__name__ for part in of_block] for name, of_block in parts.items()})
         return parts
 
-    monkeypatch.setattr(fastif.influence.queries._Held, "settled", told)
+    monkeypatch.setattr(fastif.influence.queries._Held, "settle", told)
     return seen
 
 
@@ -74,7 +74,11 @@ def test_whatever_the_form_the_scores_are_the_definitions(make, estimator, forms
     model, data = make()
     name = next(name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear))
     size = sum(p.numel() for p in model.parameters()) * 8
-    for memory, form in ((len(data[0]) * size, "Explicit"), (len(data[0]) * size // 2, "Factors"), (1, "Explicit")):
+    for memory, form in (
+        (len(data[0]) * size, "Explicit"),
+        (len(data[0]) * size // 2, "QueryFactors"),
+        (1, "Explicit"),
+    ):
         forms.clear()
         influence = Influence(model, curvature=estimator(1e-2), layers="*", memory=memory, progress=False).fit(data)
         scores = influence.scores(data, data)
@@ -119,21 +123,21 @@ def test_queries_of_several_lengths_are_held_together(forms):
         ).fit(train)
         want = torch.cat([defined(influence, batch, train) for batch in batches])
         assert torch.allclose(influence.scores(batches, train), want, rtol=1e-7, atol=1e-12)
-    assert {"Factors", "Explicit", "Separable"} <= {form for seen in forms for form in seen["first"]}
+    assert {"QueryFactors", "Explicit", "Separable"} <= {form for seen in forms for form in seen["first"]}
 
 
 def test_factors_of_a_long_query_do_not_lengthen_those_of_short_ones_beyond_memory(monkeypatch):
     """All factors that are held together take as many positions as the longest."""
     torch.manual_seed(0)
     model, held = Words(width=96).double(), []
-    settled = fastif.influence.queries._Held.settled
+    settle = fastif.influence.queries._Held.settle
 
     def told(self, room):
-        parts = settled(self, room)
+        parts = settle(self, room)
         held.append(sum(part.nbytes for of_block in parts.values() for part in of_block))
         return parts
 
-    monkeypatch.setattr(fastif.influence.queries._Held, "settled", told)
+    monkeypatch.setattr(fastif.influence.queries._Held, "settle", told)
     g = torch.Generator().manual_seed(0)
     batches = [
         (torch.randn(n, t, 96, generator=g).double(), torch.arange(n) % 3) for n, t in ((60, 1), (2, 14), (5, 2))
@@ -168,8 +172,8 @@ def test_separable_scores_of_training_gradients_that_come_in_slices(kind, monkey
 @settings(max_examples=60, deadline=None)
 def test_factors_suit_where_they_take_half(t, o, d):
     gradients = Dense(torch.zeros(1, 2, t, d), torch.zeros(1, 2, t, o))
-    assert Factors.size(gradients) == (t * (o + d) if t == 1 or 2 * t * (o + d) <= o * d else None)
-    assert Factors.size(Dense(torch.zeros(2, 2, t, d), torch.zeros(2, 2, t, o))) is None  # of groups
+    assert QueryFactors.size(gradients) == (t * (o + d) if t == 1 or 2 * t * (o + d) <= o * d else None)
+    assert QueryFactors.size(Dense(torch.zeros(2, 2, t, d), torch.zeros(2, 2, t, o))) is None  # of groups
 
 
 @pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
@@ -189,19 +193,19 @@ def test_factors_take_less_memory_than_matrices():
 
 
 def test_matrices_are_turned_back_in_parts(monkeypatch):
-    monkeypatch.setattr("fastif.curvature.directions._FORMED", 3 * 40 * 25)
-    monkeypatch.setattr("fastif.curvature.directions._TOGETHER", 4 * 40 * 25)
+    monkeypatch.setattr("fastif.curvature.limits.QUERY_MATRIX_ENTRIES", 3 * 40 * 25)
+    monkeypatch.setattr("fastif.curvature.limits.TRAIN_MATRIX_ENTRIES", 4 * 40 * 25)
     model, data = by_words()
     influence = Influence(model, curvature=EKFAC(1e-2), layers="first", progress=False).fit(data)
     block, g = influence.curvature["first"], gradients_of(model, "first", data)["first"]
     want = torch.einsum("qsod,nsod->qn", block.solve(g.formed()), g.formed())
     held = block.directions(g)
-    assert isinstance(held, Factors)
+    assert isinstance(held, QueryFactors)
     assert held.nbytes == 23 * 3 * (40 + 25) * 8
-    explicit = held.settled(23 * 40 * 25 * 8)
+    explicit = held.settle(23 * 40 * 25 * 8)
     assert isinstance(explicit, Explicit)
-    assert held.settled(23 * 40 * 25 * 8 - 1) is held
-    for form in (held, explicit, Factors.joined([block.directions(g.rows(0, 5)), block.directions(g.rows(5, 23))])):
+    assert held.settle(23 * 40 * 25 * 8 - 1) is held
+    for form in (held, explicit, QueryFactors.join([block.directions(g.rows(0, 5)), block.directions(g.rows(5, 23))])):
         assert torch.allclose(form.dots(g), want, rtol=1e-9, atol=1e-12)
 
 

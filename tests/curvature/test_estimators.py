@@ -38,7 +38,7 @@ def scores_with(estimator):
         (lambda: CG(max_steps=0), "CG: max_steps must be an integer >= 1, got 0"),
         (lambda: LiSSA(0.0), "LiSSA: damping must be a number > 0, got 0.0"),
         (lambda: LiSSA(-1.0), "damping must be a finite number >= 0"),
-        (lambda: LiSSA(steps=0), "LiSSA: steps must be an integer >= 1, got 0"),
+        (lambda: LiSSA(max_steps=0), "LiSSA: max_steps must be an integer >= 1, got 0"),
         (lambda: LiSSA(batch=0), "LiSSA: batch must be an integer >= 1, got 0"),
         (lambda: LiSSA(scale=-2.0), "LiSSA: scale must be a finite number > 0 or 'auto', got -2.0"),
         (lambda: LiSSA(repeats=3), "LiSSA: repeats=3 would do the same thing again without batch="),

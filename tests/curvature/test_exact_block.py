@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 from fastif import ExactBlock, Influence, samplers
-from fastif.curvature import NotPositiveDefinite
-from fastif.curvature.exact import block as exact_block
-from fastif.curvature.exact import factor
+from fastif.curvature import NotPositiveDefinite, limits
 from fastif.curvature.exact.cholesky import extreme_eigenvalues
 from fastif.curvature.exact.softmax import output_roots
 from fastif.data import load
@@ -272,7 +270,7 @@ def test_few_examples_leave_the_factor_as_it_is(matrix, dtype, tolerance):
     for removed in (torch.tensor([3, 17]), torch.tensor([250])):
         block.downdate(inputs[removed], logits[removed], labels[removed], weights[removed])
         kept[removed] = False
-        assert block._factor is factor
+        assert block._solver.factor is factor
         assert factor.corrected
     refit = ExactBlock(1e-2, matrix).fit(inputs[kept], logits[kept], labels[kept], weights[kept])
     rhs = torch.randn(3, 5, 30, generator=G, dtype=torch.float64)
@@ -283,7 +281,7 @@ def test_few_examples_leave_the_factor_as_it_is(matrix, dtype, tolerance):
     assert block.logdet() == pytest.approx(refit.logdet(), rel=tolerance)
     assert block.condition() == pytest.approx(refit.condition(), rel=1e-3)
     assert close(block.inverse(), refit.inverse(), tolerance)  # made from a new factor
-    assert block._factor is not factor
+    assert block._solver.factor is not factor
 
 
 def test_confident_examples_can_be_taken_out():
@@ -301,7 +299,7 @@ def test_many_examples_and_automatic_damping_make_a_new_factor():
         block = ExactBlock(damping).fit(inputs, logits)
         factor = block.factor
         block.downdate(inputs[:count], logits[:count], None, weights[:count])
-        assert block._factor is None
+        assert block._solver.factor is None
         refit = ExactBlock(block.damping_used).fit(inputs[count:], logits[count:], weights=weights[count:])
         assert block.factor is not factor
         assert close(block.factor @ block.factor.T, refit.factor @ refit.factor.T)
@@ -313,7 +311,7 @@ def test_what_cancels_too_much_makes_a_new_factor():
     block = ExactBlock(1.0).fit(1e6 * inputs, logits)
     _ = block.factor
     block.downdate(1e6 * inputs, logits)
-    assert block._factor is None
+    assert block._solver.factor is None
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -323,7 +321,7 @@ def test_a_block_that_does_not_fit_is_refused_with_numbers(monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 4))
     data = torch.randn(50, 30), torch.arange(50) % 4
-    monkeypatch.setattr(exact_block, "available_bytes", lambda device: 4_000_000)
+    monkeypatch.setattr("fastif.curvature.exact.room.available_bytes", lambda device: 4_000_000)
     message = (
         r"ExactBlock: '0' has 620 parameters, so that its block and factor take 0.0043 GiB \(620 squared times 12 "
         r"bytes\), of which 0.00373 GiB can be had; in_place=True takes 0.00[0-9]+ GiB"
@@ -333,12 +331,12 @@ def test_a_block_that_does_not_fit_is_refused_with_numbers(monkeypatch):
         with pytest.raises(MemoryError, match=message):
             call(data)
     for room, other in ((100_000, "KFAC or EKFAC"), (10_000, "Diagonal")):
-        monkeypatch.setattr(exact_block, "available_bytes", lambda device, room=room: room)
+        monkeypatch.setattr("fastif.curvature.exact.room.available_bytes", lambda device, room=room: room)
         with pytest.raises(MemoryError, match=f"can be had; {other} takes"):
             influence.fit(data)
     with pytest.raises(MemoryError, match=r"'head' has 310 parameters"):
         ExactBlock().fit(torch.randn(9, 31), torch.randn(9, 10))
-    monkeypatch.setattr(exact_block, "available_bytes", lambda device: None)
+    monkeypatch.setattr("fastif.curvature.exact.room.available_bytes", lambda device: None)
     influence.fit(data)
 
 
@@ -430,10 +428,10 @@ def test_one_step_of_removal_by_a_downdate_is_that_of_a_refit(monkeypatch):
     inputs = torch.cat([features, torch.ones(90, 1, dtype=torch.float64)], 1)
     logits, weights = head(features).detach(), torch.full((90,), 1 / 90, dtype=torch.float64)
     block = ExactBlock(WEIGHT_DECAY).fit(inputs, logits, weights=weights)
-    monkeypatch.setattr(factor, "_LOW_RANK", 0.5)  # the head is small
+    monkeypatch.setattr(limits, "DOWNDATE_SHARE", 0.5)  # the head is small
     made = block._factored()
     block.downdate(inputs[removed], logits[removed], weights=weights[removed])
-    assert block._factor is made
+    assert block._solver.factor is made
     gradients = head_gradients(problem)[removed].sum(0) / 90
     step = block.solve(gradients)
     (history,) = head_steps(
@@ -446,5 +444,19 @@ def test_one_step_of_removal_by_a_downdate_is_that_of_a_refit(monkeypatch):
         line_search=False,
         weight_decay=WEIGHT_DECAY,
     )
-    moved = torch.cat([history.weight - head.weight, (history.bias - head.bias)[:, None]], 1)
+    moved = torch.cat(
+        [history.parameters["weight"] - head.weight, (history.parameters["bias"] - head.bias)[:, None]], 1
+    )
     assert close(step, moved.detach(), 1e-5)
+
+
+def test_fisher_is_the_word_that_other_estimators_have():
+    assert repr(ExactBlock(fisher="empirical")) == repr(ExactBlock(matrix="empirical_fisher"))
+    assert ExactBlock(fisher="empirical").fisher == ExactBlock(matrix="empirical_fisher", fisher="empirical").fisher
+    assert repr(ExactBlock(fisher="exact")) == repr(ExactBlock())
+    assert ExactBlock(matrix="hessian", fisher="exact").matrix == "hessian"
+    with pytest.raises(ValueError, match="ExactBlock: fisher must be 'exact' or 'empirical', got 'monte_carlo'"):
+        ExactBlock(fisher="monte_carlo")
+    for fisher, matrix in (("empirical", "hessian"), ("exact", "empirical_fisher")):
+        with pytest.raises(ValueError, match=f"fisher='{fisher}' and matrix='{matrix}' are two matrices"):
+            ExactBlock(matrix=matrix, fisher=fisher)

@@ -34,7 +34,7 @@ def test_everything_is_as_built_by_hand(name, fisher, estimator):
     made = exact_block(DAMPING, fisher) if estimator is ExactBlock else estimator(DAMPING, fisher)
     influence = influence_of(name, made, batch_size=10).fit(data)
     weights = torch.full((N,), 1 / N, dtype=torch.float64)
-    layers = influence.scores_by_layer(data, data)
+    layers = influence.scores(data, data, by="layer")
     change = influence.on_parameters(data)
     total = 0
     for key, layer in by_hand(name).items():

@@ -92,7 +92,7 @@ def test_the_mean_over_drawn_matrices_goes_to_the_inverse():
                 some = points[torch.randint(60, (10,), generator=g)]
                 yield lambda v, some=some: v @ some.T @ some / 10
 
-        x, taken = neumann(matrices(), b, 0.3, 4.0, steps=steps, tolerance=None, whole=lambda v: v @ whole, name="ggn")
+        x, taken = neumann(matrices(), b, 0.3, 4.0, steps=steps, tolerance=None, full=lambda v: v @ whole, name="ggn")
         assert taken == steps
         errors.append(float((x - want).norm() / want.norm()))
     assert errors[1] < 0.02 < errors[0]
@@ -101,7 +101,7 @@ def test_the_mean_over_drawn_matrices_goes_to_the_inverse():
 def test_stochastic_lissa_draws_by_seed_whatever_the_batches_and_the_memory():
     model, data = network("mlp")
     few = tuple(x[:3] for x in data)
-    made = LiSSA(0.5, steps=15, batch=12, repeats=2, tolerance=0.999)
+    made = LiSSA(0.5, max_steps=15, batch=12, repeats=2, tolerance=0.999)
     first = influence_of(model, made).fit(data)
     scores = first.scores(few, few)
     assert first.curvature["0"].steps_taken == 30
@@ -122,7 +122,7 @@ def test_the_hessian_is_solved_with_or_refused():
     advised = float(str(error.value).split("; damping ")[1].split(",")[0].split()[0])
     cg_scores = influence_of(model, CG(advised, "hessian", tolerance=1e-10)).fit(data).scores(few, few)
     lissa = (
-        influence_of(model, LiSSA(advised, "hessian", tolerance=1e-6, steps=5000, keep_graph=True))
+        influence_of(model, LiSSA(advised, "hessian", tolerance=1e-6, max_steps=5000, keep_graph=True))
         .fit(data)
         .scores(few, few)
     )
@@ -132,7 +132,7 @@ def test_the_hessian_is_solved_with_or_refused():
     with pytest.raises(Indefinite, match="Arnoldi: the hessian with damping 0.0001 has the negative eigenvalue -"):
         influence_of(model, Arnoldi(200, 1e-4, "hessian", block=16)).fit(data)
     with pytest.raises(Indefinite, match="LiSSA: the hessian with damping 0.0001 is not positive definite"):
-        influence_of(model, LiSSA(1e-4, "hessian", steps=3000, keep_graph=True)).fit(data).scores(few, few)
+        influence_of(model, LiSSA(1e-4, "hessian", max_steps=3000, keep_graph=True)).fit(data).scores(few, few)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_too_few_steps_are_warned_of_with_the_residual():
     assert influence.curvature["0"].steps_taken == 3
     assert 1e-9 < influence.curvature["0"].residual < 1
     with pytest.warns(NotConverged, match="LiSSA: after 5 steps the residual is .* more damping or CG would help"):
-        influence_of(model, LiSSA(DAMPING, steps=5)).fit(data).scores(few, few)
+        influence_of(model, LiSSA(DAMPING, max_steps=5)).fit(data).scores(few, few)
     model.float()
     single = tuple(x.float() if x.is_floating_point() else x for x in data)
     with pytest.warns(NotConverged, match="it falls no longer, torch.float32 does not resolve less"):
@@ -309,7 +309,7 @@ def test_rounding_is_told_from_divergence():
         while True:
             yield noisy
 
-    options = {"steps": 2000, "tolerance": 1e-9, "whole": lambda v: v @ a, "name": "matrix"}
+    options = {"steps": 2000, "tolerance": 1e-9, "full": lambda v: v @ a, "name": "matrix"}
     x, steps = neumann(matrices(), b, 0.1, 1.4, eps=1e-2, **options)
     assert steps < 2000
     assert x.isfinite().all()
@@ -390,8 +390,8 @@ def test_zero_gradients_stay_zero():
 def test_a_mapping_may_give_some_layers_to_cg():
     model, data = network("words")
     made = {"words": Diagonal(DAMPING), "*": CG(DAMPING, tolerance=1e-10)}
-    got = influence_of(model, made).fit(data).scores_by_layer(data, data)
+    got = influence_of(model, made).fit(data).scores(data, data, by="layer")
     whole = {"words": Diagonal(DAMPING), "*": ExactBlock(DAMPING, joint=True)}
-    want = influence_of(model, whole).fit(data).scores_by_layer(data, data)
+    want = influence_of(model, whole).fit(data).scores(data, data, by="layer")
     for name, scores in want.items():
         assert torch.allclose(got[name], scores, rtol=1e-6, atol=1e-9), name

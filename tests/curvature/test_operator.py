@@ -225,8 +225,8 @@ def test_slices_of_a_batch_do_not_matter(name, products_of, monkeypatch):
     network = build(name)
     v = vectors(products_of(network).layout.size)
     want = products_of(network, batch_size=N)(v)
-    monkeypatch.setattr("fastif.curvature.matrix_free.operator._LEAST", 2)
-    monkeypatch.setattr("fastif.curvature.matrix_free.operator._NEAR", 1)
+    monkeypatch.setattr("fastif.curvature.limits.SLICE_EXAMPLES", 2)
+    monkeypatch.setattr("fastif.curvature.limits.SLICE_BYTES", 1)
     sliced, sizes = products_of(network, batch_size=N), []
     network.model.register_forward_hook(lambda _module, _args, outputs: sizes.append(len(logits_of(outputs))))
     assert torch.allclose(sliced(v), want, rtol=1e-9, atol=1e-12 * float(want.abs().max()))

@@ -24,8 +24,8 @@ def projection(name, k, seed=0):
 @pytest.mark.parametrize("name", ["mlp", "words", "pixels"])
 @pytest.mark.parametrize("entries", [1 << 23, 1])
 def test_it_is_the_curvature_of_projected_gradients(name, entries, monkeypatch):
-    monkeypatch.setattr("fastif.curvature.projection._ENTRIES", entries)
-    monkeypatch.setattr("fastif.curvature.projection._HELD", entries)
+    monkeypatch.setattr("fastif.curvature.limits.SIGNS_MADE", entries)
+    monkeypatch.setattr("fastif.curvature.limits.SIGNS_KEPT", entries)
     x, y = problem(name).data
     subset = Subset(torch.tensor([17, 0, 5, 9, 2]), torch.tensor([0.3, 0.1, 0.2, 0.5, 0.0], dtype=torch.float64))
     influence = influence_of(name, RandomProjection(70, DAMPING), batch_size=7).fit((x, y), subset)
@@ -37,12 +37,12 @@ def test_it_is_the_curvature_of_projected_gradients(name, entries, monkeypatch):
     want = rows @ inverse @ rows.T / N
     scores = influence.scores((x, y), (x, y))
     assert torch.allclose(scores, want, rtol=1e-9, atol=1e-11 * float(want.abs().max()))
-    assert torch.allclose(sum(influence.scores_by_layer((x, y), (x, y)).values()), want, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(sum(influence.scores((x, y), (x, y), by="layer").values()), want, rtol=1e-9, atol=1e-9)
     assert torch.allclose(influence.self_influence((x, y)), want.diagonal(), rtol=1e-9)
     change = influence.on_parameters((x[:3], y[:3]))
     moved = -(s.T @ inverse @ rows[:3].sum(0))
     assert float(sum(v.square().sum() for v in change.values())) == pytest.approx(float(moved.square().sum()))
-    low = influence.scores((x, y), (x, y), rank=99)  # through `solve`
+    low = influence.scores((x, y), (x, y), low_rank=99)  # through `solve`
     assert torch.allclose(low, want, rtol=1e-8, atol=1e-9)
 
 
@@ -112,7 +112,7 @@ def test_a_mapping_shares_a_projection_among_its_layers():
         data
     )
     alone = Influence(problem("words").model, curvature=RandomProjection(40, DAMPING), layers="words", progress=False)
-    layers = mixed.scores_by_layer(data, data)
+    layers = mixed.scores(data, data, by="layer")
     assert torch.allclose(layers["words"], alone.fit(data).scores(data, data), rtol=1e-9)
     assert mixed.curvature["first"] is mixed.curvature["head"] is not mixed.curvature["words"]
 

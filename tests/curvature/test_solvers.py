@@ -11,7 +11,7 @@ from fastif import (
 from fastif import NotPositiveDefinite as Indefinite
 from fastif.curvature.matrix_free.cg import conjugate_gradients
 from fastif.curvature.matrix_free.krylov import krylov
-from fastif.curvature.matrix_free.lissa import drawn, largest, neumann
+from fastif.curvature.matrix_free.lissa import draw_batch, largest, neumann
 from fastif.samplers import Subset
 from tests.helpers.problems import residuals, rows, symmetric
 
@@ -107,7 +107,7 @@ def repeated(a):
 
 
 def series(a, b, damping, scale, steps=20000, tolerance=1e-9, name="matrix"):
-    return neumann(repeated(a), b, damping, scale, steps=steps, tolerance=tolerance, whole=lambda v: v @ a, name=name)
+    return neumann(repeated(a), b, damping, scale, steps=steps, tolerance=tolerance, full=lambda v: v @ a, name=name)
 
 
 @pytest.mark.parametrize("scale", [1.2, 2.0, 10.0])  # half of the largest eigenvalue suffices: 2.1 / 2
@@ -155,7 +155,7 @@ def test_draws_are_in_proportion_to_the_weights_and_carry_their_sum():
     g = torch.Generator().manual_seed(0)
     total = torch.zeros(10, dtype=torch.float64)
     for _ in range(500):
-        picked = drawn(subset, 4, g)
+        picked = draw_batch(subset, 4, g)
         assert float(picked.weights.sum()) == pytest.approx(0.8)
         total[picked.indices] += picked.weights
     assert torch.allclose(total[[7, 3, 9]] / 500, subset.weights, atol=0.02)

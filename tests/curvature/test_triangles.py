@@ -13,9 +13,8 @@ from torch import nn
 
 from fastif import ExactBlock, IllConditioned, Influence, build_info
 from fastif.curvature import NotPositiveDefinite
-from fastif.curvature.exact import block as exact_block
 from fastif.curvature.exact import triangles
-from fastif.curvature.exact.factor import Within
+from fastif.curvature.exact.factor import InPlaceFactor
 from fastif.measure import Measure
 from fastif.model.gradients import Dense
 from tests.curvature.test_exact_block import close, conditioned, head_problem
@@ -184,7 +183,7 @@ def test_nobody_elses_block_is_written_to(call):
     assert torch.equal(theirs, matrix)
     if call == "copy":
         copied = copy.deepcopy(block)
-        copied._outdate()
+        copied._solver.release()
         copied.block.zero_()
         assert close(copied.solve(rhs), rhs / 0.1, 1e-6)
     elif call == "state_dict":
@@ -193,9 +192,9 @@ def test_nobody_elses_block_is_written_to(call):
         other.load_state_dict({"block": theirs})
         assert not torch.equal(other.solve(rhs), before)
         assert torch.equal(theirs.view_as(matrix), matrix)
-    factor = block._factor
+    factor = block._solver.factor
     assert torch.equal(block.block.view_as(matrix), matrix)
-    assert block._factor is factor
+    assert block._solver.factor is factor
     assert torch.equal(block.solve(rhs), before)
 
 
@@ -226,9 +225,9 @@ def test_a_block_that_is_fitted_anew_is_nobody_elses():
     block.solve(torch.ones(4, 20))  # with the factor of a copy
     assert torch.equal(given, before)
     given = block.fit(inputs, logits).block
-    place = block.fit(inputs, logits)._fitted.data_ptr()
+    place = block.fit(inputs, logits)._sum.finish().data_ptr()
     block.solve(torch.ones(4, 20))
-    assert block._fitted.data_ptr() == place  # factored where it stands
+    assert block._sum.finish().data_ptr() == place  # factored where it stands
     assert torch.equal(given, before)
 
 
@@ -337,7 +336,7 @@ def test_what_refinement_does_not_reach_is_refused_with_the_damping_that_would_d
 def test_a_solve_that_is_worse_than_the_one_that_was_tried_is_refused_too():
     """The factor of another damping stands for one that was spoilt: refinement stagnates far from the solution."""
     square = positive(30)
-    spoilt = Within(square, triangles.factorize(square, 0.0), 1e3, "conv")
+    spoilt = InPlaceFactor(square, triangles.factorize(square, 0.0), 1e3, "conv")
     rhs = torch.randn(30, 2, generator=G, dtype=torch.float64)
     with pytest.raises(IllConditioned, match=r"conv \[30, 30\] with damping 1000 .* residual of"):
         spoilt.solve(rhs)
@@ -416,7 +415,7 @@ def test_memory_decides_where_the_factor_stands(monkeypatch):
         return ExactBlock(1e-3).fit(data[0][:, :20].repeat(1, 31)[:, :155], data[0][:, :4]).in_place_used
 
     def have(room):
-        monkeypatch.setattr(exact_block, "available_bytes", lambda device: room)
+        monkeypatch.setattr("fastif.curvature.exact.room.available_bytes", lambda device: room)
 
     for room, within in ((8 * size**2, False), (8 * size**2 - 1, True), (None, False)):  # beside a block that is there
         have(room)

@@ -56,8 +56,8 @@ def tokens():
 
 QUERY_GROUPS = torch.arange(Q) * 5 % 3
 PARTS = {  # what a folder can hold beside scores: problem, call
-    "layers": (problem, lambda influence, query, train, **out: influence.scores_by_layer(query, train, **out)),
-    "tokens": (tokens, lambda influence, query, train, **out: influence.scores_by_token(query, train, **out)),
+    "layers": (problem, lambda influence, query, train, **out: influence.scores(query, train, **out, by="layer")),
+    "tokens": (tokens, lambda influence, query, train, **out: influence.scores(query, train, **out, by="token")),
     "query groups": (
         problem,
         lambda influence, query, train, **out: influence.scores(query, train, query_groups=QUERY_GROUPS, **out),

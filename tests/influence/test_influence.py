@@ -1,11 +1,14 @@
 import copy
+import inspect
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastif import ExactBlock, Influence, samplers
+from fastif import ExactBlock, Influence, evaluation, extract, find_head, remove, samplers
+from fastif.cli.scores import scores_command
 from tests.helpers.problems import WEIGHT_DECAY, converge, head_gradients, trained
 
 
@@ -197,3 +200,62 @@ def test_autocast_around_it_costs_no_digits(problem):
 def test_bad_input(problem, influence, call, message):
     with pytest.raises(ValueError, match=message):
         call(influence, (problem.x, problem.y))
+
+
+@pytest.mark.parametrize("name", ["random", "logit", "k_center"])
+def test_a_sampler_is_drawn_as_remove_draws_it(problem, name):
+    """Once, from what `extract` brings, with the generator that is given or one of the influence's own seed."""
+    data = problem.x, problem.y
+    seen = extract(problem.model, data, progress=False)
+    sampler = partial(getattr(samplers, name), k=20)
+    influence = Influence(problem.model, progress=False, seed=5)
+    for generator, seed in ((None, 5), (torch.Generator().manual_seed(7), 7)):
+        want = samplers.draw(sampler, **seen._asdict(), generator=torch.Generator().manual_seed(seed))
+        got = influence.fit(data, subset=sampler, generator=generator).subset
+        assert torch.equal(got.indices, want.indices)
+        assert torch.equal(got.weights, want.weights)
+
+
+def test_a_sampler_that_needs_no_pass_takes_none(problem, monkeypatch):
+    monkeypatch.setattr("fastif.influence.influence.extract", None)
+    influence = Influence(problem.model, progress=False).fit((problem.x, problem.y), partial(samplers.prefix, k=7))
+    assert influence.subset.indices.tolist() == list(range(7))
+    with pytest.raises(ValueError, match=r"^fit: random needs k, which is none of n, .*bind it with functools.partial"):
+        influence.fit((problem.x, problem.y), subset=samplers.random)
+
+
+def test_the_bound_of_a_sampler_that_has_one_stays(problem):
+    data, seen = (problem.x, problem.y), extract(problem.model, (problem.x, problem.y), progress=False)
+    sampler = partial(samplers.certified, k=30)
+    influence = Influence(problem.model, progress=False).fit(data, subset=sampler)
+    assert influence.bound == sampler(seen.features, seen.logits).bound > 0
+
+
+def test_errors_name_what_was_called():
+    conv, data = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten()), (torch.zeros(4, 1, 3, 3), torch.tensor([0, 1, 0, 1]))
+    for op, call in (
+        ("Influence", lambda: Influence(conv)),
+        ("remove", lambda: remove(conv, data, torch.tensor([0]))),
+        ("extract", lambda: extract(conv, data)),
+        ("find_head", lambda: find_head(conv)),
+        ("class_removal", lambda: evaluation.class_removal(conv, data, data)),
+    ):
+        with pytest.raises(ValueError, match=f"^{op}: the model has no nn.Linear"):
+            call()
+
+
+def test_parts_of_scores_stand_alone(problem):
+    data = problem.x, problem.y
+    influence = Influence(problem.model, progress=False).fit(data)
+    with pytest.raises(ValueError, match="scores: by must be one of 'all', 'layer', 'token', got 'head'"):
+        influence.scores(data, data, by="head")
+    groups = torch.zeros(len(problem.x), dtype=torch.int64)
+    for by in ("layer", "token"):
+        for name, given in (("groups", groups), ("query_groups", groups), ("low_rank", 1)):
+            with pytest.raises(ValueError, match=f"scores: {name}= goes with by='all' alone, got by='{by}'"):
+                influence.scores(data, data, by=by, **{name: given})
+
+
+def test_python_and_the_shell_have_one_default_of_memory(problem):
+    shell = inspect.signature(scores_command).parameters["memory"].default
+    assert shell << 20 == Influence(problem.model, progress=False).setup.memory == 1 << 27

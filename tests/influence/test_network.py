@@ -97,7 +97,7 @@ class Scaled(JointCurvature):
     def begin(self, shapes, data):
         self.shapes, self.data, self.ended = dict(shapes), data, 0
 
-    def end(self, turn):
+    def end(self, pass_index):
         self.ended += 1
         self.seen = torch.cat([weights for _, _, weights in self.data.batches(self.data.subset)])
 
@@ -127,7 +127,7 @@ def test_a_joint_estimator_gets_its_blocks_and_the_data_of_the_fit():
     assert torch.equal(joint.data.subset.indices, subset.indices)
     assert torch.equal(joint.seen, weights)
     lone = Influence(model, curvature=EKFAC(DAMPING), layers="3", batch_size=2, progress=False).fit(data, subset)
-    by_layer = influence.scores_by_layer(data, data)
+    by_layer = influence.scores(data, data, by="layer")
     assert torch.allclose(by_layer["3"], lone.scores(data, data))
     plain = Influence(model, curvature=Scaled(), layers="0", progress=False).fit(data)
     assert torch.allclose(by_layer["0"], plain.scores(data, data) * 2 / 3)

@@ -112,9 +112,9 @@ def _check_scores(make, curvature, q, rank, **arguments):
         data, query = ([{"input_ids": part, "labels": part} for part in both[0].split(32)] for both in (data, query))
     settings = {"curvature": curvature, "batch_size": 32, "progress": False, **arguments}
     influence = Influence(model, "causal_lm" if make is gpt else "cross_entropy", **settings)
-    plan = influence.plan(data, query, rank=rank)
+    plan = influence.plan(data, query, low_rank=rank)
     peaks = []
-    for work in (lambda: influence.scores(query, data, rank=rank), lambda: influence.self_influence(data)):
+    for work in (lambda: influence.scores(query, data, low_rank=rank), lambda: influence.self_influence(data)):
         influence.fit(data)  # anew: what the first use makes and keeps is its own
         with Measure() as measured:
             work()
@@ -214,9 +214,9 @@ MULTIPLYING = [
     CG(1e-3, tolerance=0.1, max_steps=10),
     CG(100.0, "hessian", tolerance=1e-6, max_steps=3, keep_graph=True),
     CG(1e-3, tolerance=1e-2, max_steps=3, preconditioner=KFAC(1e-2)),
-    LiSSA(1e-3, steps=10),
-    LiSSA(1e-3, steps=10, batch=40, repeats=2),
-    LiSSA(1e-3, steps=10, scale=1e3, keep_graph=True),
+    LiSSA(1e-3, max_steps=10),
+    LiSSA(1e-3, max_steps=10, batch=40, repeats=2),
+    LiSSA(1e-3, max_steps=10, scale=1e3, keep_graph=True),
     Arnoldi(4, 1e-2, tolerance=1e-6, max_steps=4),
     Arnoldi(4, 1e-2, tolerance=1e-6, block=2, max_steps=5, keep_graph=True),
 ]

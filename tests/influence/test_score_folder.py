@@ -1,6 +1,7 @@
 """Scores on disk: the folder holds what Influence gives, reads any part of it, and takes no other job for its own."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -55,15 +56,15 @@ def test_checkpoints_are_averaged_within_each_block(tmp_path):
 def test_what_rank_lost_is_kept_with_the_scores(tmp_path):
     model, query, train = problem()
     influence = fitted(model, train)
-    want = influence.scores(query, train, rank=1)
-    lost = influence.rank_error
+    want = influence.scores(query, train, low_rank=1)
+    lost = influence.low_rank_error
     assert lost > 0.01
-    got = influence.scores(query, train, rank=1, out=tmp_path)
+    got = influence.scores(query, train, low_rank=1, out=tmp_path)
     assert torch.allclose(got.load(), want, rtol=1e-9, atol=1e-15)
-    assert got.rank_error == pytest.approx(lost)
+    assert got.low_rank_error == pytest.approx(lost)
     sorted(tmp_path.glob("*.npy"))[-1].unlink()
-    influence.scores(query, train, rank=1, out=tmp_path, resume=True)
-    assert influence.rank_error == got.rank_error  # also of the blocks that were there
+    influence.scores(query, train, low_rank=1, out=tmp_path, resume=True)
+    assert influence.low_rank_error == got.low_rank_error  # also of the blocks that were there
 
 
 @pytest.mark.parametrize("checkpoints", [1, 2])
@@ -91,7 +92,8 @@ def test_the_folder_holds_parts_of_the_scores(tmp_path, parts, form, checkpoints
 def test_a_layer_or_a_token_is_read_by_itself(tmp_path):
     model, query, train = problem()
     influence = fitted(model, train)
-    want, got = influence.scores_by_layer(query, train), influence.scores_by_layer(query, train, out=tmp_path / "a")
+    want = influence.scores(query, train, by="layer")
+    got = influence.scores(query, train, by="layer", out=tmp_path / "a")
     assert got.layers == ["0", "2"]
     assert torch.allclose(got[1:7:2, :, "2"], want["2"][1:7:2], rtol=1e-12, atol=1e-18)
     with pytest.raises(ValueError, match="no layer '1' in .*: 0, 2"):
@@ -100,7 +102,7 @@ def test_a_layer_or_a_token_is_read_by_itself(tmp_path):
     assert torch.equal(got.top(3)[1], indices)
     assert torch.allclose(got.top(3)[0], values)
     model, query, train = tokens()
-    got = fitted(model, train).scores_by_token(query, train, out=tmp_path / "b")
+    got = fitted(model, train).scores(query, train, out=tmp_path / "b", by="token")
     whole = got.load()
     assert got.layers is None
     for index in ((3, 5, 2), (slice(2, 9), 7, slice(1, 3)), (slice(None), slice(60, 80), -1), (4,), 4, (2, 3)):
@@ -118,8 +120,8 @@ def test_parts_and_scores_do_not_share_a_folder(tmp_path):
     influence.scores(query, train, out=tmp_path)
     before = bits(tmp_path)
     for words, work in (
-        ("by was None, is 'layer'; parts was None, is ", influence.scores_by_layer),
-        ("by was None, is 'token'; parts was None, is 1", influence.scores_by_token),
+        ("by was None, is 'layer'; parts was None, is ", partial(influence.scores, by="layer")),
+        ("by was None, is 'token'; parts was None, is 1", partial(influence.scores, by="token")),
         ("query groups was None, is ", lambda *data, **out: influence.scores(*data, query_groups=QUERY_GROUPS, **out)),
     ):
         with pytest.raises(ValueError, match="holds a job with other settings") as caught:
@@ -132,8 +134,10 @@ def test_tokens_of_several_lengths_are_refused(tmp_path):
     model, query, (x, y) = tokens()
     influence = fitted(model, (x, y))
     uneven = [(x[:16], y[:16]), (x[16:24, :3], y[16:24])]
-    with pytest.raises(ValueError, match="scores_by_token: batches must have one number of positions, got 4 and 3"):
-        influence.scores_by_token(query, uneven, out=tmp_path)
+    with pytest.raises(
+        ValueError, match=r"scores\(by='token'\): batches must have one number of positions, got 4 and 3"
+    ):
+        influence.scores(query, uneven, out=tmp_path, by="token")
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -254,7 +258,7 @@ def test_other_subsets_and_ranks_are_refused(tmp_path):
     influence = fitted(model, train)
     influence.scores(query, train, out=tmp_path)
     with pytest.raises(ValueError, match="rank was None, is 2"):
-        influence.scores(query, train, out=tmp_path, resume=True, rank=2)
+        influence.scores(query, train, out=tmp_path, resume=True, low_rank=2)
     influence.fit(train, subset=samplers.random(N, 40, generator=torch.Generator().manual_seed(0)))
     with pytest.raises(ValueError, match="curvature state was '[0-9a-f]{16}', is '[0-9a-f]{16}'") as caught:
         influence.scores(query, train, out=tmp_path, resume=True)
@@ -269,7 +273,7 @@ def test_what_changes_only_the_last_bits_is_refused(tmp_path, monkeypatch):
         fitted(model, train, memory=1 << 26).scores(query, train, out=tmp_path / "memory", resume=True)
     fitted(model, train, curvature=ExactBlock()).scores(query, train, out=tmp_path / "factors")
     room = iter([1 << 30])  # to allocate the block, and none when its factor is made
-    monkeypatch.setattr("fastif.curvature.exact.block.available_bytes", lambda _: next(room, 0))
+    monkeypatch.setattr("fastif.curvature.exact.room.available_bytes", lambda _: next(room, 0))
     influence = fitted(model, train, curvature={"2": ExactBlock()}, layers="2")
     assert influence.curvature["2"].in_place_used
     with pytest.raises(ValueError, match=r"choices was \{\}, is \{'0/2': \{'factor in place': True\}\}"):
@@ -297,9 +301,9 @@ def test_what_cannot_be_is_refused(tmp_path):
     influence = fitted(model, train)
     with pytest.raises(ValueError, match="resume=True needs out="):
         influence.scores(query, train, resume=True)
-    for work in (influence.scores_by_layer, influence.scores_by_token):
-        with pytest.raises(ValueError, match=f"{work.__name__}: resume=True needs out="):
-            work(query, train, resume=True)
+    for by in ("layer", "token"):
+        with pytest.raises(ValueError, match="scores: resume=True needs out="):
+            influence.scores(query, train, by=by, resume=True)
     with pytest.raises(ValueError, match="out= and groups= exclude each other"):
         influence.scores(query, train, out=tmp_path, groups=torch.zeros(N, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"query_groups must be \[11\] numbers >= 0, got shape \[3\]"):

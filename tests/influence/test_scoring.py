@@ -45,7 +45,7 @@ def test_layers_tokens_and_groups_add_up():
     influence = influence_of("words", EKFAC(DAMPING), batch_size=7).fit(data)
     query = data[0][:5], data[1][:5]
     scores = influence.scores(query, data)
-    layers = influence.scores_by_layer(query, data)
+    layers = influence.scores(query, data, by="layer")
     assert list(layers) == ["words", "first", "second", "head"]
     assert torch.allclose(sum(layers.values()), scores, rtol=1e-10, atol=1e-15)
     groups, query_groups = torch.arange(N) % 4, torch.tensor([1, 0, 2, 1, 1])
@@ -60,7 +60,7 @@ def test_layers_tokens_and_groups_add_up():
         with pytest.raises(TypeError, match=rf"scores: {name} must be an int64 tensor \[\d+\], got list"):
             influence.scores(query, data, **{name: [0] * (N if name == "groups" else 5)})
     with pytest.raises(ValueError, match="layer 'head' has 1 positions where others have 6; leave it out"):
-        influence.scores_by_token(query, data)
+        influence.scores(query, data, by="token")
 
 
 @pytest.mark.parametrize("estimator", [EKFAC(DAMPING), Diagonal(DAMPING)], ids=names_of)
@@ -69,7 +69,7 @@ def test_tokens_add_up_and_are_what_each_position_adds(estimator):
     layers = ["words", "first", "second"]
     influence = Influence(model, curvature=estimator, layers=layers, batch_size=7, progress=False).fit(data)
     query = data[0][:5], data[1][:5]
-    tokens = influence.scores_by_token(query, data)
+    tokens = influence.scores(query, data, by="token")
     assert tokens.shape == (5, N, 6)
     assert torch.allclose(tokens.sum(2), influence.scores(query, data), rtol=1e-10, atol=1e-15)
     want = 0
@@ -88,9 +88,9 @@ def test_rank_keeps_the_largest_singular_vectors_and_tells_its_error(name):
     influence = influence_of(name, EKFAC(DAMPING)).fit(data)
     query = data[0][:5], data[1][:5]
     scores = influence.scores(query, data)
-    assert torch.allclose(influence.scores(query, data, rank=99), scores, rtol=1e-9, atol=1e-13)
-    assert influence.rank_error < 1e-7
-    low = influence.scores(query, data, rank=1)
+    assert torch.allclose(influence.scores(query, data, low_rank=99), scores, rtol=1e-9, atol=1e-13)
+    assert influence.low_rank_error < 1e-7
+    low = influence.scores(query, data, low_rank=1)
     want, error = 0, 0.0
     for key, layer in by_hand(name).items():
         solved = influence.curvature[key].solve(layer.gradients()[:5, None])[:, 0]
@@ -99,13 +99,13 @@ def test_rank_keeps_the_largest_singular_vectors_and_tells_its_error(name):
         want = want + torch.einsum("qod,nod->qn", nearest, layer.gradients()) / N
         error = max(error, float(((solved - nearest).flatten(1).norm(dim=1) / solved.flatten(1).norm(dim=1)).max()))
     assert torch.allclose(low, want, rtol=1e-8, atol=1e-13)
-    assert influence.rank_error == pytest.approx(error, rel=1e-6)
+    assert influence.low_rank_error == pytest.approx(error, rel=1e-6)
     assert error > 1e-3
-    alone = influence.scores(query, data, rank=1, query_groups=torch.arange(5))  # groups of one query
+    alone = influence.scores(query, data, low_rank=1, query_groups=torch.arange(5))  # groups of one query
     assert torch.allclose(alone, low, rtol=1e-8, atol=1e-13)
-    assert influence.rank_error == pytest.approx(error, rel=1e-6)
-    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
-        influence.scores(query, data, rank=0)
+    assert influence.low_rank_error == pytest.approx(error, rel=1e-6)
+    with pytest.raises(ValueError, match="scores: low_rank must be at least 1, got 0"):
+        influence.scores(query, data, low_rank=0)
 
 
 def test_a_failure_in_the_middle_of_scores_releases_the_model():
@@ -114,7 +114,7 @@ def test_a_failure_in_the_middle_of_scores_releases_the_model():
     data = [(torch.zeros(2, 5).long(), torch.tensor([0, 1])), (torch.zeros(2, 4).long(), torch.tensor([0, 1]))]
     influence.fit(data)
     with pytest.raises(ValueError, match="one number of positions, got 5 and 4; pad") as held:
-        influence.scores_by_token(data, data)
+        influence.scores(data, data, by="token")
     assert held.value is not None  # the traceback keeps the frames alive
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -131,8 +131,8 @@ class Mean(nn.Module):
 def test_rank_error_is_true_down_to_rounding_and_for_zero_gradients():
     matrices = torch.zeros(2, 1, 4, 4, dtype=torch.float32)
     matrices[0, 0] = torch.diag(torch.tensor([1.0, 1e-2, 1e-5, 0.0]))
-    assert LowRank.of(matrices, 2).error == pytest.approx(1e-5, rel=1e-3)
-    assert LowRank.of(matrices, 3).error == 0
+    assert LowRank.approximate(matrices, 2).error == pytest.approx(1e-5, rel=1e-3)
+    assert LowRank.approximate(matrices, 3).error == 0
 
 
 def test_margin_of_an_ignored_label_is_refused():
@@ -158,7 +158,7 @@ def test_slices_of_a_batch_give_what_the_whole_gives(which, make, monkeypatch):
             monkeypatch.setattr(f"fastif.model.{limit}", entries)
         monkeypatch.setattr("fastif.influence.queries.MADE", entries)
         influence = influence_of(which, make(DAMPING)).fit(data)
-        by_layer = influence.scores_by_layer(data, data)
+        by_layer = influence.scores(data, data, by="layer")
         results.append([influence.scores(data, data), influence.self_influence(data), *by_layer.values()])
     for whole, sliced in zip(*results, strict=True):
         assert torch.allclose(whole, sliced, rtol=1e-9, atol=1e-12 * float(whole.abs().max()))

@@ -106,7 +106,7 @@ def test_kfac_and_its_exactly_damped_inverse(name, fisher, type_of_fisher):
     assert set(matrices) == set(influence.capture.blocks)
     for layer, estimator in influence.curvature.items():
         e = identity_of(influence, layer)
-        made = estimator.unrotated(estimator._to_basis(e) * estimator.eigenvalues).flatten(1)
+        made = estimator.unrotate(estimator._to_basis(e) * estimator.eigenvalues).flatten(1)
         assert close(made, matrices[layer]), layer
         assert close(estimator.solve(e).flatten(1), inverses[layer]), layer
 

@@ -121,8 +121,8 @@ def test_ekfac(name, tmp_path):
     model, x, y, positions = problem(name)
     pairwise, own = kronfluence_scores(model, x, y, "ekfac", DAMPING, tmp_path)
     influence = Influence(model, curvature=EKFAC(DAMPING, "empirical"), layers="*", progress=False).fit((x, y))
-    scores = influence.scores_by_layer((x[:QUERIES], y[:QUERIES]), (x, y))
-    whole = influence.scores_by_layer((x, y), (x, y))
+    scores = influence.scores((x[:QUERIES], y[:QUERIES]), (x, y), by="layer")
+    whole = influence.scores((x, y), (x, y), by="layer")
     assert set(pairwise) == set(own) == set(scores) == set(positions)
     for module in positions:
         assert close(N * scores[module], pairwise[module].double()), module
@@ -136,6 +136,6 @@ def test_kfac(name, tmp_path):
     for t in dict.fromkeys(positions.values()):
         pairwise, _ = kronfluence_scores(model, x, y, "kfac", DAMPING / t, tmp_path / str(t), own=False)
         influence = Influence(model, curvature=KFAC(DAMPING, "empirical"), layers="*", progress=False).fit((x, y))
-        scores = influence.scores_by_layer((x[:QUERIES], y[:QUERIES]), (x, y))
+        scores = influence.scores((x[:QUERIES], y[:QUERIES]), (x, y), by="layer")
         for module in (module for module, number in positions.items() if number == t):
             assert close(t * N * scores[module], pairwise[module].double()), (module, t)

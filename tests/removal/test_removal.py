@@ -57,8 +57,8 @@ def test_one_exact_step_is_formula_3(problem, head):
     residuals = logits.softmax(1) - torch.nn.functional.one_hot(problem.y, 3)
     removed_sum = residuals[REMOVED].T @ inputs[REMOVED] / 90
     want = torch.cat([head["weight"], head["bias"][:, None]], 1) + block.solve(removed_sum)
-    assert torch.allclose(torch.cat([step.weight, step.bias[:, None]], 1), want, atol=1e-12)
-    assert step.step_size == 1.0
+    assert torch.allclose(torch.cat([step.parameters["weight"], step.parameters["bias"][:, None]], 1), want, atol=1e-12)
+    assert step.step_size == {"head": 1.0}
 
 
 def test_one_exact_step_is_influence_with_the_downdated_block(problem, head):
@@ -69,8 +69,8 @@ def test_one_exact_step_is_influence_with_the_downdated_block(problem, head):
     influence.curvature["2"].downdate(inputs[REMOVED], problem.model(problem.x[REMOVED]).detach(), weights=weights)
     change = influence.on_parameters((problem.x[REMOVED], problem.y[REMOVED]))
     (step,) = head_steps(**head, removed=REMOVED, steps=1, weight_decay=WEIGHT_DECAY, line_search=False)
-    assert torch.allclose(step.weight, head["weight"] - change["2.weight"] / 90, atol=1e-10)
-    assert torch.allclose(step.bias, head["bias"] - change["2.bias"] / 90, atol=1e-10)
+    assert torch.allclose(step.parameters["weight"], head["weight"] - change["2.weight"] / 90, atol=1e-10)
+    assert torch.allclose(step.parameters["bias"], head["bias"] - change["2.bias"] / 90, atol=1e-10)
 
 
 @pytest.mark.parametrize("what", ["examples", "class"])
@@ -85,7 +85,7 @@ def test_full_curvature_reaches_the_retrained_heads_objective(problem, head, wha
     best = optimal_head(**head, removed=removed, weight_decay=WEIGHT_DECAY)
     assert best.objective == pytest.approx(optimum, abs=1e-10)
     assert best.gradient_norm <= 1e-8
-    assert torch.allclose(best.weight, retrained.weight, atol=1e-6)
+    assert torch.allclose(best.parameters["weight"], retrained.weight, atol=1e-6)
 
 
 @pytest.mark.parametrize("sampler", [samplers.random, samplers.logit, samplers.leverage, samplers.k_center])
@@ -111,7 +111,7 @@ def test_subsampled_steps_lower_the_objective_at_every_step(problem, head, sampl
 def test_reported_objective_is_that_of_the_returned_head(problem, head):
     step = next(head_steps(**head, removed=REMOVED, weight_decay=WEIGHT_DECAY))
     layer = nn.Linear(6, 3).double()
-    layer.load_state_dict({"weight": step.weight, "bias": step.bias})
+    layer.load_state_dict(step.parameters)
     kept = torch.ones(90, dtype=torch.bool)
     kept[REMOVED] = False
     assert objective(layer, head["features"][kept], problem.y[kept], 90) == pytest.approx(step.objective, rel=1e-12)
@@ -129,7 +129,7 @@ def test_same_generator_same_steps(problem, head):
         )
         for _ in range(2)
     ]
-    assert all(torch.equal(a.weight, b.weight) for a, b in zip(*runs, strict=True))
+    assert all(torch.equal(a.parameters["weight"], b.parameters["weight"]) for a, b in zip(*runs, strict=True))
 
 
 def test_fixed_subset_leaves_the_removed_out_and_keeps_the_other_weights(problem, head):
@@ -138,14 +138,14 @@ def test_fixed_subset_leaves_the_removed_out_and_keeps_the_other_weights(problem
     exact = list(head_steps(**head, **arguments))
     fixed = list(head_steps(**head, **arguments, subset=everything))
     assert [step.subset_size for step in fixed] == [86, 86]
-    assert torch.allclose(exact[-1].weight, fixed[-1].weight, atol=1e-10)
+    assert torch.allclose(exact[-1].parameters["weight"], fixed[-1].parameters["weight"], atol=1e-10)
 
 
 def test_drawing_everything_is_exact(head):
     arguments = dict(removed=REMOVED, steps=2, weight_decay=WEIGHT_DECAY)
     exact = list(head_steps(**head, **arguments))
     drawn = list(head_steps(**head, **arguments, subset=partial(samplers.random, k=86)))
-    assert torch.allclose(exact[-1].weight, drawn[-1].weight, atol=1e-10)
+    assert torch.allclose(exact[-1].parameters["weight"], drawn[-1].parameters["weight"], atol=1e-10)
 
 
 def test_stops_where_nothing_falls_any_more(head):
@@ -161,7 +161,7 @@ def test_underrated_curvature_is_met_by_smaller_steps(problem, head):
     subset = samplers.Subset(torch.arange(90), torch.full((90,), 1e-4 / 90, dtype=torch.float64))
     steps = list(head_steps(**head, removed=class_0(problem), subset=subset, weight_decay=1e-5, steps=2))
     assert len(steps) == 2
-    assert 0 < steps[0].step_size < 0.125
+    assert 0 < steps[0].step_size["head"] < 0.125
     kept = problem.y != 0
     loss = cross_entropy(problem.model[2](head["features"][kept]), problem.y[kept], reduction="sum").item() / 90
     assert steps[1].objective < steps[0].objective < loss
@@ -200,7 +200,7 @@ def test_remove_returns_a_loadable_model_and_leaves_the_old_one(problem):
     new = copy.deepcopy(problem.model)
     new.load_state_dict(removal.state_dict)
     assert torch.equal(new[0].weight, problem.model[0].weight)
-    assert torch.equal(new[2].weight, removal.history[-1].weight)
+    assert torch.equal(new[2].weight, removal.history[-1].parameters["2.weight"])
     gone, stays = problem.y == 0, problem.y != 0
     accuracy = lambda model, rows: (model(problem.x[rows]).argmax(1) == problem.y[rows]).double().mean()  # noqa: E731
     assert accuracy(new, gone) == 0 < accuracy(problem.model, gone)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call, hessian, jacrev
 from torch.nn.functional import cross_entropy
 
-from fastif import EKFAC, KFAC, Diagonal, ExactBlock, NetworkStep, remove, samplers
+from fastif import EKFAC, KFAC, Diagonal, ExactBlock, Step, remove, samplers
 from fastif.removal.network import RetainedNetwork, damped_minimum
 from tests.helpers.problems import QUIET, REMOVED, WEIGHT_DECAY, flat, small_images, trained
 
@@ -104,9 +104,11 @@ def test_the_heads_step_is_the_same_in_feature_space_and_through_the_network(pro
     data = (problem.x, problem.y)
     (feature,) = remove(problem.model, data, REMOVED, **settings).history
     (network,) = remove(problem.model, data, REMOVED, curvature=ExactBlock(0.0), **settings).history
-    assert isinstance(network, NetworkStep)
-    assert torch.allclose(feature.weight, network.parameters["2.weight"], atol=1e-12)
-    assert torch.allclose(feature.bias, network.parameters["2.bias"], atol=1e-12)
+    assert isinstance(feature, Step)
+    assert isinstance(network, Step)
+    assert feature.step_size == network.step_size == {"2": 1.0}
+    for key in ("2.weight", "2.bias"):
+        assert torch.allclose(feature.parameters[key], network.parameters[key], atol=1e-12)
     assert feature.objective == pytest.approx(network.objective, abs=1e-12)
     assert feature.gradient_norm == pytest.approx(network.gradient_norm, abs=1e-12)
 
@@ -115,7 +117,7 @@ def test_naming_the_head_is_naming_nothing(problem):
     data = (problem.x, problem.y)
     runs = [remove(problem.model, data, REMOVED, layers=layers, **QUIET) for layers in (None, "2", ["2"])]
     for run in runs[1:]:
-        assert torch.equal(run.history[-1].weight, runs[0].history[-1].weight)
+        assert torch.equal(run.history[-1].parameters["2.weight"], runs[0].history[-1].parameters["2.weight"])
         assert all(torch.equal(run.state_dict[key], value) for key, value in runs[0].state_dict.items())
 
 
@@ -133,9 +135,9 @@ def test_gradient_and_the_model_along_directions_are_the_dense_ones(images):
 
     def vector(direction):
         """The direction in the order of the parameters, read off what a move along it does."""
-        before = flat(problem.state)
+        before = flat(problem.parameters)
         problem._move(direction)
-        moved = flat(problem.state) - before
+        moved = flat(problem.parameters) - before
         problem._move({name: -matrix for name, matrix in direction.items()})
         return moved
 
@@ -156,9 +158,9 @@ def test_layers_steps_are_those_of_formula_3_with_line_search_too(images):
     )
     problem.gradient()
     problem.curvature()
-    before = flat(problem.state)
+    before = flat(problem.parameters)
     problem._move(problem._newton_steps())
-    assert torch.allclose(flat(problem.state) - before, torch.linalg.solve(curvature, removed), atol=1e-12)
+    assert torch.allclose(flat(problem.parameters) - before, torch.linalg.solve(curvature, removed), atol=1e-12)
 
 
 def test_damped_minimum_is_the_minimum():

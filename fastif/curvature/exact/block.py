@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastif import ops
+from fastif.curvature import limits
 from fastif.curvature.damping import check_damping
 from fastif.curvature.exact import triangles
-from fastif.curvature.exact.building import ROWS_WAITING, Rows
-from fastif.curvature.exact.cholesky import eigenvalue_range, extreme_eigenvalues
-from fastif.curvature.exact.factor import Beside, Factor, Within
-from fastif.curvature.exact.softmax import check_labels, check_layer, check_values, output_grads, output_roots
-from fastif.curvature.kfac import KFAC
+from fastif.curvature.exact.building import BlockSum, Matrix
+from fastif.curvature.exact.factor import Factor
+from fastif.curvature.exact.room import InPlace, Place
+from fastif.curvature.exact.solving import BlockSolver, columns_of, estimate_condition, place_of, sq_norms
 from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork, SeenBatch
-from fastif.measure import available_bytes
-from fastif.model.gradients import Dense, Gradients
+from fastif.model.gradients import Gradients
 from fastif.model.layers import Block
 from fastif.model.losses import Fisher
-
-Matrix = Literal["ggn", "hessian", "empirical_fisher"]
-_ENTRIES = 1 << 22  # of gradients, or of outputs' Hessians, that are formed at a time where they have to be
-_ROWS = 256  # gradients at a time where they have to be formed
 
 
 class ExactBlock(Curvature):
@@ -53,6 +46,8 @@ class ExactBlock(Curvature):
         joint: in `Influence`, one block over all the layers that it is chosen for, with what they have in common.
         in_place: whether the factor stands in the block's own square, or "auto": where no other fits into memory when
             it is made (see `in_place_used`). Scores of the two agree to 1e-5 up to a condition of 1e6, not to the bit.
+        fisher: "empirical" is another way to ask for `matrix="empirical_fisher"`, and "exact" for what other estimators
+            call so: "ggn" or "hessian".
 
     Raises MemoryError, with the bytes and the estimator that would do, before a block is allocated that does not fit.
     """
@@ -63,34 +58,42 @@ class ExactBlock(Curvature):
         matrix: Matrix = "ggn",
         name: str = "head",
         joint: bool = False,
-        in_place: bool | Literal["auto"] = "auto",
+        in_place: InPlace = "auto",
+        fisher: Literal["exact", "empirical"] | None = None,
     ):
         check_damping(damping)
         if matrix not in ("ggn", "hessian", "empirical_fisher"):
             raise ValueError(f"ExactBlock: matrix must be 'ggn', 'hessian' or 'empirical_fisher', got {matrix!r}")
         if in_place not in (True, False, "auto"):
             raise ValueError(f"ExactBlock: in_place must be True, False or 'auto', got {in_place!r}")
+        if fisher not in ("exact", "empirical", None):
+            raise ValueError(f"ExactBlock: fisher must be 'exact' or 'empirical', got {fisher!r}")
+        if fisher == "empirical" and matrix == "ggn":
+            matrix = "empirical_fisher"
+        if fisher is not None and (fisher == "empirical") != (matrix == "empirical_fisher"):
+            raise ValueError(f"ExactBlock: fisher={fisher!r} and matrix={matrix!r} are two matrices; give one of them")
         self.damping: float | Literal["auto"] = damping
-        self.matrix, self.name, self.joint, self.in_place = matrix, name, joint, in_place
-        self.fisher: Fisher = "empirical" if matrix == "empirical_fisher" else "exact"  # of blocks that are no head
+        self.matrix: Matrix = matrix
+        self.in_place: InPlace = in_place
+        self.name, self.joint = name, joint
+        self.fisher: Fisher = "empirical" if matrix == "empirical_fisher" else "exact"  # unused where it is a head
         self._shape = 0, 0, 0  # g, o, d of a layer that is given by its gradients
         self._forget()
 
     passes = 1
     prefers_head = True
+    synonyms = ("fisher",)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A factor in place stands in the block again, of which a pickle holds two."""
         vars(self).update(state)
-        if isinstance(self._factor, Within):
-            self._factor = self._factor.moved(self._flat(self._fitted))
+        self._solver.move_to(self._sum)
 
     def _forget(self) -> None:
-        self._block: Tensor | None = None  # [c, d, c, d]; its lower triangle alone where a factor stands in it
-        self._lent = False  # whether others may hold the block: then no factor may stand in it
-        self._rows = Rows()
-        self._pending: tuple[Tensor, Tensor] | None = None  # inputs [n, d] and outputs' Hessians [n, o, o] of a batch
-        self._factor: Factor | None = None  # of the block as it is
+        self._sum, self._solver = self._empty_sum(), BlockSolver()
+
+    def _empty_sum(self) -> BlockSum:
+        return BlockSum(self.matrix, self.name, self._shape, self.in_place)
 
     def begin(self, name: str, shape: tuple[int, int, int]) -> None:
         """Forgets what was learned; the block has g matrices [o, d], which are taken as one [g·o, d]."""
@@ -109,55 +112,25 @@ class ExactBlock(Curvature):
             self.observe_loss((seen.losses * seen.weights.to(seen.losses)).sum(), [seen.blocks[name] for name in names])
         return head is not None or self.matrix == "hessian"
 
-    def observe(self, gradients: Gradients, weights: Tensor, column: int, turn: int) -> None:
+    def observe(self, gradients: Gradients, weights: Tensor, column: int, pass_index: int) -> None:
         """Adds Σ_i weights[i] vec(g_i) vec(g_i)ᵀ: a column of the curvature of a layer that is not the head."""
-        del turn
+        del pass_index
         if self.matrix == "hessian":
             raise ValueError(f"ExactBlock: the Hessian of {self.name!r} is not made of gradients: see observe_loss")
-        g, o, d = self._shape
-        self._outdate()
-        if column == 0:
-            self._flush()
-        if isinstance(gradients, Dense) and g == gradients.positions == 1 and gradients.activations == "inputs":
-            a, u = gradients.inputs[0, :, 0], gradients.output_grads[0, :, 0]
-            if len(a) * o * o <= max(_ENTRIES, (o * d) ** 2 // 10):
-                # All columns have the inputs in common: their outer products are added up before the inputs' come in.
-                if self._pending is None:
-                    self._pending = a, u.new_zeros((len(u), o, o))
-                self._pending[1].baddbmm_((u * weights.to(u)[:, None])[:, :, None], u[:, None, :])
-                return
-        for begin in range(0, len(gradients), _ROWS):
-            rows = gradients.rows(begin, begin + _ROWS).formed().flatten(1)
-            self._block = self._block_for(rows, (g * o, d))
-            self._rows.add(rows, weights[begin : begin + _ROWS], self._block)
+        self._solver.release()
+        self._sum.add_gradients(gradients, weights, column)
 
     def observe_loss(self, total: Tensor, blocks: Sequence[Block]) -> None:
         """Adds the Hessian of `total`, a batch's part of the mean loss, over the parameters of `blocks`.
 
         The rows are derivatives of its gradient, entry by entry. docs/math.md (17).
         """
-        self._outdate()
-        parameters = list({parameter: None for block in blocks for parameter in block.parameters})
-        size = sum(block.size for block in blocks)
-        g, o, d = self._shape
-        self._block = self._block_for(parameters[0], (g * o, d))
-        flat = self._block.view(size, size)
+        self._solver.release()
+        self._sum.add_hessian(total, blocks)
 
-        def joined(of_parameters: Sequence[Tensor | None]) -> Tensor:
-            pairs = zip(parameters, of_parameters, strict=True)
-            values = {p: torch.zeros_like(p) if value is None else value for p, value in pairs}
-            return torch.cat([block.matrix(values).flatten() for block in blocks])
-
-        gradient = joined(torch.autograd.grad(total, parameters, create_graph=True, allow_unused=True))
-        if not gradient.requires_grad:
-            return  # linear in the parameters
-        for k in range(size):
-            row = torch.autograd.grad(gradient[k], parameters, retain_graph=True, allow_unused=True)
-            flat[k] += joined(row).to(flat)
-
-    def end(self, turn: int) -> None:
+    def end(self, pass_index: int) -> None:
         """Makes the factor; raises NotPositiveDefinite with a diagnosis."""
-        del turn
+        del pass_index
         self._factored()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -165,11 +138,12 @@ class ExactBlock(Curvature):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._forget()
-        self._block, self._lent = state["block"], True
+        self._sum.block, self._sum.lent = state["block"], True
 
     def stand_in(self) -> None:
-        flat = self._flat(self._fitted.zero_())
-        self._factor = self._place(len(flat), flat.element_size(), flat.device).stand_in(flat, self.name)
+        self._sum.finish().zero_()
+        flat = self._sum.finish_flat()
+        self._solver.factor = self._place(len(flat), flat.element_size(), flat.device).stand_in(flat, self.name)
 
     def choices(self) -> dict[str, Any]:
         """A factor in the block's own square is as near, but not the same to the bit."""
@@ -180,26 +154,28 @@ class ExactBlock(Curvature):
         size, (g, o, d) = block.size, block.shape
         held, making = self._place(size, fit.item, fit.device).footprint(size, fit.item)
         factoring = size**3 / 3
-        learned, beside = size**2 * fit.item, 16 * max(size, min(_ENTRIES, fit.n * size))  # float64 columns, twice
+        learned, beside = (
+            size**2 * fit.item,
+            16 * max(size, min(limits.EXACT_ENTRIES, fit.n * size)),
+        )  # float64 columns, twice
         if self.matrix == "hessian" and not fit.head:
             return Cost(held, making, factoring, hessian_rows=size, learned=learned, beside=beside)
         each = fit.columns * size * (size + 1)
         if g == block.positions == 1:  # the outputs' Hessians are summed before the inputs come in
             each = o * (o + 1) / 2 * d * (d + 1)
             return Cost(held, making, fit.n * each + factoring, learned=learned, beside=beside)
-        observing = ROWS_WAITING * size * fit.item
+        observing = limits.GATHERED_ROWS * size * fit.item
         return Cost(held, making, fit.n * each + factoring, learned=learned, observing=observing, beside=beside)
 
     def fit(
         self, inputs: Tensor, logits: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
     ) -> ExactBlock:
         """Builds the curvature anew; arguments as in `update`."""
-        before = self._block, self._lent
-        self._block, self._lent = None, False
+        before, self._sum = self._sum, self._empty_sum()
         try:
             return self.update(inputs, logits, labels, weights)
         except Exception:
-            self._block, self._lent = before
+            self._sum = before
             raise
 
     def update(
@@ -213,7 +189,10 @@ class ExactBlock(Curvature):
             labels: [n] int64, needed for "empirical_fisher".
             weights: [n] >= 0; default 1/n each. Over all batches they should sum to 1 for the curvature of a mean loss.
         """
-        return self._add("update", inputs, logits, labels, weights, sign=1)
+        batch = self._sum.check_batch("ExactBlock.update", inputs, logits, labels, weights)
+        self._solver.release()
+        self._sum.add_batch(batch)
+        return self
 
     def downdate(
         self, inputs: Tensor, logits: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
@@ -223,26 +202,27 @@ class ExactBlock(Curvature):
         Few examples leave the factor as it is: solves then go by the low-rank identity of docs/math.md (14). Where
         there are more, or where it would cancel too much, the factor is made anew when it is needed.
         """
-        if self._block is None:
+        if self._sum.block is None:
             raise ValueError("ExactBlock: downdate needs a fitted block; call fit or update first")
-        return self._add("downdate", inputs, logits, labels, weights, sign=-1)
+        batch = self._sum.check_batch("ExactBlock.downdate", inputs, logits, labels, weights)
+        if self._solver.factor is not None and self._solver.factor.in_place:
+            self._solver.release()
+        roots = batch.roots
+        self._sum.add_roots(batch, roots, sign=-1)
+        self._solver.take_out(batch, roots, self.damping)
+        return self
 
     def solve(self, rhs: Tensor) -> Tensor:
         """(G + λI)⁻¹ rhs for rhs [..., c, d] or [..., g, o, d], in the dtype of rhs.
 
         Raises NotPositiveDefinite with a diagnosis, and IllConditioned where a factor in place does not do.
         """
-        solved = self._factored().solve(self._columns("solve", rhs))
+        solved = self._factored().solve(columns_of("solve", rhs, self._sum.finish(), self._shape))
         return solved.T.reshape(rhs.shape).to(rhs.dtype)
 
     def sq_norms(self, gradients: Gradients) -> Tensor:
         """g_iᵀ (G + λI)⁻¹ g_i, [n]: half the work of `solve` where the factor stands beside the block."""
-        factor, parts = self._factored(), []
-        each = max(1, _ENTRIES // self._fitted.shape[:2].numel())
-        for begin in range(0, len(gradients), each):
-            columns = self._columns("sq_norms", gradients.rows(begin, begin + each).formed())
-            parts.append(factor.sq_norms(columns).to(self._fitted.dtype))
-        return torch.cat(parts)
+        return sq_norms(self._factored(), gradients, self._sum.finish(), self._shape)
 
     def inverse(self) -> Tensor:
         """(G + λI)⁻¹ as a matrix [c·d, c·d], float64."""
@@ -254,19 +234,17 @@ class ExactBlock(Curvature):
 
     def condition(self) -> float:
         """An estimate, from below, of the largest over the smallest eigenvalue of G + λI, by Lanczos' method."""
-        factor, flat = self._factored(), self._flat(self._fitted)
-        largest = eigenvalue_range(flat)[1] + factor.damping
-        return largest * extreme_eigenvalues(lambda v: factor.solve(v[:, None])[:, 0], len(flat), flat.device)[1]
+        return estimate_condition(self._factored(), self._sum.finish_flat())
 
     @property
     def block(self) -> Tensor:
         """G without damping, [c, d, c, d]; a copy where a factor stands in its square."""
-        block = self._fitted
-        if self._factor is not None and self._factor.in_place:
+        block = self._sum.finish()
+        if self._solver.factor is not None and self._solver.factor.in_place:
             block = block.clone()
-            triangles.restore(self._flat(block))
+            triangles.restore(block.view(self._sum.finish_flat().shape))
         else:
-            self._lent = True
+            self._sum.lent = True
         return block
 
     @property
@@ -284,121 +262,15 @@ class ExactBlock(Curvature):
         """Whether the factor stands in the block's own square: as given, or what "auto" came to."""
         return self._factored().in_place
 
-    @property
-    def _fitted(self) -> Tensor:
-        """The block, which need not be whole: see `_forget`."""
-        self._flush()
-        self._rows.end(self._block)
-        if self._block is None:
-            raise ValueError("ExactBlock: not fitted; call fit first")
-        return self._block
-
-    @staticmethod
-    def _flat(block: Tensor) -> Tensor:
-        return block.view(math.isqrt(block.numel()), -1)
-
     def _factored(self) -> Factor:
         """The factor of G + λI."""
-        if self._factor is None:
-            block = self._fitted
-            place = self._place(math.isqrt(block.numel()), block.element_size(), block.device)
-            if place.in_place and self._lent:
-                self._block, self._lent = block.clone(memory_format=torch.contiguous_format), False
-            self._factor = place.of(self._flat(self._fitted), self.damping, self.name)
-        return self._factor
+        return self._solver.make_factor(self._sum, self.damping, self.in_place, self.name)
 
     def _uncorrected(self) -> Factor:
         if self._factored().corrected:
-            self._outdate()
+            self._solver.release()
         return self._factored()
 
-    def _outdate(self) -> None:
-        """Before the block changes: it is made whole, and what factor it had is one of it no longer."""
-        if self._factor is not None:
-            self._factor.release()
-        self._factor = None
-
-    def _place(self, size: int, item: int, device: torch.device) -> type[Beside] | type[Within]:
+    def _place(self, size: int, item: int, device: torch.device) -> Place:
         """Where the factor of a block of `size` parameters stands, or will."""
-        if self.in_place != "auto":
-            return Within if self.in_place else Beside
-        room = available_bytes(device)
-        need = Beside.footprint(size, item)[0] - (0 if self._block is None else self._block.nbytes)
-        return Beside if room is None or need <= room else Within
-
-    def _columns(self, op: str, rhs: Tensor) -> Tensor:
-        c, d = self._fitted.shape[:2]
-        if rhs.dim() >= 3 and rhs.shape[-3:] == self._shape:
-            rhs = rhs.flatten(-3, -2)
-        if rhs.shape[-2:] != (c, d):
-            raise ValueError(f"ExactBlock.{op}: rhs must be [..., c={c}, d={d}], got {list(rhs.shape)}")
-        return rhs.reshape(-1, c * d).T.to(self._fitted.device, torch.float64)
-
-    def _add(
-        self, name: str, inputs: Tensor, logits: Tensor, labels: Tensor | None, weights: Tensor | None, sign: int
-    ) -> ExactBlock:
-        op = f"ExactBlock.{name}"
-        check_layer(op, inputs, logits)
-        d, c = inputs.shape[1], logits.shape[1]
-        if labels is not None:
-            check_labels(op, labels, len(inputs), c)
-        elif self.matrix == "empirical_fisher":
-            raise ValueError(f"{op}: matrix='empirical_fisher' needs labels")
-        if self._block is not None and self._block.shape != (c, d, c, d):
-            held = list(self._block.shape[:2])
-            raise ValueError(f"{op}: a batch must agree with the block's [c, d] = {held}, got [{c}, {d}]")
-        weights = check_values(op, inputs, logits, weights)
-        probs = logits.to(inputs.dtype).softmax(1)
-        # Nothing is changed before a batch has passed every check: a refused one leaves the block as it was.
-        block = self._block_for(inputs, (c, d))
-        if sign > 0 or (self._factor is not None and self._factor.in_place):
-            self._outdate()
-        if sign > 0 and self.matrix != "empirical_fisher":
-            self._block = ops.ggn_block(inputs, probs, weights, out=block)
-            return self
-        empirical = labels if self.matrix == "empirical_fisher" else None
-        roots = output_roots(probs) if empirical is None else output_grads(probs, empirical)[:, :, None]
-        roots = roots * weights.sqrt()[:, None, None]  # [n, c, s]
-        each = max(1, _ENTRIES // (c * c))
-        for part, x in zip(roots.split(each), inputs.split(each), strict=True):
-            ops.kronecker_block(x, sign * part @ part.mT, out=block)
-        self._block = block
-        if self._factor is not None and (self.damping == "auto" or not self._factor.take(inputs, roots)):
-            self._factor = None
-        return self
-
-    def _flush(self) -> None:
-        """Adds what is pending to the block."""
-        if self._pending is not None:
-            inputs, outer = self._pending
-            self._block = self._block_for(inputs, (outer.shape[1], inputs.shape[1]))
-            ops.kronecker_block(inputs, outer, out=self._block)
-            self._pending = None
-
-    def _block_for(self, like: Tensor, shape: tuple[int, int]) -> Tensor:
-        """The block, or zeros of shape [c, d, c, d] where there is none yet and memory suffices."""
-        if self._block is not None:
-            return self._block
-        self._check_room(shape, like)
-        return torch.zeros((*shape, *shape), dtype=like.dtype, device=like.device)
-
-    def _check_room(self, shape: tuple[int, int], like: Tensor) -> None:
-        item, room = like.element_size(), available_bytes(like.device)
-        whole = self._shape if math.prod(self._shape) == math.prod(shape) else (1, *shape)
-        size, gib = math.prod(whole), 2**30
-        place = Within if self.in_place else Beside  # "auto" asks for no more than it can do with
-        need = sum(place.footprint(size, item))
-        if room is None or need <= room:
-            return
-        others = {
-            "in_place=True": sum(Within.footprint(size, item)),
-            "KFAC or EKFAC": sum(KFAC().cost(BlockWork(whole, 1, False), FitWork(0, 0, item))[:2]),
-            "Diagonal": 2 * size * item,
-        }
-        fits = [f"; {name} takes {taken / gib:.3g} GiB" for name, taken in others.items() if taken <= room]
-        take, each = ("with its factor in place takes", item) if self.in_place else ("and factor take", item + 8)
-        raise MemoryError(
-            f"ExactBlock: {self.name!r} has {size:,} parameters, so that its block {take} "
-            f"{need / gib:.3g} GiB ({size:,} squared times {each} bytes), of which {room / gib:.3g} GiB can be had"
-            + "".join(fits[:1])
-        )
+        return place_of(self._sum, self.in_place, size, item, device)

@@ -13,19 +13,19 @@ from torch import Tensor
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
 from fastif.curvature.exact import triangles
 
-_ROWS = 512  # of a matrix that are looked through at a time
+_ROWS = 512  # Rows that are looked through for NaN and Inf at a time: a mask of all takes a byte an entry.
 F = TypeVar("F")
 
 
 def factorize(matrix: Tensor, damping: float | Literal["auto"], name: str) -> tuple[Tensor, float]:
-    """Lower Cholesky factor of matrix + damping·I in float64, and the damping used: see `diagnosed`.
+    """Lower Cholesky factor of matrix + damping·I in float64, and the damping used: see `diagnose`.
 
     Beside the matrix nothing but the factor is held.
     """
-    return diagnosed(matrix, damping, name, partial(_try, matrix), partial(_smallest_pivot, matrix))
+    return diagnose(matrix, damping, name, partial(_try, matrix), partial(_smallest_pivot, matrix))
 
 
-def diagnosed(
+def diagnose(
     matrix: Tensor,
     damping: float | Literal["auto"],
     name: str,
@@ -108,14 +108,14 @@ def eigenvalue_range(matrix: Tensor) -> tuple[float, float]:
     return extreme_eigenvalues(lambda v: triangles.times(matrix, v[:, None])[:, 0], len(matrix), matrix.device)
 
 
-def _damped(matrix: Tensor, damping: float) -> Tensor:
+def _add_damping(matrix: Tensor, damping: float) -> Tensor:
     damped = matrix.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
     damped.diagonal().add_(damping)
     return damped
 
 
 def _try(matrix: Tensor, damping: float, floor: float) -> Tensor | None:
-    factor = _damped(matrix, damping).mT  # columns first, as LAPACK has it: factored where it stands
+    factor = _add_damping(matrix, damping).mT  # columns first, as LAPACK has it: factored where it stands
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(factor, out=(factor, info))
     good = info.item() == 0 and factor.diagonal().min().item() ** 2 > floor
@@ -132,4 +132,4 @@ def _sufficient_damping(attempt: Callable[[float, float], object | None], floor:
 
 def _smallest_pivot(matrix: Tensor, damping: float, floor: float) -> float:
     del floor
-    return triangles.smallest_pivot(_damped(matrix, damping))
+    return triangles.smallest_pivot(_add_damping(matrix, damping))

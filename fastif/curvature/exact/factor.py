@@ -8,18 +8,18 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from fastif.curvature import limits
 from fastif.curvature.damping import IllConditioned
 from fastif.curvature.exact import triangles
-from fastif.curvature.exact.cholesky import diagnosed, eigenvalue_range, factorize
+from fastif.curvature.exact.cholesky import diagnose, eigenvalue_range, factorize
 
-_LOW_RANK = 1 / 8  # a downdate of fewer columns than this share of the block is kept beside the factor
-_SMALLEST_PIVOT = 1e-8  # of such a downdate: what its subtraction may cancel
-_COLUMNS = 64  # that are solved for at a time where that takes several vectors beside each
-_RESIDUAL = 1e-6  # relative, the largest that a solve may leave
+# A downdate is kept beside the factor only while its pivots stay above this: below, half of the digits are gone.
+_SMALLEST_PIVOT = 1e-8
+_RESIDUAL = 1e-6  # A solve that leaves a larger relative residual than this is refused: its scores would be wrong.
 
 
 class Factor(Protocol):
-    """Of A = G + λI, G a block [P, P]; columns are float64 [P, m]."""
+    """A factor of A = G + λI, G a block [P, P]; columns are float64 [P, m]."""
 
     @property
     def damping(self) -> float:
@@ -66,7 +66,7 @@ class Factor(Protocol):
         ...
 
 
-class Beside:
+class SeparateFactor:
     """A Cholesky factor in float64 beside the block, and few examples' curvature that was taken out since.
 
     Relative residuals of solves stay below 1e-6 far beyond a condition of 1e6.
@@ -80,12 +80,12 @@ class Beside:
         self._taken: tuple[Tensor, Tensor] | None = None  # see take
 
     @classmethod
-    def of(cls, block: Tensor, damping: float | Literal["auto"], name: str) -> Beside:
+    def make(cls, block: Tensor, damping: float | Literal["auto"], name: str) -> SeparateFactor:
         return cls(*factorize(block, damping, name))
 
     @classmethod
-    def stand_in(cls, block: Tensor, name: str) -> Beside:
-        """Of a block of zeros, damped by 1."""
+    def stand_in(cls, block: Tensor, name: str) -> SeparateFactor:
+        """The factor of a block of zeros, damped by 1."""
         del name
         return cls(torch.eye(len(block), dtype=torch.float64, device=block.device), 1.0)
 
@@ -134,7 +134,7 @@ class Beside:
         """
         lower, taken, self._taken = self._lower, self._taken, None
         count = roots.shape[0] * roots.shape[2] + (0 if taken is None else taken[0].shape[1])
-        if count > _LOW_RANK * len(lower):
+        if count > limits.DOWNDATE_SHARE * len(lower):
             return False
         v = torch.einsum("ncs,nd->cdns", roots.to(lower), inputs.to(lower)).reshape(len(lower), -1)
         w = torch.linalg.solve_triangular(lower, v, upper=False)
@@ -148,7 +148,7 @@ class Beside:
     def release(self) -> None: ...
 
 
-class Within:
+class InPlaceFactor:
     """A factor in the block's dtype above the diagonal of the block itself: see `fastif.curvature.exact.triangles`.
 
     Solves are refined with residuals in float64, and raise IllConditioned where that does not reach 1e-6.
@@ -161,38 +161,38 @@ class Within:
         self._square, self._pivots = square, pivots
 
     @classmethod
-    def of(cls, block: Tensor, damping: float | Literal["auto"], name: str) -> Within:
+    def make(cls, block: Tensor, damping: float | Literal["auto"], name: str) -> InPlaceFactor:
         """Raises NotPositiveDefinite as `factorize`, and IllConditioned where a random right-hand side shows it."""
 
-        def made(damping: float) -> Within:
+        def factor_with(damping: float) -> InPlaceFactor:
             return cls(block, triangles.factorize(block, damping), damping, name)
 
-        def attempt(damping: float, floor: float) -> Within | None:
-            factor = made(damping)
+        def attempt(damping: float, floor: float) -> InPlaceFactor | None:
+            factor = factor_with(damping)
             good = factor._pivots.min().item() > floor and factor._random_residual() <= _RESIDUAL / 10
             return factor if good else None
 
         def smallest_pivot(damping: float, floor: float) -> float:
-            factor = made(damping)
+            factor = factor_with(damping)
             pivot = factor._pivots.min().item()
             if pivot > floor:
                 raise IllConditioned(factor._diagnosis(factor._random_residual()))
             return pivot
 
         try:
-            return diagnosed(block, damping, name, attempt, smallest_pivot)[0]
+            return diagnose(block, damping, name, attempt, smallest_pivot)[0]
         except BaseException:
             triangles.restore(block)
             raise
 
     @classmethod
-    def stand_in(cls, block: Tensor, name: str) -> Within:
-        """Of a block of zeros, damped by 1."""
+    def stand_in(cls, block: Tensor, name: str) -> InPlaceFactor:
+        """The factor of a block of zeros, damped by 1."""
         return cls(block, torch.ones(len(block), dtype=torch.float64, device=block.device), 1.0, name)
 
-    def moved(self, block: Tensor) -> Within:
-        """The same in a copy of its block."""
-        return Within(block, self._pivots, self.damping, self.name)
+    def move_to(self, block: Tensor) -> InPlaceFactor:
+        """The same factor in a copy of its block."""
+        return InPlaceFactor(block, self._pivots, self.damping, self.name)
 
     @staticmethod
     def footprint(size: int, item: int) -> tuple[int, int]:
@@ -201,15 +201,15 @@ class Within:
 
     def solve(self, columns: Tensor) -> Tensor:
         solved = torch.empty_like(columns)
-        for begin in range(0, columns.shape[1], _COLUMNS):
-            part = columns[:, begin : begin + _COLUMNS]
+        for begin in range(0, columns.shape[1], limits.REFINED_COLUMNS):
+            part = columns[:, begin : begin + limits.REFINED_COLUMNS]
             found, residuals = triangles.solve(self._square, self._pivots, self.damping, part)
             worst = residuals.max().item()
             if not worst <= _RESIDUAL:
                 if not bool(part.isfinite().all()):
                     raise ValueError(f"{self.name}: right-hand sides must be finite, got NaN or Inf")
                 raise IllConditioned(self._diagnosis(worst))
-            solved[:, begin : begin + _COLUMNS] = found
+            solved[:, begin : begin + limits.REFINED_COLUMNS] = found
         return solved
 
     def sq_norms(self, columns: Tensor) -> Tensor:

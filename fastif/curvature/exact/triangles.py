@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_AIM = 1e-12  # the relative residual at which a solve is no longer refined
+_AIM = 1e-12  # A solve whose relative residual is this small is refined no further: float64 resolves little more.
 
 
 def panel_of(size: int) -> int:
@@ -19,7 +19,7 @@ def panel_of(size: int) -> int:
 
 
 def scratch_bytes(size: int, item: int) -> int:
-    """At most what factoring a square of `item` bytes an entry takes beside it; one right-hand side takes less."""
+    """The most bytes that factoring a square of `item` bytes an entry takes beside it; a right-hand side takes less."""
     panel = min(panel_of(size), size)
     return panel * size * item + 4 * 8 * panel**2 + 2 * 8 * size
 
@@ -110,7 +110,7 @@ def restore(square: Tensor) -> None:
 
 
 def smallest_pivot(damped: Tensor) -> float:
-    """Of the Cholesky factor of a matrix [P, P] that has one; else the pivot at which it ends, not positive."""
+    """The smallest pivot of a matrix's Cholesky factor; where it has none, the pivot at which it ends, not positive."""
     factor, info = torch.linalg.cholesky_ex(damped)
     if info.item() == 0:
         return factor.diagonal().min().item() ** 2

@@ -9,10 +9,11 @@ import torch
 from torch import Generator, Tensor
 
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
-from fastif.curvature.matrix_free.iterations import check_iterations, warn_not_converged
+from fastif.curvature.matrix_free.iterations import NotConverged, check_iterations
 from fastif.curvature.matrix_free.krylov import krylov, sufficient
 from fastif.curvature.matrix_free.operator import Layout, Matrix, check_matrix, operator_of
 from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Products, Shape
+from fastif.renamed import warn_outside
 
 
 class Arnoldi(JointCurvature):
@@ -68,9 +69,9 @@ class Arnoldi(JointCurvature):
         self._layout, self._data = Layout(shapes), data
         self._values = self._vectors = self._residuals = self._left_out = None
 
-    def end(self, turn: int) -> None:
+    def end(self, pass_index: int) -> None:
         """Finds the eigenpairs. Raises NotPositiveDefinite where one is below −λ."""
-        del turn
+        del pass_index
         operator = operator_of("Arnoldi", self._data, self.matrix, self.keep_graph)
         size = self._layout.size
         generator = Generator().manual_seed(operator.data.seed)
@@ -92,10 +93,11 @@ class Arnoldi(JointCurvature):
         self._vectors = found.vectors
         residual, largest = float(self._residuals.max()), float(self._values.abs().max())
         if not found.invariant and (residual > self.tolerance * largest or self.error == 1):
-            warn_not_converged(
+            warn_outside(
                 f"Arnoldi: after {steps} steps {len(self._values)} of rank={self.rank} pairs are there and the largest "
                 f"residual is {residual / largest:.2g} of the largest eigenvalue, at a tolerance of "
                 f"{self.tolerance:g}: more steps (max_steps) or a smaller rank would help",
+                NotConverged,
             )
 
     @property
@@ -117,8 +119,8 @@ class Arnoldi(JointCurvature):
 
     @property
     def error(self) -> float:
-        """Of a solve, relative, in the directions that are left out: left_out / (left_out + λ), as good an estimate as
-        `left_out` is; 1 where that is inf.
+        """The relative error of a solve in the directions that are left out: left_out / (left_out + λ), as good an
+        estimate as `left_out` is; 1 where that is inf.
         """
         return 1.0 if math.isinf(self.left_out) else self.left_out / (self.left_out + self.damping)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
-from fastif.curvature.matrix_free.iterations import check_iterations, iterating, silent, warn_not_converged
-from fastif.curvature.matrix_free.krylov import Product, dots, krylov, norms_of, scaled, sufficient
+from fastif.curvature.matrix_free.iterations import NotConverged, check_iterations, iterating, silent
+from fastif.curvature.matrix_free.krylov import Product, dots, krylov, normalise, norms_of, sufficient
 from fastif.curvature.matrix_free.operator import Layout, Matrix, check_matrix, operator_of
 from fastif.curvature.protocol import (
     BlockWork,
@@ -27,8 +27,9 @@ from fastif.curvature.protocol import (
 )
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
+from fastif.renamed import warn_outside
 
-_LOOKED = 30  # products that a failure may cost for its diagnosis
+_LOOKED = 30  # So many products may a failure cost, to find the damping that it advises.
 
 
 class CG(JointCurvature):
@@ -92,15 +93,15 @@ class CG(JointCurvature):
             for name, estimator in self._preconditioners.items():
                 estimator.begin(name, shapes[name])
 
-    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, turn: int) -> None:
+    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
         for name, estimator in self._preconditioners.items():
-            estimator.observe(gradients[name], weights, column, turn)
+            estimator.observe(gradients[name], weights, column, pass_index)
 
-    def end(self, turn: int) -> None:
+    def end(self, pass_index: int) -> None:
         """Ends a pass of the preconditioner."""
         for estimator in self._preconditioners.values():
-            if turn < estimator.passes:
-                estimator.end(turn)
+            if pass_index < estimator.passes:
+                estimator.end(pass_index)
 
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(G + λI)⁻¹ rhs. Raises NotPositiveDefinite for a direction of no or negative curvature."""
@@ -119,7 +120,7 @@ class CG(JointCurvature):
             )
         self.residual, self.steps_taken = float(found.residuals.max()), found.steps
         if self.residual > self.tolerance:
-            warn_not_converged(
+            warn_outside(
                 f"CG: after {self.steps_taken} of {self.max_steps} steps the residual is {self.residual:.2g} of the "
                 f"right-hand side, above the tolerance {self.tolerance:g}"
                 + (
@@ -127,6 +128,7 @@ class CG(JointCurvature):
                     if self.steps_taken >= self.max_steps
                     else f": it falls no longer, {operator.coarsest} does not resolve less"
                 ),
+                NotConverged,
             )
         return self._layout.by_block(found.x, rhs)
 
@@ -135,7 +137,7 @@ class CG(JointCurvature):
         return self._layout.flat({name: self._preconditioners[name].solve(part) for name, part in parts.items()})
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Of the preconditioner: the curvature itself is never there."""
+        """The preconditioner's state: the curvature itself is never there."""
         return {
             f"{name}/{key}": value
             for name, estimator in self._preconditioners.items()
@@ -189,7 +191,7 @@ def conjugate_gradients(
     Raises NotPositiveDefinite for pᵀ(A + λI)p <= 0, with the damping that would do.
     """
     sizes = norms_of(rhs)
-    b = scaled(rhs, sizes)
+    b = normalise(rhs, sizes)
     x = torch.zeros_like(b)
     r = b.clone()
     residuals = norms_of(r)  # 1 each, or 0
@@ -207,7 +209,7 @@ def conjugate_gradients(
         x[rows[better]], r[rows[better]] = moved[better], left[better]
         stalled = not bool((after < 0.5 * residuals[rows]).any())
         residuals[rows[better]] = after[better]
-        if stalled:  # begun anew, it came no further: rounding
+        if stalled:  # The recursion began anew and came no further: rounding lets it come no closer.
             break
     return Solved(x * sizes[:, None].to(x), residuals.cpu(), steps)
 

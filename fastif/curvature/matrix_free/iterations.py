@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from tqdm import tqdm
 
 from fastif.curvature.protocol import FitData
 
-_PACKAGE = f"{Path(__file__).parents[2]}{os.sep}"
-
 
 class NotConverged(UserWarning):
     """An iterative solver ran out of steps; the message tells the residual that is left."""
-
-
-def warn_not_converged(message: str) -> None:
-    """Warns at the line outside of the package that asked for it."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, NotConverged, stacklevel=level)
 
 
 @contextmanager

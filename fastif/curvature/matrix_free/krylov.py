@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]  # [m, P] → [m, P], symmetric
-_ROUNDING = 8.0  # units of rounding below which a direction counts as spanned already
+_ROUNDING = 8.0  # A direction of which less is left than so many units of rounding counts as spanned already.
 
 
 class Krylov(NamedTuple):
@@ -98,8 +98,8 @@ def norms_of(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
 
 
-def scaled(rows: Tensor, norms: Tensor) -> Tensor:
-    """Rows of norm 1, or 0. Raises ValueError for NaN and Inf."""
+def normalise(rows: Tensor, norms: Tensor) -> Tensor:
+    """Divides rows by their norms; rows that are 0 stay. Raises ValueError for NaN and Inf."""
     if not bool(norms.isfinite().all()):
         raise ValueError(f"solve: right-hand side {int((~norms.isfinite()).nonzero()[0])} holds NaN or Inf")
     return (rows / torch.where(norms > 0, norms, 1.0)[:, None]).to(rows)

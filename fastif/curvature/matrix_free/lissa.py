@@ -11,17 +11,18 @@ import torch
 from torch import Generator, Tensor
 
 from fastif.curvature.damping import NotPositiveDefinite, check_damping
-from fastif.curvature.matrix_free.iterations import check_iterations, iterating, silent, warn_not_converged
-from fastif.curvature.matrix_free.krylov import Product, dots, krylov, norms_of, scaled, sufficient
+from fastif.curvature.matrix_free.iterations import NotConverged, check_iterations, iterating, silent
+from fastif.curvature.matrix_free.krylov import Product, dots, krylov, normalise, norms_of, sufficient
 from fastif.curvature.matrix_free.operator import Layout, Matrix, Operator, check_matrix, operator_of
 from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Products, Shape
+from fastif.renamed import rename_arguments, warn_outside, warn_renamed
 from fastif.samplers.subset import Subset
 
-_MARGIN = 1.25  # of the scale above the largest eigenvalue that was seen
+_MARGIN = 1.25  # Power iteration finds the largest eigenvalue from below: the scale stands so far above what it found.
 _POWER_STEPS = 30
-_CLOSER = 0.99  # so that the residual, computed once more, does not exceed the tolerance by its rounding
-_GROWN = 1.7  # < √3: of the scale, above which a product shows an eigenvalue of 2 scale
-_AWAY = 100.0  # a change so many times larger than the first one: the series diverges
+_CLOSER = 0.99  # The series aims closer than the tolerance: the residual is computed once more, with other rounding.
+_GROWN = 1.7  # A product longer than so many scales (√3, less rounding) shows an eigenvalue of 2 scales: see `_refuse`.
+_AWAY = 100.0  # With batches changes go up and down; one so many times the first one means that the series diverges.
 
 
 class Diverged(ValueError):
@@ -44,7 +45,7 @@ class LiSSA(JointCurvature):
         matrix: "ggn" or "hessian".
         scale: the series converges if it is more than half of the largest eigenvalue of G + λI. "auto": a quarter
             above the largest eigenvalue that power iteration finds, or that of the batches drawn (see `scale_used`).
-        steps: at most. Where they do not suffice, `NotConverged` is warned of.
+        max_steps: of the series. Where they do not suffice, `NotConverged` is warned of.
         tolerance: of the residual, relative to the right-hand side.
         batch: examples per step, or None for all.
         repeats: of the whole series, for batches.
@@ -53,13 +54,14 @@ class LiSSA(JointCurvature):
     Of the last solve, `residual` (computed from x) and `steps_taken` are kept.
     """
 
+    @rename_arguments(steps="max_steps")
     def __init__(
         self,
         damping: float = 1e-2,
         matrix: Matrix = "ggn",
         *,
         scale: float | Literal["auto"] = "auto",
-        steps: int = 1000,
+        max_steps: int = 1000,
         tolerance: float = 1e-3,
         batch: int | None = None,
         repeats: int = 1,
@@ -69,7 +71,7 @@ class LiSSA(JointCurvature):
         if damping == "auto" or damping == 0:
             raise ValueError(f"LiSSA: damping must be a number > 0, got {damping!r}: it has to converge")
         check_matrix("LiSSA", matrix)
-        check_iterations("LiSSA", tolerance, steps=steps, repeats=repeats, batch=1 if batch is None else batch)
+        check_iterations("LiSSA", tolerance, max_steps=max_steps, repeats=repeats, batch=1 if batch is None else batch)
         if scale != "auto" and not (isinstance(scale, int | float) and 0 < scale < math.inf):
             raise ValueError(f"LiSSA: scale must be a finite number > 0 or 'auto', got {scale!r}")
         if batch is None and repeats > 1:
@@ -79,7 +81,7 @@ class LiSSA(JointCurvature):
         self.damping, self.tolerance, self.batch, self.repeats = damping, tolerance, batch, repeats
         self.matrix: Matrix = matrix
         self.scale: float | Literal["auto"] = scale
-        self.steps, self.keep_graph = steps, keep_graph
+        self.max_steps, self.keep_graph = max_steps, keep_graph
         self._data: FitData | None = None
         self._scale: Tensor | None = None
         self.residual: float | None = None  # of the last solve, relative, the largest of its right-hand sides
@@ -94,13 +96,19 @@ class LiSSA(JointCurvature):
         if self.batch is not None and self.batch > k:
             raise ValueError(f"LiSSA: batch must be at most the subset's k={k} examples, got {self.batch}")
 
-    def end(self, turn: int) -> None:
+    def end(self, pass_index: int) -> None:
         """Finds the scale."""
-        del turn
+        del pass_index
         if self._scale is None:
             operator = self._operator()
             found = largest(self._products(operator, repeat=-1), self._start(operator))
             self._scale = torch.tensor(_MARGIN * found + self.damping, dtype=torch.float64)
+
+    @property
+    def steps(self) -> int:
+        """The old name of `max_steps`."""
+        warn_renamed("LiSSA.steps", "LiSSA.max_steps")
+        return self.max_steps
 
     @property
     def scale_used(self) -> float:
@@ -114,8 +122,8 @@ class LiSSA(JointCurvature):
         operator, flat = self._operator(), self._layout.flat(rhs)
         self.graph_bytes = operator.graph_bytes
         sizes = norms_of(flat)
-        b, x, self.steps_taken = scaled(flat, sizes), torch.zeros_like(flat), 0
-        with iterating("LiSSA", self.steps * self.repeats, operator.data) as stepped:
+        b, x, self.steps_taken = normalise(flat, sizes), torch.zeros_like(flat), 0
+        with iterating("LiSSA", self.max_steps * self.repeats, operator.data) as stepped:
             for repeat in range(self.repeats):
                 products = self._products(operator, repeat)
                 found, taken = neumann(
@@ -123,9 +131,9 @@ class LiSSA(JointCurvature):
                     b,
                     self.damping,
                     self.scale_used,
-                    steps=self.steps,
+                    steps=self.max_steps,
                     tolerance=_CLOSER * self.tolerance if self.batch is None else None,
-                    whole=operator,
+                    full=operator,
                     name=self.matrix,
                     eps=torch.finfo(operator.coarsest).eps,
                     stepped=stepped,
@@ -134,16 +142,17 @@ class LiSSA(JointCurvature):
                 self.steps_taken += taken
         self.residual = float(norms_of(b - (operator(x) + self.damping * x)).max())
         if not self.residual <= self.tolerance:
-            warn_not_converged(
+            warn_outside(
                 f"LiSSA: after {self.steps_taken} steps the residual is {self.residual:.2g} of the right-hand side, "
                 f"above the tolerance {self.tolerance:g}: "
                 + (
                     f"it falls no longer, {operator.coarsest} does not resolve less"
-                    if self.batch is None and self.steps_taken < self.steps
+                    if self.batch is None and self.steps_taken < self.max_steps
                     else "more steps, more damping"
                     + (" or CG" if self.batch is None else ", larger batches or more repeats")
                     + " would help"
                 ),
+                NotConverged,
             )
         return self._layout.by_block(x * sizes[:, None].to(x), rhs)
 
@@ -160,7 +169,7 @@ class LiSSA(JointCurvature):
         data, batch = operator.data, self.batch
         generator = Generator().manual_seed(data.seed + 1 + repeat)
         while True:
-            yield operator if batch is None else partial(operator, subset=drawn(data.subset, batch, generator))
+            yield operator if batch is None else partial(operator, subset=draw_batch(data.subset, batch, generator))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The scale: the curvature itself is never there."""
@@ -180,11 +189,11 @@ class LiSSA(JointCurvature):
         share = 1.0 if self.batch is None else min(1.0, self.batch / n)
         finding = _POWER_STEPS if self.scale == "auto" else 0
         return Products(
-            share * finding, share * self.steps * self.repeats + 2, matrix=self.matrix, keep_graph=self.keep_graph
+            share * finding, share * self.max_steps * self.repeats + 2, matrix=self.matrix, keep_graph=self.keep_graph
         )
 
 
-def drawn(subset: Subset, batch: int, generator: Generator) -> Subset:
+def draw_batch(subset: Subset, batch: int, generator: Generator) -> Subset:
     """`batch` examples drawn in proportion to their weights, with repetition; they carry the subset's whole weight."""
     total = subset.weights.sum()
     u = torch.rand(batch, generator=generator, dtype=torch.float64) * total
@@ -195,14 +204,14 @@ def drawn(subset: Subset, batch: int, generator: Generator) -> Subset:
 
 def largest(products: Iterator[Product], start: Tensor) -> float:
     """The largest |A v| of power iteration over the matrices A: towards the largest eigenvalue, from below."""
-    v, found = scaled(start, norms_of(start)), 0.0
+    v, found = normalise(start, norms_of(start)), 0.0
     for _ in range(_POWER_STEPS):
         image = next(products)(v)
         size = float(norms_of(image))
         found = max(found, size)
         if size == 0:
             break
-        v = scaled(image, norms_of(image))
+        v = normalise(image, norms_of(image))
     return found
 
 
@@ -214,7 +223,7 @@ def neumann(
     *,
     steps: int,
     tolerance: float | None,
-    whole: Product,
+    full: Product,
     name: str,
     eps: float = 0.0,
     stepped: Callable[[float], None] = silent,
@@ -223,7 +232,8 @@ def neumann(
 
     tolerance: of the norm of what is added times the scale, where A is always the same; a row that is there stands
     still, and all do where A's rounding, eps relative to it, lets them come no further. None where A varies: x is then
-    the mean over the second half of the steps. `whole` is for the diagnosis, `stepped` is told the largest residual.
+    the mean over the second half of the steps. `full`, the product with all examples, is for the diagnosis;
+    `stepped` is told the largest residual.
     """
     x, mean = torch.zeros_like(b), torch.zeros_like(b)
     moving = torch.arange(len(b), device=b.device)
@@ -238,7 +248,7 @@ def neumann(
         # With one matrix the rest shrinks in every step, if it does at all.
         if not worst <= (_AWAY if tolerance is None else 2 * max(lowest, eps**0.5)):
             direction = rest[int(size.nan_to_num(math.inf).argmax())][None]
-            _refuse(whole, direction, damping, scale, step + 1, name, 0.0 if tolerance is None else eps)
+            _refuse(full, direction, damping, scale, step + 1, name, 0.0 if tolerance is None else eps)
             return x, step
         if tolerance is not None:
             moving, rest = moving[size > tolerance], rest[size > tolerance]
@@ -263,7 +273,7 @@ def _refuse(
             f"LiSSA: in step {step} the product of the {name} with a vector holds NaN or Inf; with scale {scale:g} the "
             "series diverges: scale='auto' finds one"
         )
-    v = scaled(direction, norms_of(direction))
+    v = normalise(direction, norms_of(direction))
     image = product(v) + damping * v
     curvature, size = float(dots(v, image)[0]), float(norms_of(image)[0])
     if eps and curvature > -eps * scale and size <= _GROWN * scale:

@@ -18,6 +18,7 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from fastif.curvature import limits
 from fastif.curvature.protocol import FitData
 from fastif.data.batches import batch_length, rows_of
 from fastif.model.calls import call, dtype_of
@@ -25,9 +26,6 @@ from fastif.model.losses import Logits, labels_in, logits_of, per_sample
 from fastif.samplers.subset import Subset
 
 Matrix = Literal["ggn", "hessian"]
-_TOGETHER = 16  # right-hand sides that share a forward pass; their tangents stand in memory side by side
-_LEAST = 8  # examples of a slice
-_NEAR = 1 << 25  # bytes of activations and tangents at a time on the CPU: with more, passes wait for memory
 
 
 class Layout:
@@ -84,13 +82,13 @@ class Operator:
         self._graphs: list[_Graph] | None = None
         if keep_graph:
             self._double_backward("the graph is kept")
-            with _all_derivatives(), _counting() as counted:
+            with _all_derivatives(), _count_kept() as counted:
                 self._graphs = [_Graph(self, *batch) for batch in data.batches(data.subset)]
             self.graph_bytes = sum(counted.values())
 
     def __call__(self, vectors: Tensor, subset: Subset | None = None) -> Tensor:
         """G v, or the product with the curvature of another subset."""
-        return torch.cat([self._some(rows, subset) for rows in vectors.split(_TOGETHER)])
+        return torch.cat([self._some(rows, subset) for rows in vectors.split(limits.PRODUCT_VECTORS)])
 
     def _some(self, vectors: Tensor, subset: Subset | None) -> Tensor:
         tangents = self._to_parameters(vectors)
@@ -115,22 +113,22 @@ class Operator:
     def _parts(self, x: Any, y: Any, weights: Tensor, m: int) -> Iterator[tuple[Any, Any, Tensor]]:
         """A batch in slices whose activations, and tangents along m vectors, stay near."""
         if self._activations is None:
-            self._activations = self._looked_at(x)
-        each = max(_LEAST, _NEAR // max(1, (m + 1) * self._activations))
+            self._activations = self._measure_activations(x)
+        each = max(limits.SLICE_EXAMPLES, limits.SLICE_BYTES // max(1, (m + 1) * self._activations))
         if each >= len(weights):
             yield x, y, weights
             return
         for rows in torch.arange(len(weights)).split(each):
             yield rows_of(x, rows), None if y is None else rows_of(y, rows), weights[rows]
 
-    def _looked_at(self, x: Any) -> int:
+    def _measure_activations(self, x: Any) -> int:
         """What a forward pass keeps of an example on the CPU; 0 elsewhere and where examples may depend on others.
 
         In this pass it shows, too, whether forward derivatives are those of the model.
         """
         mixing = any(m.training and isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self._modules)
         own = {p.untyped_storage().data_ptr() for p in self.data.model.parameters()}
-        with torch.enable_grad(), _counting() as kept, _WithoutGradients() as cut:
+        with torch.enable_grad(), _count_kept() as kept, _WithoutGradients() as cut:
             self.outputs(
                 x if mixing else rows_of(x, torch.arange(1)), [p.detach().requires_grad_() for p in self.parameters]
             )
@@ -213,11 +211,11 @@ class Operator:
         """What the model returns, with the parameters given in the place of its own."""
         autocast = self.data.autocast
         cast = torch.autocast(self.device.type, autocast, enabled=autocast is not None, cache_enabled=False)
-        with self._swapped(self.parameters if parameters is None else parameters), cast:
+        with self._swap(self.parameters if parameters is None else parameters), cast:
             return call(self.data.model, x)
 
     @contextmanager
-    def _swapped(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+    def _swap(self, parameters: Sequence[Tensor]) -> Iterator[None]:
         """Other tensors in the place of the parameters, wherever a module holds them.
 
         Not torch.func.functional_call: it leaves the other tensors in a module that stands at two places of the model.
@@ -282,10 +280,10 @@ class _OutputHessian:
         with torch.enable_grad():
             self._leaf = scores.detach().requires_grad_()
             outputs = Logits(self._leaf) if operator.logits_alone else self._leaf
-            self._slope = _differentiable(operator.objective(outputs, batch, weights, len(weights)), [self._leaf])
+            self._slope = _differentiate(operator.objective(outputs, batch, weights, len(weights)), [self._leaf])
 
     def __call__(self, moved: Tensor) -> Tensor:
-        return _batched(self._slope, [self._leaf], [moved])[0]
+        return _pull_back(self._slope, [self._leaf], [moved])[0]
 
 
 class _Graph:
@@ -298,23 +296,23 @@ class _Graph:
             outputs = operator.outputs(x)
             if operator.matrix == "hessian":
                 objective = operator.objective(outputs, batch, weights, len(weights))
-                self._gradient = _differentiable(objective, self._parameters)
+                self._gradient = _differentiate(objective, self._parameters)
                 return
             self._scores = operator.scores(outputs)
             # Jᵀu is linear in u, and its derivative with respect to u is J: two backward passes in the place of a
             # forward one.
             self._cotangent = torch.zeros_like(self._scores, requires_grad=True)
-            self._pulled = _differentiable(self._scores, self._parameters, self._cotangent)
+            self._pulled = _differentiate(self._scores, self._parameters, self._cotangent)
             self._hessian = _OutputHessian(operator, self._scores, batch, weights)
 
     def __call__(self, tangents: list[Tensor]) -> list[Tensor]:
         if self._gradient is not None:
-            return _batched(self._gradient, self._parameters, tangents)
-        (moved,) = _batched(self._pulled, [self._cotangent], tangents)
-        return _batched([self._scores], self._parameters, [self._hessian(moved)])
+            return _pull_back(self._gradient, self._parameters, tangents)
+        (moved,) = _pull_back(self._pulled, [self._cotangent], tangents)
+        return _pull_back([self._scores], self._parameters, [self._hessian(moved)])
 
 
-def _differentiable(y: Tensor, inputs: list[Tensor], of: Tensor | None = None) -> list[Tensor | None]:
+def _differentiate(y: Tensor, inputs: list[Tensor], of: Tensor | None = None) -> list[Tensor | None]:
     """Gradients that have gradients themselves; None where y does not depend on an input."""
     if not y.requires_grad:
         raise ValueError("products: the loss does not depend on the model's outputs (detached?)")
@@ -325,7 +323,7 @@ def _differentiable(y: Tensor, inputs: list[Tensor], of: Tensor | None = None) -
     return list(found)
 
 
-def _batched(ys: Sequence[Tensor | None], inputs: list[Tensor], of: list[Tensor]) -> list[Tensor]:
+def _pull_back(ys: Sequence[Tensor | None], inputs: list[Tensor], of: list[Tensor]) -> list[Tensor]:
     """Σ_y of[y]ᵀ ∂y/∂inputs for rows of `of` [m, ...]: [m, ...] each."""
     pairs = [(y, v) for y, v in zip(ys, of, strict=True) if y is not None and y.requires_grad]
     m = len(of[0])
@@ -389,7 +387,7 @@ def _nodes(ys: Sequence[Tensor | None]) -> Iterator[Node]:
 
 
 @contextmanager
-def _counting() -> Iterator[dict[int, int]]:
+def _count_kept() -> Iterator[dict[int, int]]:
     """Bytes that graphs made within it keep, by place; what is kept twice counts once."""
     seen: dict[int, int] = {}
 
