@@ -96,7 +96,7 @@ build/ready: $(SOURCES) $(SETUP)
 	$(PYTHON) -m venv .venv
 
 .venv/ready: Makefile | .venv/bin/python
-	.venv/bin/pip install -q $(TORCH) "setuptools>=77" ninja numpy tqdm scikit-learn matplotlib typer rich safetensors \
+	.venv/bin/pip install -q $(TORCH) "setuptools>=77" ninja numpy tqdm "filelock>=3.24" scikit-learn matplotlib typer rich safetensors \
 	  pytest pytest-benchmark hypothesis
 	@touch $@
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastif.cli.arguments import check, writable
 from fastif.evaluation.settings import SAMPLERS, check_budgets, choose_samplers
-from fastif.journal import whole
+from fastif.files import whole
 from fastif.samplers.subset import Subset
 
 

@@ -251,6 +251,7 @@ class Influence:
         rank: int | None = None,
         out: Path | str,
         resume: bool = False,
+        key: str | None = None,
     ) -> ScoreFolder: ...
     def scores(
         self,
@@ -262,6 +263,7 @@ class Influence:
         rank: int | None = None,
         out: Path | str | None = None,
         resume: bool = False,
+        key: str | None = None,
     ) -> Tensor | ScoreFolder:
         """scores[q, t] = (1/n) ∇m_qᵀ (G + λI)⁻¹ ∇ℓ_t, [q, n]: predicted rise of q's measurement if t is removed.
 
@@ -278,39 +280,61 @@ class Influence:
                 sums are complete with the last training example only: add the columns of what was written.
             resume: go on with a job in `out` that was cut off, at whatever point: what is there is not computed again,
                 and the scores end with the same bits. A folder of other settings is refused, each difference named.
+                Settings are all that determines the scores: data, the model's state and code, functions with all that
+                they read, the number of threads.
+            key: with out=, a name of your own for what cannot be fingerprinted, of which an error tells; change it
+                whenever that changes.
         """
         if out is not None:
             if groups is not None:
                 raise ValueError("scores: out= and groups= exclude each other; sum the columns of what was written")
-            folder = write_scores(self.fitted, query, train, out, resume=resume, query_groups=query_groups, rank=rank)
+            folder = write_scores(
+                self.fitted, query, train, out, resume=resume, query_groups=query_groups, rank=rank, key=key
+            )
             self.rank_error = folder.rank_error
             return folder
-        _check_resume("scores", resume)
+        _check_resume("scores", resume, key)
         values, self.rank_error = compute_scores(self.fitted, query, train, query_groups, groups, rank)
         return values[""]
 
     @overload
     def scores_by_layer(self, query: Any, train: Any) -> dict[str, Tensor]: ...
     @overload
-    def scores_by_layer(self, query: Any, train: Any, *, out: Path | str, resume: bool = False) -> ScoreFolder: ...
     def scores_by_layer(
-        self, query: Any, train: Any, *, out: Path | str | None = None, resume: bool = False
+        self, query: Any, train: Any, *, out: Path | str, resume: bool = False, key: str | None = None
+    ) -> ScoreFolder: ...
+    def scores_by_layer(
+        self,
+        query: Any,
+        train: Any,
+        *,
+        out: Path | str | None = None,
+        resume: bool = False,
+        key: str | None = None,
     ) -> dict[str, Tensor] | ScoreFolder:
         """The part of every block in `scores`, {block: [q, n]}; they add up to `scores`.
 
         With out=, a folder as for `scores`, [q, n, blocks].
         """
         if out is not None:
-            return write_scores(self.fitted, query, train, out, resume=resume, by="layer")
-        _check_resume("scores_by_layer", resume)
+            return write_scores(self.fitted, query, train, out, resume=resume, by="layer", key=key)
+        _check_resume("scores_by_layer", resume, key)
         return compute_scores(self.fitted, query, train, by="layer").values
 
     @overload
     def scores_by_token(self, query: Any, train: Any) -> Tensor: ...
     @overload
-    def scores_by_token(self, query: Any, train: Any, *, out: Path | str, resume: bool = False) -> ScoreFolder: ...
     def scores_by_token(
-        self, query: Any, train: Any, *, out: Path | str | None = None, resume: bool = False
+        self, query: Any, train: Any, *, out: Path | str, resume: bool = False, key: str | None = None
+    ) -> ScoreFolder: ...
+    def scores_by_token(
+        self,
+        query: Any,
+        train: Any,
+        *,
+        out: Path | str | None = None,
+        resume: bool = False,
+        key: str | None = None,
     ) -> Tensor | ScoreFolder:
         """The part of every position of the training examples in `scores`, [q, n, t]; they add up to `scores`.
 
@@ -318,8 +342,8 @@ class Influence:
         (a normalisation layer sums over them): leave it out with layers=.
         """
         if out is not None:
-            return write_scores(self.fitted, query, train, out, resume=resume, by="token")
-        _check_resume("scores_by_token", resume)
+            return write_scores(self.fitted, query, train, out, resume=resume, by="token", key=key)
+        _check_resume("scores_by_token", resume, key)
         return compute_scores(self.fitted, query, train, by="token").values[""]
 
     def top(self, query: Any, train: Any, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
@@ -347,6 +371,7 @@ class Influence:
         return self
 
 
-def _check_resume(op: str, resume: bool) -> None:
-    if resume:
-        raise ValueError(f"{op}: resume=True needs out=, the folder of the job")
+def _check_resume(op: str, resume: bool, key: str | None) -> None:
+    for name, given in (("resume=True", resume), (f"key={key!r}", key is not None)):
+        if given:
+            raise ValueError(f"{op}: {name} needs out=, the folder of the job")

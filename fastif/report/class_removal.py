@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from fastif.evaluation.metrics import METRICS
-from fastif.journal import write_whole
+from fastif.files import write_whole
 from fastif.report.pages import document, facts_table, new_figure, picture, png_of, table, text_of
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; the two baselines are grey and brown.
@@ -27,6 +27,8 @@ _FLOOR = 1e-9  # excess below this is rounding of the objective, not distance
 _AXES = (("F1", True), ("SL", True), ("EL", False), ("RTE", False), ("ME", False))  # True: better high
 
 Results = Mapping[str, Any]
+
+_NOT_FACTS = ("definitions", "code", "checksum")  # of the meta: for other places, and for machines
 
 
 def write_report(results: Results, out: str | Path) -> list[Path]:
@@ -307,7 +309,7 @@ def page(results: Results, figures: Mapping[str, bytes]) -> str:
         f"<h2>Class by class</h2>{_class_table(results)}"
         f"<details><summary>Every step</summary>{_summary_table(results, range(1, last + 1))}</details>"
         f"<h2>What the words mean</h2>{facts_table(meta['definitions'])}"
-        f"<h2>How it was made</h2>{facts_table({key: meta[key] for key in meta if key != 'definitions'})}"
+        f"<h2>How it was made</h2>{facts_table({key: meta[key] for key in meta if key not in _NOT_FACTS})}"
     )
     return document(title, body)
 

@@ -256,7 +256,7 @@ def test_an_unfinished_job_is_neither_overwritten_nor_mixed_with_another(tmp_pat
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     lines[1] = "damaged"
     (tmp_path / "rows.jsonl").write_text("\n".join([*lines, ""]))
-    with pytest.raises(ValueError, match=r"rows\.jsonl is damaged in line 2"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl is damaged: line 2"):
         run(samplers=["random"], out=tmp_path, resume=True)
 
 
@@ -273,7 +273,7 @@ def test_finished_results_of_another_job_are_not_taken_for_this_one(tmp_path):
             class_removal(MODEL, train, test, samplers=["random", "prefix"], k=20, seeds=1, steps=1, weight_decay=0.01,
                           out=tmp_path, resume=True, progress=False)  # fmt: skip
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not a results file"):
+    with pytest.raises(ValueError, match="is damaged: it is not a results file"):
         run(out=tmp_path, resume=True)
 
 

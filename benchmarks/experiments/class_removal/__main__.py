@@ -24,7 +24,8 @@ from benchmarks.experiments.class_removal.tasks import TASKS, better_high, metri
 from fastif import extract, samplers
 from fastif.data import load
 from fastif.evaluation.training import RECIPES
-from fastif.journal import Journal, refuse_differences, write_whole
+from fastif.files import write_whole
+from fastif.journal import Journal, refuse_differences
 from fastif.measure import Measure, environment
 from fastif.model.features import Extracted
 
