@@ -258,10 +258,13 @@ class _Description:
                     if slot not in ("__dict__", "__weakref__") and hasattr(value, name):
                         held[name] = getattr(value, name)
             found = {"of": self.of(kind, place), **({"holds": self.mapping(held, place)} if held else {})}
-            for base in _CONTAINERS:
-                if isinstance(value, base):
-                    found["contents"] = self.of(base(value), place)
-            return found
+            if contents := [base(value) for base in _CONTAINERS if isinstance(value, base)]:
+                return {**found, "contents": self.of(contents, place)}
+            try:  # what a base of C holds is in no attribute
+                arguments = [part for part in value.__reduce_ex__(2)[1] if part is not kind]
+            except Exception:
+                return self.unstable(value, place)
+            return {**found, "made of": self.of(arguments, place)} if arguments else found
         if isinstance(value, OrderedDict):
             return {"ordered": self.of([*value.items()], place)}
         try:  # as it says itself, to those who would build it again
@@ -298,12 +301,13 @@ class _Description:
             shown = module.extra_repr()
             if shown and " at 0x" not in shown:
                 words += f" {shown}"
-            held = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
+            held: dict[str, Any] = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
             if "_orig_mod" in module._modules:  # what torch.compile made: its own attributes are of the compiler
                 held = {}
+            elif isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):  # so are theirs
+                held = {"code": checksum(str(module.code))}
+                held["constants"] = getattr(getattr(module, "code_with_constants", (0, None))[1], "const_mapping", {})
             hooks = [hook for name in _HOOKS for hook in getattr(module, name).values()]
-            if isinstance(code := getattr(module, "code", None), str):  # scripted or traced
-                held["code"] = checksum(code)
             rest = self.of([held, hooks, module.training], f"{place}.{own}")
             found[own] = f"{words} ({checksum(canonical(rest))[:16]})"
         return _folded(found)

@@ -104,7 +104,7 @@ moments = [  # the first file of each process tells who holds the folder
     patched(Path, "replace", 2, renamed_then_dead),              # a manifest and no block
     patched(np, "save", 2, torn),                                # in the middle of a block
     patched(os, "fsync", 2, die),                                # a block not yet on the disk
-    patched(Path, "replace", 2, renamed_then_dead),              # a block just finished
+    patched(Path, "replace", 3, renamed_then_dead),              # a block just finished
     patched(queries, "_directions", 1, die),                     # among the queries
     patched(score_job._Part, "__iter__", 2, die),                # before the first training batch
 ]
