@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import threading
+import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,6 +177,88 @@ def test_bad_retraining_is_refused(change, kind, words):
     job = dict(train_fn=NET, kept=SETS[:1], query=NET_QUERY, progress=False)
     with pytest.raises(kind, match=words):
         retrain(**{**job, **change})
+
+
+_SLOW = """
+import time
+from functools import partial
+import torch
+from torch import nn
+from fastif.evaluation import retrain
+
+def slow(kept, seed):
+    print("working", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    retrain(slow, [torch.arange(3)] * 2, (torch.zeros(2, 3), torch.arange(2)), processes=2, progress=False, **{how})
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks into /proc")
+def test_processes_end_when_their_parent_is_killed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(_SLOW.replace("{how}", repr({"out": str(tmp_path / "out")})))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    parent = subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True)
+    assert [parent.stdout.readline() for _ in range(2)] == ["working\n"] * 2
+    below = [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
+    assert len(below) >= 2
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 20
+    while (left := [pid for pid in below if _runs(pid)]) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert left == []
+    retrain(NET, SETS[:1], NET_QUERY, out=tmp_path / "out", **HOW)  # nothing was finished, and nobody holds it
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["retrained.json"]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_folder_that_is_written_to_is_refused(tmp_path):
+    tried = []
+
+    def second(kept: Tensor, seed: int) -> nn.Module:
+        thread = threading.Thread(
+            target=lambda: tried.append(_error(lambda: retrain(NET, SETS, NET_QUERY, out=tmp_path)))
+        )
+        thread.start()
+        thread.join()
+        return NET(kept, seed)
+
+    retrain(second, SETS[:1], NET_QUERY, out=tmp_path, key="a", **HOW)
+    assert [f"is being written by process {os.getpid()}" in words for words in tried] == [True]
+
+
+def _error(work) -> str:
+    try:
+        work()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def test_a_damaged_result_is_not_taken(tmp_path):
+    retrain(NET, SETS, NET_QUERY, out=tmp_path, **HOW)
+    path = tmp_path / "retrained.json"
+    path.write_text(path.read_text().replace('"seconds": 0', '"seconds": 1', 1))
+    with pytest.raises(
+        ValueError, match=r"retrained\.json is damaged: its checksum does not fit.*; remove it and resume"
+    ):
+        retrain(NET, SETS, NET_QUERY, out=tmp_path, resume=True, **HOW)
+    path.unlink()
+    retrain(NET, SETS, NET_QUERY, out=tmp_path, resume=True, **HOW)
+
+
+def test_a_key_needs_a_folder():
+    with pytest.raises(ValueError, match="key='a' needs out="):
+        retrain(NET, SETS, NET_QUERY, key="a", **HOW)
 
 
 def test_an_error_in_a_process_is_the_callers():

@@ -251,6 +251,57 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, words, change):
     assert bits(tmp_path) == before
 
 
+class _Loss:
+    def __init__(self, weight):
+        self.weight = weight
+
+    def of(self, outputs, labels):
+        return self.weight * _own_loss(outputs, labels)
+
+
+def _net(activation):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), activation, nn.Linear(6, 3)).double()
+
+
+def test_other_code_is_refused(tmp_path, monkeypatch):
+    _, query, train = problem()
+    how = dict(curvature=Diagonal(), loss=_Loss(1.0).of)
+    fitted(_net(nn.ReLU()), train, **how).scores(query, train, out=tmp_path)
+    fitted(_net(nn.ReLU()), train, **how).scores(query, train, out=tmp_path, resume=True)
+    before = bits(tmp_path)
+    with pytest.raises(ValueError, match=r"model code: 1 was '.*\.ReLU \(.*', is '.*\.GELU approximate"):
+        fitted(_net(nn.GELU()), train, **how).scores(query, train, out=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="loss: bound to: holds: weight was 1.0, is 3.0"):
+        other = fitted(_net(nn.ReLU()), train, Diagonal(), loss=_Loss(3.0).of)
+        other.scores(query, train, out=tmp_path, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "_own_loss", lambda outputs, labels: outputs.sum(1))
+        with pytest.raises(ValueError, match="_own_loss was .*_own_loss .*, is .*<lambda> "):
+            fitted(_net(nn.ReLU()), train, **how).scores(query, train, out=tmp_path, resume=True)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match=r"threads was 1, is 2 \(sums round differently with another number"):
+            fitted(_net(nn.ReLU()), train, **how).scores(query, train, out=tmp_path, resume=True)
+    finally:
+        torch.set_num_threads(1)
+    assert bits(tmp_path) == before
+
+
+def test_a_key_stands_for_what_cannot_be_fingerprinted(tmp_path):
+    _, query, train = problem()
+    model, streams = _net(nn.ReLU()), (n for n in range(9))
+    model.streams = streams
+    influence = fitted(model, train, Diagonal())
+    with pytest.raises(ValueError, match=r"model\.itself\[0\]\.streams is a builtins\.generator, .* needs key="):
+        influence.scores(query, train, out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    influence.scores(query, train, out=tmp_path, key="first")
+    influence.scores(query, train, out=tmp_path, key="first", resume=True)
+    with pytest.raises(ValueError, match="key was 'first', is 'second'"):
+        influence.scores(query, train, out=tmp_path, key="second", resume=True)
+
+
 def test_other_subsets_and_ranks_are_refused(tmp_path):
     from fastif import samplers
 
