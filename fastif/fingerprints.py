@@ -154,7 +154,7 @@ class _Description:
             return "a lock"
         if isinstance(value, functools._lru_cache_wrapper):
             return self.of(value.__wrapped__, place)
-        if isinstance(value, _C_CALLABLES):
+        if isinstance(value, _C_CALLABLES) or type(value).__name__ == "cython_function_or_method":
             return self.c_function(value, place)
         return self.instance(value, place)
 
@@ -233,7 +233,7 @@ class _Description:
 
     def c_function(self, value: Any, place: str) -> Any:
         """A function of C is told by where it is found; its code is that of an installed package, or of a file."""
-        name, owner = value.__name__, getattr(value, "__objclass__", getattr(value, "__self__", None))
+        name, owner = str(value.__name__), getattr(value, "__objclass__", getattr(value, "__self__", None))
         if isinstance(owner, type):
             return f"{self.of(owner, place)}.{name}"
         module = owner.__name__ if isinstance(owner, types.ModuleType) else getattr(value, "__module__", None)
@@ -278,7 +278,7 @@ class _Description:
         state, items, entries = (*rest, None, None, None)[:3]
         found = {"made by": self.of(made, place), "of": self.of(list(arguments), place)}
         if isinstance(state, dict) and all(type(k) is str for k in state):
-            found["holds"] = self.mapping(state, place)
+            found["holds"] = self.mapping({k: v for k, v in state.items() if k not in _HASHES}, place)
         elif state is not None:
             found["holds"] = self.of(state, place)
         if items is not None:
@@ -295,6 +295,8 @@ class _Description:
             finally:
                 self.open.pop()
         found: dict[str, Any] = {}
+        for name, value in (*model.named_parameters(), *model.named_buffers()):
+            self.known.setdefault(id(value), (value, f"state {name}"))  # an attribute that holds it is no further state
         for path, module in model.named_modules():
             own = path or "itself"
             words = f"{self.of(type(module), f'{place}.{own}')}"
@@ -329,6 +331,7 @@ _OF_EVERY_CLASS = {
     *("__annotate_func__", "__annotations_cache__", "__firstlineno__", "__static_attributes__", "_abc_impl"),
     *("_backward_cls", "_autograd_function_id"),  # of an autograd.Function: a number in the order of the imports
 }
+_HASHES = {"_original_object_hash"}  # of transformers' GenerationConfig: Python's hash, another one in every process
 _OF_EVERY_MODULE = {*vars(nn.Module())}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _LOCKS = {

@@ -93,7 +93,7 @@ DIFFERENT = {
     "sets": ({1, 2}, {1, 3}, frozenset({(1, 2)})),
     "mappings": ({1: 2}, {"1": 2}, {1: 3}, OrderedDict([(1, 2), (2, 3)]), OrderedDict([(2, 3), (1, 2)])),
     "members": (Colour.RED, Colour.BLUE),
-    "generators": (made(0), made(1)),
+    "generators": (made(0), made(1), np.random.default_rng(0), np.random.default_rng(1)),
     "arrays": (np.ones(2), np.ones(2, "f4"), np.ones((2, 1)), np.array(["a"]), np.array([{}, 1], dtype=object)),
     "tensors": (torch.ones(2), torch.ones(2).half(), torch.ones(2).to_sparse() * 2, torch.ones(2) * 1j),
     "C": (torch.relu, torch.tanh, np.add, len, torch.ones(1).sum, torch.zeros(1).sum, torch.Tensor.sum, str.join),
@@ -114,6 +114,7 @@ from fastif.samplers import random as random_sampler
 from tests.test_fingerprints import *
 lock = threading.Lock()
 log = logging.getLogger("own")
+torch.manual_seed(0)
 
 def train(kept, seed):
     from tests.helpers.problems import clusters
@@ -134,7 +135,8 @@ WORDS, PATTERN, STREAMS = {f"word {n}" for n in range(20)}, re.compile("a"), Non
 holder = Holder(a={1, "a", (2,)}, lock=lock, own=None, generator=made(3), slots=Slots(4), colour=Colour.RED, log=log)
 holder.own = holder
 values = [train, holder, partial(train, seed=Slots(2)), Weighted(torch.ones(3)).of, Net, described_model(Net()),
-          random_sampler, Colour, closed(holder), threading.Condition(lock), DIFFERENT["C"], DIFFERENT["subclasses"],
+          random_sampler, Colour, np.random.default_rng(0), nn.LSTM(2, 2), torch.compile(nn.Linear(2, 2)),
+          closed(holder), threading.Condition(lock), DIFFERENT["C"], DIFFERENT["subclasses"],
           nn.TransformerEncoderLayer(4, 2).__class__, described_model(nn.TransformerEncoderLayer(4, 2))]
 print(json.dumps(described(values), sort_keys=True, allow_nan=False))
 """
@@ -203,7 +205,8 @@ def test_the_code_of_a_model_is_told_apart():
     ]
     texts = [json.dumps(described_model(model)) for model in models]
     assert len(set(texts)) == len(texts)
-    assert described_model(Net()) == described_model(Net())  # whose weights differ
+    for make in (Net, lambda: nn.LSTM(2, 2)):
+        assert described_model(make()) == described_model(make())  # whose weights differ
     assert described_model(models[0])["1"].startswith("torch.nn.modules.activation.ReLU (")
 
 
