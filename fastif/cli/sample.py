@@ -90,6 +90,6 @@ def _write_subset(path: Path, indices: Tensor, weights: Tensor) -> None:
         if path.suffix == ".npz":
             np.savez(partial, indices=indices.numpy(), weights=weights.numpy())
         else:
-            from safetensors.torch import save_file
+            from safetensors.torch import save
 
-            save_file({"indices": indices.contiguous(), "weights": weights.contiguous()}, partial)
+            partial.write_bytes(save({"indices": indices.contiguous(), "weights": weights.contiguous()}))

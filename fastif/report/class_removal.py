@@ -28,8 +28,6 @@ _AXES = (("F1", True), ("SL", True), ("EL", False), ("RTE", False), ("ME", False
 
 Results = Mapping[str, Any]
 
-_NOT_FACTS = ("definitions", "code", "checksum")  # of the meta: for other places, and for machines
-
 
 def write_report(results: Results, out: str | Path) -> list[Path]:
     """Writes `radar.png`, `bars.png`, `budget.png`, `steps.png` and `report.html` to the folder `out`; returns paths.
@@ -309,7 +307,7 @@ def page(results: Results, figures: Mapping[str, bytes]) -> str:
         f"<h2>Class by class</h2>{_class_table(results)}"
         f"<details><summary>Every step</summary>{_summary_table(results, range(1, last + 1))}</details>"
         f"<h2>What the words mean</h2>{facts_table(meta['definitions'])}"
-        f"<h2>How it was made</h2>{facts_table({key: meta[key] for key in meta if key not in _NOT_FACTS})}"
+        f"<h2>How it was made</h2>{facts_table({key: meta[key] for key in meta if key != 'definitions'})}"
     )
     return document(title, body)
 
