@@ -4,20 +4,15 @@ their code and all that it reads, models by their modules' code, other objects b
 from __future__ import annotations
 
 import copyreg
-import dis
 import functools
 import hashlib
-import importlib
 import platform
 import sys
-import sysconfig
 import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
-from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +21,7 @@ from torch import Tensor, nn
 
 from fastif._version import __version__
 from fastif.files import canonical, checksum
+from fastif.loaded_code import code_text, global_paths, imported, is_installed, named
 
 VERSIONS = {"fastif": __version__, "torch": torch.__version__, "python": platform.python_version()}
 _MOST_ENTRIES = 100  # of a container that is described one by one: the rest is a digest
@@ -125,13 +121,13 @@ class _Description:
                 found["arguments"] = self.of(list(value.args), f"{place}.args")
                 return {**found, "keywords": self.of(value.keywords, f"{place}.keywords")}
             case types.ModuleType():
-                return _named(value.__name__, "")
+                return named(value.__name__, "")
             case types.FunctionType():
                 return self.function(value, place)
             case types.MethodType():
                 return {"method": self.of(value.__func__, place), "bound to": self.of(value.__self__, f"{place}.self")}
             case types.CodeType():
-                return checksum(_code_text(value))
+                return checksum(code_text(value))
             case staticmethod() | classmethod():
                 return {type(value).__name__: self.of(value.__func__, place)}
             case property():
@@ -178,12 +174,12 @@ class _Description:
     def function(self, function: types.FunctionType, place: str) -> Any:
         name = f"{function.__module__}.{function.__qualname__}"
         parts: dict[str, Any] = {}
-        if own := not _is_installed(function.__module__):
+        if own := not is_installed(function.__module__):
             installed, reads = self.reads(function, place)
-            text = f"{name} ({checksum(_code_text(function.__code__), *installed)[:16]})"
+            text = f"{name} ({checksum(code_text(function.__code__), *installed)[:16]})"
             parts["reads"] = reads
         else:
-            text = _named(function.__module__, function.__qualname__)
+            text = named(function.__module__, function.__qualname__)
         if own or "<locals>" in function.__qualname__:  # else its file says it all
             parts["closure"] = {
                 variable: self.of(_contents(cell), f"{place}.{variable}")
@@ -200,27 +196,27 @@ class _Description:
         """The globals that a function reads: names of what is installed, and descriptions of the rest."""
         installed: list[str] = []
         reads: dict[str, Any] = {}
-        for path in _global_paths(function.__code__):
+        for path in global_paths(function.__code__):
             if path[0] == "import":
-                value, path = _imported(path[1], int(path[2]), function.__globals__), path[3:]
+                value, path = imported(path[1], int(path[2]), function.__globals__), path[3:]
                 name = ".".join(("import", value.__name__ if isinstance(value, types.ModuleType) else "", *path))
             elif path[0] in function.__globals__:
                 value, name, path = function.__globals__[path[0]], ".".join(path), path[1:]
             else:
                 continue  # a built-in, or not there yet
-            while isinstance(value, types.ModuleType) and path and not _is_installed(value.__name__):
+            while isinstance(value, types.ModuleType) and path and not is_installed(value.__name__):
                 value, path = getattr(value, path[0], None), path[1:]
             found = self.of(value, f"{place} reads {name}, which")
             module = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
-            if isinstance(found, str) and _is_code(value) and _is_installed(module):
+            if isinstance(found, str) and _is_code(value) and is_installed(module):
                 installed.append(f"{name} {found} {path}")
             else:
                 reads[name] = found
         return sorted(installed), reads
 
     def kind(self, kind: type, place: str) -> str:
-        if _is_installed(kind.__module__) and "<locals>" not in kind.__qualname__:
-            return _named(kind.__module__, kind.__qualname__)
+        if is_installed(kind.__module__) and "<locals>" not in kind.__qualname__:
+            return named(kind.__module__, kind.__qualname__)
         held = {
             name: self.of(value, f"{place}.{name}")
             for name, value in sorted(vars(kind).items())
@@ -240,7 +236,7 @@ class _Description:
         places = [module] if module else ["numpy", "scipy.special"]  # a ufunc does not say where it is from
         for there in places:
             if getattr(sys.modules.get(there), name, None) is value:
-                return _named(there, name)
+                return named(there, name)
         if owner is not None and type(owner).__name__ != "PyCapsule" and not isinstance(owner, types.ModuleType):
             return {"method": name, "bound to": self.of(owner, f"{place}.self")}
         return self.unstable(value, place)
@@ -249,7 +245,7 @@ class _Description:
 
     def instance(self, value: Any, place: str) -> Any:
         kind = type(value)
-        if not _is_installed(kind.__module__):
+        if not is_installed(kind.__module__):
             held = dict(getattr(value, "__dict__", {}))
             for base in kind.__mro__:
                 slots = vars(base).get("__slots__", ())
@@ -360,95 +356,3 @@ def _contents(cell: types.CellType) -> Any:
         return cell.cell_contents
     except ValueError:  # nothing has been bound to the name yet
         return None
-
-
-def _code_text(code: types.CodeType) -> str:
-    """What code does, but not where it stands, which line breaks and comments change."""
-    constants = [_code_text(c) if isinstance(c, types.CodeType) else _constant_text(c) for c in code.co_consts]
-    counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
-    names = code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
-    table = getattr(code, "co_exceptiontable", b"")
-    return repr((code.co_name, counts, code.co_code.hex(), table.hex(), constants, names))
-
-
-def _constant_text(constant: Any) -> str:
-    if isinstance(constant, frozenset):
-        return f"frozenset {sorted(map(_constant_text, constant))}"
-    if isinstance(constant, tuple):
-        return f"({', '.join(map(_constant_text, constant))})"
-    return repr(constant)
-
-
-def _global_paths(code: types.CodeType) -> list[tuple[str, ...]]:
-    """The globals that code reads, with the attributes that it takes of them at once; and what it imports.
-
-    An import is ("import", module, level, names …).
-    """
-    paths: dict[tuple[str, ...], None] = {}
-    instructions = [*dis.get_instructions(code)]
-    for number, instruction in enumerate(instructions):
-        after = instructions[number + 1 :]
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
-            path = [str(instruction.argval)]
-            for following in after:
-                if following.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
-                    break
-                path.append(str(following.argval))
-            paths[tuple(path)] = None
-        elif instruction.opname == "IMPORT_NAME":
-            level = instructions[number - 2].argval
-            start = ("import", str(instruction.argval), str(level if isinstance(level, int) else 0))
-            own = takewhile(lambda i: i.opname != "IMPORT_NAME", after)
-            names = [str(i.argval) for i in own if i.opname == "IMPORT_FROM"]
-            paths.update(dict.fromkeys([(*start, name) for name in names] or [start]))
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            paths.update(dict.fromkeys(_global_paths(constant)))
-    return [*paths]
-
-
-def _imported(name: str, level: int, spaces: Mapping[str, Any]) -> Any:
-    try:
-        return importlib.import_module("." * level + name, spaces.get("__package__") if level else None)
-    except Exception:  # the function may never come to this line
-        return None
-
-
-@functools.cache
-def _installed_folders() -> tuple[str, ...]:
-    paths = sysconfig.get_paths()
-    return tuple({str(Path(paths[name]).resolve()) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-
-
-def _is_installed(module: str | None) -> bool:
-    """Whether a module belongs to Python, to fastif or to an installed package: its file does not change by itself."""
-    if module is None or module == "__main__":
-        return False
-    top = module.partition(".")[0]
-    if top in ("builtins", "fastif"):
-        return True
-    for name in (module, top):
-        file = getattr(sys.modules.get(name), "__file__", None)
-        if file is not None:
-            folder = str(Path(file).resolve())
-            return folder.startswith(_installed_folders()) or "site-packages" in folder or "dist-packages" in folder
-    return top in sys.stdlib_module_names
-
-
-def _named(module: str, name: str) -> str:
-    """The full name of a part of a module, and a digest of the module's file where there is one."""
-    full = f"{module}.{name}" if name else f"module {module}"
-    file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None:
-        return full
-    try:
-        status = Path(file).stat()
-    except OSError:
-        return full
-    return f"{full} ({_file_digest(file, status.st_mtime_ns, status.st_size)})"
-
-
-@functools.cache
-def _file_digest(file: str, changed: int, size: int) -> str:
-    del changed, size  # of the file: another entry of the cache
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
