@@ -38,7 +38,8 @@ from tqdm import tqdm
 import fastif
 from fastif import evaluation, samplers
 from fastif.evaluation.training import train
-from fastif.journal import Journal, write_whole
+from fastif.files import write_whole
+from fastif.journal import Journal
 from fastif.measure import environment
 
 WEIGHT_DECAY = 1e-3  # of all trainings

@@ -29,7 +29,8 @@ from fastif import samplers
 from fastif.evaluation import mislabel_detection
 from fastif.evaluation.models import build
 from fastif.evaluation.settings import check_budgets
-from fastif.journal import Journal, whole, write_whole
+from fastif.files import whole, write_whole
+from fastif.journal import Journal
 from fastif.measure import environment
 
 DAMPING = 1e-3

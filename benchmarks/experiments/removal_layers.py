@@ -34,7 +34,8 @@ from fastif.data import Data, load
 from fastif.evaluation.metrics import measure
 from fastif.evaluation.models import build
 from fastif.evaluation.training import RECIPES, train
-from fastif.journal import Journal, write_whole
+from fastif.files import write_whole
+from fastif.journal import Journal
 from fastif.measure import environment
 from fastif.removal.network import RetainedNetwork
 from fastif.removal.newton import newton

@@ -64,6 +64,17 @@ def writable(*folders: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def interruptible(folder: Path, kept: Sequence[str]) -> Iterator[None]:
+    """Ctrl-C becomes Interrupted, which names the folder where it holds something to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not any((folder / name).exists() for name in kept):
+            raise
+        raise Interrupted(f"what was finished is in {folder}; the same command with --resume continues") from None
+
+
 def terminal() -> Console:
     """Where results are printed; 120 columns where that is no terminal."""
     console = Console(highlight=False)

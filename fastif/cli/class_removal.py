@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fastif import samplers as sampling
-from fastif.cli.arguments import Interrupted, check, device_named, split, terminal, writable
+from fastif.cli.arguments import check, device_named, interruptible, split, terminal, writable
 from fastif.data import NAMES, Data, load
 from fastif.evaluation.class_removal import class_removal
 from fastif.evaluation.lissa_step import LiSSAStep, Removed
@@ -30,6 +30,7 @@ from fastif.evaluation.training import (
     save_checkpoint,
     train,
 )
+from fastif.folder_lock import locked
 from fastif.model.features import extract
 from fastif.report.class_removal import (
     BASELINE,
@@ -118,35 +119,33 @@ def class_removal_command(
     def retrained(keep: Tensor) -> nn.Module:
         return _trained(recipe, images, images.x_train[keep], images.y_train[keep], where, progress=False)
 
-    with writable(out, *([] if network is not None else [stored.parent])):
+    places = [out] if network is not None else [out, stored.parent]
+    with interruptible(out, ("rows.jsonl", stored.name)), writable(*places), locked(out):
         if network is None:
             trained = _trained(recipe, images, images.x_train, images.y_train, where, progress=not quiet)
             network = Checkpoint(trained, recipe, data, images.classes, _image_shape(images))
             save_checkpoint(stored, network)
         model = network.model.to(where)
         with_lissa = data == "digits" if lissa is None else lissa
-        try:
-            results = class_removal(
-                model,
-                (images.x_train, images.y_train),
-                (images.x_test, images.y_test),
-                samplers=chosen,
-                k=budgets,
-                seeds=seeds,
-                classes=removed,
-                steps=steps,
-                weight_decay=recipe.weight_decay,
-                damping=damping,
-                retrain=retrained if retrain else None,
-                baseline=_lissa(model, images, recipe.weight_decay, where) if with_lissa else None,
-                out=out,
-                resume=resume,
-                device=where,
-                progress=not quiet,
-                about={"data": data, "class_names": images.classes, "recipe": recipe._asdict()},
-            )
-        except KeyboardInterrupt:
-            raise Interrupted(f"what was finished is in {out}; the same command with --resume continues") from None
+        results = class_removal(
+            model,
+            (images.x_train, images.y_train),
+            (images.x_test, images.y_test),
+            samplers=chosen,
+            k=budgets,
+            seeds=seeds,
+            classes=removed,
+            steps=steps,
+            weight_decay=recipe.weight_decay,
+            damping=damping,
+            retrain=retrained if retrain else None,
+            baseline=_lissa(model, images, recipe.weight_decay, where) if with_lissa else None,
+            out=out,
+            resume=resume,
+            device=where,
+            progress=not quiet,
+            about={"data": data, "class_names": images.classes, "recipe": recipe._asdict()},
+        )
     paths = [out / "results.json", *write_report(results, out), stored]
     if not quiet:
         console = terminal()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastif.cli.arguments import check, writable
 from fastif.evaluation.settings import SAMPLERS, check_budgets, choose_samplers
-from fastif.journal import whole
+from fastif.files import whole
 from fastif.samplers.draw import draw, missing_inputs
 
 
@@ -77,6 +77,6 @@ def _write_subset(path: Path, indices: Tensor, weights: Tensor) -> None:
         if path.suffix == ".npz":
             np.savez(partial, indices=indices.numpy(), weights=weights.numpy())
         else:
-            from safetensors.torch import save_file
+            from safetensors.torch import save
 
-            save_file({"indices": indices.contiguous(), "weights": weights.contiguous()}, partial)
+            partial.write_bytes(save({"indices": indices.contiguous(), "weights": weights.contiguous()}))

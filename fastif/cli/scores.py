@@ -8,14 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import numpy as np
 import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
-from fastif.cli.arguments import Interrupted, check, device_named, split, terminal, writable
+from fastif.cli.arguments import check, device_named, interruptible, split, terminal, writable
 from fastif.cli.sample import read_array
 from fastif.cli.script import function_named, returned
 from fastif.curvature import (
@@ -33,12 +32,15 @@ from fastif.curvature import (
 from fastif.curvature.limits import MEMORY
 from fastif.data.batches import count
 from fastif.evaluation.settings import check_budgets, choose_samplers
+from fastif.files import Damaged, canonical, checksum, load_array, save_array, whole
+from fastif.fingerprints import fingerprint
+from fastif.folder_lock import locked
 from fastif.influence.influence import Influence
 from fastif.influence.planning import Plan
 from fastif.influence.score_folder import MANIFEST
 from fastif.influence.score_job import BLOCK_BYTES, fit_settings, write_scores
 from fastif.influence.tiles import By, check_groups, check_positions
-from fastif.journal import refuse_differences, whole
+from fastif.journal import refuse_differences
 from fastif.model.calls import dtype_of
 from fastif.model.losses import LOSSES, MEASUREMENTS
 
@@ -55,6 +57,7 @@ CURVATURES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {  # the est
     "data-inf": (DataInf, ("empirical",)),
     "random-projection": (RandomProjection, FISHERS),
 }
+CURVATURE = "curvature.safetensors"  # in the folder of the scores
 _SHOWN = 5  # queries, and training examples of each, in the table
 
 
@@ -127,6 +130,9 @@ def scores_command(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="For samplers, what the curvature draws, and torch in your function.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a job in the same folder.")] = False,
+    key: Annotated[
+        str | None, typer.Option(help="A name of your own for what of your code cannot be fingerprinted.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Scores of training examples for queries, for a model of your own.
@@ -183,31 +189,30 @@ def scores_command(
             check_positions({name: layer.positions for name, layer in plan.layers.items()})
         if not quiet:
             _print_plan(influence, plan, q, rows, by, out)
-    with writable(out):
-        try:
-            known = _fit(influence, train, out / "curvature.safetensors", resume, picker, size)
-            scores = write_scores(
-                influence.fitted,
-                query,
-                train,
-                out,
-                resume=resume,
-                query_groups=groups,
-                low_rank=low_rank,
-                by=by,  # pyright: ignore[reportArgumentType]
-            )
-            best = scores.top(min(n, max(top, _SHOWN))) if top or not quiet else None
-            paths = [path for path in (out / "top.csv",) if top]
-            if best is not None and top:
-                _write_top(paths[0], row, *best, top)
-            if self_influence:
-                paths.append(out / "self_influence.npy")
-                if not (known and paths[-1].exists()):
-                    values = influence.self_influence(train)
-                    with whole(paths[-1]) as unfinished:
-                        np.save(unfinished, values.numpy())
-        except KeyboardInterrupt:
-            raise Interrupted(f"what was finished is in {out}; the same command with --resume continues") from None
+    with interruptible(out, (MANIFEST, CURVATURE)), writable(out), locked(out):
+        known = _fit(influence, train, out / CURVATURE, resume, picker, size, key)
+        scores = write_scores(
+            influence.fitted,
+            query,
+            train,
+            out,
+            resume=resume,
+            query_groups=groups,
+            low_rank=low_rank,
+            by=by,  # pyright: ignore[reportArgumentType]
+            key=key,
+        )
+        best = scores.top(min(n, max(top, _SHOWN))) if top or not quiet else None
+        paths = [path for path in (out / "top.csv",) if top]
+        if best is not None and top:
+            _write_top(paths[0], row, *best, top)
+        if self_influence:
+            paths.append(out / "self_influence.npy")
+            about = checksum(canonical(scores.settings))
+            if known and paths[-1].exists():
+                load_array(paths[-1], str(dtype_of(model)).removeprefix("torch."), (n,), about)
+            else:
+                save_array(paths[-1], influence.self_influence(train).numpy(), about)
     if best is not None and not quiet:
         console = terminal()
         console.print(_table(row, rows, *best, n))
@@ -260,10 +265,11 @@ def _fit(
     resume: bool,
     picker: tuple[str, Callable[..., Any]] | None,
     k: int | None,
+    key: str | None,
 ) -> bool:
     """Fits the curvature and keeps it in a file, or takes it from there: whether it was there."""
     name = None if picker is None else picker[0]
-    settings = {**fit_settings(influence.setup, train), "sampler": name, "k": k}
+    settings = {**fit_settings(influence.setup, train, key), "sampler": name, "k": k}
     known = resume and stored.exists()
     if known:
         found, state = _read_curvature(stored)
@@ -278,7 +284,7 @@ def _fit(
 
     state = {key: value.detach().cpu().contiguous() for key, value in influence.state_dict().items()}
     with whole(stored) as unfinished:
-        unfinished.write_bytes(save(state, {"fastif": json.dumps(settings)}))
+        unfinished.write_bytes(save(state, {"fastif": json.dumps(settings), "checksum": _checksum(settings, state)}))
     return False
 
 
@@ -287,10 +293,17 @@ def _read_curvature(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            settings = json.loads(file.metadata()["fastif"])
-            return settings, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            settings, wanted = json.loads(file.metadata()["fastif"]), file.metadata()["checksum"]
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}; remove it and resume the job") from error
+        raise Damaged(path, str(error)) from error
+    if _checksum(settings, state) != wanted:
+        raise Damaged(path, "its checksum does not fit what it holds")
+    return settings, state
+
+
+def _checksum(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    return checksum(canonical(settings), *(f"{name} {fingerprint([state[name]])}" for name in sorted(state)))
 
 
 # ------------------------------------------------------------------------------------------------------------- results

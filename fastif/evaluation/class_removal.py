@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from functools import partial
 from numbers import Real
@@ -34,7 +35,10 @@ from fastif.evaluation.settings import (
     choose_samplers,
     integers,
 )
-from fastif.journal import Journal, fingerprint, refuse_differences, write_whole
+from fastif.files import CHECKSUM, Damaged, canonical, checksum, write_whole
+from fastif.fingerprints import described, described_model, fingerprint
+from fastif.folder_lock import locked
+from fastif.journal import Journal, refuse_differences
 from fastif.measure import environment
 from fastif.model.features import Extracted, extract, find_head
 from fastif.removal import head_steps, optimal_head
@@ -56,6 +60,7 @@ def class_removal(
     baseline: Callable[[Tensor, int, int], Removed] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
+    key: str | None = None,
     head: str | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -76,7 +81,8 @@ def class_removal(
     (one per sampler, k and step). The entries are defined in `meta.definitions`; docs/math.md (5) has the formulas.
 
     With `out`, a folder, the dict is written to `out/results.json` when it is complete; until then every finished run
-    is kept in `out/rows.jsonl`, and the same call with `resume=True` goes on from there.
+    is kept in `out/rows.jsonl`, and the same call with `resume=True` goes on from there. `key` is a name of your own
+    for what of the model, the samplers and `retrain` cannot be fingerprinted, of which an error tells.
 
     Raises ValueError for settings that name no such thing, labels that are missing, classes without held-out examples,
     and for a resumption with other settings, model or data than before, with the list of differences; TypeError for
@@ -100,6 +106,10 @@ def class_removal(
     _check_examples("training", labels, removed_classes)
     _check_examples("held-out", held_labels, removed_classes)
     budgets = check_budgets(k, len(labels))
+    if key is not None and out is None:
+        raise ValueError(f"class_removal: key={key!r} needs out=, the folder of the job")
+    place = torch.device(device or layer.weight.device)
+    where = environment(place)
     settings = {
         "samplers": [name for name, _ in chosen],
         "k": budgets,
@@ -109,92 +119,103 @@ def class_removal(
         "weight_decay": weight_decay,
         "damping": damping,
         "retrain": retrain is not None,
+        "threads": where["threads"],
+        "versions": where["versions"],
+        "device type": place.type,
         "model": fingerprint(model.state_dict().values()),
         "labels": fingerprint((labels, held_labels)),
         "examples": fingerprint((features, held_features)),
     }
-    if baseline is not None:
-        settings["baseline"] = True
-    out = None if out is None else Path(out)
     if out is not None:
+        settings["code"] = {
+            "model": described_model(model, key),
+            "retrain": described(retrain, "retrain", key),
+            "samplers": {name: described(function, f"the sampler {name}", key) for name, function in chosen},
+            "baseline": described(baseline, "baseline", key),
+        }
+        settings["key"] = key
+        out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
-        if resume and (finished := _finished(out, settings)):
+    with nullcontext() if out is None else locked(out):
+        if out is not None and resume and (finished := _finished(out, settings)):
             return finished
-    journal = Journal(None if out is None else out / "rows.jsonl", settings, resume)
+        journal = Journal(None if out is None else out / "rows.jsonl", settings, resume)
 
-    place = torch.device(device or layer.weight.device)
-    fit, held = (features.to(place), labels.to(place)), (held_features.to(place), held_labels.to(place))
-    job = _Job(fit, held, layer, weight_decay, damping, steps)
-    original = [job.original(c) for c in removed_classes]
-    retrained_head = list(journal.of_kind("retrained_head"))
-    for c in removed_classes[len(retrained_head) :]:
-        retrained_head.append(job.retrained_head(c))
-        journal.append("retrained_head", retrained_head[-1])
-    retrained = list(journal.of_kind("retrained"))
-    if retrain is not None:
-        missing = removed_classes[len(retrained) :]
-        for c in tqdm(missing, "retrain the network", unit="class", disable=not progress, leave=False):
-            retrained.append(_retrained(retrain, c, labels, held_labels, test, head, device))
-            journal.append("retrained", retrained[-1])
+        fit, held = (features.to(place), labels.to(place)), (held_features.to(place), held_labels.to(place))
+        job = _Job(fit, held, layer, weight_decay, damping, steps)
+        original = [job.original(c) for c in removed_classes]
+        heads, networks = journal.found("retrained_head"), journal.found("retrained")
+        for c in removed_classes:
+            if (c,) not in heads:
+                heads[c,] = job.retrained_head(c)
+                journal.append("retrained_head", heads[c,], (c,))
+        if retrain is not None:
+            missing = [c for c in removed_classes if (c,) not in networks]
+            for c in tqdm(missing, "retrain the network", unit="class", disable=not progress, leave=False):
+                networks[c,] = _retrained(retrain, c, labels, held_labels, test, head, device)
+                journal.append("retrained", networks[c,], (c,))
+        retrained_head = [heads[c,] for c in removed_classes]
+        retrained = [networks[c,] for c in removed_classes if (c,) in networks]
 
-    compared = list(journal.of_kind("baseline"))
-    if baseline is not None:
-        asked = [(budget, c) for budget in budgets for c in removed_classes][len(compared) :]
-        for budget, c in tqdm(asked, "baseline", unit="run", disable=not progress, leave=False):
-            removed = baseline(job.members(c).cpu(), min(budget, int((labels != c).sum())), seeds[0])
-            compared.append(_compared(removed, model, budget, c, seeds[0], held_labels, test, head, device))
-            journal.append("baseline", compared[-1])
+        compared = journal.found("baseline")
+        if baseline is not None:
+            asked = [(budget, c) for budget in budgets for c in removed_classes if (budget, c) not in compared]
+            for budget, c in tqdm(asked, "baseline", unit="run", disable=not progress, leave=False):
+                removed = baseline(job.members(c).cpu(), min(budget, int((labels != c).sum())), seeds[0])
+                compared[budget, c] = _compared(removed, model, budget, c, seeds[0], held_labels, test, head, device)
+                journal.append("baseline", compared[budget, c], (budget, c))
 
-    rows: list[dict[str, Any]] = [row for run in journal.of_kind("rows") for row in run]
-    done = {(row["sampler"], row["k"], row["class"], row["seed"]) for row in rows}
-    kept = len(rows)
-    # Samplers in the innermost place: what slows the machine for a while slows them all.
-    runs = [
-        (name, function, budget, index, seed)
-        for seed in seeds
-        for index in range(len(removed_classes))
-        for budget in budgets
-        for name, function in chosen
-        if (_draws(function) or seed == seeds[0]) and (name, budget, removed_classes[index], seed) not in done
-    ]
-    if runs:
-        job.run(runs[0][1], runs[0][2], 0, original[0], 0.0)  # the first run pays for the warming up: not measured
-    for name, function, budget, index, seed in (bar := tqdm(runs, unit="run", disable=not progress, leave=False)):
-        bar.set_description(f"{name}, k = {budget}")
-        run = job.run(function, budget, seed, original[index], retrained_head[index]["objective"])
-        run = [{"sampler": name, "k": budget, **row} for row in run]
-        journal.append("rows", run)
-        rows += run
+        rows: list[dict[str, Any]] = [row for run in journal.found("rows").values() for row in run]
+        done = {(row["sampler"], row["k"], row["class"], row["seed"]) for row in rows}
+        kept = len(rows)
+        # Samplers in the innermost place: what slows the machine for a while slows them all.
+        runs = [
+            (name, function, budget, index, seed)
+            for seed in seeds
+            for index in range(len(removed_classes))
+            for budget in budgets
+            for name, function in chosen
+            if (_draws(function) or seed == seeds[0]) and (name, budget, removed_classes[index], seed) not in done
+        ]
+        if runs:
+            job.run(runs[0][1], runs[0][2], 0, original[0], 0.0)  # the first run pays for the warming up: not measured
+        for name, function, budget, index, seed in (bar := tqdm(runs, unit="run", disable=not progress, leave=False)):
+            bar.set_description(f"{name}, k = {budget}")
+            run = job.run(function, budget, seed, original[index], retrained_head[index]["objective"])
+            run = [{"sampler": name, "k": budget, **row} for row in run]
+            journal.append("rows", run, (name, budget, removed_classes[index], seed))
+            rows += run
 
-    meta = {
-        **settings,
-        "n_train": len(labels),
-        "n_test": len(held_labels),
-        "features": layer.in_features,
-        "outputs": layer.out_features,
-        "draws_nothing": [name for name, function in chosen if not _draws(function)],
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name.replace("__main__.py", "fastif"), *sys.argv[1:]]),
-        **environment(place),
-        **(about or {}),
-        "rows_kept_from_before": kept,
-        "total_seconds": time.perf_counter() - began,
-        "definitions": DEFINITIONS,
-    }
-    results = {
-        "meta": meta,
-        "original": original,
-        "retrained_head": retrained_head,
-        "retrained": retrained,
-        "baseline": compared,
-        "rows": rows,
-        "summary": summarise(rows),
-    }
-    results = json.loads(json.dumps(results, allow_nan=False))  # the same whether it is returned or read back
-    if out is not None:
-        write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False))
-        journal.finish()
-    return results
+        meta = {
+            **settings,
+            "n_train": len(labels),
+            "n_test": len(held_labels),
+            "features": layer.in_features,
+            "outputs": layer.out_features,
+            "draws_nothing": [name for name, function in chosen if not _draws(function)],
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": " ".join([Path(sys.argv[0]).name.replace("__main__.py", "fastif"), *sys.argv[1:]]),
+            **where,
+            **(about or {}),
+            "rows_kept_from_before": kept,
+            "total_seconds": time.perf_counter() - began,
+            "definitions": DEFINITIONS,
+        }
+        results = {
+            "meta": meta,
+            "original": original,
+            "retrained_head": retrained_head,
+            "retrained": retrained,
+            "baseline": list(compared.values()),
+            "rows": rows,
+            "summary": summarise(rows),
+        }
+        results = json.loads(json.dumps(results, allow_nan=False))  # the same whether it is returned or read back
+        results["meta"][CHECKSUM] = _checksum(results)
+        if out is not None:
+            write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False))
+            journal.finish()
+        return results
 
 
 class _Job:
@@ -354,9 +375,17 @@ def _finished(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     if (out / "rows.jsonl").exists() or not path.exists():
         return None
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(path.read_text(encoding="utf-8", errors="replace"))
         found = {name: results["meta"].get(name) for name in settings}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a results file of class_removal: {error!r}") from error
+        raise Damaged(path, f"it is not a results file of class_removal: {error!r}") from error
+    if results["meta"].get(CHECKSUM) != _checksum(results):
+        raise Damaged(path, "its checksum does not fit what it holds")
     refuse_differences(path, found, settings)
     return results
+
+
+def _checksum(results: Mapping[str, Any]) -> str:
+    """Of all of the results but itself."""
+    meta = {name: value for name, value in results["meta"].items() if name != CHECKSUM}
+    return checksum(canonical({**results, "meta": meta}))

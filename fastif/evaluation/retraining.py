@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import pickle
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,7 +25,10 @@ from tqdm import tqdm
 
 from fastif.data.batches import as_loader, batch_length, moved_to
 from fastif.evaluation.settings import check_seeds
-from fastif.journal import Journal, described, fingerprint, refuse_differences, tensors_in, write_whole
+from fastif.files import Damaged, sealed, unsealed, write_whole
+from fastif.fingerprints import VERSIONS, described, fingerprint, tensors_in
+from fastif.folder_lock import locked
+from fastif.journal import Journal, Key, refuse_differences
 from fastif.model.calls import call
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement, labels_in, measured
 
@@ -50,6 +57,7 @@ def retrain(
     batch_size: int = 256,
     out: str | Path | None = None,
     resume: bool = False,
+    key: str | None = None,
     progress: bool = True,
 ) -> Retrained:
     """Trains a network on each set of examples with each seed, and measures the queries on it.
@@ -68,9 +76,12 @@ def retrain(
         threads: CPU threads of each retraining. It does not follow `processes`, because sums may round differently
             with other numbers of threads: so the same bits come out whatever the number of processes.
         out: a folder that keeps what is finished, retraining by retraining; all of it is then in `retrained.json`.
-            Without resume, a folder that holds a job is refused.
+            Without resume, a folder that holds a job is refused, and always one that another process writes to.
         resume: take from `out` what is there, of an interrupted job or of a finished one. Refused where the sets, the
-            seeds, the queries or train_fn (its source, and the tensors and numbers that a partial holds) are others.
+            seeds, the queries, train_fn (its code, and all that it closes over, is bound to and reads), the number of
+            threads or the versions of fastif, torch and Python are others.
+        key: with out=, a name of your own for what cannot be fingerprinted, of which an error tells; change it
+            whenever that changes.
 
     Raises ValueError for a set that is empty, repeats an index or holds a negative one, for a measurement that is not
     finite, with set, seed and query; TypeError for a train_fn that returns no nn.Module, or cannot be pickled.
@@ -84,39 +95,36 @@ def retrain(
     for name, value in (("processes", processes), ("threads", threads)):
         if type(value) is not int or value < 1:
             raise ValueError(f"retrain: {name} must be an integer >= 1, got {value!r}")
+    if key is not None and out is None:
+        raise ValueError(f"retrain: key={key!r} needs out=, the folder of the job")
     seeds = check_seeds(seeds)
     kept = [_checked(number, indices) for number, indices in enumerate(kept)]
     if not kept:
         raise ValueError("retrain: there must be at least one set to train on")
     job = _Job(train_fn, query, loss, measurement, batch_size)
+    if out is None:
+        return _assembled(kept, seeds, job.all_runs(kept, seeds, {}, processes, threads, progress))
     settings = {
-        "train_fn": described(train_fn),
+        "train_fn": described(train_fn, "train_fn", key),
         "kept": fingerprint(kept),
         "sets": len(kept),
         "seeds": seeds,
         "query": fingerprint(part for x, y in as_loader(query, batch_size) for part in tensors_in((x, y))),
-        "loss": described(loss),
-        "measurement": described(measurement),
+        "loss": described(loss, "loss", key),
+        "measurement": described(measurement, "measurement", key),
         "threads": threads,
+        "key": key,
+        **VERSIONS,
     }
-    folder = None if out is None else Path(out)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if records := _finished(folder, settings, resume):
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if (records := _finished(folder, settings, resume)) is not None:
             return _assembled(kept, seeds, records)
-    journal = Journal(None if folder is None else folder / "retrained.jsonl", settings, resume)
-    records = list(journal.of_kind("retrained"))
-    done = {(record["set"], record["seed"]) for record in records}
-    todo = [(number, seed) for seed in seeds for number in range(len(kept)) if (number, seed) not in done]
-    runs = job.one_by_one if processes == 1 else partial(job.side_by_side, processes=processes)
-    bar = tqdm(total=len(kept) * len(seeds), initial=len(done), desc="retrain", unit="network", disable=not progress)
-    with bar:
-        for number, seed, values, seconds in runs([(number, kept[number], seed) for number, seed in todo], threads):
-            records.append({"set": number, "seed": seed, "values": values, "seconds": seconds})
-            journal.append("retrained", records[-1])
-            bar.update()
-    if folder is not None:
-        write_whole(folder / "retrained.json", json.dumps({"settings": settings, "retrained": records}))
+        journal = Journal(folder / "retrained.jsonl", settings, resume)
+        records = job.all_runs(kept, seeds, journal.found("retrained"), processes, threads, progress, journal)
+        document = sealed({"settings": settings, "retrained": [*records.values()]})
+        write_whole(folder / "retrained.json", json.dumps(document))
         journal.finish()
     return _assembled(kept, seeds, records)
 
@@ -188,6 +196,31 @@ class _Job(NamedTuple):
                 values.append(found.detach().double().cpu())
         return torch.cat(values)
 
+    def all_runs(
+        self,
+        kept: list[Tensor],
+        seeds: list[int],
+        found: dict[Key, Any],
+        processes: int,
+        threads: int,
+        progress: bool,
+        journal: Journal | None = None,
+    ) -> dict[Key, Any]:
+        """What each retraining gave, by set and seed: those that are not found are run, and kept in the journal."""
+        wanted = [(number, seed) for seed in seeds for number in range(len(kept))]
+        records = {key: found[key] for key in wanted if key in found}
+        todo = [(number, kept[number], seed) for number, seed in wanted if (number, seed) not in records]
+        runs = self.one_by_one if processes == 1 else partial(self.side_by_side, processes=processes)
+        bar = tqdm(total=len(wanted), initial=len(records), desc="retrain", unit="network", disable=not progress)
+        with bar:
+            for number, seed, values, seconds in runs(todo, threads):
+                record = {"set": number, "seed": seed, "values": values, "seconds": seconds}
+                records[number, seed] = record
+                if journal is not None:
+                    journal.append("retrained", record, (number, seed))
+                bar.update()
+        return records
+
     def one_by_one(self, tasks: Sequence[Task], threads: int) -> Iterator[Run]:
         with _with_threads(threads), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             for task in tasks:
@@ -224,8 +257,31 @@ _job: _Job | None = None  # of a spawned process
 
 def _begin(pickled: bytes, threads: int) -> None:
     global _job
+    _end_with_parent()
     torch.set_num_threads(threads)
     _job = pickle.loads(pickled)
+
+
+def _end_with_parent() -> None:
+    """Makes this process end when its parent does, however that ends: nobody else would tell it.
+
+    A thread waits for the parent, which works everywhere; on Linux the kernel kills the process, too, also while the
+    thread cannot run.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="waits for the parent's end").start()
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent.pid:  # it ended before the kernel was asked
+            os._exit(1)
 
 
 def _work(number: int, kept: np.ndarray, seed: int) -> Run:
@@ -259,25 +315,24 @@ def _checked(number: int, indices: Tensor) -> Tensor:
     return indices
 
 
-def _assembled(kept: list[Tensor], seeds: list[int], records: list[dict[str, Any]]) -> Retrained:
-    found = {(record["set"], record["seed"]): record for record in records}
-    ordered = [[found[number, seed] for seed in seeds] for number in range(len(kept))]
+def _assembled(kept: list[Tensor], seeds: list[int], records: Mapping[Key, Any]) -> Retrained:
+    ordered = [[records[number, seed] for seed in seeds] for number in range(len(kept))]
     values = torch.tensor([[record["values"] for record in row] for row in ordered], dtype=torch.float64)
     seconds = torch.tensor([[record["seconds"] for record in row] for row in ordered], dtype=torch.float64)
     return Retrained(kept, seeds, values, seconds)
 
 
-def _finished(folder: Path, settings: Mapping[str, Any], resume: bool) -> list[dict[str, Any]]:
-    """The records of the job with these settings, where it has been finished there; else none."""
+def _finished(folder: Path, settings: Mapping[str, Any], resume: bool) -> dict[Key, Any] | None:
+    """The records of the job with these settings, where it has been finished there."""
     path = folder / "retrained.json"
     if (folder / "retrained.jsonl").exists() or not path.exists():
-        return []
+        return None
     if not resume:
         raise ValueError(f"{path} holds a finished job; resume it, or remove the file")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        found, records = dict(stored["settings"]), list(stored["retrained"])
+        stored = unsealed(path.read_text(encoding="utf-8", errors="replace"))
+        found, records = stored["settings"], {(r["set"], r["seed"]): r for r in stored["retrained"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a file of retrain: {error!r}") from error
+        raise Damaged(path, str(error)) from error
     refuse_differences(path, found, settings)
     return records

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastif.evaluation.models import ARCHITECTURES, build
-from fastif.journal import whole
+from fastif.files import whole
 
 
 class Recipe(NamedTuple):

@@ -298,6 +298,7 @@ class Influence:
         low_rank: int | None = None,
         out: Path | str,
         resume: bool = False,
+        key: str | None = None,
     ) -> ScoreFolder: ...
     @rename_arguments(rank="low_rank")
     def scores(
@@ -311,6 +312,7 @@ class Influence:
         low_rank: int | None = None,
         out: Path | str | None = None,
         resume: bool = False,
+        key: str | None = None,
     ) -> Tensor | dict[str, Tensor] | ScoreFolder:
         """scores[q, t] = (1/n) ∇m_qᵀ (G + λI)⁻¹ ∇ℓ_t, [q, n]: predicted rise of q's measurement if t is removed.
 
@@ -330,6 +332,10 @@ class Influence:
                 columns of what was written.
             resume: go on with a job in `out` that was cut off, at whatever point: what is there is not computed again,
                 and the scores end with the same bits. A folder of other settings is refused, each difference named.
+                Settings are all that determines the scores: data, the model's state and code, functions with all that
+                they read, the number of threads.
+            key: with out=, a name of your own for what cannot be fingerprinted, of which an error tells; change it
+                whenever that changes.
 
         Raises ValueError for groups=, query_groups= and low_rank= with parts of scores, and by token where a covered
         layer has other positions than the rest (a normalisation layer sums over them): leave it out with layers=.
@@ -341,14 +347,15 @@ class Influence:
                 raise ValueError(f"scores: {name}= goes with by='all' alone, got by={by!r}")
         query, train = self.fitted.walk(query, train)
         if out is None:
-            if resume:
-                raise ValueError("scores: resume=True needs out=, the folder of the job")
+            for name, given in (("resume=True", resume), (f"key={key!r}", key is not None)):
+                if given:
+                    raise ValueError(f"scores: {name} needs out=, the folder of the job")
             values, self.low_rank_error = compute_scores(self.fitted, query, train, query_groups, groups, low_rank, by)
             return values if by == "layer" else values[""]
         if groups is not None:
             raise ValueError("scores: out= and groups= exclude each other; sum the columns of what was written")
         folder = write_scores(
-            self.fitted, query, train, out, resume=resume, query_groups=query_groups, low_rank=low_rank, by=by
+            self.fitted, query, train, out, resume=resume, query_groups=query_groups, low_rank=low_rank, by=by, key=key
         )
         self.low_rank_error = folder.low_rank_error
         return folder

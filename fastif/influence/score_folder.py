@@ -6,13 +6,15 @@ where it stopped.
 
 A block is a run of queries × a run of whole training batches, with the parts as a last axis. What it holds depends on
 these alone, so that a resumed job ends with the bits of one that was never cut off (on one machine with one number of
-threads: matrix products round as these have it). A file appears whole or not at all.
+threads: matrix products round as these have it). A file appears whole or not at all. Both kinds hold a checksum: a
+block's is of its bytes, its place and the settings, so that neither a changed bit nor a block of another place or
+another job is read as if it were right.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastif.files import Damaged, canonical, checksum, load_array, save_array, sealed, unsealed, write_whole
 from fastif.influence.tiles import best_of
 from fastif.renamed import warn_renamed
 
 MANIFEST = "manifest.json"
+_FORMAT = 2  # of the manifest and the blocks; 1 had no checksums
 
 
 class ScoreBlock(NamedTuple):
@@ -53,8 +57,9 @@ class ScoreFolder:
     ...     ScoreFolder(folder)[2:4, 5].shape
     torch.Size([2])
 
-    Raises FileNotFoundError for a folder without scores, ValueError for one that is damaged and where a part is read
-    that an unfinished job has not computed yet.
+    Raises FileNotFoundError for a folder without scores, ValueError for one that is damaged, for one of a fastif that
+    kept no checksums, and where a part is read that an unfinished job has not computed yet. A block's checksum is
+    looked at when it is read for the first time, and again once its file has changed.
     """
 
     def __init__(self, folder: Path | str):
@@ -63,7 +68,7 @@ class ScoreFolder:
         if not path.is_file():
             raise FileNotFoundError(f"{self.folder} holds no scores: it has no {MANIFEST}")
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = _read_manifest(self.folder, path.read_text(encoding="utf-8"))
             self.settings: dict[str, Any] = manifest["settings"]
             self.low_rank_error: float = manifest["rank_error"]
             self.row_runs, self.column_runs = _runs(self.settings["rows"]), _runs(self.settings["columns"])
@@ -72,8 +77,12 @@ class ScoreFolder:
             third = () if parts is None else (parts if isinstance(parts, int) else len(parts),)
             self.shape: tuple[int, ...] = (self.row_runs[-1].stop, self.column_runs[-1].stop, *third)
             self.dtype: torch.dtype = getattr(torch, self.settings["dtype"])
+        except _Older:
+            raise
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged: {error!r}") from error
+            raise Damaged(path, str(error), "remove the folder and compute the scores anew") from error
+        self._job = checksum(canonical(self.settings))
+        self._verified: dict[Path, tuple[int, ...]] = {}  # files whose checksum fits, and how they were then
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -159,7 +168,7 @@ class ScoreFolder:
         return sum(have), len(have)
 
     def read_block(self, rows: range, columns: range) -> np.ndarray:
-        """A block, mapped and not read."""
+        """A block, mapped; it is read as a whole the first time, for its checksum."""
         path = self.block_path(rows, columns)
         if not path.exists():
             done, blocks = self.count_blocks()
@@ -167,17 +176,37 @@ class ScoreFolder:
                 f"{self.folder} has no scores of queries {rows.start} to {rows.stop - 1} and training examples "
                 f"{columns.start} to {columns.stop - 1} yet: {done} of {blocks} blocks are there; resume the job"
             )
-        try:
-            values = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is damaged: {error}; remove it and resume the job") from error
+        status = path.stat()
+        now = status.st_ino, status.st_size, status.st_mtime_ns
         dtype, shape = torch.empty(0, dtype=self.dtype).numpy().dtype, (len(rows), len(columns), *self.shape[2:])
-        if values.shape != shape or values.dtype != dtype:
-            raise ValueError(
-                f"{path} is damaged: it must be {dtype} {list(shape)}, got {values.dtype} {list(values.shape)}; "
-                "remove it and resume the job"
-            )
+        values = load_array(path, dtype, shape, self._place(rows, columns), verify=self._verified.get(path) != now)
+        self._verified[path] = now
         return values
+
+    def write_block(self, rows: range, columns: range, values: np.ndarray) -> None:
+        save_array(self.block_path(rows, columns), values, self._place(rows, columns))
+
+    def _place(self, rows: range, columns: range) -> str:
+        """What a block's checksum holds beside its bytes."""
+        return f"{self._job} {rows} {columns}"
+
+
+class _Older(ValueError): ...
+
+
+def write_manifest(folder: Path, settings: Mapping[str, Any], rank_error: float) -> None:
+    manifest = sealed({"format": _FORMAT, "settings": settings, "rank_error": rank_error})
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+
+
+def _read_manifest(folder: Path, text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if isinstance(found, dict) and "settings" in found and "format" not in found and "checksum" not in found:
+        raise _Older(
+            f"{folder} was written by a fastif that kept no checksums: nothing tells whether its scores are as they "
+            "were; remove the folder and compute them anew"
+        )
+    return unsealed(text)
 
 
 def _runs(borders: list[int]) -> list[range]:

@@ -3,7 +3,6 @@ kept beside them, so that a job that was cut off goes on and another one is refu
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -11,19 +10,19 @@ from itertools import accumulate, chain, product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastif._version import __version__
 from fastif.curvature.called import as_called
 from fastif.data.batches import Batch, as_loader, batch_lengths, indexable, picked
+from fastif.fingerprints import VERSIONS, described, described_model, fingerprint, tensors_in
+from fastif.folder_lock import locked
 from fastif.influence.fitted import Fitted, Setup
 from fastif.influence.queries import query_bytes
-from fastif.influence.score_folder import MANIFEST, ScoreFolder
+from fastif.influence.score_folder import MANIFEST, ScoreFolder, write_manifest
 from fastif.influence.scoring import make_tiles
 from fastif.influence.tiles import By, Tile, check_groups, check_one_length, check_positions
-from fastif.journal import described, fingerprint, refuse_differences, remove_partial, tensors_in, whole, write_whole
+from fastif.journal import refuse_differences
 from fastif.model.calls import dtype_of
 
 BLOCK_BYTES = 64 << 20  # of a block at most, where a single batch of training examples does not take more
@@ -39,21 +38,25 @@ def write_scores(
     query_groups: Tensor | None = None,
     low_rank: int | None = None,
     by: By = "all",
+    key: str | None = None,
 ) -> ScoreFolder:
     """Computes what is missing of the scores in `folder`; `Influence.scores` documents it."""
     for data in (query, train):
         if isinstance(data, Iterator):
             raise ValueError("scores: out= walks through the data more than once, got an iterator; pass a list")
-    settings = settings_of(fitted, query, train, query_groups, low_rank, by)
-    scores = _open_folder(Path(folder), settings, resume)
-    checkpoints, batch_size = len(fitted.curvatures), fitted.passes.batch_size
-    for rows in scores.row_runs:
-        missing = [columns for columns in scores.column_runs if not scores.has_block(rows, columns)]
-        # All checkpoints are in a block before the next one begins; with one alone, the queries are seen to once.
-        for columns in [missing] if checkpoints == 1 and missing else [[run] for run in missing]:
-            mine = query if query_groups is not None else _Part(query, batch_size, [rows])
-            tiles = make_tiles(fitted, mine, _Part(train, batch_size, columns), query_groups, low_rank, by)
-            _write_tiles(scores, tiles, rows, columns, checkpoints)
+    settings = settings_of(fitted, query, train, query_groups, low_rank, by, key)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        scores = _open_folder(folder, settings, resume)
+        checkpoints, batch_size = len(fitted.curvatures), fitted.passes.batch_size
+        for rows in scores.row_runs:
+            missing = [columns for columns in scores.column_runs if not scores.has_block(rows, columns)]
+            # All checkpoints are in a block before the next one begins; with one alone, the queries are seen to once.
+            for columns in [missing] if checkpoints == 1 and missing else [[run] for run in missing]:
+                mine = query if query_groups is not None else _Part(query, batch_size, [rows])
+                tiles = make_tiles(fitted, mine, _Part(train, batch_size, columns), query_groups, low_rank, by)
+                _write_tiles(scores, tiles, rows, columns, checkpoints)
     return scores
 
 
@@ -66,11 +69,8 @@ def _open_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> Sco
         refuse_differences(folder, ScoreFolder(folder).settings, settings)
     elif any(folder.glob("scores-*.npy")):
         raise ValueError(f"{folder} holds blocks of scores but no {MANIFEST} that says of what; remove them")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (MANIFEST, "scores-*.npy"):
-        remove_partial(folder, name)
     if not begun:
-        _write_manifest(folder, settings, 0.0)
+        write_manifest(folder, settings, 0.0)
     scores = ScoreFolder(folder)
     for rows, columns in product(scores.row_runs, scores.column_runs):
         if scores.has_block(rows, columns):
@@ -108,18 +108,12 @@ def _write_block(scores: ScoreFolder, rows: range, columns: range, values: Tenso
     try:
         if low_rank_error > scores.low_rank_error:  # first: a block whose error is not noted would be taken for exact
             scores.low_rank_error = low_rank_error
-            _write_manifest(scores.folder, scores.settings, low_rank_error)
-        with whole(scores.block_path(rows, columns)) as partial:
-            np.save(partial, values.numpy())
+            write_manifest(scores.folder, scores.settings, low_rank_error)
+        scores.write_block(rows, columns, values.numpy())
     except OSError as error:
         done, blocks = scores.count_blocks()
         why = f"{error.strerror or error}; {done} of {blocks} blocks are kept in {scores.folder}"
         raise OSError(error.errno, f"{why}, and the same job goes on from there when it is resumed") from error
-
-
-def _write_manifest(folder: Path, settings: Mapping[str, Any], low_rank_error: float) -> None:
-    manifest = {"settings": settings, "rank_error": low_rank_error}
-    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
 
 
 class _Part:
@@ -141,7 +135,7 @@ class _Part:
 
 
 def settings_of(
-    fitted: Fitted, query: Any, train: Any, query_groups: Tensor | None, low_rank: int | None, by: By
+    fitted: Fitted, query: Any, train: Any, query_groups: Tensor | None, low_rank: int | None, by: By, key: str | None
 ) -> dict[str, Any]:
     """All that determines the scores' bits, but for the data, of which the first batches stand for the rest."""
     setup, passes = fitted.setup, fitted.passes
@@ -162,8 +156,8 @@ def settings_of(
     return {
         "q": sum(lengths[0]),
         "n": sum(lengths[1]),
-        **fit_settings(setup, train),
-        "measurement": described(setup.measurement),
+        **fit_settings(setup, train, key),
+        "measurement": described(setup.measurement, "measurement", key),
         "rank": low_rank,
         "by": None if by == "all" else by,
         "parts": parts,
@@ -177,8 +171,8 @@ def settings_of(
     }
 
 
-def fit_settings(setup: Setup, train: Any) -> dict[str, Any]:
-    """All that determines the curvature but for its subset."""
+def fit_settings(setup: Setup, train: Any, key: str | None = None) -> dict[str, Any]:
+    """All that determines the curvature but for its subset; `key` stands for what cannot be fingerprinted."""
     passes, model, checkpoints = setup.passes, setup.model, setup.checkpoints
     own = dict(chain(model.named_parameters(), model.named_buffers()))
     states = [own] if checkpoints is None else checkpoints
@@ -186,10 +180,12 @@ def fit_settings(setup: Setup, train: Any) -> dict[str, Any]:
     for name, estimator in setup.estimators.by_block.items():
         covered.setdefault(as_called(estimator), []).append(name)
     return {
-        "loss": described(passes.loss),
+        "loss": described(passes.loss, "loss", key),
+        "estimators": sorted({described(type(e)) for e in setup.estimators.by_block.values()}),
         "curvature": "; ".join(f"{estimator} of {', '.join(names)}" for estimator, names in covered.items()),
         "checkpoints": None if checkpoints is None else len(checkpoints),
         "model": fingerprint(t for state in states for t in state.values() if isinstance(t, Tensor)),
+        "model code": described_model(model, key),
         "train": _first_batch(train, passes.batch_size),
         "batch_size": passes.batch_size,
         "dtype": str(dtype_of(model)).removeprefix("torch."),
@@ -197,8 +193,9 @@ def fit_settings(setup: Setup, train: Any) -> dict[str, Any]:
         "allow_train_mode": passes.allow_train_mode,
         "device": passes.device.type,
         "seed": setup.seed,
-        "fastif": __version__,
-        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "key": key,
+        **VERSIONS,
     }
 
 

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from fastif.evaluation.metrics import METRICS, summarise
-from fastif.journal import write_whole
+from fastif.files import write_whole
 from fastif.report.pages import document, facts_table, new_figure, picture, png_of, table, text_of
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; the two baselines are grey and brown.

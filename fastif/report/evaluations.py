@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fastif.evaluation import LDS, Agreement, Brittleness, Counterfactual, Detection, Interval, LeftOut
-from fastif.journal import write_whole
+from fastif.files import write_whole
 from fastif.report.pages import document, facts_table, new_figure, picture, png_of, table, text_of
 
 Result = LDS | Agreement | Brittleness | Counterfactual | Detection | LeftOut

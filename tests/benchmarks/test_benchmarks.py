@@ -13,6 +13,7 @@ from benchmarks.experiments import lds, mislabel_detection
 from benchmarks.figures import keep, tables
 from benchmarks.influence import operations
 from fastif import evaluation
+from fastif.journal import Journal
 from fastif.model.gradients import Dense, second_moment
 from tests.data.test_data import real_data, write_shard
 
@@ -34,9 +35,10 @@ def test_mislabel_detection_runs_and_resumes(tmp_path, monkeypatch):
     again = {tuple(row["contender"]): row for row in made}
     assert again["loss", "", "", 0]["auc"] != again["head", "", "100%", 0]["auc"]
     # A job that was cut off after three rows: these are kept, the others come out alike.
-    kept = [json.dumps({"row": {**row, "cpu_seconds": -1}}) for row in made[:3]]
     settings = {"n": 60, "epochs": 4, "labels": ["worse"], "damping": mislabel_detection.DAMPING}
-    (tmp_path / "a" / "rows.jsonl").write_text("\n".join([json.dumps({"settings": settings}), *kept, ""]))
+    journal = Journal(tmp_path / "a" / "rows.jsonl", settings, resume=False)
+    for row in made[:3]:
+        journal.append("row", {**row, "cpu_seconds": -1})
     resumed = mislabel_detection.main(arguments)["detection"]
     assert [row["cpu_seconds"] == -1 for row in resumed] == [True] * 3 + [False] * (len(made) - 3)
     assert [row["auc"] for row in resumed] == [row["auc"] for row in made]

@@ -91,19 +91,20 @@ def test_a_checkpoint_is_saved_then_loaded(run, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_job_says_how_to_go_on(run, tmp_path, monkeypatch):
-    drawn, random = 0, samplers.random
+    job_class = sys.modules["fastif.evaluation.class_removal"]._Job
+    done, step = 0, job_class.run
 
-    def interrupted(n, k, *, generator=None):
-        nonlocal drawn
-        drawn += 1
-        if drawn > 6:
+    def interrupted(*arguments):
+        nonlocal done
+        done += 1
+        if done > 2:
             raise KeyboardInterrupt
-        return random(n, k, generator=generator)
+        return step(*arguments)
 
     job = [*QUICK, "--quiet", "--out", tmp_path, "--seeds", "3"]
     job[job.index("random,logit")] = "random"
     with monkeypatch.context() as patch:
-        patch.setattr(samplers, "random", interrupted)
+        patch.setattr(job_class, "run", interrupted)
         code, _, error = run(*job)
     assert code == 130
     assert "--resume continues" in error

@@ -216,6 +216,60 @@ def test_resume(run, script, monkeypatch):
     assert {path.name: path.read_bytes() for path in (script / "out").iterdir()} == before
 
 
+def test_a_curvature_of_other_code_is_refused(run, script):
+    job = ["--out", "out", "--quiet", "--resume"]
+    assert run("scores", "ownscript:problem", *job) == (0, "", "")
+    code, _, error = run("scores", "ownscript:other_code", *job)
+    assert (code, error.startswith("error: out/curvature.safetensors holds a job with other settings")) == (2, True)
+    assert re.search(r"model code: 1 was '.*Tanh \(.*', is 'ownscript.Gelu \(", error)
+
+
+def test_a_curvature_or_a_result_with_a_flipped_bit_is_refused(run, script):
+    job = ["scores", "ownscript:problem", "--out", "out", "--quiet", "--resume", "--self-influence"]
+    assert run(*job) == (0, "", "")
+    for name in ("curvature.safetensors", "self_influence.npy", "manifest.json", WRITTEN[2]):
+        path = script / "out" / name
+        before = path.read_bytes()
+        path.write_bytes(before[:-40] + bytes([before[-40] ^ 4]) + before[-39:])
+        code, _, error = run(*job)
+        assert (code, f"{name} is damaged: " in error) == (2, True)
+        path.write_bytes(before)
+    assert run(*job) == (0, "", "")
+
+
+def test_an_interrupt_names_no_folder_that_is_not_there(run, script, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    job = ["scores", "ownscript:problem", "--out", "deep/out", "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Influence, "fit", interrupted)
+        assert run(*job) == (130, "", "interrupted\n")
+    assert not (script / "deep").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(score_job, "make_tiles", interrupted)
+        code, _, error = run(*job)
+    assert (code, error.startswith("interrupted: what was finished is in deep/out; the same command")) == (130, True)
+    assert (script / "deep/out").is_dir()
+
+
+def test_a_folder_that_another_writes_to_is_refused(run, script):
+    job = ["scores", "ownscript:slow", "--out", "out", "--batch-size", "1", "--curvature", "identity"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    other = subprocess.Popen([sys.executable, "-m", "fastif", *job, "--quiet"], env=environment)
+    try:
+        for _ in range(600):
+            if (script / "out" / "manifest.json").exists():
+                break
+            time.sleep(0.1)
+        code, _, error = run(*job, "--quiet", "--resume")
+        assert code == 2
+        assert f"error: out is being written by process {other.pid} on " in error
+    finally:
+        other.kill()
+        other.wait()
+
+
 @pytest.mark.parametrize("curvature", ["cg", "lissa"])
 def test_curvatures_that_need_the_data_at_every_solve_resume(run, script, curvature):
     job = ["scores", "ownscript:problem", "--out", "out", "--quiet", "--curvature", curvature, "--sampler", "random"]
@@ -230,8 +284,8 @@ def test_curvatures_that_need_the_data_at_every_solve_resume(run, script, curvat
 
 
 def test_a_full_disk_ends_in_one_line_that_says_what_is_kept(run, script, monkeypatch):
-    def full(path, values):
-        Path(path).write_bytes(b"the part that had room")
+    def full(file, values, **_):
+        file.write(b"the part that had room")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     job = ["scores", "ownscript:problem", "--out", "out", "--quiet"]
@@ -239,7 +293,8 @@ def test_a_full_disk_ends_in_one_line_that_says_what_is_kept(run, script, monkey
         patch.setattr(np, "save", full)
         code, printed, error = run(*job)
     assert (code, printed, error.count("\n")) == (2, "", 1)
-    assert "No space left on device; 0 of 1 blocks are kept in out, and the same job goes on" in error
+    assert re.search(r"No space left on device: out/scores-0+-0+.npy needs 960 bytes and finds [0-9,]+ free; ", error)
+    assert "0 of 1 blocks are kept in out, and the same job goes on" in error
     assert files(script / "out") == ["curvature.safetensors", "manifest.json"]
     assert run(*job, "--resume") == (0, "", "")
     assert files(script / "out") == WRITTEN

@@ -3,7 +3,9 @@
 import json
 import math
 import sys
+from contextlib import contextmanager
 from itertools import pairwise
+from operator import itemgetter
 
 import numpy as np
 import pytest
@@ -208,29 +210,41 @@ def test_rows_depend_on_the_seed_alone():
 class Killed(Exception): ...
 
 
+@contextmanager
 def dies_after(runs: int):
-    """The random sampler, until it has been drawn in so many runs."""
-    drawn = 0
+    """Every job, after so many runs; samplers and trainings are what they are."""
+    job = sys.modules[class_removal.__module__]._Job
+    run, done = job.run, 0
 
-    def sampler(n: int, k: int, *, generator: torch.Generator | None = None) -> samplers.Subset:
-        nonlocal drawn
-        drawn += 1
-        if drawn > STEPS * runs:
+    def counted(*arguments):
+        nonlocal done
+        done += 1
+        if done > runs:
             raise Killed
-        return samplers.random(n, k, generator=generator)
+        return run(*arguments)
 
-    return ("random", sampler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "run", counted)
+        with pytest.raises(Killed):
+            yield
+
+
+TRAININGS: list[int] = []  # examples of each
+
+
+class Retrain:
+    """Trains, and notes it where no fingerprint looks."""
+
+    def __call__(self, keep):
+        sys.modules[__name__].TRAININGS.append(len(keep))
+        return fit(TRAIN[0][keep], TRAIN[1][keep])
 
 
 def test_a_killed_job_resumes_to_the_same_rows(tmp_path, results):
-    calls = []
-
-    def retrain(keep):
-        calls.append(len(keep))
-        return fit(TRAIN[0][keep], TRAIN[1][keep])
-
-    with pytest.raises(Killed):
-        run(samplers=[dies_after(6), "prefix"], retrain=retrain, out=tmp_path)
+    TRAININGS.clear()
+    retrain = Retrain()
+    with dies_after(6):
+        run(retrain=retrain, out=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["rows.jsonl"]
     journal = (tmp_path / "rows.jsonl").read_text()
     assert journal.count('{"rows"') >= 4
@@ -238,15 +252,15 @@ def test_a_killed_job_resumes_to_the_same_rows(tmp_path, results):
     resumed = run(retrain=retrain, out=tmp_path, resume=True)
     assert without_times(resumed["rows"]) == without_times(results["rows"])
     assert resumed["meta"]["rows_kept_from_before"] == STEPS * journal.count('{"rows"')
-    assert calls == [150] * 4  # no network is retrained twice
+    assert TRAININGS == [150] * 4  # no network is retrained twice
     assert sorted(p.name for p in tmp_path.iterdir()) == ["results.json"]
     assert json.loads((tmp_path / "results.json").read_text()) == resumed
     assert run(retrain=retrain, out=tmp_path, resume=True) == resumed  # finished: nothing is left to do
 
 
 def test_an_unfinished_job_is_neither_overwritten_nor_mixed_with_another(tmp_path):
-    with pytest.raises(Killed):
-        run(samplers=[dies_after(2)], out=tmp_path)
+    with dies_after(3):
+        run(samplers=["random"], out=tmp_path)
     with pytest.raises(ValueError, match="holds an unfinished job"):
         run(out=tmp_path)
     with pytest.raises(ValueError, match="other settings") as caught:
@@ -258,8 +272,42 @@ def test_an_unfinished_job_is_neither_overwritten_nor_mixed_with_another(tmp_pat
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     lines[1] = "damaged"
     (tmp_path / "rows.jsonl").write_text("\n".join([*lines, ""]))
-    with pytest.raises(ValueError, match=r"rows\.jsonl is damaged in line 2"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl is damaged: line 2"):
         run(samplers=["random"], out=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("other", ["retrain", "sampler"])
+def test_another_function_of_the_same_name_is_refused(tmp_path, other):
+    def made(scale):
+        def retrain(keep):
+            return fit(TRAIN[0][keep] * scale, TRAIN[1][keep])
+
+        def own(n, k):
+            return samplers.Subset(torch.arange(k), torch.full((k,), scale / k))
+
+        return dict(retrain=retrain if other == "retrain" else None, samplers=[("own", own)])
+
+    how = dict(k=20, seeds=1, steps=1, classes=[1], out=tmp_path)
+    run(**made(1.0), **how)
+    assert run(**made(1.0), **how, resume=True)["meta"]["code"]
+    with pytest.raises(ValueError, match=rf"code: {other}.*: closure: scale was 1.0, is 2.0"):
+        run(**made(2.0), **how, resume=True)
+
+
+def test_records_are_found_by_key_and_a_changed_result_is_noticed(tmp_path, results):
+    with dies_after(6):
+        run(out=tmp_path)
+    path = tmp_path / "rows.jsonl"
+    first, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([first, *lines[::-1], *lines[:2], ""]))  # in another order, some twice
+    resumed = run(out=tmp_path, resume=True)
+    by = itemgetter("sampler", "k", "class", "seed", "step")
+    assert sorted(without_times(resumed["rows"]), key=by) == sorted(without_times(results["rows"]), key=by)
+    assert [e["class"] for e in resumed["retrained_head"]] == [0, 1, 2, 3]
+    path = tmp_path / "results.json"
+    path.write_text(path.read_text().replace('"SL": 0.', '"SL": 1.', 1))
+    with pytest.raises(ValueError, match=r"results\.json is damaged: its checksum does not fit"):
+        run(out=tmp_path, resume=True)
 
 
 def test_finished_results_of_another_job_are_not_taken_for_this_one(tmp_path):
@@ -275,7 +323,7 @@ def test_finished_results_of_another_job_are_not_taken_for_this_one(tmp_path):
             class_removal(MODEL, train, test, samplers=["random", "prefix"], k=20, seeds=1, steps=1, weight_decay=0.01,
                           out=tmp_path, resume=True, progress=False)  # fmt: skip
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not a results file"):
+    with pytest.raises(ValueError, match="is damaged: it is not a results file"):
         run(out=tmp_path, resume=True)
 
 

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import threading
+import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fastif.evaluation import retrain
-from fastif.journal import described
+from fastif.fingerprints import described
+from fastif.journal import Journal
 from tests.helpers.retrainings import HOW, NET, NET_QUERY, QUERIES, SETS, X, Y, few_steps
 
 
@@ -63,10 +70,13 @@ def test_two_processes_end_a_killed_job_with_the_bits_of_one(tmp_path):
     whole = retrain(NET, SETS, NET_QUERY, seeds=2, out=tmp_path / "whole", **HOW)
     stored = json.loads((tmp_path / "whole" / "retrained.json").read_text())
     # What a kill in the middle of a line leaves: three records and a part of the fourth.
-    lines = [json.dumps({"retrained": record}) for record in stored["retrained"]]
-    journal = [json.dumps({"settings": stored["settings"]}), *lines[:3], lines[3][:20]]
     (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / "retrained.jsonl").write_text("\n".join(journal))
+    path = tmp_path / "cut" / "retrained.jsonl"
+    journal = Journal(path, stored["settings"], resume=False)
+    for record in stored["retrained"][:4]:
+        journal.append("retrained", record, (record["set"], record["seed"]))
+    *lines, last, _ = path.read_text().split("\n")
+    path.write_text("\n".join([*lines, last[:20]]))
     resumed = retrain(NET, SETS, NET_QUERY, seeds=2, processes=2, out=tmp_path / "cut", resume=True, **HOW)
     assert torch.equal(whole.values, resumed.values)
     assert torch.equal(whole.seconds[:3, 0], resumed.seconds[:3, 0])  # these were not trained again
@@ -100,9 +110,9 @@ def test_a_killed_job_goes_on_where_it_stopped(tmp_path):
         (dict(seeds=2), r"seeds was \[0\], is \[0, 1\]"),
         (dict(query=(NET_QUERY[0] + 1, NET_QUERY[1])), "query was"),
         (dict(measurement="margin"), "measurement was 'loss', is 'margin'"),
-        (dict(train_fn=partial(NET, steps=4)), "train_fn was .*steps"),
-        (dict(train_fn=partial(few_steps, x=X.float() + 1, y=Y)), "train_fn was"),
-        (dict(threads=2), "threads was 1, is 2"),
+        (dict(train_fn=partial(NET, steps=4)), "train_fn: keywords: steps was absent, is 4"),
+        (dict(train_fn=partial(few_steps, x=X.float() + 1, y=Y)), "train_fn: keywords: x was 'tensor"),
+        (dict(threads=2), r"threads was 1, is 2 \(sums round differently .*set_num_threads\(1\) before"),
     ],
 )
 def test_another_job_is_not_taken_for_this_one(tmp_path, change, words):
@@ -114,7 +124,9 @@ def test_another_job_is_not_taken_for_this_one(tmp_path, change, words):
 
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "retrained.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"retrained\.json is not a file of retrain"):
+    with pytest.raises(
+        ValueError, match=r"retrained\.json is damaged: it has no checksum; remove it and resume the job"
+    ):
         retrain(NET, SETS, NET_QUERY, out=tmp_path, resume=True, **HOW)
 
 
@@ -165,6 +177,88 @@ def test_bad_retraining_is_refused(change, kind, words):
     job = dict(train_fn=NET, kept=SETS[:1], query=NET_QUERY, progress=False)
     with pytest.raises(kind, match=words):
         retrain(**{**job, **change})
+
+
+_SLOW = """
+import os
+import time
+import torch
+from torch import nn
+from fastif.evaluation import retrain
+
+def slow(kept, seed):
+    os.write(1, b"working\\n")  # at once: the other process writes, too
+    time.sleep(600)
+
+if __name__ == "__main__":
+    retrain(slow, [torch.arange(3)] * 2, (torch.zeros(2, 3), torch.arange(2)), processes=2, progress=False, **{how})
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks into /proc")
+def test_processes_end_when_their_parent_is_killed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(_SLOW.replace("{how}", repr({"out": str(tmp_path / "out")})))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    parent = subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True)
+    assert [parent.stdout.readline() for _ in range(2)] == ["working\n"] * 2
+    below = [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
+    assert len(below) >= 2
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 20
+    while (left := [pid for pid in below if _runs(pid)]) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert left == []
+    retrain(NET, SETS[:1], NET_QUERY, out=tmp_path / "out", **HOW)  # nothing was finished, and nobody holds it
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["retrained.json"]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_folder_that_is_written_to_is_refused(tmp_path):
+    tried = []
+
+    def second(kept: Tensor, seed: int) -> nn.Module:
+        thread = threading.Thread(
+            target=lambda: tried.append(_error(lambda: retrain(NET, SETS, NET_QUERY, out=tmp_path)))
+        )
+        thread.start()
+        thread.join()
+        return NET(kept, seed)
+
+    retrain(second, SETS[:1], NET_QUERY, out=tmp_path, key="a", **HOW)
+    assert [f"is being written by process {os.getpid()}" in words for words in tried] == [True]
+
+
+def _error(work) -> str:
+    try:
+        work()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def test_a_damaged_result_is_not_taken(tmp_path):
+    retrain(NET, SETS, NET_QUERY, out=tmp_path, **HOW)
+    path = tmp_path / "retrained.json"
+    path.write_text(path.read_text().replace('"seconds": 0', '"seconds": 1', 1))
+    with pytest.raises(
+        ValueError, match=r"retrained\.json is damaged: its checksum does not fit.*; remove it and resume"
+    ):
+        retrain(NET, SETS, NET_QUERY, out=tmp_path, resume=True, **HOW)
+    path.unlink()
+    retrain(NET, SETS, NET_QUERY, out=tmp_path, resume=True, **HOW)
+
+
+def test_a_key_needs_a_folder():
+    with pytest.raises(ValueError, match="key='a' needs out="):
+        retrain(NET, SETS, NET_QUERY, key="a", **HOW)
 
 
 def test_an_error_in_a_process_is_the_callers():

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastif import CG, EKFAC, KFAC, Diagonal, ExactBlock, Identity, Influence, LiSSA, ScoreFolder
 from fastif.influence import score_job
+from fastif.influence.score_folder import write_manifest
 from fastif.samplers import Subset
 from tests.helpers.stored import BATCH, FORMS, PARTS, QUERY_GROUPS, N, Q, bits, fitted, problem, tokens, walked
 
@@ -186,8 +187,11 @@ def test_reading_refuses(tmp_path, folder_and_scores):
     (tmp_path / "manifest.json").write_text('{"settings": {')
     with pytest.raises(ValueError, match="manifest.json is damaged"):
         ScoreFolder(tmp_path)
-    (tmp_path / "manifest.json").write_text('{"settings": {}, "rank_error": 0.0}')
+    write_manifest(tmp_path, {}, 0.0)
     with pytest.raises(ValueError, match="manifest.json is damaged"):
+        ScoreFolder(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"settings": {}, "rank_error": 0.0}')
+    with pytest.raises(ValueError, match="was written by a fastif that kept no checksums: .*; remove the folder"):
         ScoreFolder(tmp_path)
 
 
@@ -251,6 +255,57 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, words, change):
     assert bits(tmp_path) == before
 
 
+class _Loss:
+    def __init__(self, weight):
+        self.weight = weight
+
+    def of(self, outputs, labels):
+        return self.weight * _own_loss(outputs, labels)
+
+
+def _net(activation):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), activation, nn.Linear(6, 3)).double()
+
+
+def test_other_code_is_refused(tmp_path, monkeypatch):
+    _, query, train = problem()
+    how = dict(curvature=Diagonal(), loss=_Loss(1.0).of)
+    fitted(_net(nn.ReLU()), train, **how).scores(query, train, out=tmp_path)
+    fitted(_net(nn.ReLU()), train, **how).scores(query, train, out=tmp_path, resume=True)
+    before = bits(tmp_path)
+    with pytest.raises(ValueError, match=r"model code: 1 was '.*\.ReLU \(.*', is .*\.GELU \(.*approximate"):
+        fitted(_net(nn.GELU()), train, **how).scores(query, train, out=tmp_path, resume=True)
+    other = fitted(_net(nn.ReLU()), train, Diagonal(), loss=_Loss(3.0).of)
+    with pytest.raises(ValueError, match="loss: bound to: holds: weight was 1.0, is 3.0"):
+        other.scores(query, train, out=tmp_path, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "_own_loss", lambda outputs, labels: outputs.square().sum(1))
+        with pytest.raises(ValueError, match="_own_loss was .*_own_loss .*, is .*<lambda> "):
+            fitted(_net(nn.ReLU()), train, **how).scores(query, train, out=tmp_path, resume=True)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match=r"threads was 1, is 2 \(sums round differently with another number"):
+            fitted(_net(nn.ReLU()), train, **how).scores(query, train, out=tmp_path, resume=True)
+    finally:
+        torch.set_num_threads(1)
+    assert bits(tmp_path) == before
+
+
+def test_a_key_stands_for_what_cannot_be_fingerprinted(tmp_path):
+    _, query, train = problem()
+    model, streams = _net(nn.ReLU()), (n for n in range(9))
+    model.streams = streams
+    influence = fitted(model, train, Diagonal())
+    with pytest.raises(ValueError, match=r"model\.itself\[0\]\.streams is a builtins\.generator, .* needs key="):
+        influence.scores(query, train, out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    influence.scores(query, train, out=tmp_path, key="first")
+    influence.scores(query, train, out=tmp_path, key="first", resume=True)
+    with pytest.raises(ValueError, match="key was 'first', is 'second'"):
+        influence.scores(query, train, out=tmp_path, key="second", resume=True)
+
+
 def test_other_subsets_and_ranks_are_refused(tmp_path):
     from fastif import samplers
 
@@ -276,7 +331,7 @@ def test_what_changes_only_the_last_bits_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("fastif.curvature.exact.room.available_bytes", lambda _: next(room, 0))
     influence = fitted(model, train, curvature={"2": ExactBlock()}, layers="2")
     assert influence.curvature["2"].in_place_used
-    with pytest.raises(ValueError, match=r"choices was \{\}, is \{'0/2': \{'factor in place': True\}\}"):
+    with pytest.raises(ValueError, match=r"choices: 0/2 was absent, is \{'factor in place': True\}"):
         influence.scores(query, train, out=tmp_path / "factors", resume=True)
 
 
@@ -304,6 +359,8 @@ def test_what_cannot_be_is_refused(tmp_path):
     for by in ("layer", "token"):
         with pytest.raises(ValueError, match="scores: resume=True needs out="):
             influence.scores(query, train, by=by, resume=True)
+        with pytest.raises(ValueError, match="scores: key='a' needs out="):
+            influence.scores(query, train, by=by, key="a")
     with pytest.raises(ValueError, match="out= and groups= exclude each other"):
         influence.scores(query, train, out=tmp_path, groups=torch.zeros(N, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"query_groups must be \[11\] numbers >= 0, got shape \[3\]"):
@@ -321,7 +378,7 @@ def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"{path.name} is damaged: .*; remove it and resume the job"):
         influence.scores(query, train, out=tmp_path, resume=True)
     np.save(path, np.zeros((1, 1)))
-    with pytest.raises(ValueError, match=f"{path.name} is damaged: it must be float64 .*, got float64 \\[1, 1\\]"):
+    with pytest.raises(ValueError, match=f"{path.name} is damaged: its checksum does not fit"):
         scores.load()
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(ValueError, match="holds blocks of scores but no manifest.json"):

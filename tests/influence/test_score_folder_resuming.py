@@ -2,12 +2,14 @@
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fastif import Influence
 from tests.helpers.stored import BATCH, FORMS, PARTS, bits, fitted, problem
@@ -15,6 +17,13 @@ from tests.helpers.stored import BATCH, FORMS, PARTS, bits, fitted, problem
 pytestmark = pytest.mark.usefixtures("one_thread", "small_blocks")
 
 REPOSITORY = Path(__file__).parents[2]
+
+
+def counted(model, seen):
+    """The sizes of the batches that go through the model; a hook of its own would make it another model."""
+    return register_module_forward_pre_hook(
+        lambda module, inputs: seen.append(len(inputs[0])) if module is model else None
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -30,13 +39,13 @@ def test_only_what_is_missing_goes_through_the_model(tmp_path, form, checkpoints
     for path in lost:
         path.unlink()
     seen = []
-    with model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]))):
+    with counted(model, seen):
         influence.scores(query, data, out=tmp_path, resume=True)
     queries = 5 if checkpoints == 1 else 5 * len(lost) * checkpoints
     assert sum(seen) == BATCH + queries + checkpoints * sum(lengths.values())  # a batch tells what a query takes
     assert bits(tmp_path) == before
     seen.clear()
-    with model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]))):
+    with counted(model, seen):
         assert influence.scores(query, data, out=tmp_path, resume=True).finished
     assert seen == [BATCH]
 
@@ -70,11 +79,9 @@ def nth(function, number, then):
         return (then if calls == number else function)(*arguments, **keywords)
     return counted
 
-def torn(partial, values):
-    with open(partial, "wb") as file:
-        file.write(b"half a block")
-        file.flush()
-        die()
+def torn(file, values, **_):
+    file.write(b"half a block")
+    die()
 
 def renamed_then_dead(self, target):
     os.rename(self, target)
@@ -91,13 +98,13 @@ def killed(prepare):
 def patched(owner, name, number, then):
     return lambda: setattr(owner, name, nth(getattr(owner, name), number, then))
 
-moments = [
-    patched(Path, "write_text", 1, die),                         # before there is a manifest
-    patched(Path, "replace", 1, die),                            # the manifest is written, not yet in its place
-    patched(Path, "replace", 1, renamed_then_dead),              # a manifest and no block
+moments = [  # the first file of each process tells who holds the folder
+    patched(Path, "write_bytes", 2, die),                        # before there is a manifest
+    patched(Path, "replace", 2, die),                            # the manifest is written, not yet in its place
+    patched(Path, "replace", 2, renamed_then_dead),              # a manifest and no block
     patched(np, "save", 2, torn),                                # in the middle of a block
-    patched(os, "fsync", 1, die),                                # a block not yet on the disk
-    patched(Path, "replace", 2, renamed_then_dead),              # a block just finished
+    patched(os, "fsync", 2, die),                                # a block not yet on the disk
+    patched(Path, "replace", 3, renamed_then_dead),              # a block just finished
     patched(queries, "_directions", 1, die),                     # among the queries
     patched(score_job._Part, "__iter__", 2, die),                # before the first training batch
 ]
@@ -143,23 +150,26 @@ def test_killed_at_every_turn_it_ends_with_the_same_bits(tmp_path, parts):
     assert bits(folder) == bits(whole)  # the same files, no other ones
 
 
+FULL = r"No space left on device: .*scores-.*npy needs \d+ bytes and finds [\d,]+ free; 4 of \d+ blocks are kept in"
+
+
 def test_a_full_disk_says_what_is_kept(tmp_path, monkeypatch):
     model, query, train = problem()
     influence = fitted(model, train)
     whole = influence.scores(query, train, out=tmp_path / "whole")
     save, saved = np.save, 0
 
-    def full(path, values):
+    def full(file, values, **how):
         nonlocal saved
         saved += 1
         if saved > 4:
-            Path(path).write_bytes(b"the part that had room")
+            file.write(b"the part that had room")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(path, values)
+        save(file, values, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(np, "save", full)
-        with pytest.raises(OSError, match=r"No space left on device; 4 of \d+ blocks are kept in .*resumed") as caught:
+        with pytest.raises(OSError, match=FULL) as caught:
             influence.scores(query, train, out=tmp_path / "full")
     assert caught.value.errno == errno.ENOSPC
     assert len(list((tmp_path / "full").iterdir())) == 5  # four blocks, the manifest, nothing else
@@ -167,11 +177,16 @@ def test_a_full_disk_says_what_is_kept(tmp_path, monkeypatch):
     assert bits(tmp_path / "full") == bits(whole.folder)
 
 
-def test_a_partial_file_of_somebody_else_stays(tmp_path):
+def test_what_the_dead_left_goes_and_what_the_living_write_stays(tmp_path):
     model, query, train = problem()
-    for name in (".12-scores-000000000-000000000.npy", ".mine-scores-a.npy", "notes.txt"):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    here, digits = socket.gethostname(), "0123456789abcdef"
+    gone = f".{dead.pid}@{here}.{digits}-scores-a.npy", f".7@elsewhere.{digits}-scores-b.npy"
+    stays = f".{os.getppid()}@{here}.{digits}-scores-c.npy", f".7@elsewhere.{digits}-d.npy", ".mine-a.npy", "notes.txt"
+    for name in (*gone, *stays):
         (tmp_path / name).write_text("")
+    os.utime(tmp_path / gone[1], (0, 0))
     fitted(model, train).scores(query, train, out=tmp_path)
-    assert not (tmp_path / ".12-scores-000000000-000000000.npy").exists()
-    assert (tmp_path / ".mine-scores-a.npy").exists()
-    assert (tmp_path / "notes.txt").exists()
+    assert not any((tmp_path / name).exists() for name in gone)
+    assert all((tmp_path / name).exists() for name in stays)

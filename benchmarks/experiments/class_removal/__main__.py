@@ -25,7 +25,8 @@ from fastif import extract, samplers
 from fastif.data import load
 from fastif.evaluation.lissa_step import LiSSAStep, Removed, lowest
 from fastif.evaluation.training import RECIPES
-from fastif.journal import Journal, refuse_differences, write_whole
+from fastif.files import write_whole
+from fastif.journal import Journal, refuse_differences
 from fastif.measure import Measure, environment
 from fastif.model.features import Extracted
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from fastif.data import Data
 from fastif.evaluation.models import build
 from fastif.evaluation.training import Checkpoint, Recipe, load_checkpoint, save_checkpoint
-from fastif.journal import whole
+from fastif.files import whole
 
 
 def network(

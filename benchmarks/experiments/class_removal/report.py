@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.experiments.class_removal.tasks import better_high, metrics
-from fastif.journal import write_whole
+from fastif.files import write_whole
 from fastif.report.pages import new_figure
 
 COSTS = ("RTE", "ME")
