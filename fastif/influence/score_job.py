@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastif.curvature.called import as_called
-from fastif.data.batches import Batch, as_loader, batch_lengths, indexable, picked
-from fastif.fingerprints import VERSIONS, described, described_model, fingerprint, tensors_in
+from fastif.data.batches import Batch, as_loader, batch_lengths, indexable, picked, walked
+from fastif.fingerprints import VERSIONS, described, described_model, fingerprint
 from fastif.folder_lock import locked
 from fastif.influence.fitted import Fitted, Setup
 from fastif.influence.queries import query_bytes
@@ -44,6 +44,7 @@ def write_scores(
     for data in (query, train):
         if isinstance(data, Iterator):
             raise ValueError("scores: out= walks through the data more than once, got an iterator; pass a list")
+    query, train = fitted.walk(query, train)
     settings = settings_of(fitted, query, train, query_groups, low_rank, by, key)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +138,7 @@ class _Part:
 def settings_of(
     fitted: Fitted, query: Any, train: Any, query_groups: Tensor | None, low_rank: int | None, by: By, key: str | None
 ) -> dict[str, Any]:
-    """All that determines the scores' bits, but for the data, of which the first batches stand for the rest."""
+    """All that determines the scores' bits; of the data, their identity."""
     setup, passes = fitted.setup, fitted.passes
     parts = [*fitted.capture.blocks] if by == "layer" else _positions(fitted, train) if by == "token" else None
     item = dtype_of(passes.model).itemsize
@@ -165,7 +166,7 @@ def settings_of(
         "curvature state": fingerprint((*fitted.state_dict().values(), *needed)),
         "choices": _choices(fitted),
         "memory": fitted.memory,
-        "query": _first_batch(query, passes.batch_size),
+        "query": walked(query, passes.batch_size).identity.fingerprint,
         "rows": [*range(0, height, rows), height],
         "columns": _borders(lengths[1], max(widest, BLOCK_BYTES // (rows * item))),
     }
@@ -186,7 +187,7 @@ def fit_settings(setup: Setup, train: Any, key: str | None = None) -> dict[str, 
         "checkpoints": None if checkpoints is None else len(checkpoints),
         "model": fingerprint(t for state in states for t in state.values() if isinstance(t, Tensor)),
         "model code": described_model(model, key),
-        "train": _first_batch(train, passes.batch_size),
+        "train": walked(train, passes.batch_size).identity.fingerprint,
         "batch_size": passes.batch_size,
         "dtype": str(dtype_of(model)).removeprefix("torch."),
         "autocast": None if passes.autocast is None else str(passes.autocast),
@@ -216,10 +217,6 @@ def _positions(fitted: Fitted, train: Any) -> int:
     with fitted.passes.running(checkpoint):
         (_, _, gradients), *_ = fitted.passes.gradients([batch], "positions")
     return check_positions({name: g.positions for name, g in gradients.items()})
-
-
-def _first_batch(data: Any, batch_size: int) -> str:
-    return fingerprint(tensors_in(next(iter(as_loader(data, batch_size)))))
 
 
 def _borders(lengths: Iterable[int], most: int) -> list[int]:
