@@ -1,5 +1,5 @@
-// The kernels of ggn_block_ and kronecker_block_ against the sum over examples in float64, launched as ggn_block/cuda/launch.cu
-// launches them, by the plans of plan.h and by others, on tensor cores and without.
+// The kernels of ggn_block_ and kronecker_block_ against the sum over examples in float64, launched as
+// ggn_block/cuda/launch.cu launches them, by the plans of plan.h and by others, on tensor cores and without.
 #include "emulate.h"
 #include "ggn_block/cuda/kernel.cuh"
 #include "ggn_block/cuda/plan.h"
