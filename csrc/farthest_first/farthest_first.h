@@ -72,6 +72,7 @@ inline FarthestFirstArguments check_farthest_first(const at::Tensor& points,  //
   const bool batched = points.dim() == 3;
   TORCH_CHECK_VALUE(batched || points.dim() == 2, op, ": points must be [n, d] or [b, n, d], got shape ",
                     points.sizes());
+  check_memory(op, "points", points);
   const auto dtype = points.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16, op,
                    ": points must be float16, bfloat16, float32 or float64, got ", dtype);
@@ -91,6 +92,7 @@ inline FarthestFirstArguments check_farthest_first(const at::Tensor& points,  //
                     ": start must be ", batched ? "[b, s]" : "[s]", ", s >= 1, with points ", points.sizes(),
                     ", got shape ", start.sizes());
   check_device("start", start, true);
+  check_memory(op, "start", start);
   const int64_t starts = start.size(-1);
   TORCH_CHECK_VALUE(starts <= k, op, ": k must be at least the number of starts, ", starts, ", got k=", k);
 
@@ -108,6 +110,7 @@ inline FarthestFirstArguments check_farthest_first(const at::Tensor& points,  //
     TORCH_CHECK_VALUE(mask->sizes() == points.sizes().slice(0, points.dim() - 1), op, ": mask must be ",
                       batched ? "[b, n]" : "[n]", " with points ", points.sizes(), ", got shape ", mask->sizes());
     check_device("mask", *mask, false);
+    check_memory(op, "mask", *mask);
     made.mask = mask->reshape({clouds, n}).contiguous();
     const auto counts = at::sum(made.mask, at::IntArrayRef{1}).to(at::kCPU);
     std::copy_n(counts.const_data_ptr<int64_t>(), clouds, made.counts.begin());
@@ -118,8 +121,13 @@ inline FarthestFirstArguments check_farthest_first(const at::Tensor& points,  //
                       ": picks must be [b], with points [b, n, d], got shape ", picks->sizes(), " with points ",
                       points.sizes());
     check_device("picks", *picks, true);
+    check_memory(op, "picks", *picks);
     const auto values = picks->to(at::kCPU).contiguous();
     std::copy_n(values.const_data_ptr<int64_t>(), clouds, made.picks.begin());
+  }
+  if (until_radius) {
+    TORCH_CHECK_VALUE(*until_radius >= 0, op, ": until_radius must be at least 0, got ", *until_radius);
+    made.until_sq_radius = *until_radius * *until_radius;
   }
   for (int64_t j = 0; j < clouds; ++j) {
     TORCH_CHECK_VALUE(starts <= made.picks[j] && made.picks[j] <= k, op, ": picks must be in [s=", starts, ", k=", k,
@@ -144,10 +152,6 @@ inline FarthestFirstArguments check_farthest_first(const at::Tensor& points,  //
       TORCH_CHECK_VALUE(is_point[i], op, ": start must be a point, got start=", made.start.const_data_ptr<int64_t>()[i],
                         ", which mask leaves out", in_cloud(i / starts));
     }
-  }
-  if (until_radius) {
-    TORCH_CHECK_VALUE(*until_radius >= 0, op, ": until_radius must be at least 0, got ", *until_radius);
-    made.until_sq_radius = *until_radius * *until_radius;
   }
   if (dtype == at::kHalf || dtype == at::kBFloat16) made.points = made.points.to(at::kFloat);
   made.points = made.points.contiguous();

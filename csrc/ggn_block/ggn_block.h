@@ -12,7 +12,12 @@
 //   out[a, j, b, k] += sum_i H_i[a, b] x_ij x_ik
 #pragma once
 
-#include <ATen/ops/amax.h>
+#include <ATen/ops/aminmax.h>
+#include <ATen/ops/maximum.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
 
 #include "../common/checks.h"
 
@@ -23,6 +28,32 @@ namespace fastif {
 using GgnBlockOp = void(const at::Tensor& out, const at::Tensor& features, const at::Tensor& probs,
                         const at::Tensor& weights);
 using KroneckerBlockOp = void(const at::Tensor& out, const at::Tensor& features, const at::Tensor& outer);
+
+inline void check_block(const char* op, const at::Tensor& out, int64_t c, int64_t d,
+                        std::initializer_list<std::pair<const char*, const at::Tensor&>> inputs) {
+  TORCH_CHECK_VALUE(out.sizes() == at::IntArrayRef({c, d, c, d}) && out.is_contiguous(), op,
+                    ": out must be a contiguous [c, d, c, d] = [", c, ", ", d, ", ", c, ", ", d, "], got ", out.sizes(),
+                    " with strides ", out.strides());
+  check_out(op, out, inputs);
+}
+
+inline double largest_entry(const at::Tensor& x) {
+  const auto [low, high] = x.aminmax();
+  return std::max(high.item<double>(), -low.item<double>());  // NaN stays NaN
+}
+
+inline double overflow_limit(const at::Tensor& out) { return out.scalar_type() == at::kFloat ? 1e38 : 1e300; }
+
+// Raises unless out, and all that is formed on the way to it, stays finite: kernels form products of two features, and
+// sums of at most `added` in size. The limits leave room for rounding.
+template <typename... Others>
+void check_no_overflow(const char* op, const at::Tensor& out, double largest, double added, const Others&... others) {
+  const double held = largest_entry(out), limit = overflow_limit(out);
+  if (!std::isfinite(held)) check_finite_rows(op, "out", out);
+  TORCH_CHECK_VALUE(largest * largest <= limit && added <= limit && held + added <= (limit == 1e38 ? 3e38 : 1.5e308),
+                    op, ": the result overflows: the largest |feature| is ", largest, others...,
+                    ", the largest |out| is ", held);
+}
 
 inline void check_ggn_block(const at::Tensor& out,        // [c, d, c, d], contiguous
                             const at::Tensor& features,   // [n, d] float32 or float64
@@ -41,18 +72,14 @@ inline void check_ggn_block(const at::Tensor& out,        // [c, d, c, d], conti
                     features.sizes(), " and ", probs.sizes());
   TORCH_CHECK_VALUE(probs.size(0) == n, op, ": probs must have n=", n, " rows, got ", probs.size(0));
   TORCH_CHECK_VALUE(weights.size(0) == n, op, ": weights must have n=", n, " entries, got ", weights.size(0));
-  TORCH_CHECK_VALUE(out.sizes() == at::IntArrayRef({c, d, c, d}) && out.is_contiguous(), op,
-                    ": out must be a contiguous [c, d, c, d] = [", c, ", ", d, ", ", c, ", ", d, "], got ", out.sizes(),
-                    " with strides ", out.strides());
+  check_block(op, out, c, d, {{"features", features}, {"probs", probs}, {"weights", weights}});
   check_finite_rows(op, "features", features);
   check_finite_rows(op, "probs", probs);
   check_finite_rows(op, "weights", weights);
   const double lowest = weights.min().item<double>();
   TORCH_CHECK_VALUE(lowest >= 0, op, ": weights must be >= 0, got ", lowest);
-  const auto [low, high] = features.aminmax();
-  const double largest = std::max(-low.item<double>(), high.item<double>()), total = weights.sum().item<double>();
-  TORCH_CHECK_VALUE(largest * largest * total <= (features.scalar_type() == at::kFloat ? 1e38 : 1e300), op,
-                    ": the result overflows: the largest |feature| is ", largest, ", the weights sum to ", total);
+  const double largest = largest_entry(features), total = weights.sum().item<double>();
+  check_no_overflow(op, out, largest, largest * largest * total, ", the weights sum to ", total);
   const double negative = probs.min().item<double>();
   TORCH_CHECK_VALUE(negative >= 0, op, ": probs must be >= 0, got ", negative);
   const auto off = probs.sum(1).sub(1).abs();
@@ -75,11 +102,19 @@ inline void check_kronecker_block(const at::Tensor& out,       // [c, d, c, d], 
                     features.sizes(), " and ", outer.sizes());
   TORCH_CHECK_VALUE(outer.size(0) == n && outer.size(2) == c, op, ": outer must be [n, c, c] with n=", n, ", got ",
                     outer.sizes());
-  TORCH_CHECK_VALUE(out.sizes() == at::IntArrayRef({c, d, c, d}) && out.is_contiguous(), op,
-                    ": out must be a contiguous [c, d, c, d] = [", c, ", ", d, ", ", c, ", ", d, "], got ", out.sizes(),
-                    " with strides ", out.strides());
+  check_block(op, out, c, d, {{"features", features}, {"outer", outer}});
   check_finite_rows(op, "features", features);
   check_finite_rows(op, "outer", outer);
+  const double largest = largest_entry(features), highest = largest_entry(outer);
+  double added = static_cast<double>(n) * highest * largest * largest;
+  if (!(added <= overflow_limit(out))) {  // row by row, as the largest of both may stand in different ones
+    const auto largest_of_rows = [](const at::Tensor& rows) {
+      const auto [low, high] = at::aminmax(rows, 1);
+      return at::maximum(high, low.neg()).to(at::kDouble);
+    };
+    added = largest_of_rows(features).square().mul(largest_of_rows(outer.flatten(1))).sum().item<double>();
+  }
+  check_no_overflow(op, out, largest, added, ", the largest |outer| is ", highest);
 }
 
 }  // namespace fastif

@@ -85,6 +85,12 @@ _definitions = torch.library.Library("fastif", "FRAGMENT")
 if not compiled:
     for _name, _schema in SCHEMAS.items():
         _definitions.define(_name + _schema)
+for _name, _schema in SCHEMAS.items():
+    if "!)" in _schema:
+        # torch's own kernels for such views resolve them before the op and write back what the op returns, which is
+        # nothing here. They pass: the contract refuses them as outputs, and kernels read them rightly as inputs.
+        for _key in ("Conjugate", "Negative"):
+            _definitions.impl(_name, torch.library.fallthrough_kernel, _key)
 
 
 def plain(name: str) -> Callable[[Callable], Callable]:

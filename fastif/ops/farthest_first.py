@@ -72,7 +72,8 @@ def farthest_first(
 
     Raises:
         ValueError: a shape, an index, a number or a radius that breaks these rules; NaN or Inf (with the row's index).
-        TypeError: points, start, picks or mask of another dtype.
+        TypeError: points, start, picks or mask of another dtype, or no tensors; k or until_radius that is no number.
+        MemoryError: a result that cannot be held.
 
     >>> points = torch.tensor([[0.0], [1.0], [5.0], [9.0]])
     >>> farthest_first(points, k=3).indices.tolist()
@@ -82,12 +83,34 @@ def farthest_first(
     >>> farthest_first(points, k=2).counts.tolist()
     [2, 2]
     """
-    lead = points.shape[:-2]
-    if not isinstance(start, Tensor):
+    op = "farthest_first"
+    _check_points(op, points)
+    lead, n = points.shape[:-2], points.shape[-2]
+    k = check.integer(op, "k", k)
+    if isinstance(start, Tensor):
+        check.tensor(op, "start", start)
+    else:
+        start = check.integer(op, "start", start)
+        if not -(2**63) <= start < 2**63:
+            raise ValueError(f"{op}: start must be in [0, n={n}), got start={start}")
         start = torch.full((*lead, 1), start, device="cpu")
-    total = (k * math.prod(lead) if picks is None else int(picks.sum())) if progress else 0
+    if picks is not None:
+        check.tensor(op, "picks", picks)
+    if mask is not None:
+        check.tensor(op, "mask", mask)
+    until_radius = None if until_radius is None else check.real(op, "until_radius", until_radius)
+    given = points.detach(), k, start, picks, mask, until_radius
+    if not torch.compiler.is_compiling():  # there the fake kernel checks, which sees symbols and may ask what they are
+        _check_rules(*given)
+    check.require(
+        until_radius is None or bool(lead) or not points.is_meta,
+        f"{op}: points must hold values with until_radius, which tells how many picks are made, got meta",
+    )
+    total = (k * math.prod(lead) if picks is None else int(picks.sum())) if progress and not points.is_meta else 0
     with progress_bar("farthest_first", total, "pick") if progress else nullcontext():
-        found = torch.ops.fastif.farthest_first(points.detach(), k, start, picks, mask, until_radius)
+        found = check.call(
+            op, "sq_dists [b, n]", points.shape[:-1], torch.float64, torch.ops.fastif.farthest_first, *given
+        )
     indices, sq_radii, sq_dists, nearest = found
     if until_radius is not None and not lead:
         made = int((indices >= 0).sum())
@@ -97,8 +120,8 @@ def farthest_first(
 
 @torch.library.register_fake("fastif::farthest_first")
 def _fake(points, k, start, picks=None, mask=None, until_radius=None):
+    _check_rules(points, k, start, picks, mask, until_radius)
     *lead, n, _ = points.shape
-    torch._check_value(1 <= k <= n, lambda: f"farthest_first: k must be in [1, n={n}], got k={k}")
     return (
         points.new_empty((*lead, k), dtype=torch.int64),
         points.new_empty((*lead, k), dtype=torch.float64),
@@ -109,7 +132,8 @@ def _fake(points, k, start, picks=None, mask=None, until_radius=None):
 
 @plain("farthest_first")
 def _plain(points, k, start, picks=None, mask=None, until_radius=None):
-    _check(points, k, start, picks, mask, until_radius)
+    _check_rules(points, k, start, picks, mask, until_radius)
+    _check_values(points, k, start, picks, mask)
     until_sq_radius = -1.0 if until_radius is None else until_radius * until_radius
     lead, n = points.shape[:-2], points.shape[-2]
     clouds, start = points.reshape(-1, *points.shape[-2:]), start.to(points.device).reshape(math.prod(lead), -1)
@@ -167,17 +191,23 @@ def _traverse(points, limit, start, until_sq_radius, done, total):
     return torch.tensor(indices, **at), torch.tensor(sq_radii, dtype=torch.float64, **at), sq_dists, nearest
 
 
-def _check(points, k, start, picks, mask, until_radius):
-    """check_farthest_first and name_bad_point of csrc/farthest_first/farthest_first.h, rule by rule."""
-    op, batched = "farthest_first", points.dim() == 3
-    shape = list(points.shape)
-    check.require(batched or points.dim() == 2, f"{op}: points must be [n, d] or [b, n, d], got shape {shape}")
+def _check_points(op, points):
+    check.tensor(op, "points", points)
+    if points.dim() not in (2, 3):
+        raise ValueError(f"{op}: points must be [n, d] or [b, n, d], got shape {list(points.shape)}")
     check.dtype(op, "points", points, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_rules(points, k, start, picks, mask, until_radius):
+    """What csrc/farthest_first/farthest_first.h asks of all but the values of tensors."""
+    op, batched, shape = "farthest_first", points.dim() == 3, list(points.shape)
+    _check_points(op, points)
     axes = "one cloud, one row" if batched else "one row"
     check.require(points.numel() > 0, f"{op}: points must have at least {axes} and one column, got shape {shape}")
     n = points.shape[-2]
-    check.require(1 <= k <= n, f"{op}: k must be in [1, n={n}], got k={k}")
+    torch._check_value(1 <= k <= n, lambda: f"{op}: k must be in [1, n={n}], got k={k}")
 
+    check.tensor(op, "start", start)
     check.dtype(op, "start", start, torch.int64)
     check.require(
         start.dim() == points.dim() - 1 and start.numel() > 0 and start.shape[:-1] == points.shape[:-2],
@@ -186,8 +216,9 @@ def _check(points, k, start, picks, mask, until_radius):
     )
     check.device(op, "start", start, "points", points, or_cpu=True)
     s = start.shape[-1]
-    check.require(s <= k, f"{op}: k must be at least the number of starts, {s}, got k={k}")
+    torch._check_value(s <= k, lambda: f"{op}: k must be at least the number of starts, {s}, got k={k}")
     if mask is not None:
+        check.tensor(op, "mask", mask)
         check.dtype(op, "mask", mask, torch.bool)
         check.require(
             mask.shape == points.shape[:-1],
@@ -195,14 +226,25 @@ def _check(points, k, start, picks, mask, until_radius):
         )
         check.device(op, "mask", mask, "points", points)
     if picks is not None:
+        check.tensor(op, "picks", picks)
         check.dtype(op, "picks", picks, torch.int64)
         check.require(
             batched and picks.shape == points.shape[:1],
             f"{op}: picks must be [b], with points [b, n, d], got shape {list(picks.shape)} with points {shape}",
         )
         check.device(op, "picks", picks, "points", points, or_cpu=True)
+    if until_radius is not None:
+        check.require(until_radius >= 0, f"{op}: until_radius must be at least 0, got {until_radius:g}")
 
-    clouds = points.reshape(-1, n, shape[-1])
+
+def _check_values(points, k, start, picks, mask):
+    """What it asks of the values, once the rules are kept."""
+    op, batched = "farthest_first", points.dim() == 3
+    n, s = points.shape[-2], start.shape[-1]
+    for name, x in (("points", points), ("start", start), ("mask", mask), ("picks", picks)):
+        if x is not None:
+            check.memory(op, name, x)
+    clouds = points.reshape(-1, *points.shape[-2:])
     is_point = torch.ones(clouds.shape[:2], dtype=torch.bool) if mask is None else mask.reshape(-1, n).cpu()
     starts = start.reshape(-1, s).tolist()
     for j, given in enumerate(starts):
@@ -224,8 +266,6 @@ def _check(points, k, start, picks, mask, until_radius):
             check.require(
                 bool(is_point[j, i]), f"{op}: start must be a point, got start={i}, which mask leaves out{where}"
             )
-    if until_radius is not None:
-        check.require(until_radius >= 0, f"{op}: until_radius must be at least 0, got {until_radius:g}")
     for j, cloud in enumerate(clouds):
         largest = cloud.double().abs().amax(1).cpu()  # NaN stays NaN
         for i in (is_point[j] & ~(largest <= 1e150)).nonzero().flatten().tolist():

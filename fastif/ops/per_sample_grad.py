@@ -6,12 +6,13 @@ gradient is g_i = Σ_t u_it a_itᵀ, of shape [o, d]. docs/math.md (8).
 Every function takes inputs [n, t, d] and output_grads [n, t, o] (or [n, d] and [n, o] for t = 1), both float16,
 bfloat16, float32 or float64. Weights, scale, directions and the result are float32, or float64 for float64 inputs; no
 sum is formed in fewer bits. ValueError for shapes that do not fit and for NaN or Inf (with the row's index), TypeError
-for other dtypes. All are differentiable.
+for other dtypes and for no tensors, MemoryError for a result that cannot be held. All are differentiable, in reverse
+mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -39,11 +40,15 @@ def accumulate(
     >>> accumulate(a, u, groups=torch.tensor([1, 1]), num_groups=2).tolist()
     [[[0.0, 0.0]], [[-2.0, -2.0]]]
     """
+    op = "per_sample_grad.accumulate"
+    a, u = _with_positions(op, inputs, output_grads)
+    weights = _weights(op, weights, a)
     if groups is None:
-        groups = torch.zeros(inputs.shape[0], dtype=torch.int64, device=inputs.device)
-    return torch.ops.fastif.per_sample_grad_accumulate(
-        *_with_positions(inputs, output_grads), _weights(weights, inputs), groups, num_groups
-    )
+        groups = torch.zeros(a.shape[0], dtype=torch.int64, device=a.device)
+    check.tensor(op, "groups", groups)
+    num_groups = check.integer(op, "num_groups", num_groups)
+    check.derivable(op, inputs=a, output_grads=u, weights=weights)
+    return _call(op, "[g, o, d]", (num_groups, u.shape[2], a.shape[2]), a, u, weights, groups, num_groups)
 
 
 def accumulate_squares(inputs: Tensor, output_grads: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -59,9 +64,11 @@ def accumulate_squares(inputs: Tensor, output_grads: Tensor, weights: Tensor | N
     >>> accumulate_squares(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0], [-1.0]])).tolist()
     [[10.0, 20.0]]
     """
-    return torch.ops.fastif.per_sample_grad_accumulate_squares(
-        *_with_positions(inputs, output_grads), _weights(weights, inputs)
-    )
+    op = "per_sample_grad.accumulate_squares"
+    a, u = _with_positions(op, inputs, output_grads)
+    weights = _weights(op, weights, a)
+    check.derivable(op, inputs=a, output_grads=u, weights=weights)
+    return _call(op, "[o, d]", (u.shape[2], a.shape[2]), a, u, weights)
 
 
 def sq_norms(inputs: Tensor, output_grads: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -75,7 +82,12 @@ def sq_norms(inputs: Tensor, output_grads: Tensor, scale: Tensor | None = None) 
     >>> sq_norms(a, u).tolist(), sq_norms(a, u, scale=torch.tensor([[1.0, 0.5]])).tolist()
     ([100.0], [68.0])
     """
-    return torch.ops.fastif.per_sample_grad_sq_norms(*_with_positions(inputs, output_grads), scale)
+    op = "per_sample_grad.sq_norms"
+    a, u = _with_positions(op, inputs, output_grads)
+    if scale is not None:
+        check.tensor(op, "scale", scale)
+    check.derivable(op, inputs=a, output_grads=u, **({} if scale is None else {"scale": scale}))
+    return _call(op, "[n]", a.shape[:1], a, u, scale)
 
 
 def dots(inputs: Tensor, output_grads: Tensor, directions: Tensor) -> Tensor:
@@ -88,12 +100,25 @@ def dots(inputs: Tensor, output_grads: Tensor, directions: Tensor) -> Tensor:
     >>> dots(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]]), torch.tensor([[[1.0, 1.0]]])).tolist()
     [[9.0]]
     """
-    return torch.ops.fastif.per_sample_grad_dots(*_with_positions(inputs, output_grads), directions)
+    op = "per_sample_grad.dots"
+    a, u = _with_positions(op, inputs, output_grads)
+    check.rank(op, "directions", "[q, o, d]", directions, 3)
+    check.derivable(op, inputs=a, output_grads=u, directions=directions)
+    return _call(op, "[q, n]", (directions.shape[0], a.shape[0]), a, u, directions)
 
 
-def _with_positions(inputs: Tensor, output_grads: Tensor) -> tuple[Tensor, Tensor]:
+def _call(op: str, axes: str, shape: Sequence[int], inputs: Tensor, *others: Tensor | int | None) -> Tensor:
+    kernel = getattr(torch.ops.fastif, op.replace(".", "_"))
+    return check.call(op, axes, shape, _result_type(inputs), kernel, inputs, *others)
+
+
+def _with_positions(op: str, inputs: Tensor, output_grads: Tensor) -> tuple[Tensor, Tensor]:
+    check.tensor(op, "inputs", inputs)
+    check.tensor(op, "output_grads", output_grads)
     if inputs.dim() == 2 and output_grads.dim() == 2:
         return inputs[:, None], output_grads[:, None]
+    check.rank(op, "inputs", "[n, t, d]", inputs, 3)
+    check.rank(op, "output_grads", "[n, t, o]", output_grads, 3)
     return inputs, output_grads
 
 
@@ -101,36 +126,35 @@ def _result_type(inputs: Tensor) -> torch.dtype:
     return torch.float32 if inputs.dtype in (torch.float16, torch.bfloat16) else inputs.dtype
 
 
-def _weights(weights: Tensor | None, inputs: Tensor) -> Tensor:
-    return inputs.new_ones(inputs.shape[0], dtype=_result_type(inputs)) if weights is None else weights
+def _weights(op: str, weights: Tensor | None, inputs: Tensor) -> Tensor:
+    if weights is None:
+        return inputs.new_ones(inputs.shape[0], dtype=_result_type(inputs))
+    check.tensor(op, "weights", weights)
+    return weights
 
 
 @torch.library.register_fake("fastif::per_sample_grad_accumulate")
 def _(inputs, output_grads, weights, groups, num_groups):
-    _check_linear_map("per_sample_grad.accumulate", inputs, output_grads)
-    _check_result_type("per_sample_grad.accumulate", "weights", weights, inputs)
+    _check_accumulate("per_sample_grad.accumulate", inputs, output_grads, weights, groups, num_groups)
     return inputs.new_empty((num_groups, output_grads.shape[2], inputs.shape[2]), dtype=_result_type(inputs))
 
 
 @torch.library.register_fake("fastif::per_sample_grad_accumulate_squares")
 def _(inputs, output_grads, weights):
     _check_linear_map("per_sample_grad.accumulate_squares", inputs, output_grads)
-    _check_result_type("per_sample_grad.accumulate_squares", "weights", weights, inputs)
+    _check_weights("per_sample_grad.accumulate_squares", weights, inputs)
     return inputs.new_empty((output_grads.shape[2], inputs.shape[2]), dtype=_result_type(inputs))
 
 
 @torch.library.register_fake("fastif::per_sample_grad_sq_norms")
 def _(inputs, output_grads, scale=None):
-    _check_linear_map("per_sample_grad.sq_norms", inputs, output_grads)
-    if scale is not None:
-        _check_result_type("per_sample_grad.sq_norms", "scale", scale, inputs)
+    _check_sq_norms("per_sample_grad.sq_norms", inputs, output_grads, scale)
     return inputs.new_empty((inputs.shape[0],), dtype=_result_type(inputs))
 
 
 @torch.library.register_fake("fastif::per_sample_grad_dots")
 def _(inputs, output_grads, directions):
-    _check_linear_map("per_sample_grad.dots", inputs, output_grads)
-    _check_result_type("per_sample_grad.dots", "directions", directions, inputs)
+    _check_dots("per_sample_grad.dots", inputs, output_grads, directions)
     return inputs.new_empty((directions.shape[0], inputs.shape[0]), dtype=_result_type(inputs))
 
 
@@ -222,7 +246,44 @@ def _check_weights(op: str, weights: Tensor, inputs: Tensor) -> None:
     _check_result_type(op, "weights", weights, inputs)
     n = inputs.shape[0]
     check.require(weights.shape[0] == n, f"{op}: weights must have n={n} entries, got {weights.shape[0]}")
-    check.finite_rows(op, "weights", weights)
+
+
+def _check_accumulate(op, inputs, output_grads, weights, groups, num_groups):
+    _check_linear_map(op, inputs, output_grads)
+    _check_weights(op, weights, inputs)
+    check.rank(op, "groups", "[n]", groups, 1)
+    check.dtype(op, "groups", groups, torch.int64)
+    check.device(op, "groups", groups, "inputs", inputs)
+    n = inputs.shape[0]
+    check.require(groups.shape[0] == n, f"{op}: groups must have n={n} entries, got {groups.shape[0]}")
+    check.require(num_groups >= 1, f"{op}: num_groups must be >= 1, got {num_groups}")
+
+
+def _check_sq_norms(op, inputs, output_grads, scale):
+    _check_linear_map(op, inputs, output_grads)
+    if scale is None:
+        return
+    d, o = inputs.shape[2], output_grads.shape[2]
+    check.rank(op, "scale", "[o, d]", scale, 2)
+    _check_result_type(op, "scale", scale, inputs)
+    check.require(scale.shape == (o, d), f"{op}: scale must be [o={o}, d={d}], got {list(scale.shape)}")
+
+
+def _check_dots(op, inputs, output_grads, directions):
+    _check_linear_map(op, inputs, output_grads)
+    check.rank(op, "directions", "[q, o, d]", directions, 3)
+    _check_result_type(op, "directions", directions, inputs)
+    o, d = output_grads.shape[2], inputs.shape[2]
+    check.require(
+        directions.shape[0] >= 1 and directions.shape[1:] == (o, d),
+        f"{op}: directions must be [q, o={o}, d={d}] with q >= 1, got {list(directions.shape)}",
+    )
+
+
+def _check_memory(op: str, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None:
+            check.memory(op, name, x)
 
 
 def _finite(op: str, result: Tensor, inputs: Tensor, output_grads: Tensor) -> Tensor:
@@ -238,14 +299,9 @@ def _finite(op: str, result: Tensor, inputs: Tensor, output_grads: Tensor) -> Te
 @plain("per_sample_grad_accumulate")
 def _accumulate_plain(inputs, output_grads, weights, groups, num_groups):
     op = "per_sample_grad.accumulate"
-    _check_linear_map(op, inputs, output_grads)
-    _check_weights(op, weights, inputs)
-    check.rank(op, "groups", "[n]", groups, 1)
-    if groups.dtype != torch.int64:
-        raise TypeError(f"{op}: groups must be int64, got {groups.dtype}")
-    n = inputs.shape[0]
-    check.require(groups.shape[0] == n, f"{op}: groups must have n={n} entries, got {groups.shape[0]}")
-    check.require(num_groups >= 1, f"{op}: num_groups must be >= 1, got {num_groups}")
+    _check_accumulate(op, inputs, output_grads, weights, groups, num_groups)
+    _check_memory(op, inputs=inputs, output_grads=output_grads, weights=weights, groups=groups)
+    check.finite_rows(op, "weights", weights)
     lowest, highest = groups.min().item(), groups.max().item()
     check.require(
         0 <= lowest and highest < num_groups,
@@ -276,6 +332,8 @@ def _accumulate_squares_plain(inputs, output_grads, weights):
     op = "per_sample_grad.accumulate_squares"
     _check_linear_map(op, inputs, output_grads)
     _check_weights(op, weights, inputs)
+    _check_memory(op, inputs=inputs, output_grads=output_grads, weights=weights)
+    check.finite_rows(op, "weights", weights)
     out = weights.new_zeros((output_grads.shape[2], inputs.shape[2]))
     for examples, gradients in _gradients_by_block(inputs, output_grads):
         out += torch.einsum("n,nod->od", weights[examples], gradients.square())
@@ -285,12 +343,10 @@ def _accumulate_squares_plain(inputs, output_grads, weights):
 @plain("per_sample_grad_sq_norms")
 def _sq_norms_plain(inputs, output_grads, scale=None):
     op = "per_sample_grad.sq_norms"
-    _check_linear_map(op, inputs, output_grads)
+    _check_sq_norms(op, inputs, output_grads, scale)
+    _check_memory(op, inputs=inputs, output_grads=output_grads, scale=scale)
     t, d, o = *inputs.shape[1:], output_grads.shape[2]
     if scale is not None:
-        check.rank(op, "scale", "[o, d]", scale, 2)
-        _check_result_type(op, "scale", scale, inputs)
-        check.require(scale.shape == (o, d), f"{op}: scale must be [o={o}, d={d}], got {list(scale.shape)}")
         check.finite_rows(op, "scale", scale)
         lowest = scale.min().item()
         check.require(lowest >= 0, f"{op}: scale must be >= 0, got {lowest:g}")
@@ -307,19 +363,15 @@ def _sq_norms_plain(inputs, output_grads, scale=None):
 @plain("per_sample_grad_dots")
 def _dots_plain(inputs, output_grads, directions):
     op = "per_sample_grad.dots"
-    _check_linear_map(op, inputs, output_grads)
-    check.rank(op, "directions", "[q, o, d]", directions, 3)
-    _check_result_type(op, "directions", directions, inputs)
-    o, d = output_grads.shape[2], inputs.shape[2]
-    check.require(
-        directions.shape[0] >= 1 and directions.shape[1:] == (o, d),
-        f"{op}: directions must be [q, o={o}, d={d}] with q >= 1, got {list(directions.shape)}",
-    )
+    _check_dots(op, inputs, output_grads, directions)
+    _check_memory(op, inputs=inputs, output_grads=output_grads, directions=directions)
     check.finite_rows(op, "directions", directions)
+    out = directions.new_empty((len(directions), len(inputs)))  # before any work: it may be too large to be held
     if inputs.shape[1] == 1 or len(directions) == 1:
         a, u = (x.to(_result_type(x)) for x in (inputs, output_grads))
-        return _finite(op, torch.stack([((u @ v) * a).sum((1, 2)) for v in directions]), inputs, output_grads)
-    parts = [
-        directions.flatten(1) @ gradients.flatten(1).T for _, gradients in _gradients_by_block(inputs, output_grads)
-    ]
-    return _finite(op, torch.cat(parts, 1), inputs, output_grads)
+        for row, v in zip(out, directions, strict=True):
+            row.copy_(((u @ v) * a).sum((1, 2)))
+        return _finite(op, out, inputs, output_grads)
+    for examples, gradients in _gradients_by_block(inputs, output_grads):
+        out[:, examples] = directions.flatten(1) @ gradients.flatten(1).T
+    return _finite(op, out, inputs, output_grads)

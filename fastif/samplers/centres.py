@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from fastif import ops
+from fastif.ops import _checks as check
 from fastif.samplers.subset import (
     Subset,
     allocate,
@@ -80,8 +81,10 @@ def k_center(
     _check_metric("k_center", metric)
     if k is None and until_radius is None:
         raise ValueError("k_center: give k, until_radius or both")
+    until_radius = None if until_radius is None else check.real("k_center", "until_radius", until_radius)
     if until_radius is not None and not 0 <= until_radius < float("inf"):
         raise ValueError(f"k_center: until_radius must be finite and >= 0, got {until_radius}")
+    chunk_rows = None if chunk_rows is None else check.integer("k_center", "chunk_rows", chunk_rows)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"k_center: chunk_rows must be >= 1, got {chunk_rows}")
     if chunk_rows is not None or isinstance(points, np.memmap) or not isinstance(points, Tensor | np.ndarray):
@@ -121,6 +124,8 @@ def k_center_by_class(
     tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
     """
     name = "k_center_by_class"
+    _check_values(name, "points", points)
+    _check_values(name, "labels", labels)
     points = check_matrix(name, "points", points, "d")
     labels = check_labels(name, labels, n=len(points))
     k = check_k(name, k, len(points))
@@ -260,6 +265,7 @@ def _default_rows(piece: Tensor, k: int | None) -> int:
 
 def _tensor(x: Any) -> Any:
     """An array as a tensor: what is on disk, read-only or in another byte order is copied, the rest is shared."""
+    _check_values("k_center", "points", x)
     if not isinstance(x, np.ndarray):
         return x
     if x.dtype.kind != "f" or x.dtype.itemsize > 8:
@@ -299,6 +305,7 @@ def _check_k(k: int, n: int | None) -> int:
 
 def _check_start(start: int | Tensor, k: int | None, n: int | None) -> Tensor:
     """The given centres, int64 [s] on the CPU, s >= 1; n is None where it is not known yet."""
+    _check_values("k_center", "start", start)
     given = torch.as_tensor(start).detach().cpu()
     if given.dtype != torch.int64:
         raise TypeError(f"k_center: start must be int64, got {given.dtype}")
@@ -315,6 +322,15 @@ def _check_start(start: int | Tensor, k: int | None, n: int | None) -> Tensor:
     if k is not None and len(given) > k:
         raise ValueError(f"k_center: start must have at most k={k} entries, got {len(given)}")
     return given
+
+
+def _check_values(name: str, what: str, x: Any) -> None:
+    """Refuses a tensor that holds no values, or none at strides."""
+    if not isinstance(x, Tensor):
+        return
+    check.tensor(name, what, x)
+    if x.is_meta:
+        raise ValueError(f"{name}: {what} must hold values, got a tensor on meta")
 
 
 def _check_metric(name: str, metric: str) -> None:

@@ -38,7 +38,14 @@ def test_every_op_test_passes_in_plain_torch():
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
         + [
             str(ROOT / "tests" / "ops" / f"test_{name}.py")
-            for name in ("farthest_first", "farthest_first_clouds", "ggn_block", "kronecker_block", "per_sample_grad")
+            for name in (
+                "farthest_first",
+                "farthest_first_clouds",
+                "ggn_block",
+                "kronecker_block",
+                "per_sample_grad",
+                "contracts",
+            )
         ],
         env={**os.environ, "FASTIF_PLAIN": "1"},
         capture_output=True,
@@ -129,6 +136,38 @@ def test_plain_checks_say_what_the_compiled_ones_say():
                 call(*args)
             messages.append(str(caught.value).splitlines()[0])
         assert messages[0] == messages[1]
+
+
+def test_blocks_say_the_same_words():
+    """What is wrong with an out, on both routes; those of contiguous negative views never meet a kernel of torch's."""
+    x, probs, outer, w = torch.ones(3, 2), torch.full((3, 4), 0.25), torch.ones(3, 4, 4), torch.ones(3)
+    shared = torch.zeros(64)
+    with torch.inference_mode():
+        inferred = torch.zeros(4, 2, 4, 2)
+    freed = torch.zeros(4, 2, 4, 2)
+    freed.untyped_storage().resize_(12)
+    outs = {
+        "a negative view": torch._neg_view(torch.zeros(4, 2, 4, 2)),
+        "bytes between the ends": shared.view(4, 2, 4, 2),
+        "an inference tensor": inferred,
+        "require grad": torch.zeros(4, 2, 4, 2, requires_grad=True),
+        "bytes of storage, got 12": freed,
+        "finite, row 2": torch.zeros(4, 2, 4, 2).index_fill_(0, torch.tensor(2), torch.nan),
+        "out| is 3.1e+38": torch.full((4, 2, 4, 2), -3.1e38),
+    }
+    for words, out in outs.items():
+        features = shared[:6].view(3, 2) if "ends" in words else x
+        for mine, op, inputs in (
+            (gb._plain, torch.ops.fastif.ggn_block_, (features, probs, w)),
+            (gb._kronecker_plain, torch.ops.fastif.kronecker_block_, (features, outer)),
+        ):
+            messages = []
+            for call in (mine, op):
+                with pytest.raises(ValueError, match="block: ") as caught:
+                    call(out, *inputs)
+                messages.append(str(caught.value).splitlines()[0])
+            assert messages[0] == messages[1]
+            assert words in messages[0]
 
 
 @pytest.mark.parametrize("given", [given for given, *_ in BAD_FARTHEST_FIRST], ids=[m for *_, m in BAD_FARTHEST_FIRST])

@@ -41,10 +41,11 @@ void ggn_block_by_products(const at::Tensor& out, const at::Tensor& features, co
 void ggn_block_cpu(const at::Tensor& out, const at::Tensor& features, const at::Tensor& probs,
                    const at::Tensor& weights) {
   check_ggn_block(out, features, probs, weights);
+  begin_write(out);
   if (!can_add_pairs() || features.scalar_type() != at::kFloat) {
     return ggn_block_by_products(out, features, probs, weights);
   }
-  const auto x = features.contiguous(), p = probs.contiguous(), w = weights.contiguous();
+  const auto x = readable(features), p = readable(probs), w = readable(weights);
   add_pairs(out.mutable_data_ptr<float>(), x.const_data_ptr<float>(),
             {.probs = p.const_data_ptr<float>(), .weights = w.const_data_ptr<float>()}, x.size(0), x.size(1),
             p.size(1));
@@ -71,10 +72,11 @@ void kronecker_block_by_products(const at::Tensor& out, const at::Tensor& featur
 
 void kronecker_block_cpu(const at::Tensor& out, const at::Tensor& features, const at::Tensor& outer) {
   check_kronecker_block(out, features, outer);
+  begin_write(out);
   if (!can_add_pairs() || features.scalar_type() != at::kFloat) {
     return kronecker_block_by_products(out, features, outer);
   }
-  const auto x = features.contiguous(), h = outer.contiguous();
+  const auto x = readable(features), h = readable(outer);
   add_pairs(out.mutable_data_ptr<float>(), x.const_data_ptr<float>(), {.outer = h.const_data_ptr<float>()}, x.size(0),
             x.size(1), h.size(1));
 }

@@ -52,11 +52,12 @@ void ggn_block_cuda_(const at::Tensor& out,        // [c, d, c, d]
                      const at::Tensor& probs,      // [n, c]
                      const at::Tensor& weights) {  // [n]
   check_ggn_block(out, features, probs, weights);
+  begin_write(out);
   const c10::cuda::CUDAGuard guard(features.device());
   if (features.scalar_type() == at::kFloat) {
-    ggn_block<float>(out, features.contiguous(), probs.contiguous(), weights.contiguous());
+    ggn_block<float>(out, readable(features), readable(probs), readable(weights));
   } else {
-    ggn_block<double>(out, features.contiguous(), probs.contiguous(), weights.contiguous());
+    ggn_block<double>(out, readable(features), readable(probs), readable(weights));
   }
 }
 
@@ -64,11 +65,12 @@ void kronecker_block_cuda_(const at::Tensor& out,       // [c, d, c, d]
                            const at::Tensor& features,  // [n, d]
                            const at::Tensor& outer) {   // [n, c, c]
   check_kronecker_block(out, features, outer);
+  begin_write(out);
   const c10::cuda::CUDAGuard guard(features.device());
   if (features.scalar_type() == at::kFloat) {
-    kronecker_block<float>(out, features.contiguous(), outer.contiguous());
+    kronecker_block<float>(out, readable(features), readable(outer));
   } else {
-    kronecker_block<double>(out, features.contiguous(), outer.contiguous());
+    kronecker_block<double>(out, readable(features), readable(outer));
   }
 }
 
