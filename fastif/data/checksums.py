@@ -40,6 +40,11 @@ def checksums(x: Any, y: Any) -> tuple[Tensor, int]:
     return total.cpu(), _signed(shared)
 
 
+def checksum(values: Tensor) -> int:
+    """Of one tensor: of its bits, its shape and its type."""
+    return _signed(_of_part("", values))
+
+
 def _of_part(path: str, part: Any) -> int:
     if isinstance(part, Tensor):
         return int(_sums(part[None])[0]) * _name(path, part.dtype, part.shape)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastif.curvature.network import NetworkCurvature, prepare
 from fastif.curvature.protocol import Estimator
 from fastif.data.batches import Walked, walked
+from fastif.data.checksums import checksum
 from fastif.model.capture import Capture
 from fastif.model.losses import Measurement
 from fastif.model.passes import Passes
@@ -67,6 +68,9 @@ class Fitted(NamedTuple):
     n: int  # training examples
     subset: Subset | None = None  # that carried the curvature; None where a state was loaded, which does not hold it
     train: Walked | None = None  # the training data, as they were seen; likewise
+    weights: Mapping[str, int] | None = (
+        None  # checksums of the model's state then; None with checkpoints
+    )
 
     @property
     def passes(self) -> Passes:
@@ -79,6 +83,18 @@ class Fitted(NamedTuple):
     @property
     def memory(self) -> int:
         return self.setup.memory
+
+    def check_weights(self) -> None:
+        """Raises ValueError where the model is no longer what it was at the fit: the curvature would be another's."""
+        if self.weights is None:
+            return
+        now = checksums_of_state(self.setup)
+        changed = [name for name in {**self.weights, **now} if now.get(name) != self.weights.get(name)]
+        if changed:
+            raise ValueError(
+                f"Influence: the model's weights are not those of the fit: {len(changed)} of {len(now)} tensors "
+                f"changed, {changed[0]!r} first; call fit(train) again, or load the weights of the fit"
+            )
 
     def at_checkpoints(self) -> list[tuple[Checkpoint, NetworkCurvature]]:
         """Every checkpoint with what was fitted there."""
@@ -95,6 +111,8 @@ class Fitted(NamedTuple):
     def state_dict(self) -> dict[str, Tensor]:
         """All that was learned, as tensors."""
         state = {"n": torch.tensor(self.n), "blocks": self.setup.describe_blocks()}
+        if self.weights is not None:
+            state["weights"] = torch.tensor([*self.weights.values()], dtype=torch.int64)
         for number, curvature in enumerate(self.curvatures):
             state.update(curvature.state_dict(f"{number}/"))
         return state
@@ -107,7 +125,7 @@ def load_fitted(setup: Setup, state: Mapping[str, Tensor]) -> Fitted:
     if not setup.describes(state["blocks"]):
         theirs, ours = (bytes(blocks.tolist()).decode() for blocks in (state["blocks"], setup.describe_blocks()))
         raise ValueError(f"load_state_dict: the state is of other blocks: of {theirs}, not of {ours}")
-    left = set(state) - {"n", "blocks"}
+    left = set(state) - {"n", "blocks", "weights"}
     curvatures: list[NetworkCurvature] = []
     for number in range(len(setup.states)):
         own = {key: state[key].to(setup.device) for key in left if key.startswith(f"{number}/")}
@@ -116,4 +134,15 @@ def load_fitted(setup: Setup, state: Mapping[str, Tensor]) -> Fitted:
         curvatures[-1].load_state_dict(own, f"{number}/")
     if left:
         raise ValueError(f"load_state_dict: the state is another model's: {min(left)}")
-    return Fitted(setup, tuple(curvatures), int(state["n"]))
+    weights = None
+    if "weights" in state:
+        weights = dict(zip(checksums_of_state(setup), state["weights"].tolist(), strict=False))
+    fitted = Fitted(setup, tuple(curvatures), int(state["n"]), weights=weights)
+    fitted.check_weights()
+    return fitted
+
+
+def checksums_of_state(setup: Setup) -> dict[str, int]:
+    """A number for every tensor of the model's state."""
+    state = setup.model.state_dict()
+    return {name: checksum(value) for name, value in state.items() if isinstance(value, Tensor)}

@@ -146,6 +146,11 @@ class Influence:
             raise ValueError("Influence: not fitted; call fit(train) first")
         return self._fitted
 
+    def _ready(self) -> Fitted:
+        """What was fitted, at the weights that the model still has."""
+        self.fitted.check_weights()
+        return self.fitted
+
     @property
     def n(self) -> int:
         """Training examples of the fit; 0 before it."""
@@ -226,7 +231,7 @@ class Influence:
         that are not covered are absent: they are taken as fixed. With checkpoints, the mean over them.
         docs/math.md (1).
         """
-        (batch,) = self.fitted.walk(batch)
+        (batch,) = self._ready().walk(batch)
         total: dict[str, Tensor] = {}
         for checkpoint, curvature in self.fitted.at_checkpoints():
             sums: dict[str, Tensor] = {}
@@ -255,7 +260,7 @@ class Influence:
         for parameter, name in self.capture.names.items():
             if name in self.capture.covered:
                 values[parameter] = vectors[name].to(self.device)
-        for checkpoint, curvature in self.fitted.at_checkpoints():
+        for checkpoint, curvature in self._ready().at_checkpoints():
             with self.passes.running(checkpoint):
                 for name, solved in curvature.solve({n: b.matrix(values) for n, b in blocks.items()}).items():
                     solved = solved / len(self.fitted.curvatures)
@@ -345,7 +350,7 @@ class Influence:
         for name, given in (("groups", groups), ("query_groups", query_groups), ("low_rank", low_rank)):
             if given is not None and by != "all":
                 raise ValueError(f"scores: {name}= goes with by='all' alone, got by={by!r}")
-        query, train = self.fitted.walk(query, train)
+        query, train = self._ready().walk(query, train)
         if out is None:
             for name, given in (("resume=True", resume), (f"key={key!r}", key is not None)):
                 if given:
@@ -382,12 +387,12 @@ class Influence:
         Largest first: the most helpful; `largest=False` gives the most harmful, smallest first. Ties go to the lower
         index. The score matrix [q, n] is not stored, unless there are several checkpoints.
         """
-        query, train = self.fitted.walk(query, train)
+        query, train = self._ready().walk(query, train)
         return find_top(self.fitted, query, train, k, largest)
 
     def self_influence(self, train: Any) -> Tensor:
         """scores[t, t] of every training example, [n], never negative: how much its loss rests on it."""
-        (train,) = self.fitted.walk(train)
+        (train,) = self._ready().walk(train)
         return compute_self_influence(self.fitted, train)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastif import ExactBlock, Influence, evaluation, extract, find_head, remove, samplers
+from fastif import EKFAC, ExactBlock, Influence, evaluation, extract, find_head, remove, samplers
 from fastif.cli.scores import scores_command
 from tests.helpers.problems import WEIGHT_DECAY, converge, head_gradients, trained
 
@@ -259,3 +259,27 @@ def test_parts_of_scores_stand_alone(problem):
 def test_python_and_the_shell_have_one_default_of_memory(problem):
     shell = inspect.signature(scores_command).parameters["memory"].default
     assert shell << 20 == Influence(problem.model, progress=False).setup.memory == 1 << 27
+
+
+def test_weights_that_changed_since_the_fit_are_refused(tmp_path):
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)), (torch.randn(8, 4), torch.arange(8) % 2)
+    influence = Influence(model, curvature=EKFAC(0.1), progress=False).fit(data)
+    before, state = influence.scores(data, data), influence.state_dict()
+    with torch.no_grad():
+        model[2].bias[1] += 1e-3
+    calls = {
+        "scores": lambda: influence.scores(data, data),
+        "top": lambda: influence.top(data, data, 2),
+        "self_influence": lambda: influence.self_influence(data),
+        "on_parameters": lambda: influence.on_parameters(data),
+        "solve": lambda: influence.solve(dict(model.named_parameters())),
+        "out": lambda: influence.scores(data, data, out=tmp_path / "scores"),
+        "load_state_dict": lambda: Influence(model, curvature=EKFAC(0.1), progress=False).load_state_dict(state),
+    }
+    for call in calls.values():
+        with pytest.raises(
+            ValueError, match=r"not those of the fit: 1 of 4 tensors changed, '2\.bias' first; call fit"
+        ):
+            call()
+    assert not torch.equal(influence.fit(data).scores(data, data), before)
