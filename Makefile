@@ -84,6 +84,12 @@ results: bench  ## the tables of class removal and of make bench from scratch, a
 	$(PY) -m benchmarks.figures.keep keep runs/fashion-mnist/results.json class-removal-fashion-mnist
 	$(PY) -m benchmarks.figures.keep tables
 
+zoo: build/ready $(if $(SETUP),.venv/test)  ## one try for each of about 85 networks, against autograd example by example
+	@mkdir -p runs
+	$(PY) -m benchmarks.experiments.zoo --out runs/zoo.json
+	$(PY) -m benchmarks.figures.keep keep runs/zoo.json zoo
+	$(PY) -m benchmarks.figures.keep tables
+
 cuda-check: $(SETUP)  ## compile every CUDA source; needs nvcc, no GPU
 	PY=$(PY) bash csrc/check_cuda.sh
 

@@ -475,6 +475,31 @@ def gpu_table(name: str) -> str:
     return "\n\n".join(parts)
 
 
+def zoo_table(name: str) -> str:
+    """Networks by kind: how many of each are covered, how far off at most, and what is left out."""
+    results = _kept(name)
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in results["networks"]:
+        kind = re.search(r"\((\w+)\)$", row["name"])
+        kinds.setdefault(kind[1] if kind else "adapters" if " with " in row["name"] else "made by hand", []).append(row)
+    lines = ["| networks | tried | 95 % covered | largest error | |", "|---|---|---|---|---|"]
+    for kind, rows in kinds.items():
+        tried = [row for row in rows if "error" in row or "refused" in row]
+        covered = [row for row in tried if row.get("covered", 0) >= 0.95]
+        worst = max(row.get("error", 0.0) for row in tried)
+        names = ", ".join(row["name"].partition(" (")[0].removeprefix("gpt2 with ") for row in covered)
+        less = "".join(
+            f"; **not {row['name']}: {row.get('refused') or '; '.join(row['reasons'])}**"
+            for row in tried
+            if row not in covered
+        )
+        lines.append(f"| {kind} | {len(tried)} | {len(covered)} | {worst:.0e} | {names}{less} |")
+    meta = results["meta"]
+    versions = f"fastif {meta['fastif']}, torch {meta['torch']}, transformers {meta['transformers']}"
+    lines += ["", f"{versions}. Made by `make zoo`."]
+    return "\n".join(lines)
+
+
 def with_tables(page: str) -> str:
     """The page with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew from the kept NAME.json."""
 
@@ -494,6 +519,7 @@ def with_tables(page: str) -> str:
             "gpu": gpu_table,
             "glance": glance,
             "story": story,
+            "zoo": zoo_table,
         }
         make = next((make for kind, make in kinds.items() if name.startswith(kind)), benchmark_table)
         return f"<!-- table: {name} -->\n{make(name)}\n<!-- end -->"

@@ -68,9 +68,7 @@ class Fitted(NamedTuple):
     n: int  # training examples
     subset: Subset | None = None  # that carried the curvature; None where a state was loaded, which does not hold it
     train: Walked | None = None  # the training data, as they were seen; likewise
-    weights: Mapping[str, int] | None = (
-        None  # checksums of the model's state then; None with checkpoints
-    )
+    weights: Mapping[str, int] | None = None  # checksums of the model's state then; None with checkpoints
 
     @property
     def passes(self) -> Passes:

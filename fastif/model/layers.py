@@ -7,6 +7,7 @@ here and nowhere else. docs/math.md (15).
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -147,7 +148,9 @@ def affine_block(name: str, module: nn.Module) -> list[Block] | str:
     or along axis 1. What multiplies a parameter is found by running the module with that one set to 1 and to 0."""
     own = {key: p for key, p in module._parameters.items() if p is not None}
     sizes = {p.numel() for p in own.values()}
-    if list(module.children()) or len(sizes) != 1 or any(p.dim() > 1 for p in own.values()):
+    needed = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
+    alone = sum(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in needed) <= 1  # it can be run on its input
+    if list(module.children()) or len(sizes) != 1 or any(p.dim() > 1 for p in own.values()) or not alone:
         return f"{type(module).__name__} is not a kind of layer that is known"
     (d,) = sizes
 
