@@ -10,7 +10,7 @@ if [ ! -e "$CUDA_VENV/ready" ]; then
   "${PYTHON:-python3}" -m venv "$CUDA_VENV"
   # Three equal signs: two also mean 2.13.0+cpu, where pip knows a place that has it.
   "$CUDA_VENV/bin/python" .ci/requirements.py build test cuda > "$CUDA_VENV/requirements.txt"
-  "$CUDA_VENV/bin/pip" install -q "torch===2.13.0" filelock -r "$CUDA_VENV/requirements.txt"
+  "$CUDA_VENV/bin/pip" install -q "torch===2.13.0" -r "$CUDA_VENV/requirements.txt"
   touch "$CUDA_VENV/ready"
 fi
 python=$(cd "$CUDA_VENV/bin" && pwd)/python

@@ -17,18 +17,22 @@ def find_eigenvectors(moments: Tensor, name: str) -> tuple[Tensor, Tensor]:
     nonzero = [moment.diagonal().nonzero()[:, 0] for moment in moments]  # a moment's row is zero where its diagonal is
     if all(len(rows) == moments.shape[-1] for rows in nonzero):
         return _solve(moments, name)
+    solved = [
+        (i, rows, *_solve(moments[i, rows[:, None], rows][None], name)) for i, rows in enumerate(nonzero) if len(rows)
+    ]
     values = torch.zeros(moments.shape[:-1], dtype=torch.float64, device=moments.device)
     vectors = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device).repeat(len(moments), 1, 1)
-    for i, rows in enumerate(nonzero):
-        if len(rows):
-            some, basis = _solve(moments[i][rows[:, None], rows][None], name)
-            values[i, rows] = some[0]
-            vectors[i, rows[:, None], rows] = basis[0]
+    for i, rows, some, basis in solved:
+        values[i, rows] = some[0]
+        vectors[i, rows[:, None], rows] = basis[0]
     return values, vectors
 
 
 def _solve(moments: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """All eigenvectors in float64, found in the place of a copy: what LAPACK takes beside it is twice its size."""
+    """All eigenvectors in float64, found in the place of a copy: what LAPACK takes beside it is twice its size.
+
+    The moments themselves are kept meanwhile, for another try where LAPACK gives up.
+    """
     try:
         matrix = torch.empty(moments.shape, dtype=torch.float64, device=moments.device).mT.copy_(moments)
         values = matrix.new_empty(moments.shape[:-1])

@@ -195,7 +195,7 @@ class KFAC(Curvature):
             observing=g * item * o * d if self.passes > 1 else 0,
             solving=g * item * o * d,
             beside=g * item * o * d,
-            making=max(8 * (g + 2) * largest - g * item * largest, 8 * g * o * d),
+            making=max(8 * (g + 2) * largest, 8 * g * o * d),
             operations=2 * self.passes * fit.n * fit.columns * g * block.positions * turned
             + 10 * g * (d**3 + outputs**3),
         )

@@ -51,7 +51,7 @@ from tests.helpers.user_script import files
         (["ownscript:problem", "--layers", "nine"], "layers='nine' names no layer"),
         (
             ["ownscript:problem", "--loss", "hinge"],
-            "--loss must be one of cross_entropy, causal_lm, bce, mse, got",
+            "--loss must be one of cross_entropy, token_cross_entropy, causal_lm, bce, mse, got",
         ),
         (["ownscript:problem", "--measurement", "logit"], "--measurement must be one of loss, margin, log_odds"),
         (["ownscript:problem", "--by", "head"], "--by must be one of all, layer, token, got head"),

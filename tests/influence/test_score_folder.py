@@ -222,16 +222,16 @@ def _moved(module):
 
 
 OTHERS = [  # what the message says, without its quotes
-    ("curvature was EKFAC(damping=0.001, fisher=exact, separable=None) of 0, 2, is EKFAC(damping=0.01,", EKFAC(0.01)),
+    ("curvature was EKFAC(damping=auto, fisher=exact, separable=None) of 0, 2, is EKFAC(damping=0.01,", EKFAC(0.01)),
     ("of 0, 2, is Diagonal(damping=0.001, fisher=exact) of 0, 2; curvature state was", Diagonal()),
-    ("of 0, 2, is EKFAC(damping=0.001, fisher=exact, separable=None) of 2; curvature state was", {"layers": "2"}),
+    ("of 0, 2, is EKFAC(damping=auto, fisher=exact, separable=None) of 2; curvature state was", {"layers": "2"}),
     ("batch_size was 8, is 4; curvature state", {"batch_size": 4}),
     ("seed was 0, is 1", {"seed": 1}),
     ("measurement was loss, is margin", {"measurement": "margin"}),
     ("loss was cross_entropy, is tests.influence.test_score_folder._own_loss (", {"loss": _own_loss}),
     ("memory was 880, is 528; rows was [0, 5, 10, 11], is [0, 3, 6, 9, 11]; columns", {"memory": 3 * 22 * 8}),
     ("checkpoints was None, is 1", {"checkpoints": [problem()[0].state_dict()]}),
-    ("q was 11, is 10; rows", lambda model, query, train: (model, (query[0][:10], query[1][:10]), train)),
+    ("q was 11, is 10; query was", lambda model, query, train: (model, (query[0][:10], query[1][:10]), train)),
     ("n was 90, is 89", lambda model, query, train: (model, query, (train[0][:89], train[1][:89]))),
     ("query was ", lambda model, query, train: (model, (query[0] + 1e-9, query[1]), train)),
     ("train was ", lambda model, query, train: (model, query, (train[0], train[1].flip(0)))),

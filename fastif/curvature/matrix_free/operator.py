@@ -200,6 +200,11 @@ class Operator:
     def scores(self, outputs: Any) -> Tensor:
         """The outputs between which and the loss the GGN takes the second derivative."""
         self.logits_alone = not isinstance(outputs, Tensor)
+        if self.logits_alone and callable(self.data.loss) and not isinstance(getattr(outputs, "logits", None), Tensor):
+            raise TypeError(
+                "products: matrix='ggn' with a function as loss needs a model that returns a tensor, or something with "
+                f"`.logits`, got {type(outputs).__name__}; choose matrix='hessian'"
+            )
         return logits_of(outputs) if self.logits_alone or not callable(self.data.loss) else outputs
 
     def objective(self, outputs: Any, batch: Any, weights: Tensor, n: int) -> Tensor:
