@@ -74,10 +74,13 @@ def _words(values: Tensor) -> Tensor:
 def _of_words(words: Tensor) -> Tensor:
     n, w = words.shape
     if w > _RUN:
-        runs = -(-w // _RUN)
-        if w % _RUN:
-            words = torch.cat([words, words.new_zeros(n, runs * _RUN - w)], 1)
-        return _of_words(_of_words(words.view(n * runs, _RUN)).view(n, runs))
+        runs, rest = divmod(w, _RUN)
+        sums = [_of_words(words[:, : runs * _RUN].reshape(n * runs, _RUN)).view(n, runs)]
+        if rest:  # the last run ends in zeros
+            last = words.new_zeros(n, _RUN)
+            last[:, :rest] = words[:, runs * _RUN :]
+            sums.append(_of_words(last)[:, None])
+        return _of_words(torch.cat(sums, 1))
     if words.device.type != "cpu":
         mixed = ((words >> _SHIFT) & ((1 << (64 - _SHIFT)) - 1)) ^ words  # >> of a signed number brings its sign along
         return (mixed * torch.from_numpy(_weights(w).view(np.int64)).to(words.device)).sum(1)
