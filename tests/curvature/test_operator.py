@@ -390,9 +390,7 @@ def test_bad_input(operator_of):
     wrapped = nn.Sequential(nn.Linear(4, 3).double())
     wrapped.forward = lambda x: {"scores": wrapped[0](x)}
     options = {"loss": lambda outputs, _: outputs["scores"].square().sum(1)}
-    with pytest.raises(
-        TypeError, match="matrix='ggn' with a function .* returns a tensor, or something with .*, got dict"
-    ):
+    with pytest.raises(TypeError, match="matrix='ggn' with a function .* a tensor, or something with .*, got dict"):
         operator_of(wrapped, data(), **options)(vectors(15))
     assert operator_of(wrapped, data(), matrix="hessian", **options)(vectors(15)).any()
 
