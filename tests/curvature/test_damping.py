@@ -395,6 +395,11 @@ def test_a_share_of_nothing_is_refused_where_it_would_divide_by_it():
 # ------------------------------------------------------------------------------------------------------- what is asked
 
 
+def removal():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    return model, (rows(8, 2), torch.arange(8) % 2)
+
+
 def test_the_time_of_a_training():
     assert training_time([0.1, 0.2, 0.3]) == pytest.approx(0.6)
     assert training_time((0.1 * 0.5**t for t in range(3)), momentum=0.9) == pytest.approx(1.75)
@@ -441,6 +446,10 @@ def test_rules_show_themselves_as_they_were_called():
         (
             lambda: remove(nn.Linear(2, 2), (torch.ones(4, 2), torch.arange(4) % 2), [0], damping=RULE),
             "damping must be a finite number >= 0 or 'auto', got TrainingDamping",
+        ),
+        (
+            lambda: remove(*removal(), [0], damping=0.1, curvature=KFAC(RULE), layers="*", progress=False),
+            r"remove: damping is added to numbers, got damping=0.1 beside KFAC\(damping=TrainingDamping\(",
         ),
     ],
 )
