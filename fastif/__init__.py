@@ -19,7 +19,10 @@ from fastif.curvature import (
     NotConverged,
     NotPositiveDefinite,
     RandomProjection,
+    RelativeDamping,
     Shampoo,
+    TrainingDamping,
+    training_time,
 )
 from fastif.influence import Influence
 from fastif.influence.planning import Plan
@@ -49,11 +52,13 @@ __all__ = [
     "NotPositiveDefinite",
     "Plan",
     "RandomProjection",
+    "RelativeDamping",
     "Removal",
     "ScoreFolder",
     "Shampoo",
     "Step",
     "Subset",
+    "TrainingDamping",
     "__version__",
     "build_info",
     "curvature",
@@ -64,6 +69,7 @@ __all__ = [
     "ops",
     "remove",
     "samplers",
+    "training_time",
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -120,6 +122,15 @@ def shampoo(inputs: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
     basis = torch.kron(torch.linalg.eigh(root(left)).eigenvectors, torch.linalg.eigh(root(right)).eigenvectors)
     eigenvalues = torch.einsum("n,snp->p", weights, (gradients.flatten(2) @ basis).square())
     return basis * eigenvalues @ basis.T
+
+
+def training_filter(matrix: Tensor, time: float, weight_decay: float = 0.0) -> Tensor:
+    """f(G), f(x) = (1 − e^{−τ(x + γ)})/(x + γ), and τ where x + γ is 0; docs/math.md (22)."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    filtered = []
+    for x in (values + weight_decay).tolist():
+        filtered.append(-math.expm1(-time * x) / x if abs(time * x) > 1e-14 else time)
+    return vectors * torch.tensor(filtered, dtype=torch.float64) @ vectors.T
 
 
 def ggn(inputs: Tensor, columns: Tensor, weights: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from fastif.curvature import (
     Identity,
     LiSSA,
     RandomProjection,
+    TrainingDamping,
 )
 from fastif.curvature.limits import MEMORY
 from fastif.data.batches import count
@@ -75,9 +76,19 @@ def scores_command(
     damping: Annotated[
         str | None,
         typer.Option(
-            help="Added to the curvature's diagonal: a number or auto.",
+            help="Added to the curvature's diagonal: a number, auto, or training (see --training-time).",
             show_default="1e-3; lissa 1e-2, data-inf auto",
         ),
+    ] = None,
+    training_time: Annotated[
+        float | None,
+        typer.Option(
+            help="For --damping training: learning rates of all steps of SGD, summed, over 1 - momentum.",
+            show_default=False,
+        ),
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="For --damping training: that of the training.", show_default="0")
     ] = None,
     fisher: Annotated[
         str | None,
@@ -141,7 +152,7 @@ def scores_command(
     They are written block by block; fastif.ScoreFolder(FOLDER) reads them in Python.
     """
     began = time.perf_counter()
-    estimator = _estimator(curvature, damping, fisher, seed)
+    estimator = _estimator(curvature, _damping(damping, training_time, weight_decay), fisher, seed)
     check("batch-size", batch_size, batch_size >= 1, ">= 1")
     check("memory", memory, memory >= 1, ">= 1")
     check("top", top, top >= 0, ">= 0")
@@ -234,7 +245,21 @@ def _print_plan(influence: Influence, plan: Plan, rows: int, named: str, by: str
     print(f"{rows:,} {named}; scores take {size / 2**20:.1f} MiB in {out}", flush=True)
 
 
-def _estimator(curvature: str, damping: str | None, fisher: str | None, seed: int) -> Any:
+def _damping(damping: str | None, time: float | None, decay: float | None) -> float | str | TrainingDamping | None:
+    """What --damping and the options that go with it ask for."""
+    for name, given in (("training-time", time), ("weight-decay", decay)):
+        check(name, given, given is None or damping == "training", "left out without --damping training")
+    if damping == "training":
+        if time is None:
+            raise ValueError("--damping training needs --training-time")
+        return TrainingDamping(time, decay or 0.0)
+    try:
+        return damping if damping in (None, "auto") else float(damping)
+    except ValueError:
+        raise ValueError(f"--damping must be a number >= 0, auto or training, got {damping}") from None
+
+
+def _estimator(curvature: str, damping: Any, fisher: str | None, seed: int) -> Any:
     """The estimator, with its own defaults for what is not given."""
     check("curvature", curvature, curvature in CURVATURES, f"one of {', '.join(CURVATURES)}")
     check("fisher", fisher, fisher is None or fisher in FISHERS, f"one of {', '.join(FISHERS)}")
@@ -244,10 +269,7 @@ def _estimator(curvature: str, damping: str | None, fisher: str | None, seed: in
     options: dict[str, Any] = {}
     if damping is not None:
         check("damping", damping, make is not Identity, f"left out with --curvature {curvature}")
-        try:
-            options["damping"] = damping if damping == "auto" else float(damping)
-        except ValueError:
-            raise ValueError(f"--damping must be a number >= 0 or auto, got {damping}") from None
+        options["damping"] = damping
     if make is RandomProjection:
         options["seed"] = seed
     if len(fishers) > 1 and fisher is not None:

@@ -5,7 +5,13 @@ pass; then `solve`, `sq_norms` and `directions` apply the damped inverse. A `Joi
 at once.
 """
 
-from fastif.curvature.damping import IllConditioned, NotPositiveDefinite
+from fastif.curvature.damping import (
+    IllConditioned,
+    NotPositiveDefinite,
+    RelativeDamping,
+    TrainingDamping,
+    training_time,
+)
 from fastif.curvature.data_inf import DataInf
 from fastif.curvature.diagonal import Diagonal, Identity
 from fastif.curvature.directions import Directions, Explicit, LowRank
@@ -41,5 +47,8 @@ __all__ = [
     "NotConverged",
     "NotPositiveDefinite",
     "RandomProjection",
+    "RelativeDamping",
     "Shampoo",
+    "TrainingDamping",
+    "training_time",
 ]

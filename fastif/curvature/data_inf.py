@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastif.curvature import limits
-from fastif.curvature.damping import NotPositiveDefinite, check_damping
+from fastif.curvature.damping import (
+    AUTO,
+    Damping,
+    NotPositiveDefinite,
+    RelativeDamping,
+    TrainingDamping,
+    check_damping,
+    constant_damping,
+)
 from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork
 from fastif.model.gradients import Dense, Formed, Gradients, OneHot
 from fastif.model.losses import Fisher
 from fastif.model.sliced_gradients import Sliced
-
-_RELATIVE_DAMPING = 0.1  # damping="auto" is this share of the gradients' mean squared entry (Kwon et al. 2024).
 
 
 class DataInf(Curvature):
@@ -29,17 +34,17 @@ class DataInf(Curvature):
 
     Args:
         damping: absolute λ > 0, or "auto": a tenth of the mean squared entry of the layer's gradients, as the paper has
-            it (see `damping_used`).
+            it (see `damping_used`); or `RelativeDamping`, another share of it; or `TrainingDamping`, its γ + 1/τ.
     """
 
     passes = 1
     fisher: Fisher = "empirical"
 
-    def __init__(self, damping: float | Literal["auto"] = "auto"):
-        check_damping(damping)
+    def __init__(self, damping: Damping = "auto"):
+        check_damping(damping, RelativeDamping, TrainingDamping)
         if damping == 0:
             raise ValueError("DataInf: damping must be a number > 0 or 'auto', got 0: it divides by it")
-        self.damping: float | Literal["auto"] = damping
+        self.damping: Damping = damping
         self.name = "layer"
         self._parts: list[tuple[Gradients, Tensor]] = []  # batches of the subset, and their weights
         self._gains: list[Tensor] = []  # w_i / (λ + W|g_i|²)
@@ -59,14 +64,15 @@ class DataInf(Curvature):
         norms = [gradients.sq_norms().double() for gradients, _ in self._parts]
         weights = [w.to(n) for (_, w), n in zip(self._parts, norms, strict=True)]
         total = torch.cat(weights).sum()
-        if self.damping == "auto":
+        damping = AUTO if self.damping == "auto" else self.damping
+        if isinstance(damping, RelativeDamping):
             size = self.shape[0] * self.shape[1] * self.shape[2]
-            self.damping_used = _RELATIVE_DAMPING * float(torch.cat(weights) @ torch.cat(norms) / total) / size
+            self.damping_used = damping.share * float(torch.cat(weights) @ torch.cat(norms) / total) / size
         else:
-            self.damping_used = self.damping
+            self.damping_used = constant_damping(damping)
         if not self.damping_used > 0:
             raise NotPositiveDefinite(
-                f"DataInf: all gradients of layer {self.name!r} are zero: damping='auto' is 0; give a number"
+                f"DataInf: all gradients of layer {self.name!r} are zero: damping={self.damping!r} is 0; give a number"
             )
         self._gains = [w / (self.damping_used + total * n) for w, n in zip(weights, norms, strict=True)]
 

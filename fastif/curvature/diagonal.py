@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastif.curvature.damping import NotPositiveDefinite, check_damping
+from fastif.curvature.damping import NotPositiveDefinite, RelativeDamping, TrainingDamping, check_damping, invert
 from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork, check_fisher
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
@@ -15,16 +15,16 @@ class Diagonal(Curvature):
     """diag(G) = Σ_i w_i Σ_s g_is², elementwise: entries that influence one another are not seen to.
 
     Args:
-        damping: absolute λ >= 0.
+        damping: absolute λ >= 0; or a `RelativeDamping`, or a `TrainingDamping`, which filters the entries instead.
         fisher: which gradients, as for `KFAC`.
     """
 
     passes = 1
 
-    def __init__(self, damping: float = 1e-3, fisher: Fisher = "exact"):
+    def __init__(self, damping: float | RelativeDamping | TrainingDamping = 1e-3, fisher: Fisher = "exact"):
         if damping == "auto":
             raise ValueError("Diagonal: damping must be a number, got 'auto'")
-        check_damping(damping)
+        check_damping(damping, RelativeDamping, TrainingDamping)
         check_fisher("Diagonal", fisher)
         self.damping, self.fisher, self.name = damping, fisher, "layer"
         self._diagonal: Tensor | None = None
@@ -51,14 +51,23 @@ class Diagonal(Curvature):
         return self._diagonal
 
     @property
+    def damping_used(self) -> float:
+        """λ: the number given, or the share of the mean entry; of a `TrainingDamping` that of flat directions."""
+        if isinstance(self.damping, TrainingDamping):
+            return self.damping.of_flat_directions
+        if isinstance(self.damping, RelativeDamping):
+            return self.damping.share * float(self.diagonal.double().mean())
+        return self.damping
+
+    @property
     def inverse_diagonal(self) -> Tensor:
-        lowest = float(self.diagonal.min())
-        if not lowest + self.damping > torch.finfo(self.diagonal.dtype).tiny:
+        lowest, used = float(self.diagonal.min()), self.damping_used
+        if not lowest + used > torch.finfo(self.diagonal.dtype).tiny:
             raise NotPositiveDefinite(
-                f"Diagonal: layer {self.name!r} with damping {self.damping:g} is singular: its smallest entry is "
+                f"Diagonal: layer {self.name!r} with damping {used:g} is singular: its smallest entry is "
                 f"{lowest:.3g}; a damping > 0 would do"
             )
-        return 1 / (self.diagonal + self.damping)
+        return invert(self.diagonal, self.damping, used)
 
     def solve(self, rhs: Tensor) -> Tensor:
         """(diag(G) + λI)⁻¹ rhs for rhs [..., g, o, d]."""

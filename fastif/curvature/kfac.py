@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastif.curvature.damping import NotPositiveDefinite, check_damping
+from fastif.curvature.damping import (
+    AUTO,
+    Damping,
+    NotPositiveDefinite,
+    RelativeDamping,
+    TrainingDamping,
+    check_damping,
+    invert,
+)
 from fastif.curvature.directions import Directions, Explicit, QueryFactors, Separable, products_of
 from fastif.curvature.eigenvectors import find_eigenvectors
 from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork, check_fisher
 from fastif.model.gradients import Gradients, Unfinished
 from fastif.model.losses import Fisher
 from fastif.renamed import warn_renamed
-
-_RELATIVE_DAMPING = 0.1  # damping="auto" is this share of the mean eigenvalue, as in Grosse et al. (2023).
 
 
 class KFAC(Curvature):
@@ -27,7 +32,8 @@ class KFAC(Curvature):
     (A ⊗ B + λI)⁻¹ is exact, by the eigenbases of both. docs/math.md (16).
 
     Args:
-        damping: absolute λ >= 0, or "auto", the default: a tenth of the layer's mean eigenvalue (see `damping_used`).
+        damping: absolute λ >= 0, or "auto", the default: a tenth of the layer's mean eigenvalue (see `damping_used`);
+            or `RelativeDamping`, another share of it; or `TrainingDamping`, which filters the eigenvalues instead.
             In the eigenbasis a λ > 0 suffices however small it is; `rounding` says what is left of it in the flattest
             direction.
         fisher: "exact": the GGN, by one backward pass per output; "monte_carlo": by one pass with labels drawn from the
@@ -43,15 +49,15 @@ class KFAC(Curvature):
 
     def __init__(
         self,
-        damping: float | Literal["auto"] = "auto",
+        damping: Damping = "auto",
         fisher: Fisher = "exact",
         separable: float | None = None,
     ):
-        check_damping(damping)
+        check_damping(damping, RelativeDamping, TrainingDamping)
         check_fisher(type(self).__name__, fisher)
         if separable is not None and not 0 < separable < 1:
             raise ValueError(f"{type(self).__name__}: separable must be a tolerance in (0, 1) or None, got {separable}")
-        self.damping: float | Literal["auto"] = damping
+        self.damping: Damping = damping
         self.fisher: Fisher = fisher
         self.separable = separable
         self.name = "layer"
@@ -116,37 +122,46 @@ class KFAC(Curvature):
 
     @property
     def damping_used(self) -> float:
-        """λ: the number given, or what "auto" found. Raises NotPositiveDefinite where it is 0 in a singular layer."""
+        """λ: the number given, or what "auto" or a share found; of a `TrainingDamping` that of flat directions.
+
+        Raises NotPositiveDefinite where it is 0 in a singular layer.
+        """
         values = self.eigenvalues
         if not bool(values.isfinite().all()):
             raise NotPositiveDefinite(f"{type(self).__name__}: the eigenvalues of layer {self.name!r} overflow")
-        if self.damping == "auto":
-            return _RELATIVE_DAMPING * float(values.double().mean()) or 1e-12
+        if isinstance(self.damping, TrainingDamping):
+            return self.damping.of_flat_directions
+        damping = AUTO if self.damping == "auto" else self.damping
+        if isinstance(damping, RelativeDamping):
+            return damping.share * float(values.double().mean()) or 1e-12
         largest, lowest = float(values.max()), float(values.min())
         limits = torch.finfo(values.dtype)
-        floor = limits.eps * largest if self.damping == 0 else limits.tiny  # so that no inverse overflows
-        if not lowest + self.damping > floor:
+        floor = limits.eps * largest if damping == 0 else limits.tiny  # so that no inverse overflows
+        if not lowest + damping > floor:
             raise NotPositiveDefinite(
-                f"{type(self).__name__}: layer {self.name!r} with damping {self.damping:g} is singular: its smallest "
+                f"{type(self).__name__}: layer {self.name!r} with damping {damping:g} is singular: its smallest "
                 f"eigenvalue is {lowest:.3g}, its largest {largest:.3g}; damping "
                 f"{10.0 ** math.ceil(math.log10(max(floor, 1e-12))):g} would do, or 'auto'"
             )
-        return self.damping
+        return damping
 
     @property
     def rounding(self) -> float:
         """By how much rounding may change a solve in the flattest direction, relative: ε λ_max / (λ_min + damping).
 
+        With a `TrainingDamping`, the filter of λ_min stands for 1 / (λ_min + damping).
+
         Above 1, what a solve says of that direction is noise: more damping drowns it.
         """
         values = self.eigenvalues
-        return torch.finfo(values.dtype).eps * float(values.max()) / (float(values.min()) + self.damping_used)
+        flattest = invert(values.min().double(), self.damping, self.damping_used)
+        return torch.finfo(values.dtype).eps * float(values.max()) * float(flattest)
 
     @property
     def inverse_eigenvalues(self) -> Tensor:
-        """1 / (λ_od + damping), [g, o, d]."""
+        """1 / (λ_od + damping), or what a `TrainingDamping` puts in its place, [g, o, d]."""
         if self._inverse is None:
-            self._inverse = 1 / (self.eigenvalues + self.damping_used)
+            self._inverse = invert(self.eigenvalues, self.damping, self.damping_used)
         return self._inverse
 
     def solve(self, rhs: Tensor) -> Tensor:

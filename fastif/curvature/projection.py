@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastif.curvature import limits
-from fastif.curvature.damping import check_damping
+from fastif.curvature.damping import TrainingDamping, check_positive, constant_damping
 from fastif.curvature.directions import Directions
 from fastif.curvature.exact.cholesky import factorize
 from fastif.curvature.matrix_free.iterations import check_iterations
@@ -34,17 +34,21 @@ class RandomProjection(JointCurvature):
 
     Args:
         dimension: k.
-        damping: absolute λ > 0.
+        damping: absolute λ > 0; or a `TrainingDamping`, its γ + 1/τ (see `damping_used`).
         fisher: which gradients K is made of, as for `KFAC`.
         seed: of the signs.
     """
 
     passes = 1
 
-    def __init__(self, dimension: int = 512, damping: float = 1e-3, fisher: Fisher = "empirical", seed: int = 0):
-        check_damping(damping)
-        if damping == "auto" or damping == 0:
-            raise ValueError(f"RandomProjection: damping must be a number > 0, got {damping!r}")
+    def __init__(
+        self,
+        dimension: int = 512,
+        damping: float | TrainingDamping = 1e-3,
+        fisher: Fisher = "empirical",
+        seed: int = 0,
+    ):
+        check_positive("RandomProjection", damping, (TrainingDamping,))
         check_iterations("RandomProjection", 0.5, dimension=dimension)
         check_fisher("RandomProjection", fisher)
         self.dimension, self.damping, self.seed = dimension, damping, seed
@@ -76,10 +80,15 @@ class RandomProjection(JointCurvature):
         return self._moment
 
     @property
+    def damping_used(self) -> float:
+        """λ: the number given, or that of a `TrainingDamping`."""
+        return constant_damping(self.damping)
+
+    @property
     def factor(self) -> Tensor:
         """Lower Cholesky factor of K + λI, float64 [k, k]."""
         if self._factor is None:
-            self._factor = factorize(self.moment, self.damping, "RandomProjection")[0]
+            self._factor = factorize(self.moment, self.damping_used, "RandomProjection")[0]
         return self._factor
 
     def project(self, gradients: Mapping[str, Gradients]) -> Tensor:

@@ -300,15 +300,15 @@ def _combine(directions: Iterable[Matrices], sizes: list[float]) -> Matrices:
 
 
 def _add_damping(curvature: Any | Mapping[str, Any], weight_decay: float, damping: float) -> Any:
-    """Copies of the estimators, damped by so much more. "auto" finds its own, and a damping beside it is refused."""
+    """Copies of the estimators, damped by so much more. "auto" and rules find their own: damping beside is refused."""
     if isinstance(curvature, Mapping):
         return {pattern: _add_damping(estimator, weight_decay, damping) for pattern, estimator in curvature.items()}
     estimator = copy.deepcopy(curvature)
     own = getattr(estimator, "damping", None)
-    if own == "auto" and damping > 0:
+    if own is not None and not isinstance(own, float | int) and damping > 0:
         raise ValueError(
             f"remove: damping is added to numbers, got damping={damping} beside {type(estimator).__name__}"
-            "(damping='auto'); give curvature= a number"
+            f"(damping={own!r}); give curvature= a number"
         )
     if isinstance(own, float | int):
         estimator.damping += weight_decay + damping

@@ -58,7 +58,8 @@ def remove(
             are.
         curvature: an estimator or a mapping to them, as `fastif.Influence` takes them: layers that no pattern of a
             mapping matches stay. `weight_decay` and `damping` are added to the numbers that estimators are damped by;
-            damping="auto" finds its own, to which weight_decay is not added and beside which damping > 0 is refused.
+            damping="auto" and damping by a rule (`TrainingDamping`, `RelativeDamping`) find their own, to which
+            weight_decay is not added and beside which damping > 0 is refused.
             Default the exact block for the head and EKFAC(damping="auto") for the rest.
         subset: which retained examples carry the curvature: None for all; a sampler with its k bound, such as
             `functools.partial(samplers.logit, k=500)`, drawn afresh from the retained data in each step; or anything

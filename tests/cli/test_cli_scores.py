@@ -29,6 +29,7 @@ from fastif import (
     LiSSA,
     RandomProjection,
     ScoreFolder,
+    TrainingDamping,
     extract,
     samplers,
 )
@@ -76,6 +77,10 @@ def test_it_writes_the_scores_of_the_script(run, script):
         (["--curvature", "exact", "--fisher", "empirical"], ExactBlock(matrix="empirical_fisher")),
         (["--curvature", "ekfac", "--damping", "auto", "--fisher", "monte_carlo"], EKFAC("auto", "monte_carlo")),
         (["--curvature", "kfac"], KFAC()),
+        (
+            ["--damping", "training", "--training-time", "9", "--weight-decay", "0.01"],
+            EKFAC(TrainingDamping(9.0, 0.01)),
+        ),
         (["--curvature", "cg", "--damping", "0.1"], CG(0.1)),
         (["--curvature", "lissa", "--fisher", "exact"], LiSSA()),
         (["--curvature", "arnoldi", "--damping", "0.1"], Arnoldi(damping=0.1)),

@@ -25,7 +25,10 @@ from tests.helpers.user_script import files
         (["ownscript:shuffled"], "train: the DataLoader draws its order with RandomSampler"),
         (["ownscript:training"], "'0' (Dropout) is in train mode"),
         (["ownscript:problem", "--curvature", "hessian"], "--curvature must be one of ekfac, kfac,"),
-        (["ownscript:problem", "--damping", "much"], "--damping must be a number >= 0 or auto, got much"),
+        (["ownscript:problem", "--damping", "much"], "--damping must be a number >= 0, auto or training, got much"),
+        (["ownscript:problem", "--damping", "training"], "--damping training needs --training-time"),
+        (["ownscript:problem", "--training-time", "9"], "--training-time must be left out without --damping training"),
+        (["ownscript:problem", "--damping", "training", "--training-time", "0"], "TrainingDamping: time must be"),
         (["ownscript:problem", "--damping", "-1"], "damping must be"),
         (["ownscript:problem", "--fisher", "true"], "--fisher must be one of exact, monte_carlo, empirical, got true"),
         (
@@ -46,7 +49,10 @@ from tests.helpers.user_script import files
             "--fisher must be empirical with --curvature data-inf, got exact",
         ),
         (["ownscript:problem", "--curvature", "cg", "--damping", "auto"], "damping must be a number, got 'auto'"),
-        (["ownscript:problem", "--curvature", "arnoldi", "--damping", "0"], "damping must be a number > 0, got 0"),
+        (
+            ["ownscript:problem", "--curvature", "arnoldi", "--damping", "0"],
+            "damping must be a number > 0 or a TrainingDamping",
+        ),
         (["ownscript:problem", "--curvature", "data-inf", "--damping", "0"], "damping must be a number > 0 or 'auto'"),
         (["ownscript:problem", "--layers", "nine"], "layers='nine' names no layer"),
         (

@@ -121,7 +121,7 @@ def test_a_mapping_shares_a_projection_among_its_layers():
     ("call", "message"),
     [
         (lambda: RandomProjection(0), "RandomProjection: dimension must be an integer >= 1, got 0"),
-        (lambda: RandomProjection(8, 0), "RandomProjection: damping must be a number > 0, got 0"),
+        (lambda: RandomProjection(8, 0), "RandomProjection: damping must be a number > 0 or a TrainingDamping, got 0"),
         (lambda: RandomProjection(8, -1), "damping must be a finite number >= 0"),
         (
             lambda: RandomProjection(8, fisher="true"),

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fastif.curvature import limits
-from fastif.curvature.damping import check_damping
+from fastif.curvature.damping import Damping, RelativeDamping, TrainingDamping, check_damping
 from fastif.curvature.exact import triangles
 from fastif.curvature.exact.building import BlockSum, Matrix
 from fastif.curvature.exact.factor import Factor
-from fastif.curvature.exact.room import InPlace, Place
+from fastif.curvature.exact.room import Form, InPlace, Place
 from fastif.curvature.exact.solving import BlockSolver, columns_of, estimate_condition, place_of, sq_norms
 from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork, SeenBatch
 from fastif.model.gradients import Gradients
@@ -40,7 +40,9 @@ class ExactBlock(Curvature):
     Args:
         damping: absolute λ >= 0 added to the diagonal of the mean-loss curvature, or "auto": the smallest power of
             ten with which the block is positive definite and, factored in place, well enough conditioned (see
-            `damping_used`). Softmax leaves d directions flat, so 0 never suffices for "ggn".
+            `damping_used`). Softmax leaves d directions flat, so 0 never suffices for "ggn". Or `RelativeDamping`, a
+            share of the mean eigenvalue; or `TrainingDamping`, which filters the eigenvalues: their eigenvectors, in
+            float64 beside the block, are then what the factor is elsewhere, and making them takes 16 bytes an entry.
         matrix: which curvature.
         name: of the layer, for messages.
         joint: in `Influence`, one block over all the layers that it is chosen for, with what they have in common.
@@ -54,25 +56,30 @@ class ExactBlock(Curvature):
 
     def __init__(
         self,
-        damping: float | Literal["auto"] = 1e-3,
+        damping: Damping = 1e-3,
         matrix: Matrix = "ggn",
         name: str = "head",
         joint: bool = False,
         in_place: InPlace = "auto",
         fisher: Literal["exact", "empirical"] | None = None,
     ):
-        check_damping(damping)
+        check_damping(damping, RelativeDamping, TrainingDamping)
         if matrix not in ("ggn", "hessian", "empirical_fisher"):
             raise ValueError(f"ExactBlock: matrix must be 'ggn', 'hessian' or 'empirical_fisher', got {matrix!r}")
         if in_place not in (True, False, "auto"):
             raise ValueError(f"ExactBlock: in_place must be True, False or 'auto', got {in_place!r}")
+        if in_place is True and isinstance(damping, TrainingDamping):
+            raise ValueError(
+                "ExactBlock: in_place=True is of a Cholesky factor, and a TrainingDamping needs eigenvectors beside "
+                "the block"
+            )
         if fisher not in ("exact", "empirical", None):
             raise ValueError(f"ExactBlock: fisher must be 'exact' or 'empirical', got {fisher!r}")
         if fisher == "empirical" and matrix == "ggn":
             matrix = "empirical_fisher"
         if fisher is not None and (fisher == "empirical") != (matrix == "empirical_fisher"):
             raise ValueError(f"ExactBlock: fisher={fisher!r} and matrix={matrix!r} are two matrices; give one of them")
-        self.damping: float | Literal["auto"] = damping
+        self.damping: Damping = damping
         self.matrix: Matrix = matrix
         self.in_place: InPlace = in_place
         self.name, self.joint = name, joint
@@ -93,7 +100,11 @@ class ExactBlock(Curvature):
         self._sum, self._solver = self._empty_sum(), BlockSolver()
 
     def _empty_sum(self) -> BlockSum:
-        return BlockSum(self.matrix, self.name, self._shape, self.in_place)
+        return BlockSum(self.matrix, self.name, self._shape, self._form)
+
+    @property
+    def _form(self) -> Form:
+        return "eigenvectors" if isinstance(self.damping, TrainingDamping) else self.in_place
 
     def begin(self, name: str, shape: tuple[int, int, int]) -> None:
         """Forgets what was learned; the block has g matrices [o, d], which are taken as one [g·o, d]."""
@@ -153,11 +164,10 @@ class ExactBlock(Curvature):
         """The block is held, and of its factor what stands beside it."""
         size, (g, o, d) = block.size, block.shape
         held, making = self._place(size, fit.item, fit.device).footprint(size, fit.item)
-        factoring = size**3 / 3
-        learned, beside = (
-            size**2 * fit.item,
-            16 * max(size, min(limits.EXACT_ENTRIES, fit.n * size)),
-        )  # float64 columns, twice
+        spectral = self._form == "eigenvectors"
+        factoring = 10 * size**3 if spectral else size**3 / 3
+        column = 24 if spectral else 16  # float64 columns, twice, and once more in the eigenvectors
+        learned, beside = size**2 * fit.item, column * max(size, min(limits.EXACT_ENTRIES, fit.n * size))
         if self.matrix == "hessian" and not fit.head:
             return Cost(held, making, factoring, hessian_rows=size, learned=learned, beside=beside)
         each = fit.columns * size * (size + 1)
@@ -225,15 +235,18 @@ class ExactBlock(Curvature):
         return sq_norms(self._factored(), gradients, self._sum.finish(), self._shape)
 
     def inverse(self) -> Tensor:
-        """(G + λI)⁻¹ as a matrix [c·d, c·d], float64."""
+        """(G + λI)⁻¹, or what a `TrainingDamping` puts in its place, as a matrix [c·d, c·d], float64."""
         return self._uncorrected().inverse()
 
     def logdet(self) -> float:
-        """log det(G + λI)."""
+        """log det(G + λI); of a `TrainingDamping` that of its filter's inverse, which with time goes to it."""
         return self._factored().logdet()
 
     def condition(self) -> float:
-        """An estimate, from below, of the largest over the smallest eigenvalue of G + λI, by Lanczos' method."""
+        """An estimate, from below, of the largest over the smallest eigenvalue of G + λI, by Lanczos' method.
+
+        Of a `TrainingDamping` it is that of its filter, and exact.
+        """
         return estimate_condition(self._factored(), self._sum.finish_flat())
 
     @property
@@ -249,12 +262,15 @@ class ExactBlock(Curvature):
 
     @property
     def factor(self) -> Tensor:
-        """Lower Cholesky factor of G + λI, [c·d, c·d] float64; a copy of what stands in the block's own square."""
+        """Lower Cholesky factor of G + λI, [c·d, c·d] float64; a copy of what stands in the block's own square.
+
+        Raises ValueError for a `TrainingDamping`, which has none.
+        """
         return self._uncorrected().lower()
 
     @property
     def damping_used(self) -> float:
-        """λ of the factor: the number given, or what "auto" found."""
+        """λ of the factor: the number given, or what "auto" or a share found; of a `TrainingDamping` 1/f(0)."""
         return self._factored().damping
 
     @property
@@ -264,7 +280,7 @@ class ExactBlock(Curvature):
 
     def _factored(self) -> Factor:
         """The factor of G + λI."""
-        return self._solver.make_factor(self._sum, self.damping, self.in_place, self.name)
+        return self._solver.make_factor(self._sum, self.damping, self._form, self.name)
 
     def _uncorrected(self) -> Factor:
         if self._factored().corrected:
@@ -273,4 +289,4 @@ class ExactBlock(Curvature):
 
     def _place(self, size: int, item: int, device: torch.device) -> Place:
         """Where the factor of a block of `size` parameters stands, or will."""
-        return place_of(self._sum, self.in_place, size, item, device)
+        return place_of(self._sum, self._form, size, item, device)

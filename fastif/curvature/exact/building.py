@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastif import ops
 from fastif.curvature import limits
-from fastif.curvature.exact.room import InPlace, check_room
+from fastif.curvature.exact.room import Form, check_room
 from fastif.curvature.exact.softmax import check_labels, check_layer, check_values, output_grads, output_roots
 from fastif.curvature.protocol import Shape
 from fastif.model.gradients import Dense, Gradients
@@ -43,11 +43,11 @@ class BlockSum:
     Whoever changes it first lets go of what factor stands in its square.
     """
 
-    def __init__(self, matrix: Matrix, name: str, shape: Shape, in_place: InPlace):
+    def __init__(self, matrix: Matrix, name: str, shape: Shape, form: Form):
         self.block: Tensor | None = None  # its lower triangle alone where a factor stands in it
         self.lent = False  # whether others may hold the block: then no factor may stand in it
         self._matrix: Matrix = matrix
-        self._in_place: InPlace = in_place
+        self._form: Form = form
         self._name, self._shape = name, shape
         self._rows = Rows()
         self._pending: tuple[Tensor, Tensor] | None = None  # inputs [n, d] and outputs' Hessians [n, o, o] of a batch
@@ -160,7 +160,7 @@ class BlockSum:
         if self.block is not None:
             return self.block
         given = self._shape if math.prod(self._shape) == math.prod(shape) else (1, *shape)
-        check_room(self._name, given, self._in_place, like.element_size(), like.device)
+        check_room(self._name, given, self._form, like.element_size(), like.device)
         return torch.zeros((*shape, *shape), dtype=like.dtype, device=like.device)
 
 

@@ -51,13 +51,7 @@ def diagnose(
     """
     check_damping(damping)
     size = matrix.shape[0]
-    if not bool(matrix.sum().isfinite()):  # a finite sum needs no masks
-        nan, inf = (sum(int(f(rows).sum()) for rows in matrix.split(_ROWS)) for f in (torch.isnan, torch.isinf))
-        if nan or inf:
-            raise NotPositiveDefinite(
-                f"{name} [{size}, {size}] holds {nan} NaN and {inf} Inf entries: no damping helps; look for NaN or "
-                "overflow in features and logits"
-            )
+    check_finite(matrix, name)
     floor = size * torch.finfo(matrix.dtype).eps * max(0.0, matrix.diagonal().max().item())
     if damping == "auto":
         damping = _sufficient_damping(attempt, floor)
@@ -74,6 +68,18 @@ def diagnose(
             f"{_sufficient_damping(attempt, floor):g} would do"
         )
     return factor, damping
+
+
+def check_finite(matrix: Tensor, name: str) -> None:
+    """Raises NotPositiveDefinite, with the number of NaN and Inf that a matrix holds."""
+    if bool(matrix.sum().isfinite()):  # a finite sum needs no masks
+        return
+    nan, inf = (sum(int(f(rows).sum()) for rows in matrix.split(_ROWS)) for f in (torch.isnan, torch.isinf))
+    if nan or inf:
+        raise NotPositiveDefinite(
+            f"{name} [{len(matrix)}, {len(matrix)}] holds {nan} NaN and {inf} Inf entries: no damping helps; look for "
+            "NaN or overflow in features and logits"
+        )
 
 
 def extreme_eigenvalues(

@@ -1,4 +1,4 @@
-"""The factor of a damped block, in one of two places: in float64 beside it, or in its own square."""
+"""The Cholesky factor of a damped block, in one of two places: in float64 beside it, or in its own square."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _RESIDUAL = 1e-6  # A solve that leaves a larger relative residual than this is 
 
 
 class Factor(Protocol):
-    """A factor of A = G + λI, G a block [P, P]; columns are float64 [P, m]."""
+    """A factor of A = G + λI, or what a `TrainingDamping` makes of it, of a block G [P, P]; columns float64 [P, m]."""
 
     @property
     def damping(self) -> float:
-        """λ."""
+        """λ; where it is not the same for all directions, that of flat ones."""
         ...
 
     @property

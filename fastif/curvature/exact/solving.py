@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from fastif.curvature import limits
+from fastif.curvature.damping import Damping, NotPositiveDefinite, RelativeDamping
 from fastif.curvature.exact.building import BlockSum, HeadBatch
-from fastif.curvature.exact.cholesky import eigenvalue_range, extreme_eigenvalues
+from fastif.curvature.exact.cholesky import check_finite, eigenvalue_range, extreme_eigenvalues
 from fastif.curvature.exact.factor import Factor, InPlaceFactor
-from fastif.curvature.exact.room import InPlace, Place, choose_place
+from fastif.curvature.exact.room import Form, Place, choose_place
+from fastif.curvature.exact.spectral import SpectralFactor
 from fastif.curvature.protocol import Shape
 from fastif.model.gradients import Gradients
 
@@ -22,14 +22,16 @@ class BlockSolver:
     def __init__(self) -> None:
         self.factor: Factor | None = None  # of the block as it is
 
-    def make_factor(self, total: BlockSum, damping: float | Literal["auto"], in_place: InPlace, name: str) -> Factor:
+    def make_factor(self, total: BlockSum, damping: Damping, form: Form, name: str) -> Factor:
         """The factor of G + λI, made where there is none of the block as it is."""
         if self.factor is None:
             flat = total.finish_flat()
-            place = place_of(total, in_place, len(flat), flat.element_size(), flat.device)
+            place = place_of(total, form, len(flat), flat.element_size(), flat.device)
+            if isinstance(damping, RelativeDamping):
+                damping = _share_of(flat, damping, name)
             if place.in_place:
                 total.own()
-            self.factor = place.make(total.finish_flat(), damping, name)
+            self.factor = place.make(total.finish_flat(), damping, name)  # pyright: ignore[reportArgumentType]
         return self.factor
 
     def release(self) -> None:
@@ -43,15 +45,27 @@ class BlockSolver:
         if isinstance(self.factor, InPlaceFactor):
             self.factor = self.factor.move_to(total.finish_flat())
 
-    def take_out(self, batch: HeadBatch, roots: Tensor, damping: float | Literal["auto"]) -> None:
+    def take_out(self, batch: HeadBatch, roots: Tensor, damping: Damping) -> None:
         """Corrects the factor for what was taken out of the block, or gives it up."""
-        if self.factor is not None and (damping == "auto" or not self.factor.take(batch.inputs, roots)):
+        found = not isinstance(damping, float | int)  # of the block as it was
+        if self.factor is not None and (found or not self.factor.take(batch.inputs, roots)):
             self.factor = None
 
 
-def place_of(total: BlockSum, in_place: InPlace, size: int, item: int, device: torch.device) -> Place:
+def _share_of(flat: Tensor, damping: RelativeDamping, name: str) -> float:
+    check_finite(flat, name)
+    mean = float(flat.diagonal().double().mean())
+    if mean <= 0:
+        raise NotPositiveDefinite(
+            f"{name} [{len(flat)}, {len(flat)}] has the mean eigenvalue {mean:.3g}, of which no share is a damping: "
+            "give a number"
+        )
+    return damping.share * mean
+
+
+def place_of(total: BlockSum, form: Form, size: int, item: int, device: torch.device) -> Place:
     """Where the factor of a block of `size` parameters stands, or will."""
-    return choose_place(in_place, size, item, device, 0 if total.block is None else total.block.nbytes)
+    return choose_place(form, size, item, device, 0 if total.block is None else total.block.nbytes)
 
 
 def columns_of(op: str, rhs: Tensor, block: Tensor, shape: Shape) -> Tensor:
@@ -74,6 +88,8 @@ def sq_norms(factor: Factor, gradients: Gradients, block: Tensor, shape: Shape) 
 
 
 def estimate_condition(factor: Factor, flat: Tensor) -> float:
-    """The largest over the smallest eigenvalue of G + λI, from below, by Lanczos' method."""
+    """The largest over the smallest eigenvalue of G + λI, from below, by Lanczos' method; exact of eigenvectors."""
+    if isinstance(factor, SpectralFactor):
+        return factor.condition()
     largest = eigenvalue_range(flat)[1] + factor.damping
     return largest * extreme_eigenvalues(lambda v: factor.solve(v[:, None])[:, 0], len(flat), flat.device)[1]

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Generator, Tensor
 
-from fastif.curvature.damping import NotPositiveDefinite, check_damping
+from fastif.curvature.damping import NotPositiveDefinite, TrainingDamping, check_positive, invert, sufficient
 from fastif.curvature.matrix_free.iterations import NotConverged, check_iterations
-from fastif.curvature.matrix_free.krylov import krylov, sufficient
+from fastif.curvature.matrix_free.krylov import Krylov, krylov
 from fastif.curvature.matrix_free.operator import Layout, Matrix, check_matrix, operator_of
 from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Products, Shape
 from fastif.renamed import warn_outside
@@ -28,7 +28,8 @@ class Arnoldi(JointCurvature):
 
     Args:
         rank: pairs to keep.
-        damping: absolute λ > 0.
+        damping: absolute λ > 0; or a `TrainingDamping`, which filters the eigenvalues instead, outside of the span
+            that of 0 (see `damping_used`).
         matrix: "ggn" or "hessian"; of the latter the pairs of largest magnitude would do harm where they are negative
             beyond λ, which is refused.
         tolerance: of the residuals, relative to the largest eigenvalue; the space grows until they are that small.
@@ -43,7 +44,7 @@ class Arnoldi(JointCurvature):
     def __init__(
         self,
         rank: int = 32,
-        damping: float = 1e-3,
+        damping: float | TrainingDamping = 1e-3,
         matrix: Matrix = "ggn",
         *,
         tolerance: float = 1e-3,
@@ -51,9 +52,7 @@ class Arnoldi(JointCurvature):
         max_steps: int | None = None,
         keep_graph: bool = False,
     ):
-        check_damping(damping)
-        if damping == "auto" or damping == 0:
-            raise ValueError(f"Arnoldi: damping must be a number > 0, got {damping!r}: outside of the span it is all")
+        check_positive("Arnoldi", damping, (TrainingDamping,), ": outside of the span it is all")
         check_matrix("Arnoldi", matrix)
         check_iterations("Arnoldi", tolerance, rank=rank, block=block, max_steps=1 if max_steps is None else max_steps)
         self.rank, self.damping, self.tolerance, self.block = rank, damping, tolerance, block
@@ -70,7 +69,7 @@ class Arnoldi(JointCurvature):
         self._values = self._vectors = self._residuals = self._left_out = None
 
     def end(self, pass_index: int) -> None:
-        """Finds the eigenpairs. Raises NotPositiveDefinite where one is below −λ."""
+        """Finds the eigenpairs. Raises NotPositiveDefinite where one is at most −λ, with a filter surely below −γ."""
         del pass_index
         operator = operator_of("Arnoldi", self._data, self.matrix, self.keep_graph)
         size = self._layout.size
@@ -79,12 +78,7 @@ class Arnoldi(JointCurvature):
         steps = self._steps
         found = krylov(operator, start.to(operator.device, operator.dtype), steps, self.rank, self.tolerance)
         self._data = None
-        negative = found.values[: self.rank][found.values[: self.rank] <= -self.damping]
-        if len(negative):
-            raise NotPositiveDefinite(
-                f"Arnoldi: the {self.matrix} with damping {self.damping:g} has the negative eigenvalue "
-                f"{float(negative.min()):.3g}; damping {sufficient(float(negative.min())):g} would do, or matrix='ggn'"
-            )
+        self._check_signs(found)
         self._values, self._residuals = found.values[: self.rank], found.residuals[: self.rank]
         if len(found.values) > self.rank:
             self._left_out = found.values[self.rank :].abs().amax()
@@ -99,6 +93,32 @@ class Arnoldi(JointCurvature):
                 f"{self.tolerance:g}: more steps (max_steps) or a smaller rank would help",
                 NotConverged,
             )
+
+    def _check_signs(self, found: Krylov) -> None:
+        values = found.values[: self.rank]
+        if isinstance(self.damping, TrainingDamping):
+            # An eigenvalue is as far from θ as the residual, or as rounding; what may be 0 is taken for 0.
+            rounding = torch.finfo(found.vectors.dtype).eps * self._layout.size**0.5 * float(values.abs().max())
+            known = found.residuals[: self.rank].clamp(min=rounding)
+            negative, name = values[values + known < -self.damping.weight_decay], "weight_decay"
+        else:
+            negative, name = values[values <= -self.damping], "damping"
+        if len(negative):
+            shown = f"{self.damping:g}" if isinstance(self.damping, float | int) else repr(self.damping)
+            lowest = float(negative.min())
+            raise NotPositiveDefinite(
+                f"Arnoldi: the {self.matrix} with damping {shown} has the negative eigenvalue {lowest:.3g}; {name} "
+                f"{sufficient(lowest):g} would do, or matrix='ggn'"
+            )
+
+    @property
+    def damping_used(self) -> float:
+        """λ: the number given; of a `TrainingDamping` that of directions outside of the span."""
+        return self.damping.of_flat_directions if isinstance(self.damping, TrainingDamping) else self.damping
+
+    def _invert(self, values: Tensor) -> Tensor:
+        """1 / (θ + λ), or what a `TrainingDamping` puts in its place."""
+        return invert(values, self.damping, self.damping_used)
 
     @property
     def eigenvalues(self) -> Tensor:
@@ -119,10 +139,12 @@ class Arnoldi(JointCurvature):
 
     @property
     def error(self) -> float:
-        """The relative error of a solve in the directions that are left out: left_out / (left_out + λ), as good an
-        estimate as `left_out` is; 1 where that is inf.
+        """The relative error of a solve in the directions that are left out: left_out / (left_out + λ), of a filter f
+        1 − f(left_out) / f(0); as good an estimate as `left_out` is, 1 where that is inf.
         """
-        return 1.0 if math.isinf(self.left_out) else self.left_out / (self.left_out + self.damping)
+        if math.isinf(self.left_out):
+            return 1.0
+        return 1 - float(self._invert(self._fitted(self._left_out))) * self.damping_used
 
     def _fitted(self, value: Tensor | None) -> Tensor:
         if value is None:
@@ -130,11 +152,11 @@ class Arnoldi(JointCurvature):
         return value
 
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """(G_r + λI)⁻¹ rhs = rhs / λ + Q (1 / (θ + λ) − 1 / λ) Qᵀ rhs."""
+        """(G_r + λI)⁻¹ rhs = rhs / λ + Q (1 / (θ + λ) − 1 / λ) Qᵀ rhs; with a filter, f(0) and f(θ) for fractions."""
         flat, vectors = self._layout.flat(rhs), self._fitted(self._vectors)
         inside = flat @ vectors.T
-        gain = (1 / (self.eigenvalues + self.damping) - 1 / self.damping).to(flat)
-        return self._layout.by_block(flat / self.damping + (inside * gain) @ vectors, rhs)
+        gain = (self._invert(self.eigenvalues) - 1 / self.damping_used).to(flat)
+        return self._layout.by_block(flat / self.damping_used + (inside * gain) @ vectors, rhs)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {

@@ -10,9 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastif.curvature.damping import NotPositiveDefinite, check_damping
+from fastif.curvature.damping import (
+    NotPositiveDefinite,
+    TrainingDamping,
+    check_damping,
+    constant_damping,
+    sufficient,
+)
 from fastif.curvature.matrix_free.iterations import NotConverged, check_iterations, iterating, silent
-from fastif.curvature.matrix_free.krylov import Product, dots, krylov, normalise, norms_of, sufficient
+from fastif.curvature.matrix_free.krylov import Product, dots, krylov, normalise, norms_of
 from fastif.curvature.matrix_free.operator import Layout, Matrix, check_matrix, operator_of
 from fastif.curvature.protocol import (
     BlockWork,
@@ -42,7 +48,7 @@ class CG(JointCurvature):
     count, not those of the fit. docs/math.md (18).
 
     Args:
-        damping: absolute λ >= 0.
+        damping: absolute λ >= 0; or a `TrainingDamping`, its γ + 1/τ (see `damping_used`).
         matrix: "ggn" or "hessian"; a Hessian that λ does not make positive definite is refused when a direction shows
             it.
         tolerance: of the residual, relative to the right-hand side.
@@ -54,7 +60,7 @@ class CG(JointCurvature):
 
     def __init__(
         self,
-        damping: float = 1e-3,
+        damping: float | TrainingDamping = 1e-3,
         matrix: Matrix = "ggn",
         *,
         tolerance: float = 1e-4,
@@ -62,7 +68,7 @@ class CG(JointCurvature):
         preconditioner: Curvature | None = None,
         keep_graph: bool = False,
     ):
-        check_damping(damping)
+        check_damping(damping, TrainingDamping)
         if damping == "auto":
             raise ValueError("CG: damping must be a number, got 'auto'")
         check_matrix("CG", matrix)
@@ -103,6 +109,11 @@ class CG(JointCurvature):
             if pass_index < estimator.passes:
                 estimator.end(pass_index)
 
+    @property
+    def damping_used(self) -> float:
+        """λ: the number given, or that of a `TrainingDamping`."""
+        return constant_damping(self.damping)
+
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(G + λI)⁻¹ rhs. Raises NotPositiveDefinite for a direction of no or negative curvature."""
         operator = operator_of("CG", self._data, self.matrix, self.keep_graph)
@@ -111,7 +122,7 @@ class CG(JointCurvature):
             found = conjugate_gradients(
                 operator,
                 self._layout.flat(rhs),
-                self.damping,
+                self.damping_used,
                 tolerance=self.tolerance,
                 max_steps=self.max_steps,
                 precondition=self._precondition if self._preconditioners else None,

@@ -83,11 +83,6 @@ def _orthonormal(rows: Tensor, basis: Tensor, scale: float = 1.0) -> Tensor:
     return kept
 
 
-def sufficient(lowest: float) -> float:
-    """A damping that outweighs the lowest eigenvalue found, with a margin, as a power of ten."""
-    return 10.0 ** math.ceil(math.log10(max(-1.2 * lowest, 1e-12)))
-
-
 def dots(a: Tensor, b: Tensor) -> Tensor:
     """Dot products of rows, summed in float64, [m]."""
     return (a.double() * b.double()).sum(1)

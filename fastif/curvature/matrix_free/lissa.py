@@ -10,9 +10,15 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from fastif.curvature.damping import NotPositiveDefinite, check_damping
+from fastif.curvature.damping import (
+    NotPositiveDefinite,
+    TrainingDamping,
+    check_positive,
+    constant_damping,
+    sufficient,
+)
 from fastif.curvature.matrix_free.iterations import NotConverged, check_iterations, iterating, silent
-from fastif.curvature.matrix_free.krylov import Product, dots, krylov, normalise, norms_of, sufficient
+from fastif.curvature.matrix_free.krylov import Product, dots, krylov, normalise, norms_of
 from fastif.curvature.matrix_free.operator import Layout, Matrix, Operator, check_matrix, operator_of
 from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Products, Shape
 from fastif.renamed import rename_arguments, warn_outside, warn_renamed
@@ -41,7 +47,7 @@ class LiSSA(JointCurvature):
     docs/math.md (19).
 
     Args:
-        damping: absolute λ > 0.
+        damping: absolute λ > 0; or a `TrainingDamping`, its γ + 1/τ (see `damping_used`).
         matrix: "ggn" or "hessian".
         scale: the series converges if it is more than half of the largest eigenvalue of G + λI. "auto": a quarter
             above the largest eigenvalue that power iteration finds, or that of the batches drawn (see `scale_used`).
@@ -57,7 +63,7 @@ class LiSSA(JointCurvature):
     @rename_arguments(steps="max_steps")
     def __init__(
         self,
-        damping: float = 1e-2,
+        damping: float | TrainingDamping = 1e-2,
         matrix: Matrix = "ggn",
         *,
         scale: float | Literal["auto"] = "auto",
@@ -67,9 +73,7 @@ class LiSSA(JointCurvature):
         repeats: int = 1,
         keep_graph: bool = False,
     ):
-        check_damping(damping)
-        if damping == "auto" or damping == 0:
-            raise ValueError(f"LiSSA: damping must be a number > 0, got {damping!r}: it has to converge")
+        check_positive("LiSSA", damping, (TrainingDamping,), ": it has to converge")
         check_matrix("LiSSA", matrix)
         check_iterations("LiSSA", tolerance, max_steps=max_steps, repeats=repeats, batch=1 if batch is None else batch)
         if scale != "auto" and not (isinstance(scale, int | float) and 0 < scale < math.inf):
@@ -102,13 +106,18 @@ class LiSSA(JointCurvature):
         if self._scale is None:
             operator = self._operator()
             found = largest(self._products(operator, repeat=-1), self._start(operator))
-            self._scale = torch.tensor(_MARGIN * found + self.damping, dtype=torch.float64)
+            self._scale = torch.tensor(_MARGIN * found + self.damping_used, dtype=torch.float64)
 
     @property
     def steps(self) -> int:
         """The old name of `max_steps`."""
         warn_renamed("LiSSA.steps", "LiSSA.max_steps")
         return self.max_steps
+
+    @property
+    def damping_used(self) -> float:
+        """λ: the number given, or that of a `TrainingDamping`."""
+        return constant_damping(self.damping)
 
     @property
     def scale_used(self) -> float:
@@ -129,7 +138,7 @@ class LiSSA(JointCurvature):
                 found, taken = neumann(
                     products,
                     b,
-                    self.damping,
+                    self.damping_used,
                     self.scale_used,
                     steps=self.max_steps,
                     tolerance=_CLOSER * self.tolerance if self.batch is None else None,
@@ -140,7 +149,7 @@ class LiSSA(JointCurvature):
                 )
                 x += found / self.repeats
                 self.steps_taken += taken
-        self.residual = float(norms_of(b - (operator(x) + self.damping * x)).max())
+        self.residual = float(norms_of(b - (operator(x) + self.damping_used * x)).max())
         if not self.residual <= self.tolerance:
             warn_outside(
                 f"LiSSA: after {self.steps_taken} steps the residual is {self.residual:.2g} of the right-hand side, "
