@@ -44,8 +44,8 @@ class CG(JointCurvature):
     Several right-hand sides share their passes through the model; each has its own step lengths and stands still once
     |b − (G + λI)x| <= tolerance·|b|. The recursion's word for that is checked: `residual` is computed from x, and
     where rounding made the two part, the recursion begins anew. Nothing is kept of the curvature: the data of the fit
-    must be at hand whenever something is solved, and so must the model's weights: those of the moment of the solve
-    count, not those of the fit. docs/math.md (18).
+    must be at hand whenever something is solved, and so must the model at the weights of the fit, which `Influence`
+    sees to. docs/math.md (18).
 
     Args:
         damping: absolute λ >= 0; or a `TrainingDamping`, its γ + 1/τ (see `damping_used`).

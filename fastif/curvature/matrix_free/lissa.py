@@ -43,7 +43,7 @@ class LiSSA(JointCurvature):
     residual, and a right-hand side stands still once it is at most tolerance·|b|. With a number, each step takes the
     curvature of that many examples, drawn in proportion to the weights; x is the mean over the second half of the
     steps and over `repeats` draws. Convergence takes about (λ_max + λ)/λ · ln(1/tolerance) steps: where `CG` is
-    possible it is faster. As in `CG`, the model's weights of the moment of the solve count, not those of the fit.
+    possible it is faster. As in `CG`, nothing is kept of the curvature.
     docs/math.md (19).
 
     Args:
