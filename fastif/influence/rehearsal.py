@@ -84,7 +84,7 @@ class _KeepsNothing(JointCurvature):
 class _OneModule:
     """In the place of the counter's tracker of modules, which cannot hook a module whose output is a parameter."""
 
-    parents = {"Global"}
+    parents = frozenset({"Global"})
 
     def __enter__(self) -> None: ...
 
