@@ -76,10 +76,10 @@ def _words(values: Tensor) -> Tensor:
 def _of_words(words: Tensor) -> Tensor:
     n, w = words.shape
     if w > _RUN:
-        runs = -(-w // _RUN)
-        if w % _RUN:
-            words = torch.cat([words, words.new_zeros(n, runs * _RUN - w)], 1)
-        return _of_words(_of_words(words.view(n * runs, _RUN)).view(n, runs))
+        runs, rest = divmod(w, _RUN)
+        whole = words[:, : w - rest].reshape(n * runs, _RUN)  # of one row a view: a large tensor is not copied
+        sums = _of_words(whole).view(n, runs)
+        return _of_words(torch.cat([sums, _of_words(words[:, w - rest :])[:, None]], 1) if rest else sums)
     if words.device.type != "cpu":
         mixed = ((words >> _SHIFT) & ((1 << (64 - _SHIFT)) - 1)) ^ words  # >> of a signed number brings its sign along
         return (mixed * torch.from_numpy(_weights(w).view(np.int64)).to(words.device)).sum(1)
