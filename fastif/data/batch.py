@@ -157,7 +157,8 @@ def _length(x: Any, y: Any, number: int) -> int:
     if isinstance(y, Tensor) and y.dim() > 0:
         return len(y)
     n = batch_length(x)
-    if isinstance(y, Tensor) and n != 1:
+    label = x.get("labels") if y is None and isinstance(x, Mapping) else y
+    if isinstance(label, Tensor) and label.dim() == 0 and n != 1:
         raise ValueError(
             f"data: batch {number} has one label of no axis and {n} rows of x: single examples are no batches "
             "(batch_size=None?)"

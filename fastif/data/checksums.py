@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fastif.data.batch import Shared, batch_length, parts_of
+from fastif.files import canonical
+from fastif.fingerprints import described
 
 _SHIFT = 29
 _RUN = 4096  # words that have weights of their own; a longer example is a row of runs
@@ -75,12 +77,9 @@ def _of_words(words: Tensor) -> Tensor:
     n, w = words.shape
     if w > _RUN:
         runs, rest = divmod(w, _RUN)
-        sums = [_of_words(words[:, : runs * _RUN].reshape(n * runs, _RUN)).view(n, runs)]
-        if rest:  # the last run ends in zeros
-            last = words.new_zeros(n, _RUN)
-            last[:, :rest] = words[:, runs * _RUN :]
-            sums.append(_of_words(last)[:, None])
-        return _of_words(torch.cat(sums, 1))
+        whole = words[:, : w - rest].reshape(n * runs, _RUN)  # of one row a view: a large tensor is not copied
+        sums = _of_words(whole).view(n, runs)
+        return _of_words(torch.cat([sums, _of_words(words[:, w - rest :])[:, None]], 1) if rest else sums)
     if words.device.type != "cpu":
         mixed = ((words >> _SHIFT) & ((1 << (64 - _SHIFT)) - 1)) ^ words  # >> of a signed number brings its sign along
         return (mixed * torch.from_numpy(_weights(w).view(np.int64)).to(words.device)).sum(1)
@@ -111,9 +110,16 @@ def _name(*parts: Any) -> int:
 
 
 def _of_text(value: Any) -> int:
-    """Of a string, number or None; of anything else only what it is."""
-    known = value is None or isinstance(value, str | bytes | int | float | complex | list | tuple)
-    text = repr(value) if known else type(value).__qualname__
+    """Of a string, number or None; of any other object what it is and holds, where that can be told."""
+    if value is None or isinstance(value, str | bytes | int | float | complex):
+        text = repr(value)
+    elif isinstance(value, list | tuple):
+        text = repr([type(value).__qualname__, *map(_of_text, value)])
+    else:
+        try:
+            text = canonical(described(value))
+        except ValueError:  # such as an open file
+            text = type(value).__qualname__
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 

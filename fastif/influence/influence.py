@@ -26,7 +26,7 @@ from fastif.influence.score_folder import ScoreFolder
 from fastif.influence.score_job import write_scores
 from fastif.influence.scoring import compute_scores, compute_self_influence, find_top
 from fastif.influence.tiles import By
-from fastif.model.capture import Capture
+from fastif.model.capture import Capture, LateLayer
 from fastif.model.features import extract, find_head
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement
 from fastif.model.passes import Passes
@@ -180,9 +180,13 @@ class Influence:
         train = walked(train, self.passes.batch_size)
         every = torch.arange(train.n)
         self.setup = cover_head(self.setup, train, every)
-        with self.passes.running(None):
-            self.setup = look_at(self.setup, train, every)
-            return make_plan(self.setup, train, query, low_rank)
+        while True:
+            try:
+                with self.passes.running(None):
+                    self.setup = look_at(self.setup, train, every)
+                    return make_plan(self.setup, train, query, low_rank)
+            except LateLayer as late:  # as in a fit
+                self.capture.take_up(late.name)
 
     def fit(self, train: Any, subset: Any | Sampler | None = None, *, generator: Generator | None = None) -> Influence:
         """Builds the curvature at the model's parameters.

@@ -81,6 +81,23 @@ class _KeepsNothing(JointCurvature):
         return Cost()
 
 
+class _OneModule:
+    """In the place of the counter's tracker of modules, which cannot hook a module whose output is a parameter."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self) -> None: ...
+
+
+def _counter() -> FlopCounterMode:
+    """Counts operations, whichever module they are of."""
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _OneModule()  # pyright: ignore[reportAttributeAccessIssue]
+    return counter
+
+
 def rehearse(setup: Setup, train: Walked, n: int) -> Rehearsal:
     """Sends the first slice of the first batch through the model, and shows it to the estimators."""
     passes, capture = setup.passes, setup.capture
@@ -92,7 +109,7 @@ def rehearse(setup: Setup, train: Walked, n: int) -> Rehearsal:
     batch = x, y, torch.full((size,), 1 / size, dtype=torch.float64, device=setup.device)
     _, x, y = next(passes.slices(x, y))
     each, labels = batch_length(x), labels_in(x, y)
-    with FlopCounterMode(display=False) as counter, Measure(setup.device) as passed:
+    with _counter() as counter, Measure(setup.device) as passed:
         forward = capture.forward(x)
         gradients = forward.gradients(per_sample(passes.loss, forward.outputs, labels, each), keep=True)
     columns = {
@@ -211,7 +228,7 @@ def _products_taken(data: FitData, products: Products, total: int) -> ProductsTa
     if products == Products():
         return ProductsTaken()
     n = len(data.subset.weights)
-    with FlopCounterMode(display=False) as counter:
+    with _counter() as counter:
         operator = Operator(data, products.matrix, keep_graph=products.keep_graph)
     made = counter.get_total_flops() / n  # the graph, where it is kept
     graph = 0
@@ -242,7 +259,7 @@ def _as_whole_data(setup: Setup, names: tuple[str, ...], x: Any, y: Any, weights
 def _flops(operator: Operator, m: int) -> float:
     """Operations of a product with m vectors at once."""
     operator(_zeros(operator, m))  # the first one learns how products can be made
-    with FlopCounterMode(display=False) as counter:
+    with _counter() as counter:
         operator(_zeros(operator, m))
     return counter.get_total_flops()
 

@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import EllipsisType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ class Piece(NamedTuple):
     """What a block's matrix says of one parameter: `value` stands in parameter[rows]."""
 
     parameter: Tensor
-    rows: slice
+    rows: slice | EllipsisType  # the latter of a scalar, which has no rows
     value: Tensor
 
 
@@ -132,14 +133,18 @@ def loose_block(name: str, parameter: Tensor) -> Block | str:
         (1, parameter.numel(), 1),
         (parameter,),
         (),
-        lambda m: [Piece(parameter, slice(None), m.view(shape))],
+        lambda m: [Piece(parameter, _every_row(parameter), m.view(shape))],
         True,
     )
 
 
+def _every_row(parameter: Tensor) -> slice | EllipsisType:
+    return slice(None) if parameter.dim() else ...
+
+
 def loose_gradients(each: Tensor) -> Dense:
     """Gradients [n, ...] of a parameter, as those of a column [o, 1]."""
-    column = _column(each.flatten(1))
+    column = _column(each.reshape(len(each), -1))  # a scalar's have no axis to flatten
     return column if column.output_grads.shape[3] <= _WIDE else Column(column.inputs, column.output_grads)
 
 
@@ -170,7 +175,7 @@ def affine_block(name: str, module: nn.Module) -> list[Block] | str:
 
     def split(m: Tensor) -> list[Piece]:
         parts = m[0, :, 0].split(d)
-        return [Piece(p, slice(None), v.view(p.shape)) for p, v in zip(own.values(), parts, strict=True)]
+        return [Piece(p, _every_row(p), v.view(p.shape)) for p, v in zip(own.values(), parts, strict=True)]
 
     return [Block(name, (1, d * len(own), 1), tuple(own.values()), (Use(name, gradients),), split)]
 

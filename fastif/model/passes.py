@@ -96,7 +96,11 @@ class Passes:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.autocast(self.device.type, self.autocast, enabled=short):
             if not (self.allow_train_mode and any(module.training for module in self.model.modules())):
-                self._refuse_draws(few, values, rows)
+                try:
+                    self._refuse_draws(few, values, rows)
+                except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                    self._refuse_cut(x, few, error)
+                    raise
                 if not isinstance(few, Tensor) and len(rows) > 1:
                     self._check_shared(few, values, rows)
             forward = settle(self.capture, few, values, alone=not self.allow_train_mode, short=short)
@@ -117,6 +121,25 @@ class Passes:
                 f"to {away:.2g} in the loss of an example: what is drawn at random has no gradient of its own; call "
                 "model.eval(), pass training=self.training to what draws, or let the forward pass seed its generator"
             )
+
+    @torch.no_grad()
+    def _refuse_cut(self, x: Any, few: Any, error: Exception) -> None:
+        """Raises ValueError where the model takes the batch as a whole and not its first examples."""
+        if isinstance(x, Tensor) or batch_length(few) == batch_length(x):
+            return
+        for part, takes in ((few, False), (x, True)):
+            try:
+                self.capture.forward(part)
+                if not takes:
+                    return  # what failed is not the model
+            except Exception:
+                if takes:
+                    return
+        raise ValueError(
+            f"Influence: the model takes the {batch_length(x)} examples of the first batch and not {batch_length(few)} "
+            f"of them ({error}): if a part of the batch that all examples share has as many rows as the batch, make it "
+            "fastif.data.Shared(...) where the batch is made"
+        ) from error
 
     def needs_check(self, x: Any) -> bool:
         """Whether a batch shows what none before it could: one example alone does not show whether examples mix."""

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from fastif.data.batches import as_loader, count
 from fastif.model.capture import Capture
 from fastif.model.features import Extracted, extract, find_head
+from fastif.model.forward import computable
 from fastif.removal.head import RetainedHead, check_settings
 from fastif.removal.network import RetainedNetwork
 from fastif.removal.newton import newton
@@ -107,6 +108,12 @@ def remove(
                 "remove: extracted serves the steps of the head alone with its exact block; leave it out where other "
                 "layers move or curvature= is given"
             )
+        short = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
+        if short:
+            raise TypeError(
+                f"remove: steps of other layers than the head need a model in float32 or float64, got {short.pop()}; "
+                "pass model.float()"
+            )
         problem = RetainedNetwork(
             model,
             train,
@@ -136,10 +143,10 @@ def _head_problem(
         raise ValueError("remove: the training data has no labels")
     prefix = f"{name}." if name else ""
     return RetainedHead(
-        extracted.features.to(place),
+        computable(extracted.features.to(place)),
         extracted.labels.to(place),
-        layer.weight.detach().to(place),
-        None if layer.bias is None else layer.bias.detach().to(place),
+        computable(layer.weight.detach().to(place)),
+        None if layer.bias is None else computable(layer.bias.detach().to(place)),
         removed.to(place),
         name=name or "model",
         keys=(f"{prefix}weight", f"{prefix}bias"),

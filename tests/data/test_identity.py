@@ -382,3 +382,35 @@ def test_shared_is_said_where_it_cannot_be_seen():
     data = [({"x": X[:7], "bank": Shared(X[:7])}, Y[:7])]
     ((x, _),) = as_loader(data)
     assert isinstance(x["bank"], Shared)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int64, np.bool_, float, str])
+def test_a_column_of_single_values_is_told_by_them(kind):
+    def identity(values):
+        return walk([({"x": X[:2], "column": [kind(value) for value in values]}, Y[:2])]).identity
+
+    assert identity([0, 1]).fingerprint == identity([0, 1]).fingerprint
+    assert bool((identity([0, 1]).rows != identity([1, 0]).rows).all())
+
+
+class Graph:
+    """An object of the user's, one for each example."""
+
+    def __init__(self, edges):
+        self.edges = edges
+
+
+@pytest.mark.parametrize("where", [{"graph": [0, 1]}, {"graph": Shared([0, 1, 2])}], ids=["by example", "shared"])
+def test_objects_are_told_by_what_they_hold(where):
+    def batch(scale):
+        def graphs(numbers):
+            return [Graph(torch.tensor([scale * number, 1])) for number in numbers]
+
+        kept = {
+            key: Shared(graphs(value.value)) if isinstance(value, Shared) else graphs(value)
+            for key, value in where.items()
+        }
+        return [({"x": X[:2], **kept}, Y[:2])]
+
+    fingerprints = [walk(batch(scale)).identity.fingerprint for scale in (1, 1, 2)]  # other objects, the same examples
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]

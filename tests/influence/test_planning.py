@@ -299,3 +299,57 @@ def test_the_rows_of_a_hessian_are_counted():
     assert 0.9 * passes <= plans["hessian", "0"].fit_flops - cholesky <= 1.3 * passes
     assert plans["hessian", "2"] == plans["ggn", "2"]
     assert not plans["hessian", "0"].multiplying
+
+
+class Uncertainty(nn.Module):
+    """Two heads, and the parameter that weighs them among the outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.log_variance = nn.Linear(6, 2), nn.Parameter(torch.randn(2))
+
+    def forward(self, x):
+        return {"values": self.heads(x), "log variance": self.log_variance}
+
+
+def weighed(outputs, y):
+    squares = (outputs["values"] - y).square() * (-outputs["log variance"]).exp()
+    return (squares + outputs["log variance"]).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("make", "loss"),
+    [
+        (Uncertainty, weighed),
+        (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 2))), "mse"),
+    ],
+    ids=["among the outputs", "parametrized"],
+)
+@pytest.mark.parametrize(
+    "curvature", [EKFAC(1e-2, fisher="empirical"), CG(1e-2, matrix="hessian")], ids=["EKFAC", "CG"]
+)
+def test_a_module_may_give_a_parameter(make, loss, curvature):
+    torch.manual_seed(0)
+    data = torch.randn(20, 6), torch.randn(20, 2)
+    plan = Influence(make(), loss, curvature, progress=False).plan(data)
+    assert not plan.skipped
+    assert plan.fit_flops + plan.solve_flops > 0
+
+
+def test_a_plan_takes_up_a_layer_that_is_called_later():
+    class Expert(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.always, self.sometimes = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.always(x) + (self.sometimes(x) if bool((x > 2).any()) else 0)
+
+    torch.manual_seed(0)
+    x = torch.randn(20, 6).clamp(max=2)
+    x[10] = 3.0
+    data = x, torch.arange(20) % 3
+    influence = Influence(Expert(), curvature=EKFAC(1e-2), batch_size=20, progress=False)
+    plan = influence.plan(data)
+    assert set(plan.covered) == {"always.weight", "always.bias", "sometimes.weight", "sometimes.bias"}
+    assert set(influence.fit(data).capture.covered) == set(plan.covered)

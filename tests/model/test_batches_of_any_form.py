@@ -147,6 +147,30 @@ def test_a_bank_as_long_as_a_batch_is_refused_or_said(rows):
         assert_autograds(model, data, loss_of)
 
 
+def test_a_bank_as_long_as_the_whole_batch_names_the_way_out_where_the_model_fails():
+    """The check takes the first examples, and so many rows of what is no row of an example."""
+
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x, mix):
+            return self.head(torch.einsum("ij,njd->nid", mix, x).flatten(1))
+
+    model = built(Mixing)
+    x, mix, y = torch.randn(8, 8, 2).double(), torch.randn(8, 8).double(), torch.arange(8) % 3
+    with pytest.raises(ValueError, match=r"takes the 8 examples .* and not 5 of them .*fastif\.data\.Shared"):
+        fastif.Influence(model, curvature=fastif.Identity(), progress=False).fit([(x, mix, y)])
+    fastif.Influence(model, curvature=fastif.Identity(), progress=False).fit([(x, Shared(mix), y)])
+
+
+def test_single_examples_as_mappings_are_no_batches():
+    rows = [{"x": X[i], "labels": Y[i]} for i in range(4)]
+    with pytest.raises(ValueError, match="batch 0 has one label of no axis"):
+        fastif.data.batch_lengths(rows)
+
+
 def test_rows_that_become_shared_name_the_batch():
     data = [({"x": X[:4], "bank": BANK[:4]}, Y[:4]), ({"x": X[4:], "bank": BANK[:4]}, Y[4:])]
     with pytest.raises(ValueError, match=r"batch 1 has 3 examples and 4 rows of x\['bank'\]"):

@@ -152,6 +152,8 @@ IMAGES, SEQUENCES = inputs(3, 6, 6), inputs(7, 6)
             3,
         ),
         (lambda: Weights(lambda m, x: (x @ m.v).tanh() @ m.w, v=(6, 4), w=(4, 3)), inputs(6), 2),
+        (lambda: Weights(lambda m, x: m.o(x) / m.temperature, {"o": nn.Linear(6, 3)}, temperature=()), inputs(6), 1),
+        (lambda: nn.Sequential(nn.Linear(6, 3), Weights(lambda m, x: x.tanh() * m.scale, scale=())), inputs(6), None),
         (
             lambda: Weights(lambda m, x: torch.einsum("ntd,edf->ntef", x, m.w).tanh().mean((1, 2)), w=(4, 6, 5)),
             SEQUENCES,
@@ -193,6 +195,20 @@ def test_every_parameter_has_autograds_gradient_of_each_example(build, x, loose)
     assert all(reason == NEVER_CALLED for reason in capture.skipped.values())
     if loose is not None:
         assert sum(block.loose for block in capture.blocks.values()) == loose
+
+
+def test_a_scalar_goes_through_all_that_an_influence_does():
+    torch.manual_seed(0)
+    model = Weights(lambda m, x: m.o(x) / m.temperature, {"o": nn.Linear(6, 3)}, temperature=()).double()
+    data = inputs(6), torch.arange(N) % 3
+    influence = Influence(model, curvature=EKFAC(1e-2), progress=False)
+    assert influence.plan(data).covered["temperature"] == ()
+    scores = influence.fit(data).scores(data, data, by="layer")
+    assert set(scores) == {"o", "temperature"}
+    change = influence.on_parameters(data)
+    assert change["temperature"].shape == ()
+    again = influence.solve(change)
+    assert again["temperature"].shape == ()
 
 
 def test_what_is_never_called_is_listed_and_called_later_it_is_taken_up():

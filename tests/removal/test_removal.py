@@ -215,6 +215,20 @@ def test_remove_a_head_without_bias_as_the_whole_model():
     assert not torch.equal(removal.state_dict["weight"], model.weight)
 
 
+def test_the_head_of_a_model_in_16_bits_is_computed_in_full(problem):
+    model = copy.deepcopy(problem.model).bfloat16().float()  # of the same values
+    short = copy.deepcopy(model).bfloat16()
+    x = problem.x.to(torch.bfloat16)
+    removed = class_0(problem)
+    found = remove(short, (x, problem.y), removed, weight_decay=WEIGHT_DECAY, progress=False)
+    want = remove(model, (x.float(), problem.y), removed, weight_decay=WEIGHT_DECAY, progress=False)
+    assert {value.dtype for value in found.state_dict.values()} == {torch.bfloat16}
+    for key, value in want.state_dict.items():
+        assert (found.state_dict[key].float() - value).norm() < 3e-2 * value.norm()
+    with pytest.raises(TypeError, match=r"remove: .* float32 or float64, got torch.bfloat16; pass model.float"):
+        remove(short, (x, problem.y), removed, layers="*", progress=False)
+
+
 def test_several_removals_share_one_pass(problem):
     data = problem.x, problem.y
     seen = extract(problem.model, data, progress=False)
