@@ -134,7 +134,13 @@ def load_fitted(setup: Setup, state: Mapping[str, Tensor]) -> Fitted:
         raise ValueError(f"load_state_dict: the state is another model's: {min(left)}")
     weights = None
     if "weights" in state:
-        weights = dict(zip(checksums_of_state(setup), state["weights"].tolist(), strict=False))
+        names = list(checksums_of_state(setup))
+        if len(names) != len(state["weights"]):
+            raise ValueError(
+                f"load_state_dict: the state is another model's, of {len(state['weights'])} tensors in the place of "
+                f"{len(names)}"
+            )
+        weights = dict(zip(names, state["weights"].tolist(), strict=True))
     fitted = Fitted(setup, tuple(curvatures), int(state["n"]), weights=weights)
     fitted.check_weights()
     return fitted

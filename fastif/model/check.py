@@ -44,6 +44,7 @@ class _Check:
         self.n = batch_length(x)
         self.short = short or any(p.dtype in (torch.float16, torch.bfloat16) for p in capture.used)
         self.agree = 5 * _AGREE if self.short else _AGREE
+        self.told: set[int] = set()  # examples whose loss has a gradient: the others agree with any reading
         self.noise = 0.0  # gradients as small as this say nothing: so much rounding leaves in one that is zero
 
     def settled(self) -> Forward:
@@ -70,7 +71,7 @@ class _Check:
                 "first batch like this one"
             )
         capture.check_any()
-        capture.checked = self.n
+        capture.checked = max(capture.checked, len(self.told))
         capture.renew()
         return self.forward
 
@@ -116,6 +117,8 @@ class _Check:
         one = torch.ones(1, device=self.losses.device)
         for i, found in enumerate(self._truths(parameters)):
             truth = dict(zip(parameters, found, strict=True))
+            if any(bool(g.any()) for g in found):
+                self.told.add(i)
             self.noise = max(self.noise, self._rounding() * math.hypot(*(float(g.norm()) for g in found)))
             for key, (block, gradients) in candidates.items():
                 try:

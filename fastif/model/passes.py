@@ -17,11 +17,11 @@ from fastif.model.capture import Capture
 from fastif.model.check import settle
 from fastif.model.forward import Forward
 from fastif.model.gradients import Gradients
-from fastif.model.losses import Loss, Measurement, labels_in, measured
+from fastif.model.losses import IGNORED, Loss, Measurement, labels_in, measured
 
 _TOGETHER = 1 << 24  # bytes of inputs and outputs of covered layers that one forward pass brings on a CPU, at most
 _LEAST = 1 << 20  # so little memory, and passes of fewer examples would only be slower
-_LOOKED_AT = 5  # examples of the first batch, which decide how the model is read
+_LOOKED_AT = 5  # examples of a batch, which decide how the model is read
 _LOOSE = 16  # examples at a time where each takes a backward pass through the others' graph too
 _RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
@@ -85,11 +85,12 @@ class Passes:
 
     def check(self, x: Any, y: Any, value: Measurement = "loss") -> None:
         """Refuses forward passes that draw at random, and has `settle` decide what is covered, on a few examples."""
-        rows = torch.arange(min(_LOOKED_AT, batch_length(x)))
-        few = rows_of(x, rows)
+        chosen = _choose_rows(x, y)
+        few, labels_of_few = rows_of(x, chosen), None if y is None else rows_of(y, chosen)
+        rows = torch.arange(len(chosen))
 
         def values(outputs: Any, rows: Tensor) -> Tensor:
-            labels = labels_in(rows_of(few, rows), None if y is None else rows_of(y, rows))
+            labels = labels_in(rows_of(few, rows), None if y is None else rows_of(labels_of_few, rows))
             return measured(value, self.loss, outputs, labels, len(rows))
 
         short = self.autocast is not None
@@ -213,3 +214,19 @@ def counted_from(first: int) -> Iterator[None]:
         if first == 0 or type(error) is not ValueError or "example " not in str(error):
             raise
         raise ValueError(f"{error} (counted from example {first} of the batch on)") from error
+
+
+def _choose_rows(x: Any, y: Any) -> Tensor:
+    """Examples of a batch to look at, int64: spread over it, and of those with a label that counts where there are any.
+
+    The first ones may have something in common, and an example without a label has a gradient of zero, with which
+    every reading of a layer agrees.
+    """
+    n = batch_length(x)
+    labels = x.get("labels") if y is None and isinstance(x, Mapping) else y
+    candidates = torch.arange(n)
+    if isinstance(labels, Tensor) and labels.dim() and len(labels) == n and not labels.is_floating_point():
+        counted = (labels != IGNORED).reshape(n, -1).any(1).nonzero()[:, 0].cpu()
+        candidates = counted if len(counted) else candidates
+    places = torch.linspace(0, len(candidates) - 1, min(_LOOKED_AT, len(candidates)), dtype=torch.float64)
+    return candidates[places.round().long()]

@@ -343,11 +343,12 @@ def test_a_plan_takes_up_a_layer_that_is_called_later():
             self.always, self.sometimes = nn.Linear(6, 3), nn.Linear(6, 3)
 
         def forward(self, x):
-            return self.always(x) + (self.sometimes(x) if bool((x > 2).any()) else 0)
+            sent = (x > 2).any(1, keepdim=True)
+            return self.always(x) + (torch.where(sent, self.sometimes(x), 0.0) if bool(sent.any()) else 0)
 
     torch.manual_seed(0)
     x = torch.randn(20, 6).clamp(max=2)
-    x[10] = 3.0
+    x[11] = 3.0  # of 20 examples, 0, 5, 10, 14 and 19 are looked at
     data = x, torch.arange(20) % 3
     influence = Influence(Expert(), curvature=EKFAC(1e-2), batch_size=20, progress=False)
     plan = influence.plan(data)

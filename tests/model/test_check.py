@@ -337,3 +337,57 @@ def test_padding_is_no_data(kind):
         assert float((got - want).norm() / want.norm()) < 1e-6
     unmasked = scores(14, n, masked=False)  # right padding and causal attention: the mask changes no loss
     assert float((scores(32, 3, masked=False) - unmasked).norm() / unmasked.norm()) < 1e-6
+
+
+class Tied(nn.Module):
+    """Uses its table a second time, where no hook sees it."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.body = nn.Embedding(9, 5), nn.Linear(5, 5)
+
+    def forward(self, ids):
+        return torch.tanh(self.body(self.table(ids))) @ self.table.weight.T
+
+
+class Sometimes(nn.Module):
+    """Uses a weight a second time for some examples alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.a(x)
+        again = h @ (self.a.weight @ self.a.weight.T)
+        return self.b(torch.tanh(torch.where(x[:, :1] > 0, again, h)))
+
+
+@pytest.mark.parametrize("ignored", [5, 15])
+def test_examples_that_say_nothing_are_not_believed(ignored):
+    """A gradient of zero agrees with every reading: the examples looked at are those with labels that count."""
+    torch.manual_seed(0)
+    model, ids = Tied().double(), torch.randint(0, 9, (16, 4))
+    labels = torch.randint(0, 9, (16, 4))
+    labels[:ignored] = -100
+    influence = Influence(model, "token_cross_entropy", Identity(), progress=False).fit((ids, labels))
+    want = [gradient_norm(model, lambda i=i: token_losses(model(ids[i : i + 1]), labels[i : i + 1])) for i in range(16)]
+    assert torch.allclose(16 * influence.self_influence((ids, labels)), torch.tensor(want).double())
+
+
+def test_the_examples_looked_at_are_spread_over_the_batch():
+    torch.manual_seed(0)
+    model, x, y = Sometimes().double(), torch.randn(16, 6, dtype=torch.float64), torch.arange(16) % 3
+    x[:, 0] = x[:, 0].abs() * torch.where(torch.arange(16) < 5, -1, 1)
+    influence = Influence(model, "cross_entropy", Identity(), progress=False).fit((x, y))
+    loss = nn.functional.cross_entropy
+    want = [gradient_norm(model, lambda i=i: loss(model(x[i : i + 1]), y[i : i + 1])) for i in range(16)]
+    assert torch.allclose(16 * influence.self_influence((x, y)), torch.tensor(want).double())
+
+
+def token_losses(logits, labels):
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+
+
+def gradient_norm(model, loss):
+    return sum(float(g.square().sum()) for g in torch.autograd.grad(loss(), list(model.parameters())))

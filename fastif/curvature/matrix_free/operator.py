@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import EllipsisType
 from typing import Any, Literal
 
 import torch
@@ -166,7 +167,7 @@ class Operator:
 
     # ---------------------------------------------------------------------------------------------- blocks ↔ parameters
 
-    def _pieces(self, vectors: Tensor) -> Iterator[tuple[Tensor, slice, Tensor]]:
+    def _pieces(self, vectors: Tensor) -> Iterator[tuple[Tensor, slice | EllipsisType, Tensor]]:
         """Views [m, ...] of flat vectors, and the rows of parameters that they stand for."""
         m, start = len(vectors), vectors.storage_offset()
         for block in self.data.blocks.values():
