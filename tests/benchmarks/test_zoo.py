@@ -10,7 +10,7 @@ HAND_MADE = [name for name in CASES if "(" not in name and " with " not in name]
 FAMILIES = [name for name in CASES if name.partition(" (")[0] in PART and "(" in name]
 
 
-def check(build):
+def check_network(build):
     row = judge(build)
     assert row["error"] <= WRONG
     assert row["covered"] >= 0.95, row["reasons"]
@@ -18,16 +18,16 @@ def check(build):
 
 @pytest.mark.parametrize("name", HAND_MADE)
 def test_networks_made_by_hand(name):
-    check(CASES[name])
+    check_network(CASES[name])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_of_transformers(name):
     pytest.importorskip("transformers", reason="the families come with transformers")
-    check(CASES[name])
+    check_network(CASES[name])
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "prompt"])
 def test_adapters(kind):
     pytest.importorskip("peft", reason="the adapters come with peft")
-    check(lambda: adapted(kind))
+    check_network(lambda: adapted(kind))
