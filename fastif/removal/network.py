@@ -138,10 +138,12 @@ class RetainedNetwork:
         before = {p: p.detach().clone() for p in self._names}
         while self._trust <= 1 / SMALLEST_STEP:
             sizes = damped_minimum(slopes, hessian, self._trust)
+            foretold = float(slopes @ sizes - 0.5 * sizes @ hessian @ sizes)
+            if not foretold > 0:  # the gradient is zero, or below what float64 resolves: no step descends
+                return False
             step = _combine(directions.values(), sizes.tolist())
             self._move(step)
             value = self._objective()
-            foretold = float(slopes @ sizes - 0.5 * sizes @ hessian @ sizes)
             ratio = (self.objective - value) / foretold
             if not ratio >= 0.25:
                 self._trust *= 4

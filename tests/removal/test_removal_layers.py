@@ -318,3 +318,14 @@ def test_dropout_does_not_act(problem):
     data = (problem.x, problem.y)
     first, second = (remove(model, data, REMOVED, layers="*", steps=2, **QUIET).history for _ in range(2))
     assert torch.equal(flat(first[-1].parameters), flat(second[-1].parameters))
+
+
+def test_examples_without_any_gradient_leave_the_model_as_it_is():
+    """Every loss is exactly zero in float32: no step descends, and a step is never measured against a gain of zero."""
+    x = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    with torch.no_grad():
+        model[2].bias.copy_(torch.tensor([1e4, 0.0, 0.0]))
+    after = remove(model, (x, torch.zeros(60, dtype=torch.long)), torch.arange(3), layers="*", progress=False)
+    assert after.history == []
+    assert all(torch.equal(value, after.state_dict[name]) for name, value in model.state_dict().items())
