@@ -20,7 +20,7 @@ def real_data(folder: str) -> Path:
         pytest.skip("FASTIF_DATA, the folder with the data sets, is not set")
     if not (Path(root) / folder).is_dir():
         pytest.skip(f"no {folder} in FASTIF_DATA={root}")
-    return Path(root)
+    return Path(root).resolve()  # tests link to files in it
 
 
 def test_the_real_data_is_only_looked_for_where_the_variable_says(monkeypatch, tmp_path):
