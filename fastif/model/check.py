@@ -234,6 +234,8 @@ class _Check:
             try:
                 self.forward.each_example(self.losses, parameters, keep=True)
             except (RuntimeError, ValueError, NotImplementedError):
+                # What vmap has no rule or no room for. One backward pass per example gives the same gradients in less
+                # memory, and raises whatever is wrong with the model itself.
                 self.capture.sight.batched = False
 
     def _read_otherwise(self, failing: Sequence[str]) -> list[str]:

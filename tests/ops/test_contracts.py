@@ -228,8 +228,8 @@ def spoilers(name: str, good) -> dict[str, Callable]:
     return found | {"None": lambda: (None, None if name in OPTIONAL else WRONG)}
 
 
-def call(op: str, spoiled: dict[str, tuple[object, object]], dtype: torch.dtype) -> None:
-    """Calls the op with these spoilers, and checks that it is right or refuses."""
+def assert_right_or_refused(op: str, spoiled: dict[str, tuple[object, object]], dtype: torch.dtype) -> None:
+    """Calls the op with these spoilers: right by its definition, or refused in its own name with nothing written."""
     function, good = PROBLEMS[op]
     good = {name: in_type(x, dtype) for name, x in good.items()}
     if "out" in good:
@@ -268,10 +268,10 @@ def in_type(x, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("op", PROBLEMS)
 def test_each_spoiler_alone(op, dtype):
-    call(op, {}, dtype)
+    assert_right_or_refused(op, {}, dtype)
     for name, good in PROBLEMS[op][1].items():
         for make in spoilers(name, in_type(good, dtype)).values():
-            call(op, {name: make()}, dtype)
+            assert_right_or_refused(op, {name: make()}, dtype)
 
 
 @settings(max_examples=400)
@@ -281,7 +281,7 @@ def test_several_spoilers(op, dtype, data):
     for name in data.draw(st.lists(st.sampled_from(sorted(PROBLEMS[op][1])), min_size=2, max_size=3, unique=True)):
         found = spoilers(name, in_type(PROBLEMS[op][1][name], dtype))
         spoiled[name] = found[data.draw(st.sampled_from(sorted(found)), label=name)]()
-    call(op, spoiled, dtype)
+    assert_right_or_refused(op, spoiled, dtype)
 
 
 # What an op writes to.
