@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.figures import tables
+from benchmarks.figures import pages, tables
 from fastif.report.pages import new_figure
 
 ROOT = Path(__file__).parents[2]
@@ -146,7 +146,7 @@ def main(arguments: list[str]) -> None:
         (keep if arguments[0] == "keep" else add)(Path(arguments[1]), arguments[2])
     elif arguments == ["tables"]:
         for page in PAGES:
-            page.write_text(tables.with_tables(page.read_text()))
+            page.write_text(pages.with_tables(page.read_text()))
         for name in ("kcenter", "influence"):
             if (tables.KEPT / f"{name}-cpu.json").exists():
                 growth_picture(f"{name}-cpu", ROOT / "docs" / f"{name}-growth.png")

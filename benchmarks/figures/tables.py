@@ -12,11 +12,11 @@ KEPT = Path(__file__).parents[1] / "results"
 SAMPLERS = ("logit", "leverage", "random", "stratified", "k_center", "certified", "intermediate_distance", "prefix")
 
 
-def _kept(name: str) -> Any:
+def results_of(name: str) -> Any:
     return json.loads((KEPT / f"{name}.json").read_text())
 
 
-def _threads(number: int) -> str:
+def threads_of(number: int) -> str:
     return f"{number} thread{'s' if number > 1 else ''}"
 
 
@@ -24,13 +24,13 @@ def _machine(results: dict[str, Any]) -> str:
     """Of a file that pytest-benchmark wrote: processor, threads, versions, day."""
     machine = results["machine_info"]
     return (
-        f"{machine['cpu'].get('brand_raw', 'CPU')}, {_threads(machine['threads'])}, {machine['build']['isa']}, "
+        f"{machine['cpu'].get('brand_raw', 'CPU')}, {threads_of(machine['threads'])}, {machine['build']['isa']}, "
         f"torch {machine['torch']}, {results['datetime'][:10]}"
     )
 
 
 def class_removal_table(name: str) -> str:
-    results = _kept(name)
+    results = results_of(name)
     meta, summary = results["meta"], results["summary"]
     last = max(row["step"] for row in summary)
     lines = [
@@ -59,104 +59,15 @@ def class_removal_table(name: str) -> str:
     lines += [
         "",
         f"Means over {classes} classes and {seeds} seeds, ± the standard deviation over seeds; "
-        f"{meta['n_train']:,} training examples; {meta['device']}, {_threads(meta['threads'])}, "
+        f"{meta['n_train']:,} training examples; {meta['device']}, {threads_of(meta['threads'])}, "
         f"torch {meta['versions']['torch']}, {meta['date'][:10]}. "
         f"Made by `{meta['command']}`.",
     ]
     return "\n".join(lines)
 
 
-def story(name: str) -> str:
-    """What README says of its picture: the first sentences of the demo's report."""
-    del name
-    from fastif.report.class_removal import lead
-
-    results = _kept("class-removal-demo")
-    meta = results["meta"]
-    return (
-        f"{lead(results)} Means over {len(meta['classes'])} classes, each removed on its own, and {len(meta['seeds'])} "
-        f"seeds, on held-out digits; {meta['device']}, {_threads(meta['threads'])}, torch {meta['versions']['torch']}, "
-        f"{meta['date'][:10]}. Made by `make demo`."
-    )
-
-
-def glance(name: str) -> str:
-    """What fastif gives beside the best peer, a row per kept result; the pages named have all peers and settings."""
-    del name
-    lines = ["| | fastif | the best peer | more |", "|---|---|---|---|"]
-
-    def add(what: str, ours: str, peer: str, page: str) -> None:
-        lines.append(f"| {what} | {ours} | {peer} | {page} |")
-
-    found = {b["name"]: b["extra_info"] for b in _kept("influence-cpu")["benchmarks"]}
-    for model, words in (("mlp", "an MLP"), ("resnet9", "a ResNet-9")):
-        extra: dict[str, Any] = found[f"test_influence[{model}]"]
-        ours = extra["fastif"]["exact"]
-        who = min(
-            (peer for peer, row in extra["peers"].items() if set(row["cpu_seconds"]) == set(ours["cpu_seconds"])),
-            key=lambda peer: sum(extra["peers"][peer]["cpu_seconds"].values()),
-        )
-        theirs = extra["peers"][who]
-        add(
-            f"EK-FAC of {words}, {extra['n']:,} examples × {extra['q']:,} queries: fit, scores, self-influence",
-            f"{sum(ours['cpu_seconds'].values()):.1f} s, {ours['peak_mib']:.0f} MiB",
-            f"{who} {sum(theirs['cpu_seconds'].values()):.1f} s, {theirs['peak_mib']:.0f} MiB",
-            "[benchmarks](docs/benchmarks.md)",
-        )
-    lds: dict[str, dict[str, Any]] = {}
-    for row in _kept("lds")["lds"]:
-        if row["model"] == "MLP, Fashion-MNIST" and row["lds"]:
-            lds[row["contender"]] = max(row, lds.get(row["contender"], row), key=lambda row: row["lds"]["mean"])
-    pair = lds["fastif, EK-FAC"], lds["kronfluence, EK-FAC"]
-    ours, peer = (f"{row['lds']['mean']:.3f} in {row['cpu_seconds']:.2f} s" for row in pair)
-    add(
-        "EK-FAC of an MLP on Fashion-MNIST, held against retraining on halves of the data: rank correlation (LDS)",
-        ours,
-        f"kronfluence {peer}",
-        "[evaluation](docs/evaluation.md)",
-    )
-    published = _kept("published-fashion-mnist")
-    head = min(
-        (e for e in published["summary"] if e["method"] == "head" and e["sampler"] == "logit"), key=lambda e: e["k"]
-    )
-    lissa = max(
-        (e for e in published["summary"] if (e["method"], e["sampler"]) == ("LiSSA", "random")), key=lambda e: e["F1"]
-    )
-    add(
-        "removal of a class from a CNN on Fashion-MNIST: F1 on held-out data, time, memory",
-        f"{head['F1']:.3f}, {head['RTE']:.2g} s, {head['ME'] / 2**20:.0f} MiB",
-        f"the paper's LiSSA {lissa['F1']:.3f}, {lissa['RTE']:.2g} s, {lissa['ME'] / 2**20:.0f} MiB",
-        "[the paper's task](docs/published.md)",
-    )
-    extra = next(b["extra_info"] for b in _kept("kcenter-cpu")["benchmarks"] if "cifar10-penultimate" in b["name"])
-    most = max(row["k"] for row in extra["rows"])
-    cpu = {row["contender"]: row["cpu"] for row in extra["rows"] if row["k"] == most}
-    who = min((peer for peer in cpu if not peer.startswith(("fastif", "torch"))), key=lambda peer: cpu[peer])
-    add(
-        f"k-center, {most:,} of {extra['n']:,} features with {extra['d']} coordinates",
-        f"{cpu['fastif']:.2f} s",
-        f"{who} {cpu[who]:.1f} s",
-        "[k-center](docs/kcenter.md)",
-    )
-    extra = next(b["extra_info"] for b in _kept("blocks-cpu")["benchmarks"] if b["name"] == "test_ggn_block[c10-d513]")
-    seconds = extra["seconds"]
-    who = min((peer for peer in seconds if peer != "fastif"), key=lambda peer: seconds[peer])
-    add(
-        "exact curvature of a head, 50,000 examples, 513 inputs, 10 classes",
-        f"{seconds['fastif']:.1f} s",
-        f"{who} {seconds[who]:.1f} s; curvlinops {seconds['curvlinops, GGN @ I']:.0f} s",
-        "[exact blocks](docs/blocks.md)",
-    )
-    lines += [
-        "",
-        "Processor seconds of all threads on a CPU; of the removal and the exact curvature seconds by the clock. Each "
-        "page has the settings, all other peers and the commands.",
-    ]
-    return "\n".join(lines)
-
-
 def benchmark_table(name: str) -> str:
-    results = _kept(name)
+    results = results_of(name)
     lines = ["| op | seconds | share of the machine's limit | against |", "|---|---|---|---|"]
     for benchmark in sorted(results["benchmarks"], key=lambda b: b["name"]):
         extra: dict[str, Any] = benchmark["extra_info"]
@@ -176,7 +87,7 @@ def benchmark_table(name: str) -> str:
 
 
 def kcenter_table(name: str) -> str:
-    results = _kept(name)
+    results = results_of(name)
     data = [b for b in results["benchmarks"] if "peak_share_of_input" in b["extra_info"]]
     labels = [b["name"].split("[")[1].rstrip("]") for b in data]
     cells = {
@@ -215,7 +126,7 @@ def kcenter_table(name: str) -> str:
 
 
 def removal_layers_table(name: str) -> str:
-    results = _kept(name)
+    results = results_of(name)
     meta, cells = results["meta"], {(row["variant"], row["step"]): row for row in results["summary"]}
     shown = [step for step in (1, 2, 3, 4, 6) if step <= meta["steps"]]
     lines = [
@@ -246,14 +157,14 @@ def removal_layers_table(name: str) -> str:
             f"Means over classes {', '.join(map(str, meta['classes']))} and {meta['seeds']} trained networks; "
             "against the head after its last step: difference of KL, run by run, ± its standard error; its parts are "
             f"those after 3 steps. {meta['examples']:,} training examples, {meta['n_test']:,} held out; "
-            f"{meta['device']}, {_threads(meta['threads'])} of a busy machine, torch "
+            f"{meta['device']}, {threads_of(meta['threads'])} of a busy machine, torch "
             f"{meta['versions']['torch']}, {meta['date'][:10]}. Made by `{meta['command']}`.",
         ]
     )
 
 
 def influence_table(name: str) -> str:
-    results = _kept(name)
+    results = results_of(name)
     lines = [
         "| model, training examples × queries | | fit | scores | self-influence | in all | peak MiB |",
         "|---|---|---|---|---|---|---|",
@@ -293,12 +204,12 @@ def influence_table(name: str) -> str:
 def published_table(name: str) -> str:
     from benchmarks.experiments.class_removal.report import tables
 
-    return tables(_kept(name)).rstrip()
+    return tables(results_of(name)).rstrip()
 
 
 def memory_table(name: str) -> str:
     """What influence_table says of fastif's memory, stage by stage."""
-    results = _kept(name.replace("memory", "influence"))
+    results = results_of(name.replace("memory", "influence"))
     lines = [
         "| model, training examples × queries, batches of | fit: peak MiB | scores | self-influence |",
         "|---|---|---|---|",
@@ -313,7 +224,7 @@ def memory_table(name: str) -> str:
 
 
 def mislabel_table(name: str) -> str:
-    results = _kept(name)
+    results = results_of(name)
     meta, kinds = results["meta"], results["meta"]["labels"]
     cells: dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]] = {}
     for row in results["detection"]:
@@ -340,14 +251,14 @@ def mislabel_table(name: str) -> str:
         f"{meta['n']:,} images of CIFAR-10, a CNN trained on their CIFAR-10N labels for {meta['epochs']} epochs (test "
         f"accuracy {accuracies}); by chance the AUC is 0.5 and the tenth holds the share of wrong labels, "
         f"{shares}. Damping {meta['damping']:g}; ± is the standard deviation over the sampler's seeds. "
-        f"{meta['device']}, {_threads(meta['threads'])}, torch {meta['versions']['torch']}. "
+        f"{meta['device']}, {threads_of(meta['threads'])}, torch {meta['versions']['torch']}. "
         "Made by `python benchmarks/experiments/mislabel_detection.py`.",
     ]
     return "\n".join(lines)
 
 
 def lds_table(name: str) -> str:
-    results = _kept(name)
+    results = results_of(name)
     models = results["meta"]["models"]
     cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in results["lds"]:
@@ -381,14 +292,14 @@ def lds_table(name: str) -> str:
         f"{facts['left_out']} examples left out. {sizes}. LDS ± half of its 95 % interval over the queries; LOO: "
         "Spearman's correlation with leaving single examples out. Of the dampings 0.001, 0.01 and 0.1 the best for "
         "each figure, contender by contender; CPU seconds, fit and scores, of the best LDS. –: not run, too large. "
-        f"{meta['device']}, {_threads(meta['threads'])}, torch {meta['versions']['torch']}. "
+        f"{meta['device']}, {threads_of(meta['threads'])}, torch {meta['versions']['torch']}. "
         "Made by `python benchmarks/experiments/lds.py`.",
     ]
     return "\n".join(lines)
 
 
 def solvers_table(name: str) -> str:
-    results = _kept(name)
+    results = results_of(name)
     extra: dict[str, Any] = next(b["extra_info"] for b in results["benchmarks"] if "tolerance" in b["extra_info"])
     cells: dict[tuple[float, str], dict[str, dict[str, Any]]] = {}
     for row in extra["rows"]:
@@ -421,7 +332,7 @@ def solvers_table(name: str) -> str:
 
 
 def products_table(name: str) -> str:
-    results = _kept(name)
+    results = results_of(name)
     peers = list(results["benchmarks"][0]["extra_info"]["ratio"])
     heads = ["network", "matrix", "vectors at once", "products per CPU second", *peers, "MiB of the kept graph"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -445,7 +356,7 @@ def products_table(name: str) -> str:
 
 def gpu_table(name: str) -> str:
     """The newest result of each device that `make gpu-check` kept."""
-    kept = [_kept(path.stem) for path in sorted(KEPT.glob(f"{name}-*.json"))]
+    kept = [results_of(path.stem) for path in sorted(KEPT.glob(f"{name}-*.json"))]
     newest = {results["device"]: results for results in kept}
     if not newest:
         return "No GPU has run them yet."
@@ -477,7 +388,7 @@ def gpu_table(name: str) -> str:
 
 def zoo_table(name: str) -> str:
     """Networks by kind: how many of each are covered, how far off at most, and what is left out."""
-    results = _kept(name)
+    results = results_of(name)
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in results["networks"]:
         kind = re.search(r"\((\w+)\)$", row["name"])
@@ -498,30 +409,3 @@ def zoo_table(name: str) -> str:
     versions = f"fastif {meta['fastif']}, torch {meta['torch']}, transformers {meta['transformers']}"
     lines += ["", f"{versions}. Made by `make zoo`."]
     return "\n".join(lines)
-
-
-def with_tables(page: str) -> str:
-    """The page with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew from the kept NAME.json."""
-
-    def table(match: re.Match[str]) -> str:
-        name = match[1]
-        kinds = {
-            "class-removal": class_removal_table,
-            "removal-layers": removal_layers_table,
-            "published": published_table,
-            "kcenter": kcenter_table,
-            "influence": influence_table,
-            "memory": memory_table,
-            "mislabel": mislabel_table,
-            "lds": lds_table,
-            "solvers": solvers_table,
-            "products": products_table,
-            "gpu": gpu_table,
-            "glance": glance,
-            "story": story,
-            "zoo": zoo_table,
-        }
-        make = next((make for kind, make in kinds.items() if name.startswith(kind)), benchmark_table)
-        return f"<!-- table: {name} -->\n{make(name)}\n<!-- end -->"
-
-    return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.experiments import lds, mislabel_detection
-from benchmarks.figures import keep, tables
+from benchmarks.figures import keep, pages, tables
 from benchmarks.influence import operations
 from fastif import evaluation
 from fastif.journal import Journal
@@ -142,7 +142,7 @@ def test_scores_that_are_not_finite_are_told_and_not_judged():
 def test_the_table_of_gpus_has_the_newest_result_of_each(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "KEPT", tmp_path)
     page = "before\n<!-- table: gpu -->\n<!-- end -->\nafter"
-    assert "No GPU has run them yet." in tables.with_tables(page)
+    assert "No GPU has run them yet." in pages.with_tables(page)
     stages = [{"name": "build", "passed": True}, {"name": "racecheck", "passed": False}, {"name": "x", "passed": None}]
     rows = [
         {"name": "test_dots", "seconds": {"fastif": 0.012}, "share_of_limit": 0.61, "ratio": {"torch": 2.5}},
@@ -153,7 +153,7 @@ def test_the_table_of_gpus_has_the_newest_result_of_each(tmp_path, monkeypatch):
         kept = dict(device=device, driver="1", torch="2", cuda="13", date=date, stages=stages, benchmarks=benchmarks)
         limits = {"copy_bytes_per_second": 4e12, "matmul_float32_flops_per_second": 5e13}
         (tmp_path / f"gpu-{device.lower()}-{date}.json").write_text(json.dumps({**kept, "limits": limits}))
-    made = tables.with_tables(page)
+    made = pages.with_tables(page)
     assert made.count("`dots`") == 2
     assert "| `dots` | 0.012 | 61% | 2.5× torch |" in made
     assert "| `dots` | 0.036 | 61% | 2.5× torch |" in made

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.figures import tables
+from benchmarks.figures import pages
 
 PAGE = (Path(__file__).parents[2] / "docs" / "blocks.md").read_text()
 
@@ -25,5 +25,5 @@ def test_the_code_runs():
 
 
 def test_tables_are_those_of_the_results():
-    assert tables.with_tables(PAGE) == PAGE
+    assert pages.with_tables(PAGE) == PAGE
     assert PAGE.count("<!-- table:") >= 1

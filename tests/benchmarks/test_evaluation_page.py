@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.figures import tables
+from benchmarks.figures import pages
 
 PAGE = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
 
@@ -23,5 +23,5 @@ def test_the_code_runs(tmp_path, monkeypatch):
 
 
 def test_tables_are_those_of_the_results():
-    assert tables.with_tables(PAGE) == PAGE
+    assert pages.with_tables(PAGE) == PAGE
     assert PAGE.count("<!-- table:") == 4

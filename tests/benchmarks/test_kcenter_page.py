@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks.figures import tables
+from benchmarks.figures import pages
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "kcenter.md").read_text()
@@ -20,7 +20,7 @@ def test_examples_run():
 
 
 def test_table_is_that_of_the_results():
-    assert tables.with_tables(PAGE) == PAGE
+    assert pages.with_tables(PAGE) == PAGE
     assert PAGE.count("<!-- table:") == 1
 
 

@@ -3,14 +3,14 @@
 import re
 from pathlib import Path
 
-from benchmarks.figures import tables
+from benchmarks.figures import pages
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "published.md").read_text()
 
 
 def test_tables_are_those_of_the_results():
-    assert tables.with_tables(PAGE) == PAGE
+    assert pages.with_tables(PAGE) == PAGE
     assert PAGE.count("<!-- table: published-") == 8
 
 

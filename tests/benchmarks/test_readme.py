@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastif
-from benchmarks.figures import tables
+from benchmarks.figures import pages
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -36,9 +36,9 @@ def test_the_example_runs_and_goes_on_where_it_was(capsys, tmp_path, monkeypatch
 
 
 def test_tables_are_those_of_the_results():
-    assert tables.with_tables(README) == README
+    assert pages.with_tables(README) == README
     assert re.findall("<!-- table: ([\\w-]+) -->", README) == ["story", "glance"]
-    assert tables.with_tables(BENCHMARKS) == BENCHMARKS
+    assert pages.with_tables(BENCHMARKS) == BENCHMARKS
     kept = ["influence-cpu", "class-removal-fashion-mnist", "class-removal-digits", "cpu", "gpu"]
     assert re.findall("<!-- table: ([\\w-]+) -->", BENCHMARKS) == kept
 

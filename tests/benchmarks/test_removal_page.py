@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.figures import tables
+from benchmarks.figures import pages
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "removal.md").read_text()
@@ -29,5 +29,5 @@ def test_examples_run(capsys):
 
 
 def test_tables_are_those_of_the_results():
-    assert tables.with_tables(PAGE) == PAGE
+    assert pages.with_tables(PAGE) == PAGE
     assert PAGE.count("<!-- table:") == 2

@@ -1,0 +1,34 @@
+"""The pages with their tables made anew."""
+
+from __future__ import annotations
+
+import re
+
+from . import readme, tables
+
+
+def with_tables(page: str) -> str:
+    """The page with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew from the kept NAME.json."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match[1]
+        kinds = {
+            "class-removal": tables.class_removal_table,
+            "removal-layers": tables.removal_layers_table,
+            "published": tables.published_table,
+            "kcenter": tables.kcenter_table,
+            "influence": tables.influence_table,
+            "memory": tables.memory_table,
+            "mislabel": tables.mislabel_table,
+            "lds": tables.lds_table,
+            "solvers": tables.solvers_table,
+            "products": tables.products_table,
+            "gpu": tables.gpu_table,
+            "glance": readme.glance,
+            "story": readme.story,
+            "zoo": tables.zoo_table,
+        }
+        make = next((make for kind, make in kinds.items() if name.startswith(kind)), tables.benchmark_table)
+        return f"<!-- table: {name} -->\n{make(name)}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end -->", table, page, flags=re.DOTALL)
