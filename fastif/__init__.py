@@ -25,6 +25,7 @@ from fastif.curvature import (
     training_time,
 )
 from fastif.influence import Influence
+from fastif.influence.networks import Networks
 from fastif.influence.planning import Plan
 from fastif.influence.score_folder import ScoreFolder
 from fastif.model.features import Extracted, extract, find_head
@@ -48,6 +49,7 @@ __all__ = [
     "IllConditioned",
     "Influence",
     "LiSSA",
+    "Networks",
     "NotConverged",
     "NotPositiveDefinite",
     "Plan",
