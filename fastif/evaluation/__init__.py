@@ -3,6 +3,7 @@
 from fastif.evaluation.class_removal import class_removal
 from fastif.evaluation.correlation import Interval
 from fastif.evaluation.counterfactual import Brittleness, Counterfactual, brittleness, subset_counterfactual
+from fastif.evaluation.halves import train_halves
 from fastif.evaluation.lds import LDS, linear_datamodeling_score, random_subsets
 from fastif.evaluation.leave_out import Agreement, LeftOut, agreement, leave_group_out, leave_one_out
 from fastif.evaluation.mislabel import Detection, mislabel_detection
@@ -27,5 +28,6 @@ __all__ = [
     "random_subsets",
     "retrain",
     "subset_counterfactual",
+    "train_halves",
     "without",
 ]

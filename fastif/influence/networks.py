@@ -28,8 +28,7 @@ from fastif.influence.tiles import By, add_groups, check_groups
 class Networks(NamedTuple):
     """Networks of one architecture and recipe, each trained on a part of the training data.
 
-    `fastif.evaluation.train_halves` makes them; any others will do, also with states that are read when they are asked
-    for, one at a time (any sequence of mappings).
+    `fastif.evaluation.train_halves` makes them; any others of one architecture will do.
     """
 
     states: Sequence[Mapping[str, Tensor]]  # state dicts
