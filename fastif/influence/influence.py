@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, overload
 import torch
 from torch import Generator, Tensor, nn
 
+from fastif.curvature.automatic import Automatic
 from fastif.curvature.exact.block import ExactBlock
 from fastif.curvature.limits import MEMORY
 from fastif.curvature.protocol import Estimator
@@ -60,7 +61,8 @@ class Influence:
             `fastif.model.losses`. The model was trained on its mean over the training examples.
         curvature: an estimator of single layers (`ExactBlock`, `KFAC`, `EKFAC`, `Diagonal`, `DataInf`, `Identity`) or
             of all together (`CG`, `LiSSA`, `Arnoldi`, `RandomProjection`, `ExactBlock` with joint=True), or a mapping
-            from patterns of layer names to estimators, the first match counts. They are copied. Default ExactBlock().
+            from patterns of layer names to estimators, the first match counts. They are copied. "auto" is
+            `Automatic()`: exact blocks where they fit `memory`, EK-FAC for the rest. Default ExactBlock(), of the head.
         layers: which parameters may move (see `Capture`): "trained" (the default: those that require gradients, all
             where none does), "all", or names and patterns of layers, "!pattern" for what is left out. For a lone
             ExactBlock, which holds the square of what it covers, the default is the head: the last nn.Linear that is
@@ -90,7 +92,7 @@ class Influence:
         self,
         model: nn.Module,
         loss: Loss = "cross_entropy",
-        curvature: Estimator | Mapping[str, Estimator] | None = None,
+        curvature: Estimator | Mapping[str, Estimator] | Literal["auto"] | None = None,
         *,
         layers: str | Sequence[str] | None = None,
         measurement: Measurement = "loss",
@@ -116,7 +118,10 @@ class Influence:
             checkpoints, kept = networks.states, networks.kept
         if memory < 1:
             raise ValueError(f"Influence: memory must be at least 1 byte, got {memory}")
-        curvature = ExactBlock() if curvature is None else curvature
+        if curvature is None:
+            curvature = ExactBlock()
+        elif curvature == "auto":
+            curvature = Automatic()
         alone = curvature if isinstance(curvature, Estimator) else None
         of_head = alone is not None and alone.prefers_head and not alone.joint and layers is None
         if of_head:
@@ -133,7 +138,7 @@ class Influence:
             progress=progress,
         )
         given = copy.deepcopy(dict(curvature) if isinstance(curvature, Mapping) else curvature)
-        estimators = assign(passes.capture, given)
+        estimators = assign(passes.capture, given, memory)
         self.setup = Setup(passes, given, of_head, estimators, measurement, checkpoints, memory, seed, kept)
         self._fitted: Fitted | None = None
         self._warned = False  # of parameters that are not covered
