@@ -1,4 +1,4 @@
-"""Networks trained on complementary random halves of the data, for scores averaged over them. docs/math.md (25)."""
+"""Networks trained on complementary random halves of the data, for scores averaged over them. docs/math.md (23)."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Influence:
         checkpoints: state dicts; influence is averaged over the model at each of them. Default: the model as it is.
         networks: `fastif.Networks` trained on parts of the data; each has a curvature of its own, from what it was
             trained on, and its scores of a query are brought to the networks' median spread before they are averaged.
-            `model` gives the architecture, and is what samplers are shown. docs/math.md (25).
+            `model` gives the architecture, and is what samplers are shown. docs/math.md (23).
         batch_size: for data that brings no batches of its own; results do not depend on it.
         memory: bytes that preconditioned query gradients may take at a time, and that a solve for the self-influence of
             several examples may. Queries of few positions stand in factors where their matrices would not fit; what

@@ -5,7 +5,7 @@ spread σ_k, the standard deviation over the training examples; rows are brought
 
     scores[q, :] = median_k σ_k · mean_k (s_k[q, :] / σ_k)
 
-docs/math.md (25).
+docs/math.md (23).
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def one_by_one(networks, curvature, of, subset=None):
 
 
 def averaged(parts, rows):
-    """By the definition, docs/math.md (25): parts [networks, q, n, ...], of rows [networks, q, n]."""
+    """By the definition, docs/math.md (23): parts [networks, q, n, ...], of rows [networks, q, n]."""
     sigma = rows.std(dim=2, correction=0)
     scale = sigma.quantile(0.5, dim=0)
     extra = [1] * (parts.dim() - 2)
