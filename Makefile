@@ -21,6 +21,7 @@ OUT     ?= runs/demo
 JOBS    ?= $(shell $(PYTHON) -c "import os; print(min(4, os.cpu_count() or 1))")
 # With the .venv, tests run in JOBS processes of one thread each, a file of tests in one of them.
 TESTS   := $(if $(SETUP),OMP_NUM_THREADS=1 )$(PY) -m pytest $(if $(SETUP),-n $(JOBS) --dist loadfile)
+SPREAD  := $(subst loadfile,worksteal,$(TESTS))
 COVER   := $(if $(SETUP),--cov=fastif --cov-report=term:skip-covered --cov-fail-under=95)
 
 .PHONY: help demo test test-slow lint docs bench bench-kcenter bench-influence bench-blocks results cuda-check cuda-link arm-check \
@@ -33,12 +34,12 @@ help:  ## this list
 demo: build/ready  ## remove each class of the digits from a small CNN, compare samplers with retraining, a minute
 	$(PY) -m fastif class-removal --out $(OUT)
 
-test: build/ready $(if $(SETUP),.venv/test)  ## the tests, but for those that compile or install the whole of it
-	@echo "tests$(if $(SETUP), in $(JOBS) processes): a dot each, the slow ones of benchmarks and emulator among them"
+test: build/ready $(if $(SETUP),.venv/test)  ## the tests, but for the slow ones
+	@echo "tests$(if $(SETUP), in $(JOBS) processes): a dot each"
 	$(TESTS) -m "not slow" $(COVER) fastif tests
 
-test-slow: build/ready $(if $(SETUP),.venv/test)  ## the tests that compile or install the whole of it, minutes each
-	$(TESTS) -m slow tests
+test-slow: build/ready $(if $(SETUP),.venv/test)  ## the tests that compile, install or kill: emulated CUDA kernels, packages, jobs
+	$(SPREAD) -m slow tests
 
 lint: .venv/lint  ## ruff, pyright and clang-format
 	.venv/bin/ruff check .

@@ -93,6 +93,7 @@ for folder in sys.stdin:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "small_blocks")
 def test_of_two_writers_at_once_one_wins_and_the_table_is_right(tmp_path):
     from fastif import Diagonal

@@ -33,8 +33,8 @@ def _is_number(value: object) -> bool:
 class RelativeDamping:
     """λ = share × the mean eigenvalue of the layer's curvature, tr(G)/P of its P parameters: each layer has its own.
 
-    For `KFAC`, `EKFAC`, `Shampoo` and `DataInf`, damping="auto" is RelativeDamping(0.1). `Diagonal` and `ExactBlock`
-    take one, too. Estimators that multiply with the curvature of all layers together, and never see its trace, do not.
+    For `KFAC`, `EKFAC`, `Shampoo` and `DataInf`, damping="auto" is RelativeDamping(0.1). `Diagonal`, `ExactBlock`, `CG`
+    and `LiSSA` take one, too; the last two find the layers' traces in a pass over the data.
 
     Args:
         share: finite and > 0.

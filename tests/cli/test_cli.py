@@ -121,6 +121,7 @@ def test_an_interrupted_job_says_how_to_go_on(run, tmp_path, monkeypatch):
     assert results["meta"]["rows_kept_from_before"] > 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_real_process(tmp_path):
     command = [sys.executable, "-m", "fastif", *QUICK, "--out", str(tmp_path), "--seeds", "100000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -147,6 +148,7 @@ def test_an_interrupted_training_says_so(run, tmp_path, monkeypatch):
     assert files(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_a_real_process_trains(tmp_path):
     command = [sys.executable, "-m", "fastif", *QUICK, "--out", str(tmp_path / "out"), "--epochs", "100000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -357,6 +359,7 @@ def test_help_of_sample_tells_shapes():
     assert all(shape in shown.output for shape in ("n × d, .npy", "n × c, .npy", "n numbers, .npy"))
 
 
+@pytest.mark.slow
 def test_the_module_runs_and_the_library_needs_no_extra():
     done = subprocess.run(
         [sys.executable, "-m", "fastif", "--version"], cwd=REPOSITORY, capture_output=True, text=True, check=False

@@ -305,6 +305,7 @@ def test_a_full_disk_ends_in_one_line_that_says_what_is_kept(run, script, monkey
     assert files(script / "out") == WRITTEN
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_real_process(script):
     job = [sys.executable, "-m", "fastif", "scores", "ownscript:slow", "--out", "out", "--batch-size", "1"]
     job += ["--curvature", "identity"]

@@ -431,7 +431,7 @@ def test_rules_show_themselves_as_they_were_called():
         (lambda: TrainingDamping(1.0, -0.1), "TrainingDamping: weight_decay must be a finite number >= 0, got -0.1"),
         (lambda: RelativeDamping(0), "RelativeDamping: share must be a finite number > 0, got 0"),
         (lambda: RelativeDamping(True), "RelativeDamping: share must be a finite number > 0, got True"),
-        (lambda: training_time([0.1], 1.0), r"training_time: momentum must be a number in \[0, 1\), got 1.0"),
+        (lambda: training_time([0.1], 1.0), r"training_time: momentum must be a number in \[0, 1\), got 1 in step 0"),
         (
             lambda: training_time([0.1, -0.2]),
             "learning_rates must be finite and >= 0, got -0.2 in step 1",
@@ -443,7 +443,7 @@ def test_rules_show_themselves_as_they_were_called():
         ),
         (lambda: EKFAC(TrainingDamping), "damping must be a finite number >= 0, .* got <class"),
         (
-            lambda: CG(RelativeDamping(0.1)),
+            lambda: Arnoldi(damping=RelativeDamping(0.1)),
             "damping must be a finite number >= 0, a TrainingDamping or 'auto', got R",
         ),
         (lambda: Arnoldi(damping=0.0), "Arnoldi: damping must be a number > 0 or a TrainingDamping, got 0.0: outside"),

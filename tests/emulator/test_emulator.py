@@ -18,7 +18,10 @@ FLAGS += ["-DFASTIF_EMULATOR", f"-I{HERE}", f"-I{CSRC}", "-pthread"]
 FAULT = 3  # the emulator's exit status when it finds misuse
 SANITIZER = 66
 
-pytestmark = pytest.mark.skipif(GXX is None, reason="g++ not found: the emulator needs a C++20 compiler")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(GXX is None, reason="g++ not found: the emulator needs a C++20 compiler"),
+]
 
 
 def build(source: str, target: Path, *flags: str) -> Path:

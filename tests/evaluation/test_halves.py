@@ -76,6 +76,7 @@ def test_a_changed_file_is_damaged(tmp_path, name):
         train_halves(NET, N, 1, out=tmp_path, resume=True, **HOW)
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_bits():
     assert same(train_halves(NET, N, 1, processes=2, **HOW), train_halves(NET, N, 1, **HOW))
 

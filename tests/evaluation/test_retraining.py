@@ -66,6 +66,7 @@ def test_callers_generator_threads_and_grad_mode_are_as_they_were():
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.slow
 def test_two_processes_end_a_killed_job_with_the_bits_of_one(tmp_path):
     whole = retrain(NET, SETS, NET_QUERY, seeds=2, out=tmp_path / "whole", **HOW)
     stored = json.loads((tmp_path / "whole" / "retrained.json").read_text())
@@ -195,6 +196,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks into /proc")
 def test_processes_end_when_their_parent_is_killed(tmp_path):
     script = tmp_path / "script.py"
@@ -261,6 +263,7 @@ def test_a_key_needs_a_folder():
         retrain(NET, SETS, NET_QUERY, key="a", **HOW)
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_is_the_callers():
     with pytest.raises(TypeError, match="must return an nn.Module, got NoneType"):
         retrain(no_module, SETS[:1], NET_QUERY, processes=2, **HOW)

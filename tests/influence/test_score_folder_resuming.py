@@ -130,6 +130,7 @@ while not done:  # and at moments that nothing has chosen
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("parts", ["scores", *PARTS])
 def test_killed_at_every_turn_it_ends_with_the_same_bits(tmp_path, parts):
