@@ -26,6 +26,7 @@ from fastif.curvature import (
     training_time,
 )
 from fastif.influence import Influence
+from fastif.influence.choosing import choose
 from fastif.influence.networks import Networks
 from fastif.influence.planning import Plan
 from fastif.influence.score_folder import ScoreFolder
@@ -65,6 +66,7 @@ __all__ = [
     "TrainingDamping",
     "__version__",
     "build_info",
+    "choose",
     "curvature",
     "data",
     "evaluation",
