@@ -24,8 +24,8 @@ def with_tables(page: str) -> str:
             "solvers": tables.solvers_table,
             "products": tables.products_table,
             "gpu": tables.gpu_table,
-            "glance": readme.glance,
-            "story": readme.story,
+            "glance": lambda _: readme.glance(),
+            "story": lambda _: readme.story(),
             "zoo": tables.zoo_table,
         }
         make = next((make for kind, make in kinds.items() if name.startswith(kind)), tables.benchmark_table)

@@ -316,7 +316,7 @@ def test_bad_detection_is_refused(arguments, words):
 
 
 def test_the_ceiling_is_what_the_seeds_leave_to_be_predicted():
-    """Truth plus noise of its own for every seed: the truth itself predicts the mean over the seeds as the ceiling says."""
+    """Truth plus noise of its own for every seed: the truth predicts the mean over the seeds as the ceiling says."""
     draw = torch.Generator().manual_seed(0)
     truth = torch.randn(400, 1, 30, generator=draw, dtype=torch.float64)
     for noise, seeds in ((0.5, 2), (1.0, 4)):
