@@ -3,5 +3,6 @@
 from fastif.replay.log import TrainingLog
 from fastif.replay.path import NotReproduced
 from fastif.replay.replay import Replay
+from fastif.replay.source import Source
 
-__all__ = ["NotReproduced", "Replay", "TrainingLog"]
+__all__ = ["NotReproduced", "Replay", "Source", "TrainingLog"]

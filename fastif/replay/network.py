@@ -21,7 +21,8 @@ Matrix = Literal["ggn", "hessian"]
 KINKED = {
     "relu", "relu_", "leaky_relu", "leaky_relu_", "_prelu_kernel", "threshold", "hardtanh", "hardtanh_", "clamp",
     "clamp_min", "clamp_max", "abs", "sign", "hardswish", "hardsigmoid", "max", "amax", "maximum", "minimum",
-    "rrelu_with_noise", "max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d",
+    "rrelu_with_noise", "max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
 }  # fmt: skip
 
 
@@ -75,6 +76,7 @@ class Network:
             residuals: e [b, ...] in the place of ∇ℓ; None: the batch's own.
         """
         n, labels, template = batch_length(x), labels_in(x, y), list[Any]()
+        w: Any = weights
 
         def logits(at: Tensor) -> Tensor:
             template[:] = [self.outputs(at, x)]
@@ -82,23 +84,24 @@ class Network:
 
         def objective(at: Tensor) -> tuple[Tensor, Tensor]:
             z = logits(at)
-            return (per_sample(self.loss, template[0], labels, n) * weights).sum(), z
+            return (per_sample(self.loss, template[0], labels, n) * w).sum(), z
 
         def of_logits(z: Tensor) -> Tensor:
-            return (per_sample(self.loss, like_outputs(template[0], z), labels, n) * weights).sum()
+            return (per_sample(self.loss, like_outputs(template[0], z), labels, n) * w).sum()
 
         if residuals is None:
             residuals = self.residuals(at, x, y)
-        pullback, z = None, residuals
+        pullback: Any = None
+        z: Any = None
         with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no forward derivative
             if weights is not None and matrix == "ggn":
-                z, pullback = vjp(logits, at)
+                z, pullback = vjp(logits, at)[:2]
 
             def along(vector: Tensor) -> tuple[Tensor, ...]:
                 if weights is not None and pullback is None:
-                    _, (curved, moved) = jvp(grad(objective, has_aux=True), (at,), (vector,))
+                    _, (curved, moved) = jvp(grad(objective, has_aux=True), (at,), (vector,))[:2]
                 else:
-                    _, moved = jvp(logits, (at,), (vector,))
+                    _, moved = jvp(logits, (at,), (vector,))[:2]
                     curved = None if pullback is None else pullback(jvp(grad(of_logits), (z,), (moved,))[1])[0]
                 changes = (moved * residuals).reshape(n, -1).sum(1)
                 return (changes,) if curved is None else (changes, curved)

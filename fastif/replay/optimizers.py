@@ -99,7 +99,7 @@ class _Moments(NamedTuple):
     eps: float
     weight_decay: float
     decoupled: float
-    count: float  # steps, this one with them
+    steps: float  # so far, this one with them
 
 
 class Moments:
@@ -127,8 +127,8 @@ class Moments:
             at = at * (1 - n.lr * n.weight_decay)
         mean = state[0].lerp(gradient, 1 - n.beta1)
         square = state[1].mul(n.beta2).addcmul_(gradient, gradient, value=1 - n.beta2)
-        denominator = square.sqrt().div_(math.sqrt(1 - n.beta2**n.count)).add_(n.eps)
-        return at.addcdiv(mean, denominator, value=-n.lr / (1 - n.beta1**n.count)), (mean, square)
+        denominator = (square.sqrt() / math.sqrt(1 - n.beta2**n.steps)).add_(n.eps)
+        return at.addcdiv(mean, denominator, value=-n.lr / (1 - n.beta1**n.steps)), (mean, square)
 
     def pull(
         self, after: State, at: Tensor, state: State, gradient: Tensor | None, numbers: Sequence[float]
@@ -139,7 +139,7 @@ class Moments:
         gradient = self._decayed(at, gradient, n)
         mean = state[0].lerp(gradient, 1 - n.beta1)
         square = state[1].mul(n.beta2).addcmul_(gradient, gradient, value=1 - n.beta2)
-        rate, correction = n.lr / (1 - n.beta1**n.count), math.sqrt(1 - n.beta2**n.count)
+        rate, correction = n.lr / (1 - n.beta1**n.steps), math.sqrt(1 - n.beta2**n.steps)
         root = square.sqrt()
         denominator = (root / correction).add_(n.eps)
         # Where no gradient ever came, v and m are zero: the limit of m/√v is finite and g = 0 takes it away again.

@@ -88,28 +88,29 @@ class Path:
         """The point after a step."""
         if gradient is None:
             gradient = self.gradient(point.at, self.batch(number))
-        at, state = torch.empty_like(point.at), tuple(torch.empty_like(part) for part in point.state)
-        for where, numbers in zip(self.log.layout.slices, self.log.steps[number].numbers, strict=True):
+        parts = []
+        for where, numbers in self._groups(number):
             own = tuple(part[where] for part in point.state)
-            at[where], kept = self.log.rule.step(point.at[where], own, gradient[where], numbers)
-            for part, value in zip(state, kept, strict=True):
-                part[where] = value
-        return Point(at, state)
+            at, state = self.log.rule.step(point.at[where], own, gradient[where], numbers)
+            parts.append((at, *state))
+        at, *state = _joined(parts)
+        return Point(at, tuple(state))
 
     def pull(self, after: State, point: Point, number: int, gradient: Tensor | None) -> tuple[Tensor, State]:
         """A step backwards but for the loss's matrix; see `optimizers.Rule`."""
-        c, before = torch.empty_like(after[0]), tuple(torch.empty_like(part) for part in after)
-        for where, numbers in zip(self.log.layout.slices, self.log.steps[number].numbers, strict=True):
-            own, own_gradient = (
-                tuple(part[where] for part in point.state),
-                None if gradient is None else gradient[where],
-            )
-            c[:, where], kept = self.log.rule.pull(
-                tuple(part[:, where] for part in after), point.at[where], own, own_gradient, numbers
-            )
-            for part, value in zip(before, kept, strict=True):
-                part[:, where] = value
-        return c, before
+        parts = []
+        for where, numbers in self._groups(number):
+            own = tuple(part[where] for part in point.state)
+            own_gradient = None if gradient is None else gradient[where]
+            adjoints = tuple(part[:, where] for part in after)
+            c, before = self.log.rule.pull(adjoints, point.at[where], own, own_gradient, numbers)
+            parts.append((c, *before))
+        c, *before = _joined(parts)
+        return c, tuple(before)
+
+    def _groups(self, number: int) -> Iterator[tuple[slice, tuple[float, ...]]]:
+        """Where every parameter group stands, and its numbers in a step."""
+        return zip(self.log.layout.slices, self.log.steps[number].numbers, strict=True)
 
     def checkpoint(self, number: int) -> Point:
         return self._placed(self.log.point(number))
@@ -205,6 +206,11 @@ class Path:
         for number in range(start, stop):
             point = self.advance(point, number)
         return point
+
+
+def _joined(groups: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Vectors of all parameters, from those of every group; of one group they are not copied."""
+    return list(groups[0]) if len(groups) == 1 else [torch.cat(parts, -1) for parts in zip(*groups, strict=True)]
 
 
 def weights_of(step: Step) -> Tensor:

@@ -17,6 +17,7 @@ from fastif.curvature.matrix_free.lissa import Diverged
 from fastif.data.batches import moved_to, rows_of, walked
 from fastif.influence.tiles import check_groups
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement
+from fastif.replay.combine import average, check_logs
 from fastif.replay.log import Point, TrainingLog
 from fastif.replay.network import Matrix
 from fastif.replay.path import Path, Piece
@@ -87,11 +88,9 @@ class Replay:
         seed: int = 0,
         progress: bool = True,
     ):
-        logs = [logs] if isinstance(logs, TrainingLog) else list(logs)
+        logs = check_logs("Replay", logs, model)
         check_loss(loss)
         check_measurement(measurement, loss)
-        if not logs or not all(isinstance(log, TrainingLog) for log in logs):
-            raise ValueError("Replay: logs must be a TrainingLog or several")
         if matrix not in get_args(Matrix):
             raise ValueError(f"Replay: matrix must be 'ggn' or 'hessian', got {matrix!r}")
         numbers = {"memory": memory, "batch_size": batch_size, "queries_at_a_time": queries_at_a_time}
@@ -100,10 +99,6 @@ class Replay:
                 raise ValueError(f"Replay: {name} must be at least 1, got {value}")
         if not max_growth > 1:
             raise ValueError(f"Replay: max_growth must be > 1, got {max_growth}")
-        for number, log in enumerate(logs):
-            _check_fits(f"log {number}" if len(logs) > 1 else "the log", log, model)
-        if len(logs) == 1:
-            _check_weights(logs[0], model)
         largest = max(len(step.rows) for log in logs for step in log.steps)
         self.train = walked(train, largest if batch_size is None else batch_size)
         self.n = self.train.n
@@ -349,41 +344,3 @@ class Sums:
         known = (self._counts > 0).all(0)
         counts = self._counts.clamp(min=1).to(self._totals).view(2, 1, self.n, *(1,) * (self._totals.dim() - 3))
         return (self._totals / counts).mean(0), known
-
-
-def average(rows: list[Tensor]) -> Tensor:
-    """s = median_k σ_k · mean_k(s_k/σ_k) of the networks' scores s_k [q, n], σ_k the standard deviation of each row.
-
-    A row of one value all along says nothing and is taken as zero.
-    """
-    if len(rows) == 1:
-        return rows[0]
-    stacked = torch.stack(rows)
-    spread = stacked.std(dim=2, correction=0)
-    scaled = torch.where(spread[..., None] > 0, stacked / spread[..., None], 0.0)
-    ordered = spread.sort(dim=0).values
-    k = len(rows)
-    median = (ordered[(k - 1) // 2] + ordered[k // 2]) / 2
-    return median[:, None] * scaled.mean(0)
-
-
-def _check_fits(what: str, log: TrainingLog, model: nn.Module) -> None:
-    _ = log.final  # raises where nothing was recorded
-    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
-    difference = log.layout.first_difference(shapes)
-    if difference is not None:
-        raise ValueError(f"Replay: {what} is of another model: {difference}")
-    dtypes = {value.dtype for name, value in model.named_parameters() if name in log.layout.names}
-    if dtypes != {log.dtype}:
-        raise ValueError(f"Replay: {what} is of {log.dtype}, the model is {', '.join(map(str, dtypes))}")
-
-
-def _check_weights(log: TrainingLog, model: nn.Module) -> None:
-    parameters = dict(model.named_parameters())
-    for name, value in log.layout.split(log.final.at).items():
-        if not torch.equal(parameters[name].detach().cpu(), value.cpu()):
-            away = float((parameters[name].detach().cpu() - value.cpu()).abs().max())
-            raise ValueError(
-                f"Replay: the model is not what the log ended with: {name!r} differs by up to {away:.3g}; load its "
-                "weights (log.parameters()), or record the training again"
-            )
