@@ -20,6 +20,6 @@ def test_examples_run(capsys):
     scores, crossed, cheaper = (names[name].double() for name in ("scores", "crossed", "cheaper"))
     assert scores.shape == crossed.shape == cheaper.shape == (5, 400)
     assert torch.equal(names["values"].double(), scores.gather(1, names["indices"]))
-    assert float(spearman(scores, cheaper).mean()) > 0.5  # the same network
+    assert float(spearman(scores, cheaper).mean()) > 0.3  # the same network, in three segments
     assert float(spearman(scores, crossed).mean()) > 0.1  # others, of half the data
     assert max(names["replay"].deviations) < 1e-3
