@@ -134,6 +134,7 @@ class Replay:
             train: the data that the replay was made with, or nothing; other data is refused.
             query_groups: int64 [q]; rows are then groups of queries, whose measurements are summed, [groups, n].
         """
+        self.verify()
         return torch.cat([rows for _, rows in self._rows(query, train, query_groups)])
 
     def top(self, query: Any, train: Any, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
@@ -143,11 +144,13 @@ class Replay:
         """
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.n:
             raise ValueError(f"top: k must be an integer in [1, n={self.n}], got k={k}")
+        self.verify()
         found = [rows.sort(dim=1, descending=largest, stable=True) for _, rows in self._rows(query, train, None)]
         return torch.cat([f.values[:, :k] for f in found]), torch.cat([f.indices[:, :k] for f in found])
 
     def self_influence(self, train: Any = None) -> Tensor:
         """scores[t, t] of every training example, [n]; each is a query, so it takes as long as the scores of n."""
+        self.verify()
         parts = []
         for first, rows in self._rows(self.train, train, None):
             places = torch.arange(len(rows))
@@ -198,7 +201,6 @@ class Replay:
         query = walked(query, self.train.batch_size)
         if query_groups is not None:
             check_groups("query_groups", query_groups, query.n)
-        self.verify()
         total = query.n if query_groups is None else int(query_groups.max()) + 1
         each = min(self._queries_together(run.path) for run in self.runs)
         self.adjoint_norms = [torch.zeros(len(run.path) + 1, dtype=torch.float64) for run in self.runs]
@@ -234,7 +236,7 @@ class Replay:
         path, schedule = run
         adjoints = (begun, *(torch.zeros_like(begun) for _ in path.log.rule.state))
         scores = begun.new_zeros((len(begun), self.n))
-        start = self._note_norm(network, len(path), begun, math.inf)
+        start = self._note_norms(network, len(path), begun, None)
         with self._bar(len(path), f"backwards{self._of(network)}") as bar:
             for number, point in path.backwards():
                 pieces = path.batch(number)
@@ -248,7 +250,7 @@ class Replay:
                     share = schedule.rate / len(path.log.steps[number].rows)
                     for piece in path.pieces(joining, torch.full((len(joining),), share, dtype=torch.float64)):
                         self._take(path, point, piece, c, epoch, scores, None)
-                self._note_norm(network, number, adjoints[0], start * self.max_growth)
+                self._note_norms(network, number, adjoints[0], start)
                 bar.update()
         return scores.cpu()
 
@@ -270,19 +272,19 @@ class Replay:
         if adjoint is not None and found.curved is not None:
             adjoint += found.curved
 
-    def _note_norm(self, network: int, place: int, adjoint: Tensor, limit: float) -> float:
-        """Notes the largest norm of the queries' adjoints; raises `Diverged` beyond the limit."""
-        norm = float(adjoint.norm(dim=1).max())
-        if not norm <= limit:
-            end = float(self.adjoint_norms[network][-1])
+    def _note_norms(self, network: int, place: int, adjoint: Tensor, start: Tensor | None) -> Tensor:
+        """The norms [q] of the queries' adjoints, noted; raises `Diverged` where one outgrew what it was at the end."""
+        norms = adjoint.norm(dim=1)
+        if start is not None and not bool((norms <= self.max_growth * start).all()):
+            worst = int((norms / start.clamp(min=1e-30)).nan_to_num(nan=math.inf).argmax())
             raise Diverged(
-                f"Replay: before step {place}{self._of(network)} an adjoint's norm is {norm:.3g}, more than "
-                f"max_growth={self.max_growth:g} times what it was at the end ({end:.3g}): the derivative of this "
-                "training explodes and predicts nothing; matrix='ggn', a smaller learning rate or a smooth activation "
-                "keep it bounded"
+                f"Replay: before step {place}{self._of(network)} an adjoint's norm is {float(norms[worst]):.3g}, more "
+                f"than max_growth={self.max_growth:g} times what it was at the end ({float(start[worst]):.3g}): the "
+                "derivative of this training explodes and predicts nothing; matrix='ggn', a smaller learning rate or a "
+                "smooth activation keep it bounded"
             )
-        self.adjoint_norms[network][place] = max(float(self.adjoint_norms[network][place]), norm)
-        return norm
+        self.adjoint_norms[network][place] = max(float(self.adjoint_norms[network][place]), float(norms.max()))
+        return norms
 
     def _warn_of_kinks(self) -> None:
         path = self.runs[0].path
@@ -293,7 +295,7 @@ class Replay:
             warnings.warn(
                 f"Replay: the model bends sharply ({', '.join(kinks)}): matrix='hessian' is exact for an infinitesimal "
                 "change of weights alone, a removal flips kinks that it does not see; matrix='ggn' serves such models",
-                stacklevel=5,
+                stacklevel=4,
             )
 
     def _running(self, path: Path) -> Any:
@@ -320,9 +322,8 @@ class Sums:
         self._counts: Tensor = torch.zeros(2, n, dtype=torch.int64)
 
     def add(self, epoch: int, rows: Tensor, residuals: Tensor, present: Tensor) -> None:
-        residuals = residuals.view(
-            len(rows), *(residuals.shape[1:] if len(residuals) == len(rows) else residuals.shape)
-        )
+        if len(residuals) != len(rows):  # the logits of one example, of which a model's squeeze() took the axis
+            residuals = residuals[None]
         if self._totals is None:
             shape = (2, self.epochs, self.n, *residuals.shape[1:])
             size = math.prod(shape) * residuals.element_size()

@@ -91,3 +91,21 @@ def recorded(
 def losses(model: nn.Module, examples: tuple[Tensor, Tensor]) -> Tensor:
     with torch.no_grad():
         return F.cross_entropy(model(examples[0]), examples[1], reduction="none")
+
+
+class Transformer(nn.Module):
+    """One block of attention over tokens, as language models have it: outputs with `.logits`, tied embeddings."""
+
+    def __init__(self, tokens: int = 7, width: int = 4):
+        super().__init__()
+        self.embed = nn.Embedding(tokens, width)
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, tokens, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, input_ids: Tensor) -> Any:
+        h = self.embed(input_ids)
+        q, k, v = self.qkv(self.norm(h)).chunk(3, -1)
+        h = h + F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return {"logits": self.out(F.silu(h))}

@@ -13,7 +13,7 @@ from fastif import Diverged, ExactBlock, Influence
 from fastif.evaluation.correlation import spearman
 from fastif.replay import NotReproduced, Replay, TrainingLog
 from fastif.replay.schedule import Schedule
-from tests.helpers.trainings import OPTIMIZERS, batches, data, losses, network, recorded, train
+from tests.helpers.trainings import OPTIMIZERS, Transformer, batches, data, losses, network, recorded, train
 
 EXAMPLES, QUERY = data(), data(4, seed=1)
 ORDER = batches(torch.arange(24), 8, 4)
@@ -399,3 +399,74 @@ def test_the_model_is_left_as_it_is():
     replayed(log, model).scores(QUERY)
     assert (model.training, model[1].training) == (True, False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# ----------------------------------------------------------------------------------------------------- other models
+
+
+def test_a_language_model():
+    """Mappings as batches, outputs with logits, attention, tied weights, positions that do not count."""
+    g = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 7, (12, 5), generator=g)
+    labels = tokens.clone()
+    labels[::3, -1] = -100
+    text = {"input_ids": tokens, "labels": labels}
+    query = {key: value[:3] for key, value in text.items()}
+
+    def lm_losses(model, rows):
+        logits = model(tokens[rows])["logits"][:, :-1]
+        return (
+            F.cross_entropy(logits.flatten(0, 1), labels[rows, 1:].flatten(), reduction="none")
+            .view(len(rows), -1)
+            .sum(1)
+        )
+
+    def trained(weights, log=None):
+        torch.manual_seed(0)
+        model = Transformer().double()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, eps=1e-3)
+        log = TrainingLog(model, every=3) if log is None else log
+        for rows in batches(torch.arange(12), 4, 2):
+            optimizer.zero_grad()
+            (lm_losses(model, rows) * weights[rows]).mean().backward()
+            log.step(optimizer, rows)
+        return model, log
+
+    model, log = trained(torch.ones(12, dtype=torch.float64))
+    assert len(log.layout.names) == 5  # the tied weight once
+    exact = Replay(log, model, text, loss="causal_lm", matrix="hessian", progress=False).scores(query)
+    ends = []
+    for sign in (1, -1):
+        weights = torch.ones(12, dtype=torch.float64)
+        weights[4] += sign * 1e-5
+        ends.append(lm_losses(trained(weights)[0], torch.arange(3)).detach())
+    wanted = (ends[1] - ends[0]) / 2e-5
+    assert float((exact[:, 4] - wanted).norm() / wanted.norm()) < 1e-7
+    ggn = Replay(log, model, text, loss="causal_lm", progress=False).scores(query)
+    assert float(torch.corrcoef(torch.stack([ggn.flatten(), exact.flatten()]))[0, 1]) > 0.9
+
+
+def test_a_convolutional_network_in_single_precision():
+    """Pooling, GroupNorm, a BatchNorm that is kept in eval mode, frozen parameters, slices of a batch."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(16, 1, 6, 6, generator=g), torch.arange(16) % 3
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.GELU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3)),
+        *(nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3)),
+    )
+    model[1].eval()
+    model[8].bias.requires_grad_(False)
+    log = TrainingLog(model, every=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for rows in batches(torch.arange(16), 4, 2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        log.step(optimizer, rows)
+    assert "8.bias" in log.constants
+    assert "1.running_mean" in log.constants
+    replay = Replay(log, model, (x, y), progress=False)
+    scores = replay.scores((x[:2], y[:2]))
+    assert max(replay.deviations) < 1e-4
+    sliced = Replay(log, model, (x, y), batch_size=3, progress=False).scores((x[:2], y[:2]))
+    torch.testing.assert_close(scores, sliced, rtol=1e-3, atol=1e-6)
