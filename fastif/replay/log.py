@@ -43,7 +43,7 @@ class TrainingLog:
     it. The gradients are those of (1/b) Σ_i w_i ℓ_i over the b examples of the batch, w_i = 1 where no weights are
     given: the mean of their losses.
 
-    >>> model, log = nn.Linear(2, 2), None
+    >>> model = nn.Linear(2, 2)
     >>> log, optimizer = TrainingLog(model, every=2), torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     >>> x, y = torch.randn(4, 2), torch.tensor([0, 1, 1, 0])
     >>> for rows in torch.arange(4).split(2):
@@ -239,7 +239,7 @@ class TrainingLog:
         return point
 
     def parameters(self, number: int | None = None) -> dict[str, Tensor]:
-        """A state dict: of a checkpoint or, by default, of the end."""
+        """What `load_state_dict(..., strict=False)` takes: of a checkpoint or, by default, of the end."""
         point = self.final if number is None else self.point(number)
         return {**self.constants, **self.layout.split(point.at)}
 

@@ -58,8 +58,8 @@ class Path:
         self.room = room // self.state_bytes
         if self.room < 4:
             raise ValueError(
-                f"Replay: memory must hold 8 states of the network, {8 * self.state_bytes:,} bytes, and twice the "
-                f"adjoints of a query; got {room * 2:,}"
+                f"Replay: memory must hold 8 states of the network, {8 * self.state_bytes:,} bytes, got {room * 2:,} "
+                "(half of it is for adjoints)"
             )
 
     def __len__(self) -> int:

@@ -47,6 +47,25 @@ def test_time_that_is_none():
         _ = log.training_time
 
 
+@pytest.mark.parametrize("optimizer", ["momentum", "Adam"])
+def test_a_log_that_begins_in_the_middle_of_a_training(optimizer):
+    """With an optimizer that has moved already: its state and its count of steps are found."""
+    x, y = data()
+    model = network()
+    moving = OPTIMIZERS[optimizer](model.parameters())
+    log = TrainingLog(model, every=2)
+    for number, rows in enumerate(ORDER):
+        moving.zero_grad()
+        nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+        if number < 4:
+            moving.step()
+        else:
+            log.step(moving, rows)
+    assert len(log.steps) == 5
+    assert float(log.point(0).state[0].abs().max()) > 0
+    assert Replay(log, model, (x, y), progress=False).verify() == pytest.approx([0], abs=1e-12)
+
+
 def test_a_step_is_the_optimizers():
     logged, _ = recorded(OPTIMIZERS["AdamW"], data(), ORDER)
     plain = train(network(), OPTIMIZERS["AdamW"], data(), ORDER)

@@ -1,6 +1,7 @@
 """Scores of the training run backwards, held against retraining, closed forms and the recursion written out."""
 
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -170,10 +171,20 @@ def test_every_point_is_passed_once_and_few_are_held(room):
         wanted = [path.checkpoint(0)]
         for number in range(31):
             wanted.append(path.advance(wanted[-1], number))
-        numbers = []
+        numbers, made, most = [], weakref.WeakSet(), 0
+        advance = path.advance
+
+        def watched(*args):
+            point = advance(*args)
+            made.add(point.at)
+            return point
+
+        path.advance = watched
         for number, point in path._reverse(wanted[0], 0, 32, room):
             assert torch.equal(point.at, wanted[number].at)
             numbers.append(number)
+            most = max(most, len(made))
+    assert most <= room
     assert numbers == list(reversed(range(32)))
 
 
@@ -338,12 +349,8 @@ def test_a_forward_pass_that_draws_is_refused():
 
 
 def test_an_explosion_is_an_error_with_step_and_norm():
-    model, log = linear(), None
-    log, optimizer, examples = (
-        TrainingLog(model),
-        torch.optim.SGD(model.parameters(), lr=2.0),
-        (EXAMPLES[0], EXAMPLES[0]),
-    )
+    model, examples = linear(), (EXAMPLES[0], EXAMPLES[0])
+    log, optimizer = TrainingLog(model), torch.optim.SGD(model.parameters(), lr=2.0)
     for rows in ORDER:  # steps beyond 2/λ: it runs away, and so does its derivative
         optimizer.zero_grad()
         (model(EXAMPLES[0][rows]) - EXAMPLES[0][rows]).square().sum(1).mean().backward()

@@ -8,7 +8,7 @@ from torch import nn
 
 from fastif import CG, EKFAC, DataInf, ExactBlock, Identity, Influence, TrainingDamping
 from fastif.replay import Replay, Source, TrainingLog
-from tests.helpers.trainings import OPTIMIZERS, batches, data, network, recorded
+from tests.helpers.trainings import OPTIMIZERS, Transformer, batches, data, network, recorded
 
 X, _ = data()
 TARGETS = X @ torch.tensor([[1.0, -0.5], [0.3, 2.0], [-1.0, 0.4]], dtype=torch.float64) + data(seed=3)[0][:, :2]
@@ -119,6 +119,24 @@ def test_halves_groups_and_the_model_left_as_it_is():
     torch.testing.assert_close(grouped[0], scores[0] + scores[2])
     torch.testing.assert_close(both.scores(QUERY, (X[:7], TARGETS[:7])).shape, (5, 7))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_language_model_with_tied_weights():
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 7, (8, 5))
+    text = {"input_ids": tokens, "labels": tokens}
+    model = Transformer()
+    log, optimizer = TrainingLog(model, every=2), torch.optim.SGD(model.parameters(), lr=0.1)
+    for rows in batches(torch.arange(8), 4, 3):
+        optimizer.zero_grad()
+        logits = model(tokens[rows])["logits"][:, :-1]
+        (nn.functional.cross_entropy(logits.mT, tokens[rows, 1:], reduction="sum") / 4).backward()
+        log.step(optimizer, rows)
+    empirical = partial(EKFAC, fisher="empirical")
+    made = Source(log, model, text, "causal_lm", empirical, segments=2, progress=False)
+    exact = Replay(log, model, text, "causal_lm", progress=False).scores(text)
+    scores = made.scores(text)
+    assert float(torch.corrcoef(torch.stack([scores.flatten(), exact.flatten()]))[0, 1]) > 0.8
 
 
 def test_what_source_refuses():
