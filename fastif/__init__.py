@@ -9,6 +9,7 @@ from fastif.curvature import (
     EKFAC,
     KFAC,
     Arnoldi,
+    Automatic,
     DataInf,
     Diagonal,
     Diverged,
@@ -25,6 +26,7 @@ from fastif.curvature import (
     training_time,
 )
 from fastif.influence import Influence
+from fastif.influence.networks import Networks
 from fastif.influence.planning import Plan
 from fastif.influence.score_folder import ScoreFolder
 from fastif.model.features import Extracted, extract, find_head
@@ -39,6 +41,7 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "Arnoldi",
+    "Automatic",
     "CertifiedSubset",
     "DataInf",
     "Diagonal",
@@ -49,6 +52,7 @@ __all__ = [
     "IllConditioned",
     "Influence",
     "LiSSA",
+    "Networks",
     "NotConverged",
     "NotPositiveDefinite",
     "NotReproduced",

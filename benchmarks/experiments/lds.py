@@ -1,13 +1,15 @@
-"""Which scores predict retraining? LDS and leave-one-out of fastif, kronfluence and dattri on the same networks.
+"""Which scores predict retraining? LDS of fastif, kronfluence and dattri on the same networks.
 
 FASTIF_DATA=folder python benchmarks/experiments/lds.py       # goes on where it was cut off
 python -m benchmarks.figures.keep keep runs/lds/results.json lds
 
-Retraining takes a few CPU minutes, CG and LiSSA of all contenders about ten, everything else two.
+Every contender explains the same training recipe and is judged by the same retrainings: 100 halves of the data, and 50
+sets that keep four fifths of it, which no choice in this project was ever made by. Leaving out single examples tells
+scores from noise only where training ends at an optimum: for logistic regression.
 
-Every contender explains the same network (seed 0, all data) and is judged by the same retrainings: 100 halves of the
-data, and 40 single examples left out. Curvature is damped by each of three numbers, the same for all; the table shows
-the best for each contender, the kept results show all. CPU seconds are those of one damping, peers' own work included.
+Damping comes from the training (`TrainingDamping`, one row: nobody chose anything), or is each of three numbers, the
+same for all, of which the table shows the best; the kept results show all. CPU seconds are those of one damping, peers'
+own work included, without the training of the networks that are explained: one, five on all data, or some on halves.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +48,24 @@ WEIGHT_DECAY = 1e-3  # of all trainings
 DAMPINGS = (1e-3, 1e-2, 1e-1)
 
 
+HALVES = 8  # networks on halves, at most
+FULL = 5  # networks on all data, at most
+
+
 class Work(NamedTuple):
     train_fn: Callable[[Tensor, int], nn.Module]
     train: tuple[Tensor, Tensor]
     query: tuple[Tensor, Tensor]
     seeds: int  # retrainings of each subset
+    epochs: int | None  # of SGD; None: trained to the optimum
+
+
+class Given(NamedTuple):
+    """What a contender explains."""
+
+    models: list[nn.Module]  # on all data; the first is the one to explain
+    halves: fastif.Networks
+    damping: float | fastif.TrainingDamping
 
 
 # ----------------------------------------------------------------------------------------------------------- the models
@@ -86,10 +101,29 @@ def cnn() -> nn.Module:
     )
 
 
+LR, BATCH = 0.05, 64
+
+
 def descended(kept: Tensor, seed: int, x: Tensor, y: Tensor, build: Callable[[], nn.Module], epochs: int) -> nn.Module:
     """A network trained by SGD; torch's generator, from which `build` draws, is at `seed`."""
-    how = dict(epochs=epochs, lr=0.05, weight_decay=WEIGHT_DECAY, batch_size=64, seed=seed, progress=False)
+    how = dict(epochs=epochs, lr=LR, weight_decay=WEIGHT_DECAY, batch_size=BATCH, seed=seed, progress=False)
     return train(build(), x[kept], y[kept], **how)
+
+
+def rule(work: Work, n: int) -> float | fastif.TrainingDamping:
+    """The damping of a training on n examples: at an optimum, weight decay alone."""
+    if work.epochs is None:
+        return WEIGHT_DECAY
+    steps = work.epochs * (n // BATCH + (n % BATCH > 1))
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), LR, momentum=0.9, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=steps)
+    rates, momenta = [], []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        momenta.append(optimizer.param_groups[0]["momentum"])
+        optimizer.step()
+        schedule.step()
+    return fastif.TrainingDamping(fastif.training_time(rates, momenta), WEIGHT_DECAY)
 
 
 def works(root: str, n: int, q: int) -> dict[str, Work]:
@@ -102,41 +136,44 @@ def works(root: str, n: int, q: int) -> dict[str, Work]:
 
     a, b = parts(digits), parts(fashion)
     return {
-        "logistic regression, digits": Work(partial(converged, x=a[0][0], y=a[0][1]), *a, seeds=1),
-        "MLP, Fashion-MNIST": Work(partial(descended, x=b[0][0], y=b[0][1], build=mlp, epochs=20), *b, seeds=3),
-        "CNN, digits": Work(partial(descended, x=a[0][0], y=a[0][1], build=cnn, epochs=12), *a, seeds=2),
+        "logistic regression, digits": Work(partial(converged, x=a[0][0], y=a[0][1]), *a, 1, None),
+        "MLP, Fashion-MNIST": Work(partial(descended, x=b[0][0], y=b[0][1], build=mlp, epochs=20), *b, 3, 20),
+        "CNN, digits": Work(partial(descended, x=a[0][0], y=a[0][1], build=cnn, epochs=12), *a, 2, 12),
     }
 
 
 # ---------------------------------------------------------------------------------------------------------- contenders
 
-Contender = Callable[[Work, list[nn.Module], float], Tensor]  # networks, damping → scores [q, n]; the first is judged
+Contender = Callable[[Work, Given], Tensor]  # → scores [q, n]
 
 
 def ours(
     work: Work,
-    models: list[nn.Module],
-    damping: float,
+    given: Given,
     make: Callable[..., Any],
     share: float | None = None,
-    ensemble: bool = False,
+    full: int = 1,
+    halves: int = 0,
     layers: str | None = "*",
 ) -> Tensor:
-    model = models[0]
+    """`full` networks on all data, or `halves` networks on halves; curvature from a share of the data, by `logit`."""
+    model = given.models[0]
     subset = None
     if share is not None:
         _, logits, labels = fastif.extract(model, work.train, progress=False)
         draw = torch.Generator().manual_seed(0)
         subset = samplers.logit(logits, labels, round(share * len(labels)), generator=draw)
-    checkpoints = [m.state_dict() for m in models] if ensemble else None
-    curvature = make(damping, model) if make is mixed else make(damping)
-    influence = fastif.Influence(
-        model, curvature=curvature, layers=layers, checkpoints=checkpoints, progress=False, seed=0
-    )
+    how: dict[str, Any] = {}
+    if halves:
+        how["networks"] = given.halves.first(halves)
+    elif full > 1:
+        how["checkpoints"] = [m.state_dict() for m in given.models[:full]]
+    curvature = make(given.damping, model) if make is mixed else make(given.damping)
+    influence = fastif.Influence(model, curvature=curvature, layers=layers, progress=False, seed=0, **how)
     return influence.fit(work.train, subset=subset).scores(work.query, work.train)
 
 
-def kronfluence(work: Work, models: list[nn.Module], damping: float) -> Tensor:
+def kronfluence(work: Work, given: Given) -> Tensor:
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
     from kronfluence.task import Task
@@ -154,7 +191,12 @@ def kronfluence(work: Work, models: list[nn.Module], damping: float) -> Tensor:
     task, n = Summed(), len(work.train[0])
     with tempfile.TemporaryDirectory() as folder:
         analyzer = Analyzer(
-            "lds", prepare_model(copy.deepcopy(models[0]), task), task, cpu=True, disable_tqdm=True, output_dir=folder
+            "lds",
+            prepare_model(copy.deepcopy(given.models[0]), task),
+            task,
+            cpu=True,
+            disable_tqdm=True,
+            output_dir=folder,
         )
         train_set, query_set = TensorDataset(*work.train), TensorDataset(*work.query)
         analyzer.fit_all_factors("f", train_set, per_device_batch_size=250, factor_args=FactorArguments("ekfac"))
@@ -165,18 +207,18 @@ def kronfluence(work: Work, models: list[nn.Module], damping: float) -> Tensor:
             train_set,
             per_device_query_batch_size=len(work.query[0]),
             per_device_train_batch_size=250,
-            score_args=ScoreArguments(damping_factor=damping),
+            score_args=ScoreArguments(damping_factor=given.damping),
         )
         return analyzer.load_pairwise_scores("s")["all_modules"].float() / n
 
 
-def dattri(work: Work, models: list[nn.Module], damping: float, method: str) -> Tensor:
+def dattri(work: Work, given: Given, method: str) -> Tensor:
     """One batch of all examples, as dattri adds up the inverses of its batches' Hessians; ten queries at a time, as
     each takes the memory of a pass over all examples."""
     from dattri.algorithm.influence_function import IFAttributorCG, IFAttributorLiSSA
     from dattri.task import AttributionTask
 
-    model, n = models[0], len(work.train[0])
+    model, n, damping = given.models[0], len(work.train[0]), given.damping
     shape = (-1, *work.train[0].shape[1:])
 
     def loss(parameters, batch):
@@ -195,13 +237,13 @@ def dattri(work: Work, models: list[nn.Module], damping: float, method: str) -> 
     return attributor.attribute(*loaders).detach().T / n
 
 
-def trak(work: Work, models: list[nn.Module], damping: float, ensemble: bool = False) -> Tensor:
+def trak(work: Work, given: Given, networks: Literal["one", "full", "halves"] = "one") -> Tensor:
     """TRAK as its authors use it: gradients of the log-odds, projected. Its scores are of the log-odds with an example
     in: removing it lowers them, and so raises the loss."""
     from dattri.algorithm.trak import TRAKAttributor
     from dattri.task import AttributionTask
 
-    model = models[0]
+    model = given.models[0]
     shape = (-1, *work.train[0].shape[1:])
 
     def log_p(parameters, batch):
@@ -215,32 +257,38 @@ def trak(work: Work, models: list[nn.Module], damping: float, ensemble: bool = F
     def p(parameters, batch):
         return torch.exp(log_p(parameters, batch))
 
-    states = [m.state_dict() for m in (models if ensemble else models[:1])]
+    states = [m.state_dict() for m in given.models[: FULL if networks == "full" else 1]]
+    if networks == "halves":
+        states = list(given.halves.states)
     task = AttributionTask(loss_func=log_odds, model=model, checkpoints=states)
     attributor = TRAKAttributor(
-        task, p, projector_kwargs={"proj_dim": 512, "proj_max_batch_size": 32, "proj_seed": 0}, regularization=damping
+        task,
+        p,
+        projector_kwargs={"proj_dim": 512, "proj_max_batch_size": 32, "proj_seed": 0},
+        regularization=given.damping,
     )
     loaders = [DataLoader(TensorDataset(*data), batch_size=250) for data in (work.train, work.query)]
     attributor.cache(loaders[0])
     return attributor.attribute(loaders[1]).detach().T
 
 
-def mixed(damping: float, model: nn.Module) -> dict[str, Any]:
+def mixed(damping: Any, model: nn.Module) -> dict[str, Any]:
     head, _ = fastif.find_head(model)
     return {head: fastif.ExactBlock(damping), "*": fastif.EKFAC(damping)}
 
 
-EXACT = fastif.ExactBlock
-EK = fastif.EKFAC
-CONTENDERS: dict[str, Contender] = {
-    "fastif, exact block of the head": partial(ours, make=EXACT, layers=None),
-    "fastif, exact block of the head, mean over 5 networks": partial(ours, make=EXACT, layers=None, ensemble=True),
+EXACT, EK, AUTO = fastif.ExactBlock, fastif.EKFAC, fastif.Automatic
+HEAD = dict(make=EXACT, layers=None)
+CHOSEN: dict[str, Contender] = {  # with each of DAMPINGS; the table shows the best
+    "fastif, exact block of the head": partial(ours, **HEAD),
+    "fastif, exact block of the head, mean over 5 networks": partial(ours, **HEAD, full=FULL),
     "fastif, exact blocks of all layers": partial(ours, make=EXACT),
     "fastif, EK-FAC": partial(ours, make=EK),
     "fastif, EK-FAC from 10 % (logit)": partial(ours, make=EK, share=0.1),
-    "fastif, EK-FAC, mean over 5 networks": partial(ours, make=EK, ensemble=True),
+    "fastif, EK-FAC, mean over 5 networks": partial(ours, make=EK, full=FULL),
     "fastif, exact head, EK-FAC below": partial(ours, make=mixed),
-    "fastif, exact head, EK-FAC below, mean over 5 networks": partial(ours, make=mixed, ensemble=True),
+    "fastif, exact head, EK-FAC below, mean over 5 networks": partial(ours, make=mixed, full=FULL),
+    "fastif, Shampoo": partial(ours, make=fastif.Shampoo),
     "fastif, K-FAC": partial(ours, make=fastif.KFAC),
     "fastif, CG": partial(ours, make=partial(fastif.CG, tolerance=1e-3)),
     "fastif, LiSSA, 200 steps": partial(ours, make=partial(fastif.LiSSA, max_steps=200)),
@@ -250,8 +298,24 @@ CONTENDERS: dict[str, Contender] = {
     "dattri, CG": partial(dattri, method="CG"),
     "dattri, LiSSA": partial(dattri, method="LiSSA"),
     "dattri, TRAK": trak,
-    "dattri, TRAK of 5 networks": partial(trak, ensemble=True),
+    "dattri, TRAK of 5 networks": partial(trak, networks="full"),
+    f"dattri, TRAK of {HALVES} half networks": partial(trak, networks="halves"),
 }
+RULED: dict[str, Contender] = {  # with damping from the training: nobody chose anything
+    "fastif, exact block of the head": partial(ours, **HEAD),
+    "fastif, exact blocks of all layers": partial(ours, make=EXACT),
+    "fastif, EK-FAC": partial(ours, make=EK),
+    "fastif, Shampoo": partial(ours, make=fastif.Shampoo),
+    "fastif, CG": partial(ours, make=partial(fastif.CG, tolerance=1e-3)),
+    'fastif, "auto"': partial(ours, make=AUTO),
+    'fastif, "auto" from 10 % (logit)': partial(ours, make=AUTO, share=0.1),
+    **{
+        f'fastif, "auto", {k} half network{"s"[: k > 1]}': partial(ours, make=AUTO, halves=k) for k in (1, 2, 4, HALVES)
+    },
+    f'fastif, "auto" from 10 % (logit), {HALVES} half networks': partial(ours, make=AUTO, share=0.1, halves=HALVES),
+    f"fastif, exact block of the head, {HALVES} half networks": partial(ours, **HEAD, halves=HALVES),
+}
+CONTENDERS = {**CHOSEN, **{f"{name}, damping from the training": scores_of for name, scores_of in RULED.items()}}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -260,6 +324,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--n", type=int, default=1000, help="training examples")
     parser.add_argument("--queries", type=int, default=50)
     parser.add_argument("--subsets", type=int, default=100)
+    parser.add_argument("--fresh", type=int, default=50, help="sets that keep four fifths")
     parser.add_argument("--left-out", type=int, default=40)
     parser.add_argument("--models", nargs="+", help="parts of names of the models; default all")
     parser.add_argument("--contenders", nargs="+", help="parts of names of the contenders; default all")
@@ -273,45 +338,52 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         with contextlib.suppress(ImportError):
             importlib.import_module(peer)
     given.out.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(given, name) for name in ("n", "queries", "subsets", "left_out", "models", "contenders")}
+    sizes = {name: getattr(given, name) for name in ("n", "queries", "subsets", "fresh", "left_out")}
+    settings = {**sizes, "models": given.models, "contenders": given.contenders}
     journal = Journal(given.out / "rows.jsonl", settings, resume=True)
     rows: list[dict[str, Any]] = [row for made in journal.of_kind("rows") for row in made]
     done = {(row["model"], row["contender"]) for row in rows}
-    retraining = {}
+    facts = {}
     for name, work in works(given.root, given.n, given.queries).items():
         if not _wanted(name, given.models):
             continue
         where = given.out / name.replace(", ", "-").replace(" ", "-").lower()
-        how = dict(seeds=work.seeds, processes=given.processes, resume=True)
-        halves = evaluation.random_subsets(given.n, given.subsets, 0.5)
-        retrained = evaluation.retrain(work.train_fn, halves, work.query, out=where / "lds", **how)
-        some = torch.randperm(given.n, generator=torch.Generator().manual_seed(1))[: given.left_out]
-        left_out = evaluation.leave_one_out(work.train_fn, some, work.query, given.n, out=where / "loo", **how)
+        judges = retrained(work, where, given)
         models = []
-        for seed in range(5):
+        for seed in range(FULL):
             torch.manual_seed(seed)
             models.append(work.train_fn(torch.arange(given.n), seed).eval())
-        retraining[name] = {
-            **{key: settings[key] for key in ("n", "queries", "subsets", "left_out")},
+        halves = evaluation.train_halves(
+            work.train_fn, given.n, HALVES // 2, out=where / "half-networks", processes=given.processes, resume=True
+        )
+        of_all, of_halves = rule(work, given.n), rule(work, given.n // 2)
+        facts[name] = {
+            **sizes,
             "seeds": work.seeds,
             "parameters": sum(parameter.numel() for parameter in models[0].parameters()),
-            "seconds_of_a_retraining": float(retrained.seconds.mean()),
+            "seconds_of_a_retraining": float(judges.halves.seconds.mean()),
             "accuracy": float((models[0](work.query[0]).argmax(1) == work.query[1]).double().mean()),
+            "training_time": None if work.epochs is None else (of_all.time, of_halves.time),
+            "ceilings": [evaluation.ceiling(one) if work.seeds > 1 else None for one in judges[:2]],
         }
-        chosen = {k: v for k, v in CONTENDERS.items() if _wanted(k, given.contenders) and (name, k) not in done}
-        if retraining[name]["parameters"] > 5000:  # a block is the square of its layer
-            chosen.pop("fastif, exact blocks of all layers", None)
-        for contender, scores_of in tqdm(chosen.items(), name, leave=False):
+        wanted = {k: v for k, v in CONTENDERS.items() if _wanted(k, given.contenders) and (name, k) not in done}
+        for contender, scores_of in tqdm(wanted.items(), name, leave=False):
+            if "exact blocks of all" in contender and facts[name]["parameters"] > 5000:  # a block is its layer's square
+                continue
+            dampings = DAMPINGS[: 1 if contender == "fastif, no curvature" else None]
+            if contender not in CHOSEN:
+                dampings = (of_halves if "half network" in contender else of_all,)
             made: list[dict[str, Any]] = []
-            for damping in DAMPINGS[: 1 if contender == "fastif, no curvature" else None]:
-                scores, seconds = timed(partial(scores_of, work, models, damping))
-                row = {"model": name, "contender": contender, "damping": damping, "cpu_seconds": seconds}
-                made.append({**row, **judged(scores, retrained, left_out)})
+            for damping in dampings:
+                scores, seconds = timed(partial(scores_of, work, Given(models, halves, damping)))
+                number = damping.constant if isinstance(damping, fastif.TrainingDamping) else damping
+                row = {"model": name, "contender": contender, "damping": number, "cpu_seconds": seconds}
+                made.append({**row, **judged(scores, judges)})
             journal.append("rows", made)
             rows += made
     rows.sort(key=lambda row: list(CONTENDERS).index(row["contender"]))
     results = {
-        "meta": {"weight_decay": WEIGHT_DECAY, "models": retraining, **environment(torch.device("cpu"))},
+        "meta": {"weight_decay": WEIGHT_DECAY, "models": facts, **environment(torch.device("cpu"))},
         "lds": json.loads(json.dumps(rows)),
     }
     write_whole(given.out / "results.json", json.dumps(results, indent=1))
@@ -319,12 +391,36 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     return results
 
 
-def judged(scores: Tensor, retrained: evaluation.Retrained, left_out: evaluation.LeftOut) -> dict[str, Any]:
+class Judges(NamedTuple):
+    """Retrainings that scores are held against."""
+
+    halves: evaluation.Retrained
+    fresh: evaluation.Retrained  # sets that keep four fifths, with seeds of their own
+    left_out: evaluation.LeftOut | None  # single examples, where training ends at an optimum
+
+
+def retrained(work: Work, where: Path, given: argparse.Namespace) -> Judges:
+    how = dict(processes=given.processes, resume=True)
+    halves = evaluation.random_subsets(given.n, given.subsets, 0.5)
+    fresh = evaluation.random_subsets(given.n, given.fresh, 0.8, seed=17)
+    own = range(1000, 1000 + work.seeds)
+    left_out = None
+    if work.epochs is None:
+        some = torch.randperm(given.n, generator=torch.Generator().manual_seed(1))[: given.left_out]
+        left_out = evaluation.leave_one_out(work.train_fn, some, work.query, given.n, out=where / "loo", **how)
+    return Judges(
+        evaluation.retrain(work.train_fn, halves, work.query, seeds=work.seeds, out=where / "lds", **how),
+        evaluation.retrain(work.train_fn, fresh, work.query, seeds=own, out=where / "fresh", **how),
+        left_out,
+    )
+
+
+def judged(scores: Tensor, judges: Judges) -> dict[str, Any]:
     if not scores.isfinite().all():  # dattri's LiSSA and CG can end so
-        return {"lds": None, "loo": None, "loo_pearson": None}
-    lds = evaluation.linear_datamodeling_score(scores, retrained)
-    loo = evaluation.agreement(scores, left_out)
-    return {"lds": lds.score._asdict(), "loo": loo.spearman._asdict(), "loo_pearson": loo.pearson._asdict()}
+        return {"lds": None, "fresh": None, "loo": None}
+    lds, fresh = (evaluation.linear_datamodeling_score(scores, one).score._asdict() for one in judges[:2])
+    loo = None if judges.left_out is None else evaluation.agreement(scores, judges.left_out).spearman._asdict()
+    return {"lds": lds, "fresh": fresh, "loo": loo}
 
 
 def timed(work: Callable[[], Tensor]) -> tuple[Tensor, float]:
@@ -350,6 +446,6 @@ def _wanted(name: str, parts: list[str] | None) -> bool:
 
 if __name__ == "__main__":
     for row in main()["lds"]:
-        lds, loo = ("NaN" if row[key] is None else f"{row[key]['mean']:.3f}" for key in ("lds", "loo"))
-        found = f"LDS {lds}  LOO {loo}  {row['cpu_seconds']:.2f} s"
-        print(f"{row['model']:28} {row['contender']:38} {row['damping']:6} {found}")
+        lds, fresh = ("NaN" if row[key] is None else f"{row[key]['mean']:.3f}" for key in ("lds", "fresh"))
+        found = f"LDS {lds}  fresh {fresh}  {row['cpu_seconds']:.2f} s"
+        print(f"{row['model']:28} {row['contender']:70} {row['damping']:8.2g} {found}")

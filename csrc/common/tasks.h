@@ -8,7 +8,25 @@
 #include <algorithm>
 #include <atomic>
 
+// Of MKL, where torch was built with it; as torch sets it up, it otherwise cuts the sums of a product by the number of
+// threads even where it may use one alone.
+extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int);
+
 namespace fastif {
+
+// While it lives, matrix products of this thread take one thread, and their sums are cut as one thread cuts them.
+class OneThread {
+ public:
+  OneThread() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  ~OneThread() {
+    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
+  }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  int before_;
+};
 
 // A single task gets two threads, of which one rests: outside a parallel region a matrix product would take them all,
 // and cut its sums accordingly.
@@ -24,6 +42,7 @@ void for_tasks(int64_t tasks, Work work) {
   at::parallel_for(0, threads_for(tasks), 1, [&](int64_t first, int64_t last) {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const OneThread one_thread;
     for (int64_t thread = first; thread < last; ++thread) {
       for (int64_t task; (task = next++) < tasks;) work(task, thread);
     }

@@ -5,6 +5,7 @@ pass; then `solve`, `sq_norms` and `directions` apply the damped inverse. A `Joi
 at once.
 """
 
+from fastif.curvature.automatic import Automatic
 from fastif.curvature.damping import (
     IllConditioned,
     NotPositiveDefinite,
@@ -31,6 +32,7 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "Arnoldi",
+    "Automatic",
     "Curvature",
     "DataInf",
     "Diagonal",

@@ -107,28 +107,35 @@ class TrainingDamping:
 Damping = float | Literal["auto"] | RelativeDamping | TrainingDamping
 
 
-def training_time(learning_rates: Iterable[float], momentum: float = 0.0) -> float:
-    """τ = Σ_t lr_t/(1 − momentum) over the steps t of a training by SGD: how far it goes along a constant gradient.
+def training_time(learning_rates: Iterable[float], momentum: float | Iterable[float] = 0.0) -> float:
+    """τ = Σ_t lr_t/(1 − momentum_t) over the steps t of a training by SGD: how far it goes along a constant gradient.
 
     >>> round(training_time([0.1] * 50 + [0.01] * 50, momentum=0.9), 9)
     55.0
 
     Args:
         learning_rates: of every step (not of every epoch), finite and >= 0.
-        momentum: in [0, 1).
+        momentum: in [0, 1); one for all steps, or that of each (`OneCycleLR` moves it, too).
 
     Raises ValueError for other values, and where no step has a learning rate > 0.
     """
-    if not (_is_number(momentum) and 0 <= momentum < 1):
-        raise ValueError(f"training_time: momentum must be a number in [0, 1), got {momentum!r}")
     rates = [float(rate) for rate in learning_rates]
-    for step, rate in enumerate(rates):
+    if isinstance(momentum, Iterable):
+        momenta = [float(one) for one in momentum]
+        if len(momenta) != len(rates):
+            raise ValueError(f"training_time: {len(rates)} learning rates and {len(momenta)} momenta; give one each")
+    elif _is_number(momentum):
+        momenta = [float(momentum)] * len(rates)
+    else:
+        raise ValueError(f"training_time: momentum must be a number in [0, 1), got {momentum!r}")
+    for step, (rate, own) in enumerate(zip(rates, momenta, strict=True)):
+        if not 0 <= own < 1:
+            raise ValueError(f"training_time: momentum must be a number in [0, 1), got {own:g} in step {step}")
         if not 0 <= rate < math.inf:
             raise ValueError(f"training_time: learning_rates must be finite and >= 0, got {rate:g} in step {step}")
-    total = math.fsum(rates)
-    if total == 0:
+    if sum(rates) == 0:
         raise ValueError(f"training_time: learning_rates must have one > 0, got {len(rates)} steps without")
-    return total / (1 - momentum)
+    return math.fsum(rate / (1 - own) for rate, own in zip(rates, momenta, strict=True))
 
 
 def check_damping(damping: object, *rules: type) -> None:

@@ -119,8 +119,11 @@ class Estimator(Called, ABC):
     keeps_query_factors: bool = False  # whether `directions` keeps queries of few positions in factors
 
     @abstractmethod
-    def assign(self, names: Sequence[str]) -> dict[tuple[str, ...], JointCurvature]:
-        """What takes care of these blocks, not copied: this estimator for each of them, or one for all."""
+    def assign(self, shapes: Mapping[str, Shape], memory: int) -> dict[tuple[str, ...], JointCurvature]:
+        """What takes care of these blocks, not copied: this estimator for each, one for all, or others by their shapes.
+
+        memory: bytes, as for `Influence`.
+        """
 
     def end(self, pass_index: int) -> None:
         """Ends a pass; raises NotPositiveDefinite with a diagnosis. Called once where there are no passes."""
@@ -144,10 +147,11 @@ class Estimator(Called, ABC):
 class Curvature(Estimator):
     """An estimator of one block, g matrices [o, d] of parameters."""
 
-    def assign(self, names: Sequence[str]) -> dict[tuple[str, ...], JointCurvature]:
+    def assign(self, shapes: Mapping[str, Shape], memory: int) -> dict[tuple[str, ...], JointCurvature]:
+        del memory
         if self.joint:
-            return {tuple(names): JoinedBlocks(tuple(names), self)} if names else {}
-        return {(name,): OneBlock(name, self) for name in names}
+            return {tuple(shapes): JoinedBlocks(tuple(shapes), self)} if shapes else {}
+        return {(name,): OneBlock(name, self) for name in shapes}
 
     @abstractmethod
     def begin(self, name: str, shape: Shape) -> None:
@@ -191,8 +195,9 @@ class JointCurvature(Estimator):
     fisher = "empirical"
     memory: int = MEMORY  # bytes that right-hand sides, and what solving takes beside them, may take at a time
 
-    def assign(self, names: Sequence[str]) -> dict[tuple[str, ...], JointCurvature]:
-        return {tuple(names): self} if names else {}
+    def assign(self, shapes: Mapping[str, Shape], memory: int) -> dict[tuple[str, ...], JointCurvature]:
+        del memory
+        return {tuple(shapes): self} if shapes else {}
 
     @property
     def given(self) -> Estimator:
@@ -338,9 +343,9 @@ class JoinedBlocks(SingleEstimator):
 
 def check_estimator(rule: str, estimator: Any) -> None:
     """Raises TypeError for what is no estimator, and for the class of one."""
-    if isinstance(estimator, type) and hasattr(estimator, "observe"):
+    if isinstance(estimator, type) and hasattr(estimator, "assign"):
         raise TypeError(f"{rule}, got the class {estimator.__name__}; call it: {estimator.__name__}()")
-    if not hasattr(estimator, "observe"):
+    if not hasattr(estimator, "assign"):
         raise TypeError(f"{rule}, got {estimator!r}")
 
 

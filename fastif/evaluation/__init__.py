@@ -3,7 +3,8 @@
 from fastif.evaluation.class_removal import class_removal
 from fastif.evaluation.correlation import Interval
 from fastif.evaluation.counterfactual import Brittleness, Counterfactual, brittleness, subset_counterfactual
-from fastif.evaluation.lds import LDS, linear_datamodeling_score, random_subsets
+from fastif.evaluation.halves import train_halves
+from fastif.evaluation.lds import LDS, ceiling, linear_datamodeling_score, random_subsets
 from fastif.evaluation.leave_out import Agreement, LeftOut, agreement, leave_group_out, leave_one_out
 from fastif.evaluation.mislabel import Detection, mislabel_detection
 from fastif.evaluation.retraining import Retrained, retrain, without
@@ -19,6 +20,7 @@ __all__ = [
     "Retrained",
     "agreement",
     "brittleness",
+    "ceiling",
     "class_removal",
     "leave_group_out",
     "leave_one_out",
@@ -27,5 +29,6 @@ __all__ = [
     "random_subsets",
     "retrain",
     "subset_counterfactual",
+    "train_halves",
     "without",
 ]

@@ -63,3 +63,23 @@ def linear_datamodeling_score(scores: Tensor, retrained: Retrained) -> LDS:
     correlations = spearman(predicted, truth)
     constant = int((is_constant(predicted) | is_constant(truth)).sum())
     return LDS(interval(correlations), correlations.tolist(), constant)
+
+
+def ceiling(retrained: Retrained) -> float:
+    """The LDS that a perfect prediction of the expected measurement would reach, from how far the seeds agree.
+
+    r is the mean over queries and pairs of seeds of Spearman's correlation over the subsets. The mean over s seeds has
+    the reliability s·r/(1 + (s − 1)·r) (Spearman and Brown), and correlates with what it estimates by its square root.
+    docs/math.md (21).
+
+    Raises ValueError for fewer than two seeds, and where the seeds do not agree at all.
+    """
+    seeds = len(retrained.seeds)
+    if seeds < 2:
+        raise ValueError(f"ceiling: at least two seeds are needed to see how far they agree, got {seeds}")
+    by_seed = retrained.values.permute(1, 2, 0)  # [seeds, q, sets]
+    pairs = [(a, b) for a in range(seeds) for b in range(a)]
+    agreement = float(torch.stack([spearman(by_seed[a], by_seed[b]).mean() for a, b in pairs]).mean())
+    if agreement <= 0:
+        raise ValueError(f"ceiling: the seeds do not agree (mean correlation {agreement:.3f}): there is none")
+    return (seeds * agreement / (1 + (seeds - 1) * agreement)) ** 0.5

@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import pickle
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from functools import partial
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastif.data.batches import as_loader, batch_length, moved_to
 from fastif.evaluation.settings import check_seeds
+from fastif.evaluation.trainings import Task, TrainFn, Trainings
 from fastif.files import Damaged, sealed, unsealed, write_whole
 from fastif.fingerprints import VERSIONS, described, fingerprint, tensors_in
 from fastif.folder_lock import locked
 from fastif.journal import Journal, Key, refuse_differences
 from fastif.model.calls import call
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement, labels_in, measured
-
-TrainFn = Callable[[Tensor, int], nn.Module]
 
 
 class Retrained(NamedTuple):
@@ -88,22 +76,18 @@ def retrain(
     """
     check_loss(loss)
     check_measurement(measurement, loss)
-    if not callable(train_fn):
-        raise TypeError(f"retrain: train_fn must be a function (indices, seed) -> nn.Module, got {train_fn!r}")
+    trainings = Trainings("retrain", train_fn, _Measuring(query, loss, measurement, batch_size), processes, threads)
+    trainings.check()
     if isinstance(query, Iterator):
         raise ValueError("retrain: query is an iterator, empty after one pass; pass a list, a Dataset or a DataLoader")
-    for name, value in (("processes", processes), ("threads", threads)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"retrain: {name} must be an integer >= 1, got {value!r}")
     if key is not None and out is None:
         raise ValueError(f"retrain: key={key!r} needs out=, the folder of the job")
     seeds = check_seeds(seeds)
     kept = [_checked(number, indices) for number, indices in enumerate(kept)]
     if not kept:
         raise ValueError("retrain: there must be at least one set to train on")
-    job = _Job(train_fn, query, loss, measurement, batch_size)
     if out is None:
-        return _assembled(kept, seeds, job.all_runs(kept, seeds, {}, processes, threads, progress))
+        return _assembled(kept, seeds, _run_missing(trainings, kept, seeds, {}, progress))
     settings = {
         "train_fn": described(train_fn, "train_fn", key),
         "kept": fingerprint(kept),
@@ -122,7 +106,7 @@ def retrain(
         if (records := _finished(folder, settings, resume)) is not None:
             return _assembled(kept, seeds, records)
         journal = Journal(folder / "retrained.jsonl", settings, resume)
-        records = job.all_runs(kept, seeds, journal.found("retrained"), processes, threads, progress, journal)
+        records = _run_missing(trainings, kept, seeds, journal.found("retrained"), progress, journal)
         document = sealed({"settings": settings, "retrained": [*records.values()]})
         write_whole(folder / "retrained.json", json.dumps(document))
         journal.finish()
@@ -154,38 +138,16 @@ def without(n: int, removed: Iterable[int] | Tensor) -> Tensor:
     return stays.nonzero()[:, 0]
 
 
-Task = tuple[int, Tensor, int]  # number of the set, the examples kept, seed
-Run = tuple[int, int, list[float], float]  # number of the set, seed, measurements, seconds
+class _Measuring(NamedTuple):
+    """Measures the queries on a network."""
 
-
-class _Job(NamedTuple):
-    """All that a process needs besides the indices and the seed."""
-
-    train_fn: TrainFn
     query: Any
     loss: Any
     measurement: Any
     batch_size: int
 
-    def run(self, number: int, kept: Tensor, seed: int) -> Run:
-        began = time.perf_counter()
-        torch.manual_seed(seed)
-        with torch.enable_grad():
-            model = self.train_fn(kept, seed)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"retrain: train_fn must return an nn.Module, got {type(model).__name__}")
-        values = self.measured(model)
-        broken = (~values.isfinite()).nonzero()
-        if len(broken):
-            query = int(broken[0])
-            raise ValueError(
-                f"retrain: the network of set {number}, seed {seed} gives query {query} a measurement of "
-                f"{float(values[query])}; it must be finite"
-            )
-        return number, seed, values.tolist(), time.perf_counter() - began
-
-    def measured(self, model: nn.Module) -> Tensor:
-        """[q], float64 on the CPU, in eval mode."""
+    def __call__(self, model: nn.Module) -> list[float]:
+        """[q], in eval mode."""
         model.eval()
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         values: list[Tensor] = []
@@ -194,109 +156,36 @@ class _Job(NamedTuple):
                 n, x, y = batch_length(x), moved_to(x, device), moved_to(y, device)
                 found = measured(self.measurement, self.loss, call(model, x), labels_in(x, y), n)
                 values.append(found.detach().double().cpu())
-        return torch.cat(values)
-
-    def all_runs(
-        self,
-        kept: list[Tensor],
-        seeds: list[int],
-        found: dict[Key, Any],
-        processes: int,
-        threads: int,
-        progress: bool,
-        journal: Journal | None = None,
-    ) -> dict[Key, Any]:
-        """What each retraining gave, by set and seed: those that are not found are run, and kept in the journal."""
-        wanted = [(number, seed) for seed in seeds for number in range(len(kept))]
-        records = {key: found[key] for key in wanted if key in found}
-        todo = [(number, kept[number], seed) for number, seed in wanted if (number, seed) not in records]
-        runs = self.one_by_one if processes == 1 else partial(self.side_by_side, processes=processes)
-        bar = tqdm(total=len(wanted), initial=len(records), desc="retrain", unit="network", disable=not progress)
-        with bar:
-            for number, seed, values, seconds in runs(todo, threads):
-                record = {"set": number, "seed": seed, "values": values, "seconds": seconds}
-                records[number, seed] = record
-                if journal is not None:
-                    journal.append("retrained", record, (number, seed))
-                bar.update()
-        return records
-
-    def one_by_one(self, tasks: Sequence[Task], threads: int) -> Iterator[Run]:
-        with _with_threads(threads), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            for task in tasks:
-                yield self.run(*task)
-
-    def side_by_side(self, tasks: Sequence[Task], threads: int, processes: int) -> Iterator[Run]:
-        """In spawned processes. Tensors travel by value: sharing them would need /dev/shm to hold the data."""
-        try:
-            pickled = pickle.dumps(self)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise TypeError(
-                f"retrain: with processes={processes} train_fn, query, loss and measurement must be picklable "
-                "(functions of a module, not lambdas, each under its own name there: `f = partial(f, ...)` hides f): "
-                f"{error}"
-            ) from error
-        pool = ProcessPoolExecutor(
-            min(processes, max(1, len(tasks))), multiprocessing.get_context("spawn"), _begin, (pickled, threads)
-        )
-        try:
-            futures = [pool.submit(_work, number, kept.numpy(), seed) for number, kept, seed in tasks]
-            for future in as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "retrain: a process ended before its work: killed (out of memory?), or started from a script without "
-                'the guard if __name__ == "__main__":, or from one where train_fn cannot be imported; see stderr'
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+        return torch.cat(values).tolist()
 
 
-_job: _Job | None = None  # of a spawned process
-
-
-def _begin(pickled: bytes, threads: int) -> None:
-    global _job
-    _end_with_parent()
-    torch.set_num_threads(threads)
-    _job = pickle.loads(pickled)
-
-
-def _end_with_parent() -> None:
-    """Makes this process end when its parent does, however that ends: nobody else would tell it.
-
-    A thread waits for the parent, which works everywhere; on Linux the kernel kills the process, too, also while the
-    thread cannot run.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="waits for the parent's end").start()
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent.pid:  # it ended before the kernel was asked
-            os._exit(1)
-
-
-def _work(number: int, kept: np.ndarray, seed: int) -> Run:
-    assert _job is not None
-    return _job.run(number, torch.from_numpy(kept), seed)
-
-
-@contextmanager
-def _with_threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _run_missing(
+    trainings: Trainings,
+    kept: list[Tensor],
+    seeds: list[int],
+    found: Mapping[Key, Any],
+    progress: bool,
+    journal: Journal | None = None,
+) -> dict[Key, Any]:
+    """What each retraining gave, by set and seed: those that are not found are run, and kept in the journal."""
+    wanted = [(number, seed) for seed in seeds for number in range(len(kept))]
+    records = {key: found[key] for key in wanted if key in found}
+    todo = [Task(number, kept[number], seed) for number, seed in wanted if (number, seed) not in records]
+    bar = tqdm(total=len(wanted), initial=len(records), desc="retrain", unit="network", disable=not progress)
+    with bar:
+        for task, values, seconds in trainings.run(todo):
+            broken = [query for query, value in enumerate(values) if not math.isfinite(value)]
+            if broken:
+                raise ValueError(
+                    f"retrain: the network of set {task.number}, seed {task.seed} gives query {broken[0]} a "
+                    f"measurement of {values[broken[0]]}; it must be finite"
+                )
+            record = {"set": task.number, "seed": task.seed, "values": values, "seconds": seconds}
+            records[task.number, task.seed] = record
+            if journal is not None:
+                journal.append("retrained", record, (task.number, task.seed))
+            bar.update()
+    return records
 
 
 def _checked(number: int, indices: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from fastif.model.capture import Capture
 from fastif.model.features import called_head
 
 
-def assign(capture: Capture, curvature: Estimator | Mapping[str, Estimator]) -> NetworkCurvature:
+def assign(capture: Capture, curvature: Estimator | Mapping[str, Estimator], memory: int) -> NetworkCurvature:
     """An estimator for every block, by the first pattern that matches it; blocks that none matches are left out."""
     rules = dict(curvature) if isinstance(curvature, Mapping) else {"*": curvature}
     for estimator in rules.values():
@@ -36,7 +36,7 @@ def assign(capture: Capture, curvature: Estimator | Mapping[str, Estimator]) -> 
             members[pattern].append(name)
     parts: dict[tuple[str, ...], JointCurvature] = {}
     for pattern, names in members.items():
-        parts.update(rules[pattern].assign(names))
+        parts.update(rules[pattern].assign({name: capture.blocks[name].shape for name in names}, memory))
     if not parts:
         raise ValueError(f"Influence: no pattern of curvature= matches a layer, got {', '.join(rules)}")
     return NetworkCurvature(parts)
@@ -52,7 +52,7 @@ def cover_head(setup: Setup, train: Any, indices: Tensor) -> Setup:
     if name is None or (name or "model") in setup.capture.blocks:
         return setup
     setup.passes.capture = Capture(setup.model, name or "*")
-    return setup._replace(estimators=assign(setup.capture, setup.given))
+    return setup._replace(estimators=assign(setup.capture, setup.given, setup.memory))
 
 
 def look_at(setup: Setup, train: Any, indices: Tensor) -> Setup:
@@ -62,7 +62,7 @@ def look_at(setup: Setup, train: Any, indices: Tensor) -> Setup:
         return setup
     setup.capture.batch = 0
     setup.passes.check(x, y)
-    return setup._replace(estimators=assign(setup.capture, setup.given))
+    return setup._replace(estimators=assign(setup.capture, setup.given, setup.memory))
 
 
 def restore_coverage(setup: Setup, described: Tensor) -> Setup:
@@ -72,7 +72,7 @@ def restore_coverage(setup: Setup, described: Tensor) -> Setup:
     if setup.of_head and set(names) <= dict(setup.model.named_modules()).keys():
         setup.passes.capture = Capture(setup.model, names)
     setup.capture.restore(names)
-    return setup._replace(estimators=assign(setup.capture, setup.given))
+    return setup._replace(estimators=assign(setup.capture, setup.given, setup.memory))
 
 
 def warn_of_lost(capture: Capture, stacklevel: int) -> bool:

@@ -31,6 +31,7 @@ class Setup(NamedTuple):
     checkpoints: Sequence[Mapping[str, Tensor]] | None
     memory: int  # bytes, as for `Influence`
     seed: int
+    kept: Sequence[Tensor] | None = None  # by checkpoint, where they are networks: the examples it was trained on
 
     @property
     def model(self) -> nn.Module:
@@ -82,6 +83,11 @@ class Fitted(NamedTuple):
     def memory(self) -> int:
         return self.setup.memory
 
+    def subset_of(self, number: int) -> Subset | None:
+        """The examples that carried the curvature of a checkpoint."""
+        kept = self.setup.kept
+        return self.subset if kept is None or self.subset is None else restrict(self.subset, kept[number], self.n)
+
     def check_weights(self) -> None:
         """Raises ValueError where the model is no longer what it was at the fit: the curvature would be another's."""
         if self.weights is None:
@@ -114,6 +120,20 @@ class Fitted(NamedTuple):
         for number, curvature in enumerate(self.curvatures):
             state.update(curvature.state_dict(f"{number}/"))
         return state
+
+
+def restrict(subset: Subset, kept: Tensor, n: int) -> Subset:
+    """The part of a subset of n examples that a network was trained on, as a subset of those.
+
+    Weights grow by n/k where the network was trained on k examples: as Σ w_i G_i estimates the mean over all, the part
+    then estimates the mean over these.
+    """
+    inside = torch.isin(subset.indices, kept)
+    if not inside.any():
+        raise ValueError(
+            f"fit: a network was trained on none of the subset's {len(inside):,} examples; take a larger subset"
+        )
+    return Subset(subset.indices[inside], subset.weights[inside] * (n / len(kept)))
 
 
 def load_fitted(setup: Setup, state: Mapping[str, Tensor]) -> Fitted:

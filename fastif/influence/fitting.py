@@ -14,7 +14,7 @@ from fastif.curvature.network import NetworkCurvature, prepare
 from fastif.curvature.protocol import FitData, JointCurvature, SeenBatch
 from fastif.data.batches import moved_to, picked, walked
 from fastif.influence.coverage import cover_head, look_at
-from fastif.influence.fitted import Fitted, Setup, checksums_of_state
+from fastif.influence.fitted import Fitted, Setup, checksums_of_state, restrict
 from fastif.model.capture import LateLayer
 from fastif.model.losses import IGNORED, labels_in, labels_of, output_columns, per_sample
 from fastif.model.passes import Passes, counted_from
@@ -27,14 +27,21 @@ def fit(setup: Setup, train: Any, subset: Subset | None) -> Fitted:
     n = train.n
     if subset is None:
         subset = Subset(torch.arange(n), torch.full((n,), 1 / n, dtype=torch.float64))
+    parts = [subset] * len(setup.states)
+    if setup.kept is not None:
+        for number, kept in enumerate(setup.kept):
+            if int(kept.max()) >= n:
+                raise ValueError(f"fit: network {number} was trained on example {int(kept.max())}, outside [0, n={n})")
+        parts = [restrict(subset, kept, n) for kept in setup.kept]
     setup = cover_head(setup, train, subset.indices)
     setup.capture.fixed = False
     curvatures: list[NetworkCurvature] = []
     while len(curvatures) < len(setup.states):
         try:
+            part = parts[len(curvatures)]
             with setup.passes.running(setup.states[len(curvatures)]):
-                setup = look_at(setup, train, subset.indices)
-                curvatures.append(_fit_here(setup, train, subset))
+                setup = look_at(setup, train, part.indices)
+                curvatures.append(_fit_here(setup, train, part))
         except LateLayer as late:  # such as an expert that the first examples were not sent to
             setup.capture.take_up(late.name)
             curvatures.clear()

@@ -14,18 +14,27 @@ from typing import Any, Literal, get_args, overload
 import torch
 from torch import Generator, Tensor, nn
 
+from fastif.curvature.automatic import Automatic
 from fastif.curvature.exact.block import ExactBlock
 from fastif.curvature.limits import MEMORY
 from fastif.curvature.protocol import Estimator
-from fastif.data.batches import walked
+from fastif.data.batches import count, walked
 from fastif.influence.coverage import assign, cover_head, look_at, restore_coverage, warn_of_lost
 from fastif.influence.fitted import Fitted, Setup, load_fitted
 from fastif.influence.fitting import fit
+from fastif.influence.networks import (
+    Networks,
+    average_scores,
+    average_self_influence,
+    check_networks,
+    write_averaged_scores,
+)
+from fastif.influence.parameters import move_parameters, solve
 from fastif.influence.planning import Plan, make_plan
 from fastif.influence.score_folder import ScoreFolder
 from fastif.influence.score_job import write_scores
 from fastif.influence.scoring import compute_scores, compute_self_influence, find_top
-from fastif.influence.tiles import By
+from fastif.influence.tiles import By, best_of, check_k
 from fastif.model.capture import Capture, LateLayer
 from fastif.model.features import extract, find_head
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement
@@ -52,7 +61,8 @@ class Influence:
             `fastif.model.losses`. The model was trained on its mean over the training examples.
         curvature: an estimator of single layers (`ExactBlock`, `KFAC`, `EKFAC`, `Diagonal`, `DataInf`, `Identity`) or
             of all together (`CG`, `LiSSA`, `Arnoldi`, `RandomProjection`, `ExactBlock` with joint=True), or a mapping
-            from patterns of layer names to estimators, the first match counts. They are copied. Default ExactBlock().
+            from patterns of layer names to estimators, the first match counts. They are copied. "auto" is
+            `Automatic()`: exact blocks where they fit `memory`, EK-FAC for the rest. Default ExactBlock(), of the head.
         layers: which parameters may move (see `Capture`): "trained" (the default: those that require gradients, all
             where none does), "all", or names and patterns of layers, "!pattern" for what is left out. For a lone
             ExactBlock, which holds the square of what it covers, the default is the head: the last nn.Linear that is
@@ -61,6 +71,9 @@ class Influence:
             a warning says so where it was trained.
         measurement: what is asked of queries: "loss", "margin", "log_odds", or a function (outputs, batch) → [q].
         checkpoints: state dicts; influence is averaged over the model at each of them. Default: the model as it is.
+        networks: `fastif.Networks` trained on parts of the data; each has a curvature of its own, from what it was
+            trained on, and its scores of a query are brought to the networks' median spread before they are averaged.
+            `model` gives the architecture, and is what samplers are shown. docs/math.md (23).
         batch_size: for data that brings no batches of its own; results do not depend on it.
         memory: bytes that preconditioned query gradients may take at a time, and that a solve for the self-influence of
             several examples may. Queries of few positions stand in factors where their matrices would not fit; what
@@ -79,11 +92,12 @@ class Influence:
         self,
         model: nn.Module,
         loss: Loss = "cross_entropy",
-        curvature: Estimator | Mapping[str, Estimator] | None = None,
+        curvature: Estimator | Mapping[str, Estimator] | Literal["auto"] | None = None,
         *,
         layers: str | Sequence[str] | None = None,
         measurement: Measurement = "loss",
         checkpoints: Sequence[Mapping[str, Tensor]] | None = None,
+        networks: Networks | None = None,
         batch_size: int = 256,
         memory: int = MEMORY,
         device: torch.device | str | None = None,
@@ -96,9 +110,18 @@ class Influence:
         check_measurement(measurement, loss)
         if checkpoints is not None and not len(checkpoints):
             raise ValueError("Influence: checkpoints must not be empty")
+        kept = None
+        if networks is not None:
+            check_networks(networks)
+            if checkpoints is not None:
+                raise ValueError("Influence: checkpoints= and networks= exclude each other")
+            checkpoints, kept = networks.states, networks.kept
         if memory < 1:
             raise ValueError(f"Influence: memory must be at least 1 byte, got {memory}")
-        curvature = ExactBlock() if curvature is None else curvature
+        if curvature is None:
+            curvature = ExactBlock()
+        elif curvature == "auto":
+            curvature = Automatic()
         alone = curvature if isinstance(curvature, Estimator) else None
         of_head = alone is not None and alone.prefers_head and not alone.joint and layers is None
         if of_head:
@@ -115,8 +138,8 @@ class Influence:
             progress=progress,
         )
         given = copy.deepcopy(dict(curvature) if isinstance(curvature, Mapping) else curvature)
-        estimators = assign(passes.capture, given)
-        self.setup = Setup(passes, given, of_head, estimators, measurement, checkpoints, memory, seed)
+        estimators = assign(passes.capture, given, memory)
+        self.setup = Setup(passes, given, of_head, estimators, measurement, checkpoints, memory, seed, kept)
         self._fitted: Fitted | None = None
         self._warned = False  # of parameters that are not covered
         self.bound: float | None = None  # of the last fit's subset, where it has one
@@ -233,21 +256,10 @@ class Influence:
 
         θ̂ + ε·I(z) approximates the optimum when z gains weight ε in the mean loss: removing z is ε = −1/n. Parameters
         that are not covered are absent: they are taken as fixed. With checkpoints, the mean over them.
-        docs/math.md (1).
+        docs/math.md (1). Raises ValueError with networks, whose parameters have no mean.
         """
         (batch,) = self._ready().walk(batch)
-        total: dict[str, Tensor] = {}
-        for checkpoint, curvature in self.fitted.at_checkpoints():
-            sums: dict[str, Tensor] = {}
-            with self.passes.running(checkpoint):
-                for _, _, gradients in self.passes.gradients(batch, "on_parameters"):
-                    for name, g in gradients.items():
-                        part = g.sum(torch.ones(len(g), device=self.device))
-                        sums[name] = sums[name].add_(part) if name in sums else part
-                for name, moved in curvature.solve(sums).items():
-                    moved = moved.div_(-len(self.fitted.curvatures))
-                    total[name] = total[name].add_(moved) if name in total else moved
-        return self._on_parameters(total)
+        return move_parameters(self.fitted, batch)
 
     def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(G + λI)⁻¹ v for a vector v in parameter space: as dicts keyed like the model's parameters.
@@ -255,31 +267,7 @@ class Influence:
         Parameters that are not covered may be absent and stay so. With checkpoints, the mean over them. Raises
         ValueError for a covered parameter that is missing or has another shape.
         """
-        blocks, total = self.capture.blocks, dict[str, Tensor]()
-        values: dict[Tensor, Tensor] = {}
-        for name, shape in self.capture.covered.items():
-            if name not in vectors or vectors[name].shape != shape:
-                found = list(vectors[name].shape) if name in vectors else "nothing"
-                raise ValueError(f"solve: {name!r} must be {list(shape)}, got {found}")
-        for parameter, name in self.capture.names.items():
-            if name in self.capture.covered:
-                values[parameter] = vectors[name].to(self.device)
-        for checkpoint, curvature in self._ready().at_checkpoints():
-            with self.passes.running(checkpoint):
-                for name, solved in curvature.solve({n: b.matrix(values) for n, b in blocks.items()}).items():
-                    solved = solved / len(self.fitted.curvatures)
-                    total[name] = total[name].add_(solved) if name in total else solved
-        return self._on_parameters(total)
-
-    def _on_parameters(self, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters' part of every block's matrix, keyed like the model's parameters."""
-        found: dict[Tensor, Tensor] = {}
-        for name, matrix in matrices.items():
-            for parameter, rows, value in self.capture.blocks[name].split(matrix):
-                if parameter not in found:
-                    found[parameter] = torch.zeros_like(parameter, requires_grad=False)
-                found[parameter][rows] += value
-        return {name: found[p].detach() for p, name in self.capture.names.items() if p in found}
+        return solve(self._ready(), vectors)
 
     @overload
     def scores(
@@ -309,6 +297,8 @@ class Influence:
         resume: bool = False,
         key: str | None = None,
     ) -> ScoreFolder: ...
+    @overload
+    def scores(self, query: Any, train: Any, *, spread: Literal[True], **options: Any) -> tuple[Any, Any]: ...
     @rename_arguments(rank="low_rank")
     def scores(
         self,
@@ -319,10 +309,11 @@ class Influence:
         groups: Tensor | None = None,
         query_groups: Tensor | None = None,
         low_rank: int | None = None,
+        spread: bool = False,
         out: Path | str | None = None,
         resume: bool = False,
         key: str | None = None,
-    ) -> Tensor | dict[str, Tensor] | ScoreFolder:
+    ) -> Any:
         """scores[q, t] = (1/n) ∇m_qᵀ (G + λI)⁻¹ ∇ℓ_t, [q, n]: predicted rise of q's measurement if t is removed.
 
         With the measurement "loss", positive: t helps q. In units of the measurement; on the CPU. docs/math.md (2).
@@ -335,6 +326,8 @@ class Influence:
             query_groups: int64 [q]; rows are then groups of queries, [groups, n].
             low_rank: keep only so many singular vectors of each query's preconditioned gradient (less memory, so fewer
                 passes over `train` for many queries); the largest relative error is in `low_rank_error` afterwards.
+            spread: with networks=, return (scores, standard errors) of the same shapes: how far the mean over the
+                networks would move with others of the same recipe. At least two, or two pairs of halves.
             out: a folder for the scores; they are written block by block as they are computed and returned as a
                 `ScoreFolder`, [q, n], [q, n, blocks] or [q, n, t], which reads them from there, also later and without
                 the model. Not with groups=, whose sums are complete with the last training example only: add the
@@ -355,19 +348,33 @@ class Influence:
             if given is not None and by != "all":
                 raise ValueError(f"scores: {name}= goes with by='all' alone, got by={by!r}")
         query, train = self._ready().walk(query, train)
+        self._check_spread("scores", "spread=True", spread)
         if out is None:
             for name, given in (("resume=True", resume), (f"key={key!r}", key is not None)):
                 if given:
                     raise ValueError(f"scores: {name} needs out=, the folder of the job")
-            values, self.low_rank_error = compute_scores(self.fitted, query, train, query_groups, groups, low_rank, by)
-            return values if by == "layer" else values[""]
+            of_what = query_groups, groups, low_rank, by
+            if self.setup.kept is None:
+                values, self.low_rank_error = compute_scores(self.fitted, query, train, *of_what)
+                return values if by == "layer" else values[""]
+            averaged = average_scores(self.fitted, query, train, *of_what, spread=spread)
+            self.low_rank_error = averaged.low_rank_error
+            found = [values if by == "layer" else values[""] for values in (averaged.values, averaged.errors) if values]
+            return (found[0], found[1]) if spread else found[0]
         if groups is not None:
             raise ValueError("scores: out= and groups= exclude each other; sum the columns of what was written")
-        folder = write_scores(
-            self.fitted, query, train, out, resume=resume, query_groups=query_groups, low_rank=low_rank, by=by, key=key
-        )
+        how: dict[str, Any] = dict(query_groups=query_groups, low_rank=low_rank, by=by, key=key)
+        errors = None
+        if self.setup.kept is None:
+            folder = write_scores(self.fitted, query, train, out, resume=resume, **how)
+        else:
+            folder, errors = write_averaged_scores(self.fitted, query, train, out, spread=spread, resume=resume, **how)
         self.low_rank_error = folder.low_rank_error
-        return folder
+        return (folder, errors) if spread else folder
+
+    def _check_spread(self, op: str, argument: str, asked: object) -> None:
+        if asked and self.setup.kept is None:
+            raise ValueError(f"{op}: {argument} needs networks=, over which scores spread")
 
     def scores_by_layer(self, query: Any, train: Any, **options: Any) -> Any:
         """The old name of `scores` with by="layer"."""
@@ -385,19 +392,45 @@ class Influence:
         warn_renamed("Influence.rank_error", "Influence.low_rank_error")
         return self.low_rank_error
 
-    def top(self, query: Any, train: Any, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
+    def top(
+        self, query: Any, train: Any, k: int, *, largest: bool = True, certainty: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """The k training examples with the largest scores for each query: (values [q, k], indices int64 [q, k]).
 
         Largest first: the most helpful; `largest=False` gives the most harmful, smallest first. Ties go to the lower
-        index. The score matrix [q, n] is not stored, unless there are several checkpoints.
+        index. The score matrix [q, n] is not stored, unless there are several checkpoints or networks. With networks=,
+        `certainty` ranks by score − certainty · standard error (largest=False: plus), and these are the values: what
+        scores high with all networks comes before what scores high with some.
         """
+        if not 0 <= certainty < float("inf"):
+            raise ValueError(f"top: certainty must be a number >= 0 of standard errors, got {certainty}")
+        self._check_spread("top", "certainty", certainty)
         query, train = self._ready().walk(query, train)
-        return find_top(self.fitted, query, train, k, largest)
+        check_k(k, count(train, self.passes.batch_size))
+        if self.setup.kept is None:
+            return find_top(self.fitted, query, train, k, largest)
+        spread = certainty > 0
+        found = average_scores(self.fitted, query, train, None, None, None, "all", spread)
+        values = found.values[""]
+        if found.errors is not None:
+            values = values - (certainty if largest else -certainty) * found.errors[""]
+        return best_of(None, values, 0, k, largest)
 
-    def self_influence(self, train: Any) -> Tensor:
-        """scores[t, t] of every training example, [n], never negative: how much its loss rests on it."""
+    @overload
+    def self_influence(self, train: Any) -> Tensor: ...
+    @overload
+    def self_influence(self, train: Any, *, spread: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    def self_influence(self, train: Any, *, spread: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """scores[t, t] of every training example, [n], never negative: how much its loss rests on it.
+
+        spread: with networks=, return (self-influence, standard errors), as for `scores`.
+        """
+        self._check_spread("self_influence", "spread=True", spread)
         (train,) = self._ready().walk(train)
-        return compute_self_influence(self.fitted, train)
+        if self.setup.kept is None:
+            return compute_self_influence(self.fitted, train)
+        averaged = average_self_influence(self.fitted, train, spread)
+        return (averaged.values[""], averaged.errors[""]) if averaged.errors is not None else averaged.values[""]
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that `fit` learned, as tensors: safetensors or torch.save keep it.

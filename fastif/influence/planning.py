@@ -73,6 +73,8 @@ def make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | No
     passes, n = setup.passes, train.n
     item = dtype_of(setup.model).itemsize
     seen = rehearse(setup, train, n)
+    states = len(setup.states)
+    seen_of_all = states if setup.kept is None else sum(map(len, setup.kept)) / n  # times that a fit walks through them
     total, making, solving = Cost(), 0, 0
     solve_flops, flops = 0.0, seen.flops * n
     layers: dict[str, LayerPlan] = {}
@@ -87,12 +89,12 @@ def make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | No
             solving = max(solving, STANDING * size * item + (products.solve_bytes or 0))
         kind = type(part.given).__name__
         for name, block in blocks.items():
-            layers[name] = LayerPlan(block.shape, block.positions, kind, cost.held * block.size // size)
+            layers[name] = LayerPlan(block.shape, block.positions, kind, states * cost.held * block.size // size)
     fit_bytes = None
     if seen.first_pass is not None:
         second = total.held + seen.second_pass if seen.second_pass else 0
         streamed = max(seen.first_pass, second) + seen.batch_bytes
-        fit_bytes = int(max(streamed, total.held + making))
+        fit_bytes = int(max(streamed, total.held + making)) + (states - 1) * total.held
     parts = setup.estimators.parts.values()
     multiplying = {type(part.given).__name__ for part in parts if part.products(n) != Products()}
     made = Plan(
@@ -100,12 +102,12 @@ def make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | No
         dict(setup.capture.skipped),
         layers,
         n,
-        total.held,
+        states * total.held,
         fit_bytes,
         sum(block.size for block in seen.blocks.values()) * item,
-        flops,
+        flops * seen_of_all,
         tuple(sorted(multiplying)),
-        solve_flops,
+        solve_flops * states,
         None if solve_flops and seen.first_pass is None else solving,
     )
     if query is None:
@@ -119,11 +121,13 @@ def make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | No
     else:
         scores, own, held = _computed_scores(setup, seen, total, query, q, low_rank)
     scored = q * n * item if setup.device.type == "cpu" else 0
+    if setup.kept is not None:  # one network's, the same at one scale, and the sum
+        scored *= 3
     return made._replace(
         q=q,
         score_bytes=None if scores is None else scores + scored,
         self_bytes=None if own is None else own + n * item,
-        score_passes=-(-q // held) * len(setup.states),
+        score_passes=-(-q // held) * states,
     )
 
 

@@ -49,7 +49,7 @@ def write_scores(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        scores = _open_folder(folder, settings, resume)
+        scores = open_folder(folder, settings, resume)
         checkpoints, batch_size = len(fitted.curvatures), fitted.passes.batch_size
         for rows in scores.row_runs:
             missing = [columns for columns in scores.column_runs if not scores.has_block(rows, columns)]
@@ -61,7 +61,7 @@ def write_scores(
     return scores
 
 
-def _open_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> ScoreFolder:
+def open_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> ScoreFolder:
     """The folder of a job, made where there is none yet; one of another job is refused."""
     begun = (folder / MANIFEST).exists()
     if begun and not resume:
@@ -100,12 +100,12 @@ def _write_tiles(
             under_way[number][tile.query : tile.query + len(values), column : column + values.shape[1]] += values
             left[number] -= values.shape[0] * values.shape[1]
             if left[number] == 0:
-                _write_block(scores, rows, run, under_way.pop(number), low_rank_error)
+                write_block(scores, rows, run, under_way.pop(number), low_rank_error)
     if any(left):
         raise ValueError("scores: the data gave fewer examples than at its first pass")
 
 
-def _write_block(scores: ScoreFolder, rows: range, columns: range, values: Tensor, low_rank_error: float) -> None:
+def write_block(scores: ScoreFolder, rows: range, columns: range, values: Tensor, low_rank_error: float) -> None:
     try:
         if low_rank_error > scores.low_rank_error:  # first: a block whose error is not noted would be taken for exact
             scores.low_rank_error = low_rank_error
@@ -185,6 +185,7 @@ def fit_settings(setup: Setup, train: Any, key: str | None = None) -> dict[str, 
         "estimators": sorted({described(type(e)) for e in setup.estimators.by_block.values()}),
         "curvature": "; ".join(f"{estimator} of {', '.join(names)}" for estimator, names in covered.items()),
         "checkpoints": None if checkpoints is None else len(checkpoints),
+        "networks": None if setup.kept is None else fingerprint(setup.kept),
         "model": fingerprint(t for state in states for t in state.values() if isinstance(t, Tensor)),
         "model code": described_model(model, key),
         "train": walked(train, passes.batch_size).identity.fingerprint,

@@ -100,9 +100,6 @@ def compute_scores(
 
 def find_top(fitted: Fitted, query: Any, train: Any, k: int, largest: bool) -> tuple[Tensor, Tensor]:
     """The k best training examples of each query, (values [q, k], indices int64 [q, k]); see `Influence.top`."""
-    n = count(train, fitted.passes.batch_size)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
-        raise ValueError(f"top: k must be an integer in [1, n={n}], got k={k}")
     if len(fitted.curvatures) > 1:  # a checkpoint's part is no score: the sum has to be there before it is ranked
         scores = compute_scores(fitted, query, train).values[""]
         values, indices = scores.sort(dim=1, descending=largest, stable=True)

@@ -30,6 +30,11 @@ def best_of(
     return values.gather(1, order), indices.gather(1, order)
 
 
+def check_k(k: object, n: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
+        raise ValueError(f"top: k must be an integer in [1, n={n}], got k={k}")
+
+
 def check_positions(positions: dict[str, int]) -> int:
     """The number of positions that all layers have."""
     most = max(positions.values())
@@ -60,3 +65,9 @@ def check_groups(what: str, groups: Tensor, n: int) -> None:
             f"scores: {what} must be [{n}] numbers >= 0, got shape {list(groups.shape)}, "
             f"the smallest {int(groups.min()) if groups.numel() else None}"
         )
+
+
+def add_groups(values: Tensor, groups: Tensor) -> Tensor:
+    """Sums of columns by group, [rows, groups]."""
+    out = values.new_zeros((len(values), int(groups.max()) + 1, *values.shape[2:]))
+    return out.index_add_(1, groups.cpu(), values)

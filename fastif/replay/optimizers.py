@@ -1,4 +1,4 @@
-"""The optimizers that can be replayed: a step of each, and the same step backwards. docs/math.md (23).
+"""The optimizers that can be replayed: a step of each, and the same step backwards. docs/math.md (24).
 
 Both work on one group's part of the vectors. A step takes the gradient g of the mean loss, without weight decay. The
 step backwards takes adjoints: derivatives of the queries' measurements by what the step left behind, the parameters

@@ -30,7 +30,7 @@ class _Run(NamedTuple):
 
 
 class Replay:
-    """Scores from the training run itself, computed backwards step by step. docs/math.md (23).
+    """Scores from the training run itself, computed backwards step by step. docs/math.md (24).
 
     scores[q, t] is the predicted rise of query q's loss at the end of the training had example t not been in its
     batches, −Σ_steps (w_t/b) ⟨∇ℓ_t, c⟩: with matrix="hessian" the exact first-order answer for this run, with "ggn"

@@ -56,7 +56,7 @@ class _Segment(NamedTuple):
 
 
 class Source:
-    """Scores by segments of the training (SOURCE, Bae et al. 2024), from the checkpoints of its log. docs/math.md (24).
+    """Scores by segments of the training (SOURCE, Bae et al. 2024), from the checkpoints of its log. docs/math.md (25).
 
     scores[q, t] = (1/n) Σ_l ∇m_qᵀ (Π_{l' > l} e^{−τ_l'(G_l' + γ)}) f_l(G_l) ∇ℓ_t(θ_l), f_l the filter of
     `TrainingDamping` for the training time τ_l of segment l, G_l and ∇ℓ_t(θ_l) taken at the checkpoint nearest to the

@@ -158,10 +158,14 @@ def _ridge_norms(features: Tensor, traces: Tensor, damping: float) -> Tensor:
         moment.addmm_(a.mT * traces[row : row + len(a)], a, alpha=1 / len(features))
         row += len(a)
     factor, info = torch.linalg.cholesky_ex(moment + damping * torch.eye(d + 1, dtype=torch.float64))
-    if int(info) != 0:
+    pivots = factor.diagonal().square()
+    floor = (d + 1) * torch.finfo(torch.float64).eps * float(moment.diagonal().max())  # within rounding of zero
+    singular = (pivots <= floor).nonzero()[:, 0].tolist()
+    if int(info) or singular:
+        bad = singular[0] if singular else int(info) - 1
         enough = 4 * (d + 1) * torch.finfo(torch.float64).eps * float(moment.trace())
         raise ValueError(
-            f"leverage: A^T D A / n + damping I is not positive definite at row {int(info) - 1}: "
+            f"leverage: A^T D A / n + damping I is not positive definite at row {bad}: "
             f"damping={damping:g} is below the rounding of a trace of {float(moment.trace()):g}, {enough:.1g} would do"
         )
     norms = []

@@ -51,7 +51,7 @@ def test_mislabel_detection_runs_and_resumes(tmp_path, monkeypatch):
 def test_lds_runs_and_its_table_is_whole(tmp_path, monkeypatch):
     root = real_data("fashion_mnist")
     monkeypatch.setattr(lds, "DAMPINGS", (1e-2,))
-    options = dict(root=root, n=120, queries=4, subsets=3, out=tmp_path / "a")
+    options = dict(root=root, n=120, queries=4, subsets=3, fresh=3, out=tmp_path / "a")
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     made = lds.main([*arguments, "--left-out", "2", "--models", "digits", "--contenders", "fastif"])["lds"]
     ours = [name for name in lds.CONTENDERS if name.startswith("fastif")]
@@ -135,8 +135,8 @@ def test_attention_is_counted():
 def test_scores_that_are_not_finite_are_told_and_not_judged():
     retrained = evaluation.Retrained([], [], torch.zeros(0), torch.zeros(0))
     left_out = evaluation.LeftOut([], torch.zeros(0), torch.zeros(0), None)
-    found = lds.judged(torch.full((2, 3), torch.nan), retrained, left_out)
-    assert found == {"lds": None, "loo": None, "loo_pearson": None}
+    found = lds.judged(torch.full((2, 3), torch.nan), lds.Judges(retrained, retrained, left_out))
+    assert found == {"lds": None, "fresh": None, "loo": None}
 
 
 def test_the_table_of_gpus_has_the_newest_result_of_each(tmp_path, monkeypatch):

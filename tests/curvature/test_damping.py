@@ -404,6 +404,11 @@ def test_the_time_of_a_training():
     assert training_time([0.1, 0.2, 0.3]) == pytest.approx(0.6)
     assert training_time((0.1 * 0.5**t for t in range(3)), momentum=0.9) == pytest.approx(1.75)
     assert training_time(torch.full((4,), 0.25), 0.5) == 2.0
+    assert training_time([0.1, 0.2], [0.5, 0.9]) == pytest.approx(0.2 + 2.0)
+    with pytest.raises(ValueError, match="2 learning rates and 1 momenta"):
+        training_time([0.1, 0.2], [0.5])
+    with pytest.raises(ValueError, match="got 1 in step 1"):
+        training_time([0.1, 0.2], [0.5, 1.0])
 
 
 def test_rules_show_themselves_as_they_were_called():

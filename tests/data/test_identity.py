@@ -129,7 +129,8 @@ def test_what_a_sampler_leaves_out_and_moves_is_not_counted():
     loader = DataLoader(TensorDataset(X, Y), batch_size=16, sampler=order)
     influence = fitted(loader)
     assert influence.n == 50
-    assert torch.allclose(influence.scores(Q, loader), fitted((X[order], Y[order])).scores(Q, (X[order], Y[order])))
+    got, want = influence.scores(Q, loader), fitted((X[order], Y[order])).scores(Q, (X[order], Y[order]))
+    assert float((got - want).abs().max()) <= 1e-6 * float(want.abs().max())  # batches of other sizes round differently
     (((x, y), places),) = picked(loader, 256, torch.tensor([3, 8]))
     assert torch.equal(x, X[order][[3, 8]])
     assert (y.tolist(), places.tolist()) == (Y[order][[3, 8]].tolist(), [0, 1])

@@ -68,7 +68,7 @@ def test_long_descent_converges_to_the_exact_block():
 
 
 def by_hand(logs, query, crossed):
-    """The recursion of docs/math.md (23) for SGD with Nesterov momentum on a linear model, with dense Hessians."""
+    """The recursion of docs/math.md (24) for SGD with Nesterov momentum on a linear model, with dense Hessians."""
     x, y = EXAMPLES
     model, one_hot = linear(), F.one_hot(y, 3).double()
     runs = []

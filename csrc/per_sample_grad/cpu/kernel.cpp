@@ -198,6 +198,7 @@ void dots_by_position(const at::Tensor& inputs, const at::Tensor& output_grads, 
   const auto scratch = at::empty({threads, block * t, narrow}, a.options());
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     const at::AutoDispatchBelowADInplaceOrView guard;  // the dispatcher's state is per thread: no autograd in here
+    const OneThread one_thread;
     for (int64_t thread = first; thread < last; ++thread) {
       for (int64_t task = q * blocks * thread / threads; task < q * blocks * (thread + 1) / threads; ++task) {
         const int64_t direction = task / blocks, begin = task % blocks * block, end = std::min(n, begin + block);

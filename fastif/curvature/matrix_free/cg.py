@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -12,14 +11,15 @@ from torch import Tensor
 
 from fastif.curvature.damping import (
     NotPositiveDefinite,
+    RelativeDamping,
     TrainingDamping,
     check_damping,
-    constant_damping,
     sufficient,
 )
 from fastif.curvature.matrix_free.iterations import NotConverged, check_iterations, iterating, silent
 from fastif.curvature.matrix_free.krylov import Product, dots, krylov, normalise, norms_of
 from fastif.curvature.matrix_free.operator import Layout, Matrix, check_matrix, operator_of
+from fastif.curvature.matrix_free.per_layer import PerLayer
 from fastif.curvature.protocol import (
     BlockWork,
     Cost,
@@ -29,10 +29,8 @@ from fastif.curvature.protocol import (
     JointCurvature,
     Products,
     Shape,
-    check_estimator,
 )
 from fastif.model.gradients import Gradients
-from fastif.model.losses import Fisher
 from fastif.renamed import warn_outside
 
 _LOOKED = 30  # So many products may a failure cost, to find the damping that it advises.
@@ -48,7 +46,8 @@ class CG(JointCurvature):
     sees to. docs/math.md (18).
 
     Args:
-        damping: absolute λ >= 0; or a `TrainingDamping`, its γ + 1/τ (see `damping_used`).
+        damping: absolute λ >= 0; a `TrainingDamping`, its γ + 1/τ; or a `RelativeDamping`, for each layer a share of
+            its mean eigenvalue, which takes a pass over the data (see `damping_used`).
         matrix: "ggn" or "hessian"; a Hessian that λ does not make positive definite is refused when a direction shows
             it.
         tolerance: of the residual, relative to the right-hand side.
@@ -60,7 +59,7 @@ class CG(JointCurvature):
 
     def __init__(
         self,
-        damping: float | TrainingDamping = 1e-3,
+        damping: float | RelativeDamping | TrainingDamping = 1e-3,
         matrix: Matrix = "ggn",
         *,
         tolerance: float = 1e-4,
@@ -68,64 +67,50 @@ class CG(JointCurvature):
         preconditioner: Curvature | None = None,
         keep_graph: bool = False,
     ):
-        check_damping(damping, TrainingDamping)
+        check_damping(damping, RelativeDamping, TrainingDamping)
         if damping == "auto":
             raise ValueError("CG: damping must be a number, got 'auto'")
         check_matrix("CG", matrix)
         check_iterations("CG", tolerance, max_steps=max_steps)
-        if preconditioner is not None:
-            check_estimator("CG: preconditioner must be an estimator of single blocks", preconditioner)
-            if preconditioner.joint:
-                raise TypeError(
-                    f"CG: preconditioner must be an estimator of single blocks, got {type(preconditioner).__name__}, "
-                    "which is one of all blocks together"
-                )
         self.damping, self.tolerance, self.max_steps = damping, tolerance, max_steps
         self.matrix: Matrix = matrix
         self.preconditioner, self.keep_graph = preconditioner, keep_graph
-        self.passes = 0 if preconditioner is None else preconditioner.passes
-        self.fisher: Fisher = "empirical" if preconditioner is None else preconditioner.fisher
+        self._per_layer = PerLayer("CG", damping, preconditioner)
+        self.passes, self.fisher = self._per_layer.passes, self._per_layer.fisher
         self._data: FitData | None = None
-        self._preconditioners: dict[str, Curvature] = {}  # by block
         self.residual: float | None = None  # of the last solve, relative, the largest of its right-hand sides
         self.steps_taken: int | None = None  # of the last solve
         self.graph_bytes = 0
 
     def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
         self._layout, self._data = Layout(shapes), data
-        self._preconditioners = {}
-        if self.preconditioner is not None:
-            self._preconditioners = {name: copy.deepcopy(self.preconditioner) for name in shapes}
-            for name, estimator in self._preconditioners.items():
-                estimator.begin(name, shapes[name])
+        self._per_layer.begin(shapes)
 
     def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
-        for name, estimator in self._preconditioners.items():
-            estimator.observe(gradients[name], weights, column, pass_index)
+        self._per_layer.observe(gradients, weights, column, pass_index)
 
     def end(self, pass_index: int) -> None:
-        """Ends a pass of the preconditioner."""
-        for estimator in self._preconditioners.values():
-            if pass_index < estimator.passes:
-                estimator.end(pass_index)
+        """Ends a pass of the preconditioner, and of what a `RelativeDamping` is a share of."""
+        self._per_layer.end(pass_index)
 
     @property
-    def damping_used(self) -> float:
-        """λ: the number given, or that of a `TrainingDamping`."""
-        return constant_damping(self.damping)
+    def damping_used(self) -> float | dict[str, float]:
+        """λ: the number given, or that of a `TrainingDamping`; of a `RelativeDamping` that of each layer."""
+        return self._per_layer.used
 
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(G + λI)⁻¹ rhs. Raises NotPositiveDefinite for a direction of no or negative curvature."""
         operator = operator_of("CG", self._data, self.matrix, self.keep_graph)
         self.graph_bytes = operator.graph_bytes
+        flat = self._layout.flat(rhs)
         with iterating("CG", self.max_steps, operator.data) as stepped:
             found = conjugate_gradients(
                 operator,
-                self._layout.flat(rhs),
-                self.damping_used,
+                flat,
+                self._per_layer.times(flat),
                 tolerance=self.tolerance,
                 max_steps=self.max_steps,
-                precondition=self._precondition if self._preconditioners else None,
+                precondition=self._per_layer.precondition if self._per_layer.preconditions else None,
                 name=self.matrix,
                 stepped=stepped,
             )
@@ -143,31 +128,16 @@ class CG(JointCurvature):
             )
         return self._layout.by_block(found.x, rhs)
 
-    def _precondition(self, flat: Tensor) -> Tensor:
-        parts = self._layout.by_block(flat)
-        return self._layout.flat({name: self._preconditioners[name].solve(part) for name, part in parts.items()})
-
     def state_dict(self) -> dict[str, Tensor]:
-        """The preconditioner's state: the curvature itself is never there."""
-        return {
-            f"{name}/{key}": value
-            for name, estimator in self._preconditioners.items()
-            for key, value in estimator.state_dict().items()
-        }
+        """The preconditioner's state, and the layers' own damping: the curvature itself is never there."""
+        return self._per_layer.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, estimator in self._preconditioners.items():
-            start = f"{name}/"
-            estimator.load_state_dict({k.removeprefix(start): v for k, v in state.items() if k.startswith(start)})
+        self._per_layer.load_state_dict(state)
 
     def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
         """Of the preconditioner; a solve takes some vectors of its right-hand sides' size besides, and the graph."""
-        total = Cost()
-        if self.preconditioner is not None:
-            by_block = dict.fromkeys(blocks, self.preconditioner) | self._preconditioners
-            for name, block in blocks.items():
-                total += by_block[name].cost(block, fit)
-        return total
+        return self._per_layer.cost(blocks, fit)
 
     def products(self, n: int) -> Products:
         """One in a step, and one when the recursion ends, which begins anew only where it has halved the residual."""
@@ -187,7 +157,7 @@ class Solved(NamedTuple):
 def conjugate_gradients(
     product: Product,
     rhs: Tensor,
-    damping: float,
+    damping: float | Tensor,
     *,
     tolerance: float,
     max_steps: int,
@@ -195,7 +165,7 @@ def conjugate_gradients(
     name: str = "matrix",
     stepped: Callable[[float], None] = silent,
 ) -> Solved:
-    """Solves (A + λI) x = b for the rows b of rhs [m, P], all at once.
+    """Solves (A + λI) x = b for the rows b of rhs [m, P], all at once; λ may be the diagonal [P] of another matrix.
 
     `name` of A is for messages; `stepped` is told the largest residual of every step.
 
@@ -228,7 +198,7 @@ def conjugate_gradients(
 def _run(
     product: Product,
     r: Tensor,
-    damping: float,
+    damping: float | Tensor,
     goal: float,
     max_steps: int,
     precondition: Callable[[Tensor], Tensor] | None,
@@ -261,14 +231,16 @@ def _run(
     return x, max_steps
 
 
-def _refuse(product: Product, p: Tensor, bend: Tensor, damping: float, step: int, name: str) -> None:
+def _refuse(product: Product, p: Tensor, bend: Tensor, damping: float | Tensor, step: int, name: str) -> None:
     if not bool(bend.isfinite().all()):
         raise ValueError(f"CG: in step {step} the product of the {name} with a direction holds NaN or Inf")
     row = int(bend.argmin())
-    slope = float(bend[row] / dots(p[row : row + 1], p[row : row + 1])[0]) - damping
-    lowest = min(slope, krylov(product, p[row : row + 1], _LOOKED, 1, 1e-2).lowest)
+    one = p[row : row + 1]
+    own = float(dots(one, damping * one)[0] / dots(one, one)[0])  # λ in this direction
+    slope = float(bend[row] / dots(one, one)[0]) - own
+    lowest = min(slope, krylov(product, one, _LOOKED, 1, 1e-2).lowest)
     raise NotPositiveDefinite(
-        f"CG: the {name} with damping {damping:g} is not positive definite: in step {step} a direction has the "
-        f"curvature {slope + damping:.3g}, and the lowest eigenvalue found without damping is {lowest:.3g}; damping "
+        f"CG: the {name} with damping {own:g} is not positive definite: in step {step} a direction has the "
+        f"curvature {slope + own:.3g}, and the lowest eigenvalue found without damping is {lowest:.3g}; damping "
         f"{sufficient(min(lowest, 0.0)):g} would do" + ("" if name == "ggn" else ", or matrix='ggn'")
     )

@@ -12,15 +12,26 @@ from torch import Generator, Tensor
 
 from fastif.curvature.damping import (
     NotPositiveDefinite,
+    RelativeDamping,
     TrainingDamping,
     check_positive,
-    constant_damping,
     sufficient,
 )
 from fastif.curvature.matrix_free.iterations import NotConverged, check_iterations, iterating, silent
 from fastif.curvature.matrix_free.krylov import Product, dots, krylov, normalise, norms_of
 from fastif.curvature.matrix_free.operator import Layout, Matrix, Operator, check_matrix, operator_of
-from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Products, Shape
+from fastif.curvature.matrix_free.per_layer import PerLayer
+from fastif.curvature.protocol import (
+    BlockWork,
+    Cost,
+    Curvature,
+    FitData,
+    FitWork,
+    JointCurvature,
+    Products,
+    Shape,
+)
+from fastif.model.gradients import Gradients
 from fastif.renamed import rename_arguments, warn_outside, warn_renamed
 from fastif.samplers.subset import Subset
 
@@ -47,7 +58,8 @@ class LiSSA(JointCurvature):
     docs/math.md (19).
 
     Args:
-        damping: absolute λ > 0; or a `TrainingDamping`, its γ + 1/τ (see `damping_used`).
+        damping: absolute λ > 0; a `TrainingDamping`, its γ + 1/τ; or a `RelativeDamping`, for each layer a share of
+            its mean eigenvalue, which takes a pass over the data (see `damping_used`).
         matrix: "ggn" or "hessian".
         scale: the series converges if it is more than half of the largest eigenvalue of G + λI. "auto": a quarter
             above the largest eigenvalue that power iteration finds, or that of the batches drawn (see `scale_used`).
@@ -55,6 +67,9 @@ class LiSSA(JointCurvature):
         tolerance: of the residual, relative to the right-hand side.
         batch: examples per step, or None for all.
         repeats: of the whole series, for batches.
+        preconditioner: an estimator P of single blocks (`Diagonal`, `KFAC`, `EKFAC`) with a damping of its own, fitted
+            on the same subset: steps are P⁻¹(b − (G_j + λI)x)/scale, few where P is near G + λI, and `scale` is that
+            of P⁻¹(G + λI). With batches and EK-FAC this is ASTRA (Wang et al. 2025).
         keep_graph: see `Operator`; for batch=None.
 
     Of the last solve, `residual` (computed from x) and `steps_taken` are kept.
@@ -63,7 +78,7 @@ class LiSSA(JointCurvature):
     @rename_arguments(steps="max_steps")
     def __init__(
         self,
-        damping: float | TrainingDamping = 1e-2,
+        damping: float | RelativeDamping | TrainingDamping = 1e-2,
         matrix: Matrix = "ggn",
         *,
         scale: float | Literal["auto"] = "auto",
@@ -71,9 +86,10 @@ class LiSSA(JointCurvature):
         tolerance: float = 1e-3,
         batch: int | None = None,
         repeats: int = 1,
+        preconditioner: Curvature | None = None,
         keep_graph: bool = False,
     ):
-        check_positive("LiSSA", damping, (TrainingDamping,), ": it has to converge")
+        check_positive("LiSSA", damping, (RelativeDamping, TrainingDamping), ": it has to converge")
         check_matrix("LiSSA", matrix)
         check_iterations("LiSSA", tolerance, max_steps=max_steps, repeats=repeats, batch=1 if batch is None else batch)
         if scale != "auto" and not (isinstance(scale, int | float) and 0 < scale < math.inf):
@@ -86,6 +102,9 @@ class LiSSA(JointCurvature):
         self.matrix: Matrix = matrix
         self.scale: float | Literal["auto"] = scale
         self.max_steps, self.keep_graph = max_steps, keep_graph
+        self.preconditioner = preconditioner
+        self._per_layer = PerLayer("LiSSA", damping, preconditioner)
+        self.passes, self.fisher = self._per_layer.passes, self._per_layer.fisher
         self._data: FitData | None = None
         self._scale: Tensor | None = None
         self.residual: float | None = None  # of the last solve, relative, the largest of its right-hand sides
@@ -94,19 +113,29 @@ class LiSSA(JointCurvature):
 
     def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
         self._layout, self._data, self._scale = Layout(shapes), data, None
+        self._per_layer.begin(shapes)
         if self.scale != "auto":
             self._scale = torch.tensor(float(self.scale), dtype=torch.float64)
         k = math.inf if data is None else len(data.subset.indices)
         if self.batch is not None and self.batch > k:
             raise ValueError(f"LiSSA: batch must be at most the subset's k={k} examples, got {self.batch}")
 
+    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
+        self._per_layer.observe(gradients, weights, column, pass_index)
+
     def end(self, pass_index: int) -> None:
-        """Finds the scale."""
-        del pass_index
-        if self._scale is None:
-            operator = self._operator()
-            found = largest(self._products(operator, repeat=-1), self._start(operator))
-            self._scale = torch.tensor(_MARGIN * found + self.damping_used, dtype=torch.float64)
+        """Ends a pass of the preconditioner; after the last one, finds the scale."""
+        self._per_layer.end(pass_index)
+        if self._scale is not None or pass_index + 1 < self.passes:
+            return
+        operator = self._operator()
+        start, products = self._start(operator), self._products(operator, repeat=-1)
+        if self._per_layer.preconditions:
+            found = largest_preconditioned(products, start, self._per_layer.times(start), self._per_layer.precondition)
+            self._scale = torch.tensor(_MARGIN * found, dtype=torch.float64)
+        else:
+            found = largest(products, start)
+            self._scale = torch.tensor(_MARGIN * found + self._per_layer.largest, dtype=torch.float64)
 
     @property
     def steps(self) -> int:
@@ -115,9 +144,9 @@ class LiSSA(JointCurvature):
         return self.max_steps
 
     @property
-    def damping_used(self) -> float:
-        """λ: the number given, or that of a `TrainingDamping`."""
-        return constant_damping(self.damping)
+    def damping_used(self) -> float | dict[str, float]:
+        """λ: the number given, or that of a `TrainingDamping`; of a `RelativeDamping` that of each layer."""
+        return self._per_layer.used
 
     @property
     def scale_used(self) -> float:
@@ -132,24 +161,26 @@ class LiSSA(JointCurvature):
         self.graph_bytes = operator.graph_bytes
         sizes = norms_of(flat)
         b, x, self.steps_taken = normalise(flat, sizes), torch.zeros_like(flat), 0
+        damping = self._per_layer.times(flat)
         with iterating("LiSSA", self.max_steps * self.repeats, operator.data) as stepped:
             for repeat in range(self.repeats):
                 products = self._products(operator, repeat)
                 found, taken = neumann(
                     products,
                     b,
-                    self.damping_used,
+                    damping,
                     self.scale_used,
                     steps=self.max_steps,
                     tolerance=_CLOSER * self.tolerance if self.batch is None else None,
                     full=operator,
+                    precondition=self._per_layer.precondition if self._per_layer.preconditions else None,
                     name=self.matrix,
                     eps=torch.finfo(operator.coarsest).eps,
                     stepped=stepped,
                 )
                 x += found / self.repeats
                 self.steps_taken += taken
-        self.residual = float(norms_of(b - (operator(x) + self.damping_used * x)).max())
+        self.residual = float(norms_of(b - (operator(x) + damping * x)).max())
         if not self.residual <= self.tolerance:
             warn_outside(
                 f"LiSSA: after {self.steps_taken} steps the residual is {self.residual:.2g} of the right-hand side, "
@@ -181,17 +212,19 @@ class LiSSA(JointCurvature):
             yield operator if batch is None else partial(operator, subset=draw_batch(data.subset, batch, generator))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The scale: the curvature itself is never there."""
+        """The scale and what was learned of each layer: the curvature itself is never there."""
         _ = self.scale_used
-        return {} if self._scale is None else {"scale": self._scale}
+        return {**self._per_layer.state_dict(), **({} if self._scale is None else {"scale": self._scale})}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._scale = state["scale"]
+        self._per_layer.load_state_dict(state)
 
     def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
-        """Nothing is held; the scale takes a few vectors, a solve some of its right-hand sides' size, and the graph."""
+        """Of the preconditioner; the scale takes a few vectors, a solve some of its right-hand sides' size besides."""
         size = sum(block.size for block in blocks.values())
-        return Cost(making=4 * size * fit.item if self.scale == "auto" else 0)
+        making = 4 * size * fit.item if self.scale == "auto" else 0
+        return self._per_layer.cost(blocks, fit) + Cost(making=making)
 
     def products(self, n: int) -> Products:
         """Power iteration for the scale; one in a step, and two of all examples that look at where it has come to."""
@@ -224,20 +257,43 @@ def largest(products: Iterator[Product], start: Tensor) -> float:
     return found
 
 
+def largest_preconditioned(
+    products: Iterator[Product], start: Tensor, damping: float | Tensor, precondition: Product
+) -> float:
+    """The largest eigenvalue of P⁻¹(A + λI), for a preconditioner P, from below.
+
+    vᵀ B P⁻¹ B v / vᵀ B v with B = A + λI is a Rayleigh quotient of P⁻¹B, whichever v.
+    """
+    v, found = normalise(start, norms_of(start)), 0.0
+    for _ in range(_POWER_STEPS):
+        image = next(products)(v) + damping * v
+        moved = precondition(image)
+        bend = float(dots(v, image)[0])
+        if bend <= 0:
+            break
+        found = max(found, float(dots(image, moved)[0]) / bend)
+        v = normalise(moved, norms_of(moved))
+    return found
+
+
 def neumann(
     products: Iterator[Product],
     b: Tensor,
-    damping: float,
+    damping: float | Tensor,
     scale: float,
     *,
     steps: int,
     tolerance: float | None,
     full: Product,
     name: str,
+    precondition: Product | None = None,
     eps: float = 0.0,
     stepped: Callable[[float], None] = silent,
 ) -> tuple[Tensor, int]:
-    """x ← x + (b − (A + λI)x)/scale from x = 0, for rows b [m, P] of norm 1 or 0; returns x and the steps taken.
+    """x ← x + P⁻¹(b − (A + λI)x)/scale from x = 0, for rows b [m, P] of norm 1 or 0; returns x and the steps taken.
+
+    λ may be the diagonal [P] of another matrix; P is the identity without a preconditioner. What is left of b shrinks
+    in every step in the norm of P⁻¹, in which divergence is looked for.
 
     tolerance: of the norm of what is added times the scale, where A is always the same; a row that is there stands
     still, and all do where A's rounding, eps relative to it, lets them come no further. None where A varies: x is then
@@ -246,31 +302,44 @@ def neumann(
     """
     x, mean = torch.zeros_like(b), torch.zeros_like(b)
     moving = torch.arange(len(b), device=b.device)
+    unit = torch.ones(len(b), dtype=torch.float64, device=b.device)
     lowest, eps = math.inf, max(eps, torch.finfo(b.dtype).eps)
     for step in range(steps):
         here = x[moving]
         rest = b[moving] - (next(products)(here) + damping * here)
-        size = norms_of(rest)
-        worst = float(size.max())
+        size, moved = norms_of(rest), rest
+        own = size  # in the norm that shrinks
+        if precondition is not None:
+            moved = precondition(rest)
+            own = dots(rest, moved).clamp(min=0).sqrt()
+            if step == 0:
+                unit = torch.where(own > 0, own, 1.0)
+            own = own / unit[moving]
+        worst = float(own.max())
         lowest = min(lowest, worst)
-        stepped(worst)
+        stepped(float(size.max()))
         # With one matrix the rest shrinks in every step, if it does at all.
         if not worst <= (_AWAY if tolerance is None else 2 * max(lowest, eps**0.5)):
+            if precondition is not None:
+                raise Diverged(
+                    f"LiSSA: with scale {scale:g} the preconditioned series diverges in step {step + 1}: a larger "
+                    "scale or 'auto', larger batches, or more damping of the preconditioner would help"
+                )
             direction = rest[int(size.nan_to_num(math.inf).argmax())][None]
             _refuse(full, direction, damping, scale, step + 1, name, 0.0 if tolerance is None else eps)
             return x, step
         if tolerance is not None:
-            moving, rest = moving[size > tolerance], rest[size > tolerance]
+            moving, moved = moving[size > tolerance], moved[size > tolerance]
             if len(moving) == 0:
                 return x, step
-        x[moving] += rest / scale
+        x[moving] += moved / scale
         if tolerance is None and step >= steps // 2:
             mean += (x - mean) / (step - steps // 2 + 1)
     return (x if tolerance is not None else mean), steps
 
 
 def _refuse(
-    product: Product, direction: Tensor, damping: float, scale: float, step: int, name: str, eps: float
+    product: Product, direction: Tensor, damping: float | Tensor, scale: float, step: int, name: str, eps: float
 ) -> None:
     """Why the series diverges in a direction, which is by then that of an eigenvalue outside of (0, 2 scale).
 
@@ -284,6 +353,7 @@ def _refuse(
         )
     v = normalise(direction, norms_of(direction))
     image = product(v) + damping * v
+    own = float(dots(v, damping * v)[0])  # λ in this direction
     curvature, size = float(dots(v, image)[0]), float(norms_of(image)[0])
     if eps and curvature > -eps * scale and size <= _GROWN * scale:
         return
@@ -292,9 +362,9 @@ def _refuse(
             f"LiSSA: with scale {scale:g} the series diverges in step {step}, in a direction of the curvature "
             f"{curvature:.3g}: scale {_upwards(_MARGIN * max(size, curvature)):g} would do, or 'auto'"
         )
-    lowest = min(curvature - damping, krylov(product, v, _POWER_STEPS, 1, 1e-2).lowest)
+    lowest = min(curvature - own, krylov(product, v, _POWER_STEPS, 1, 1e-2).lowest)
     raise NotPositiveDefinite(
-        f"LiSSA: the {name} with damping {damping:g} is not positive definite, so that the series diverges: in step "
+        f"LiSSA: the {name} with damping {own:g} is not positive definite, so that the series diverges: in step "
         f"{step} a direction has the curvature {curvature:.3g}, and the lowest eigenvalue found without damping is "
         f"{lowest:.3g}; damping {sufficient(lowest):g} would do" + ("" if name == "ggn" else ", or matrix='ggn'")
     )

@@ -1,0 +1,251 @@
+"""Networks trained on parts of the data: scores averaged over them, row by row at one scale.
+
+Each network has a curvature of its own, from the examples that it was trained on. A query's row of network k has the
+spread σ_k, the standard deviation over the training examples; rows are brought to one scale before they are averaged:
+
+    scores[q, :] = median_k σ_k · mean_k (s_k[q, :] / σ_k)
+
+docs/math.md (23).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastif.folder_lock import locked
+from fastif.influence.fitted import Fitted
+from fastif.influence.score_folder import ScoreFolder
+from fastif.influence.score_job import open_folder, settings_of, write_block, write_scores
+from fastif.influence.scoring import compute_scores, compute_self_influence
+from fastif.influence.tiles import By, add_groups, check_groups
+
+
+class Networks(NamedTuple):
+    """Networks of one architecture and recipe, each trained on a part of the training data.
+
+    `fastif.evaluation.train_halves` makes them; any others of one architecture will do.
+    """
+
+    states: Sequence[Mapping[str, Tensor]]  # state dicts
+    kept: Sequence[Tensor]  # int64 [k] each: the training examples that each network was trained on
+    training_time: float | None = None  # τ of each training, for `TrainingDamping`; None where nobody said
+
+    def first(self, number: int) -> Networks:
+        """The first so many of them."""
+        if not 1 <= number <= len(self.states):
+            raise ValueError(f"Networks.first: number must be in [1, {len(self.states)}], got {number}")
+        return self._replace(states=self.states[:number], kept=self.kept[:number])
+
+
+def check_networks(networks: Networks) -> None:
+    """Raises TypeError and ValueError for what are no networks; whether indices lie in the data, a fit sees."""
+    if not isinstance(networks, Networks):
+        raise TypeError(f"Influence: networks must be fastif.Networks, got {type(networks).__name__}")
+    if len(networks.states) != len(networks.kept) or not len(networks.states):
+        raise ValueError(
+            "Influence: networks must have one state and one tensor of kept examples each, at least one, got "
+            f"{len(networks.states)} states and {len(networks.kept)} tensors"
+        )
+    for number, kept in enumerate(networks.kept):
+        if not isinstance(kept, Tensor) or kept.dtype != torch.int64 or kept.dim() != 1 or not len(kept):
+            raise TypeError(f"Influence: networks.kept[{number}] must be an int64 tensor [k] with k >= 1")
+        if int(kept.min()) < 0 or len(kept.unique()) < len(kept):
+            raise ValueError(f"Influence: networks.kept[{number}] must hold distinct indices >= 0")
+
+
+class Averaged(NamedTuple):
+    """The mean over the networks, and what is known of its error."""
+
+    values: dict[str, Tensor]  # "" or, by layer, its name
+    errors: dict[str, Tensor] | None  # standard errors, of the same shapes; None where they were not asked for
+    low_rank_error: float = 0.0
+
+
+def average_scores(
+    fitted: Fitted,
+    query: Any,
+    train: Any,
+    query_groups: Tensor | None,
+    groups: Tensor | None,
+    low_rank: int | None,
+    by: By,
+    spread: bool,
+) -> Averaged:
+    """Scores in memory, [q, n] or their parts; about three times what they take while they are averaged."""
+    if groups is not None:
+        check_groups("groups", groups, train.n)
+    low_rank_error, rows = 0.0, _Rows(fitted, spread)
+    for number, alone in enumerate(_each_alone(fitted)):
+        values, error = compute_scores(alone, query, train, query_groups, None, low_rank, by)
+        low_rank_error = max(low_rank_error, error)
+        rows.add({name: _grouped(part, groups) for name, part in values.items()}, _spreads(values.values(), number))
+    return rows.averaged()._replace(low_rank_error=low_rank_error)
+
+
+def average_self_influence(fitted: Fitted, train: Any, spread: bool) -> Averaged:
+    """The self-influence of every training example, [n], as one row."""
+    rows = _Rows(fitted, spread)
+    for number, alone in enumerate(_each_alone(fitted)):
+        row = compute_self_influence(alone, train)[None]
+        rows.add({"": row}, _spreads([row], number))
+    averaged = rows.averaged()
+    errors = averaged.errors
+    return Averaged({"": averaged.values[""][0]}, None if errors is None else {"": errors[""][0]})
+
+
+def write_averaged_scores(
+    fitted: Fitted, query: Any, train: Any, folder: Path | str, *, spread: bool, resume: bool, **how: Any
+) -> tuple[ScoreFolder, ScoreFolder | None]:
+    """The folder of the scores, in which each network has one of its own, and that of their standard errors.
+
+    An interrupted job goes on in the folder of the network that it was at.
+    """
+    folder = Path(folder)
+    made: list[ScoreFolder] = []
+    networks = _each_alone(fitted)
+    settings = settings_of(fitted, query, train, *(how[name] for name in ("query_groups", "low_rank", "by", "key")))
+    wanted = [folder, folder / "standard-error"] if spread else [folder]
+    for where in wanted:
+        where.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        for where in wanted:
+            of_what = {**settings, "what": "standard error" if where != folder else "scores"}
+            made.append(open_folder(where, of_what, resume or where != folder))
+        if all(one.finished for one in made):
+            return made[0], made[1] if spread else None
+        parts = [
+            write_scores(alone, query, train, folder / f"network-{number:02d}", resume=True, **how)
+            for number, alone in enumerate(networks)
+        ]
+        scores = made[0]
+        error = max(part.low_rank_error for part in parts)
+        for run in scores.row_runs:
+            spreads = [_folder_spreads(part, run, number) for number, part in enumerate(parts)]
+            for stretch in scores.column_runs:
+                if all(one.has_block(run, stretch) for one in made):
+                    continue
+                rows = _Rows(fitted, spread)
+                for part, sigma in zip(parts, spreads, strict=True):
+                    rows.add({"": part[run.start : run.stop, stretch.start : stretch.stop]}, sigma)
+                averaged = rows.averaged()
+                for one, values in zip(made, (averaged.values, averaged.errors or {}), strict=False):
+                    write_block(one, run, stretch, values[""], error)
+    return made[0], made[1] if spread else None
+
+
+def _each_alone(fitted: Fitted) -> list[Fitted]:
+    """What was fitted on each network, as if it were the only one."""
+    return [
+        Fitted(
+            fitted.setup._replace(checkpoints=[state], kept=None),
+            (curvature,),
+            fitted.n,
+            fitted.subset_of(number),
+            fitted.train,
+        )
+        for number, (state, curvature) in enumerate(fitted.at_checkpoints())
+        if state is not None
+    ]
+
+
+def are_halves(kept: Sequence[Tensor], n: int) -> bool:
+    """Whether the networks come in pairs, each trained on what the other was not."""
+    pairs = zip(kept[::2], kept[1::2], strict=False)
+    return len(kept) % 2 == 0 and all(torch.equal(torch.cat(pair).sort().values, torch.arange(n)) for pair in pairs)
+
+
+class _Rows:
+    """Sums over networks of rows at one scale; of pairs where the networks come in complementary halves.
+
+    A network's scores of the examples that it was trained on are systematically smaller than those of the others, so
+    that only pairs differ by chance alone.
+    """
+
+    def __init__(self, fitted: Fitted, spread: bool):
+        kept = fitted.setup.kept or ()
+        self.size = 2 if are_halves(kept, fitted.n) else 1
+        units = len(kept) // self.size
+        if spread and units < 2:
+            what = "pairs of halves" if self.size == 2 else "networks"
+            raise ValueError(f"spread=True needs at least two {what} to tell how far they differ, got {units}")
+        self.spread = spread
+        self.sigmas: list[Tensor] = []  # by network: [q]
+        self.unit: dict[str, Tensor] = {}
+        self.means: dict[str, Tensor] = {}  # over the units so far
+        self.squares: dict[str, Tensor] = {}  # sums of squared distances from the mean, as Welford updates them
+
+    def add(self, values: Mapping[str, Tensor], sigma: Tensor) -> None:
+        """A network's rows [q, ...], and their spreads [q]."""
+        self.sigmas.append(sigma)
+        for name, part in values.items():
+            scale = torch.where(sigma > 0, 1 / sigma, 0.0).to(part.dtype).view(-1, *[1] * (part.dim() - 1))
+            _add(self.unit, name, part * scale)
+        if len(self.sigmas) % self.size:
+            return
+        number = len(self.sigmas) // self.size
+        for name, part in self.unit.items():
+            if name not in self.means:
+                self.means[name] = part
+                continue
+            away = part - self.means[name]
+            self.means[name].add_(away, alpha=1 / number)
+            if self.spread:
+                _add(self.squares, name, away.mul_(part.sub_(self.means[name])))
+        self.unit.clear()
+
+    def averaged(self) -> Averaged:
+        units = len(self.sigmas) // self.size
+        sigma = torch.stack(self.sigmas).quantile(0.5, dim=0)  # the mean of the middle two of an even number
+        values, errors = {}, {}
+        for name, mean in self.means.items():
+            scale = (sigma / self.size).to(mean.dtype).view(-1, *[1] * (mean.dim() - 1))
+            values[name] = mean * scale
+            if self.spread:
+                errors[name] = (self.squares[name] / (units * (units - 1))).sqrt_() * scale
+        return Averaged(values, errors if self.spread else None)
+
+
+def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
+    sums[name] = sums[name].add_(part) if name in sums else part
+
+
+def _grouped(values: Tensor, groups: Tensor | None) -> Tensor:
+    return values if groups is None else add_groups(values, groups)
+
+
+def _spreads(parts: Iterable[Tensor], network: int) -> Tensor:
+    """The standard deviation of each row [q, n] over the training examples, of the sum of parts and positions."""
+    rows = sum(part.double().flatten(2).sum(2) if part.dim() > 2 else part.double() for part in parts)
+    assert isinstance(rows, Tensor)
+    return _check_spreads(rows.std(dim=1, correction=0), rows.abs().amax(1), network)
+
+
+def _folder_spreads(scores: ScoreFolder, run: range, network: int) -> Tensor:
+    """The same of rows on the disk, block by block."""
+    total = squares = most = torch.zeros(len(run), dtype=torch.float64)
+    for mean in (None, 0):  # the mean first: squares of what is far from zero would cancel
+        shift = torch.zeros(len(run), 1, dtype=torch.float64) if mean is None else total[:, None] / scores.shape[1]
+        for stretch in scores.column_runs:
+            rows = scores[run.start : run.stop, stretch.start : stretch.stop].double()
+            rows = rows.flatten(2).sum(2) if rows.dim() > 2 else rows
+            if mean is None:
+                total, most = total + rows.sum(1), torch.maximum(most, rows.abs().amax(1))
+            else:
+                squares = squares + (rows - shift).square().sum(1)
+    return _check_spreads((squares / scores.shape[1]).sqrt(), most, network)
+
+
+def _check_spreads(sigma: Tensor, most: Tensor, network: int) -> Tensor:
+    """Refuses rows that are the same for all examples and not zero: they have no scale."""
+    flat = ((sigma <= 1e-12 * most) & (most > 0)).nonzero()
+    if len(flat):
+        raise ValueError(
+            f"scores: query {int(flat[0])} has the same score, {float(most[flat[0]]):.3g}, for all training examples "
+            f"under network {network}: a row without spread cannot be averaged with those of other networks"
+        )
+    return torch.where(most > 0, sigma, 0.0)
