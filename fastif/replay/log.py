@@ -225,6 +225,11 @@ class TrainingLog:
         return self._final
 
     @property
+    def kept(self) -> Tensor:
+        """The training examples that were in a batch, int64 ascending."""
+        return torch.cat([step.rows for step in self.steps]).unique()
+
+    @property
     def starts(self) -> list[int]:
         """The steps before which there are checkpoints."""
         return list(range(0, len(self.steps), self.every))

@@ -147,7 +147,7 @@ class Source:
     # --------------------------------------------------------------------------------------------------------- the work
 
     def _fit(self, log: TrainingLog, bounds: list[tuple[int, int, int]]) -> tuple[int, list[_Segment]]:
-        rows = torch.cat([step.rows for step in log.steps]).unique()
+        rows = log.kept
         if int(rows[-1]) >= self.train.n:
             raise ValueError(
                 f"Source: the log's rows must be in [0, n={self.train.n}), got {int(rows[-1])}: other data?"

@@ -29,6 +29,7 @@ def test_time_of_a_schedule():
     assert log.weight_decay == 1e-2
     assert (log.damping.time, log.damping.weight_decay) == (log.training_time, 1e-2)
     assert log.starts == [0, 7]
+    assert log.kept.tolist() == list(range(24))
     assert torch.equal(log.parameters()["2.bias"], model[2].bias)
     torch.testing.assert_close(log.parameters(0)["0.weight"], network()[0].weight.detach())
 
