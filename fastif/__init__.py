@@ -34,6 +34,7 @@ from fastif.model.features import Extracted, extract, find_head
 from fastif.ops import build_info
 from fastif.removal import Removal, Step, remove
 from fastif.renamed import find_renamed
+from fastif.replay import NotReproduced, Replay, Source, TrainingLog
 from fastif.samplers import CertifiedSubset, Subset
 
 __all__ = [
@@ -55,15 +56,19 @@ __all__ = [
     "Networks",
     "NotConverged",
     "NotPositiveDefinite",
+    "NotReproduced",
     "Plan",
     "RandomProjection",
     "RelativeDamping",
     "Removal",
+    "Replay",
     "ScoreFolder",
     "Shampoo",
+    "Source",
     "Step",
     "Subset",
     "TrainingDamping",
+    "TrainingLog",
     "__version__",
     "build_info",
     "choose",

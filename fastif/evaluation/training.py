@@ -50,12 +50,14 @@ def train(
     seed: int = 0,
     progress: bool = True,
     device: torch.device | str | None = None,
+    step: Callable[[torch.optim.Optimizer, Tensor], None] | None = None,
 ) -> nn.Module:
     """Trains `model` in place on images x [n, ...] and labels y [n]; returns it in evaluation mode.
 
     SGD with Nesterov momentum 0.9 and a one-cycle learning rate that peaks at `lr`, on the mean cross-entropy plus
     ½·weight_decay·‖θ‖² over all parameters. The order of the examples is drawn from `seed` on the CPU: the same call
-    gives the same network on the same device with the same number of threads.
+    gives the same network on the same device with the same number of threads. `step`, given the optimizer and the places
+    of the batch's examples, takes the place of the optimizer's own: `fastif.TrainingLog.step` does.
 
     Raises ValueError for empty data, for x and y of unequal length, and where the loss stops being finite.
     """
@@ -79,7 +81,7 @@ def train(
             loss = F.cross_entropy(model(x[rows].to(device)), y[rows].to(device))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
-            optimiser.step()
+            optimiser.step() if step is None else step(optimiser, rows)
             schedule.step()
             total += loss.detach()
         mean = total.item() / batches

@@ -43,7 +43,7 @@ _AWAY = 100.0  # With batches changes go up and down; one so many times the firs
 
 
 class Diverged(ValueError):
-    """The series of LiSSA does not converge; the message tells the scale or the damping with which it would."""
+    """LiSSA's series does not converge, or the derivative of a replay explodes; the message tells what would help."""
 
 
 class LiSSA(JointCurvature):
