@@ -104,7 +104,7 @@ def cnn() -> nn.Module:
 
 
 LR, BATCH = 0.05, 64
-EVERY = 20  # steps from one checkpoint of a log to the next
+EVERY = 4  # steps from one checkpoint of a log to the next
 
 
 def descended(kept: Tensor, seed: int, x: Tensor, y: Tensor, build: Callable[[], nn.Module], epochs: int) -> nn.Module:

@@ -56,8 +56,8 @@ def train(
 
     SGD with Nesterov momentum 0.9 and a one-cycle learning rate that peaks at `lr`, on the mean cross-entropy plus
     ½·weight_decay·‖θ‖² over all parameters. The order of the examples is drawn from `seed` on the CPU: the same call
-    gives the same network on the same device with the same number of threads. `step`, given the optimizer and the places
-    of the batch's examples, takes the place of the optimizer's own: `fastif.TrainingLog.step` does.
+    gives the same network on the same device with the same number of threads. `step`, given the optimizer and the
+    places of the batch's examples, takes the place of the optimizer's own: `fastif.TrainingLog.step` does.
 
     Raises ValueError for empty data, for x and y of unequal length, and where the loss stops being finite.
     """
