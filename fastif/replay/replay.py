@@ -15,9 +15,10 @@ from tqdm import tqdm
 from fastif.curvature.limits import MEMORY
 from fastif.curvature.matrix_free.lissa import Diverged
 from fastif.data.batches import moved_to, rows_of, walked
+from fastif.influence.networks import average_rows
 from fastif.influence.tiles import check_groups
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement
-from fastif.replay.combine import average, check_logs
+from fastif.replay.agreement import check_logs
 from fastif.replay.log import Point, TrainingLog
 from fastif.replay.network import Matrix
 from fastif.replay.path import Path, Piece
@@ -211,7 +212,7 @@ class Replay:
                 with self._running(run.path):
                     begun = self._query_gradients(run.path, query, chosen, query_groups)
                     found.append(self._backwards(number, run, begun))
-            yield first, average(found)
+            yield first, found[0] if len(found) == 1 else average_rows(found)
 
     def _queries_together(self, path: Path) -> int:
         return max(1, self.memory // 2 // (2 * path.state_bytes))

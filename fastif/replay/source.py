@@ -17,10 +17,11 @@ from fastif.curvature.network import NetworkCurvature
 from fastif.curvature.protocol import Estimator
 from fastif.data.batches import Walked, walked
 from fastif.influence.influence import Influence
+from fastif.influence.networks import average_rows
 from fastif.influence.tiles import check_groups
 from fastif.model.losses import Loss, Measurement
 from fastif.model.passes import Passes
-from fastif.replay.combine import average, check_logs
+from fastif.replay.agreement import check_logs
 from fastif.replay.log import TrainingLog
 from fastif.samplers.subset import Subset
 
@@ -139,7 +140,7 @@ class Source:
                 self._rows(segments, vectors, data) for vectors in self._gradients(segments[-1].passes, end, query)
             ]
             found.append(torch.cat(parts) / n)
-        scores = average(found)
+        scores = found[0] if len(found) == 1 else average_rows(found)
         if query_groups is None:
             return scores
         return scores.new_zeros((int(query_groups.max()) + 1, scores.shape[1])).index_add_(0, query_groups, scores)

@@ -1,11 +1,11 @@
-"""Several networks: whether their logs fit a model, and one row of scores from theirs."""
+"""Logs and models: whether they fit together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastif.replay.log import TrainingLog
 
@@ -20,22 +20,6 @@ def check_logs(op: str, logs: TrainingLog | Sequence[TrainingLog], model: nn.Mod
     if len(found) == 1:
         _check_weights(op, found[0], model)
     return found
-
-
-def average(rows: list[Tensor]) -> Tensor:
-    """s = median_k σ_k · mean_k(s_k/σ_k) of the networks' scores s_k [q, n], σ_k the standard deviation of each row.
-
-    A row of one value all along says nothing and is taken as zero.
-    """
-    if len(rows) == 1:
-        return rows[0]
-    stacked = torch.stack(rows)
-    spread = stacked.std(dim=2, correction=0)
-    scaled = torch.where(spread[..., None] > 0, stacked / spread[..., None], 0.0)
-    ordered = spread.sort(dim=0).values
-    k = len(rows)
-    median = (ordered[(k - 1) // 2] + ordered[k // 2]) / 2
-    return median[:, None] * scaled.mean(0)
 
 
 def _check_fits(op: str, what: str, log: TrainingLog, model: nn.Module) -> None:
