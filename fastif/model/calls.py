@@ -65,3 +65,14 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     """Of a model's gradients as they are computed with: float64 for a float64 model, else float32."""
     double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
     return torch.float64 if double else torch.float32
+
+
+def fleeting_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a model's state_dict leaves out (persistent=False), by name."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        for name in sorted(module._non_persistent_buffers_set):
+            value = module._buffers.get(name)
+            if value is not None:
+                found[f"{path}.{name}" if path else name] = value
+    return found

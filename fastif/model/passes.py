@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastif.data.batches import as_loader, batch_length, moved_to, rows_of
-from fastif.model.calls import dtype_of, placed
+from fastif.model.calls import dtype_of, fleeting_buffers, placed
 from fastif.model.capture import Capture
 from fastif.model.check import settle
 from fastif.model.forward import Forward
@@ -53,6 +53,7 @@ class Passes:
         self.allow_train_mode, self.progress = allow_train_mode, progress
         self.slice_bytes = min(_TOGETHER, max(_LEAST, memory // 4))  # of these inputs and outputs, at a time
         self._example_bytes = 0  # of inputs and outputs of covered layers
+        self.written: set[str] = set()  # buffers outside the model's state_dict that forward passes have written to
 
     @contextmanager
     def running(self, checkpoint: Mapping[str, Tensor] | None) -> Iterator[None]:
@@ -75,8 +76,14 @@ class Passes:
                 self.model.load_state_dict(checkpoint)
             undo.enter_context(placed(self.model, self.device, "Influence"))
             undo.enter_context(self.capture.attached())
+            undo.callback(self._note_written, _versions(self.model))
             undo.enter_context(torch.autocast(self.device.type, enabled=False))
             yield
+
+    def _note_written(self, before: Mapping[str, tuple[Tensor, int]]) -> None:
+        for name, (value, version) in _versions(self.model).items():
+            if name not in before or before[name][0] is not value or before[name][1] != version:
+                self.written.add(name)
 
     def forward(self, x: Any) -> Forward:
         """The one place where `autocast` acts: all else is computed in full."""
@@ -105,7 +112,8 @@ class Passes:
                 if not isinstance(few, Tensor) and len(rows) > 1:
                     self._check_shared(few, values, rows)
             forward = settle(self.capture, few, values, alone=not self.allow_train_mode, short=short)
-        self._example_bytes = forward.nbytes // forward.n
+        if not (self.capture.fixed and self._example_bytes):  # which the fit found, where its state was loaded
+            self._example_bytes = forward.nbytes // forward.n
 
     @torch.no_grad()
     def _refuse_draws(self, x: Any, values: Any, rows: Tensor) -> None:
@@ -141,6 +149,15 @@ class Passes:
             f"of them ({error}): if a part of the batch that all examples share has as many rows as the batch, make it "
             "fastif.data.Shared(...) where the batch is made"
         ) from error
+
+    @property
+    def seen(self) -> tuple[int, frozenset[str]]:
+        """What passes found out about the model that no state keeps, and that a pickle does."""
+        return self._example_bytes, frozenset(self.written)
+
+    @seen.setter
+    def seen(self, seen: tuple[int, frozenset[str]]) -> None:
+        self._example_bytes, self.written = seen[0], set(seen[1])
 
     def needs_check(self, x: Any) -> bool:
         """Whether a batch shows what none before it could: one example alone does not show whether examples mix."""
@@ -214,6 +231,11 @@ def counted_from(first: int) -> Iterator[None]:
         if first == 0 or type(error) is not ValueError or "example " not in str(error):
             raise
         raise ValueError(f"{error} (counted from example {first} of the batch on)") from error
+
+
+def _versions(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """The buffers outside a model's state_dict, and how often each was written to in place."""
+    return {name: (b, 0 if b.is_inference() else b._version) for name, b in fleeting_buffers(model).items()}
 
 
 def _choose_rows(x: Any, y: Any) -> Tensor:

@@ -32,14 +32,14 @@ Matrices = dict[str, Tensor]  # by block, [g, o, d]
 class RetainedNetwork:
     """F, its gradient and its curvature for the layers of a network that an `Influence` covers.
 
-    The network is a copy of the model in eval mode, in float32 where that has 16 bits, and its parameters are θ: normalisation layers use the statistics
-    that they have, and buffers stay. Every layer's own Newton step answers the removal alone: what was left of the full
-    objective's gradient when training ended is subtracted. The head, which has little to gain from more training, has
-    the step of F itself beside it: without it, F of a network that is sure of itself is mostly what training left, and
-    hardly falls along what is left of the removal. A step is the best combination of them and of the step before, by
-    the quadratic model of F with the subset's GGN over all layers at once: estimators that know each layer by itself
-    leave it to these few numbers how layers act on one another. The model is trusted as far as it foretells how F falls
-    (Levenberg–Marquardt). docs/math.md (13).
+    The network is a copy of the model in eval mode, in float32 where that has 16 bits, and its parameters are θ:
+    normalisation layers use the statistics that they have, and buffers stay. Every layer's own Newton step answers the
+    removal alone: what was left of the full objective's gradient when training ended is subtracted. The head, which has
+    little to gain from more training, has the step of F itself beside it: without it, F of a network that is sure of
+    itself is mostly what training left, and hardly falls along what is left of the removal. A step is the best
+    combination of them and of the step before, by the quadratic model of F with the subset's GGN over all layers at
+    once: estimators that know each layer by itself leave it to these few numbers how layers act on one another. The
+    model is trusted as far as it foretells how F falls (Levenberg–Marquardt). docs/math.md (13).
     """
 
     def __init__(

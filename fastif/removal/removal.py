@@ -84,7 +84,8 @@ def remove(
 
     Raises ValueError for indices out of range, repeated or all there are, for missing labels, for damping > 0 beside an
     "auto", for `extracted` of another number of examples, of a first batch that the model sees otherwise, or beside
-    layers that it cannot serve, for parameters that moved out of the range of the model's 16 bits, and what `extract`, `Influence`, the sampler and the curvature raise.
+    layers that it cannot serve, for parameters that moved out of the range of the model's 16 bits, and what `extract`,
+    `Influence`, the sampler and the curvature raise.
     """
     check_settings(steps, damping)
     name, layer = find_head(model, head, op="remove")
@@ -159,9 +160,9 @@ def _removal(model: nn.Module, history: list[Step], parameters: list[dict[str, T
     ]
     for key, value in moved[-1].items():
         if not bool(value.isfinite().all()):
+            largest = float(parameters[-1][keys[key] or key].abs().max())
             raise ValueError(
-                f"remove: {key!r} moved out of the range of {value.dtype}, to {float(parameters[-1][keys[key]].abs().max()):.3g}"
-                "; pass model.float()"
+                f"remove: {key!r} moved out of the range of {value.dtype}, to {largest:.3g}; pass model.float()"
             )
     return Removal({**state, **{key: value.clone() for key, value in moved[-1].items()}}, history, moved)
 
