@@ -22,6 +22,7 @@ from fastif.model.losses import IGNORED, Loss, Measurement, labels_in, measured
 _TOGETHER = 1 << 24  # bytes of inputs and outputs of covered layers that one forward pass brings on a CPU, at most
 _LEAST = 1 << 20  # so little memory, and passes of fewer examples would only be slower
 _LOOKED_AT = 5  # examples of a batch, which decide how the model is read
+_LOOKED_AT_BYTES = 1 << 26  # that their layers' inputs and outputs may take; two examples are looked at in any case
 _LOOSE = 16  # examples at a time where each takes a backward pass through the others' graph too
 _RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
@@ -92,7 +93,7 @@ class Passes:
 
     def check(self, x: Any, y: Any, value: Measurement = "loss") -> None:
         """Refuses forward passes that draw at random, and has `settle` decide what is covered, on a few examples."""
-        chosen = _choose_rows(x, y)
+        chosen = self._as_many_as_fit(x, _choose_rows(x, y))
         few, labels_of_few = rows_of(x, chosen), None if y is None else rows_of(y, chosen)
         rows = torch.arange(len(chosen))
 
@@ -114,6 +115,21 @@ class Passes:
             forward = settle(self.capture, few, values, alone=not self.allow_train_mode, short=short)
         if not (self.capture.fixed and self._example_bytes):  # which the fit found, where its state was loaded
             self._example_bytes = forward.nbytes // forward.n
+
+    def _as_many_as_fit(self, x: Any, chosen: Tensor) -> Tensor:
+        """Fewer of the chosen examples where the layers of a large model take much room for each."""
+        if len(chosen) <= 2:
+            return chosen
+        devices = [self.device] if self.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices):
+                forward = self.forward(rows_of(x, chosen[:2]))
+        except Exception:  # what is wrong with the model or the batch is said by who looks at all of them
+            return chosen
+        most = max(2, _LOOKED_AT_BYTES * forward.n // max(1, forward.nbytes))
+        if most >= len(chosen):
+            return chosen
+        return chosen[torch.linspace(0, len(chosen) - 1, most, dtype=torch.float64).round().long()]
 
     @torch.no_grad()
     def _refuse_draws(self, x: Any, values: Any, rows: Tensor) -> None:
