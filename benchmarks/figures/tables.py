@@ -396,6 +396,8 @@ def zoo_table(name: str) -> str:
     lines = ["| networks | tried | 95 % covered | largest error | |", "|---|---|---|---|---|"]
     for kind, rows in kinds.items():
         tried = [row for row in rows if "error" in row or "refused" in row]
+        if not tried:
+            continue
         covered = [row for row in tried if row.get("covered", 0) >= 0.95]
         worst = max(row.get("error", 0.0) for row in tried)
         names = ", ".join(row["name"].partition(" (")[0].removeprefix("gpt2 with ") for row in covered)
@@ -407,5 +409,11 @@ def zoo_table(name: str) -> str:
         lines.append(f"| {kind} | {len(tried)} | {len(covered)} | {worst:.0e} | {names}{less} |")
     meta = results["meta"]
     versions = f"fastif {meta['fastif']}, torch {meta['torch']}, transformers {meta['transformers']}"
-    lines += ["", f"{versions}. Made by `make zoo`."]
+    others: dict[str, set[str]] = {}
+    for kind, rows in kinds.items():
+        for row in rows:
+            if row.get("torch", meta["torch"]) != meta["torch"]:
+                others.setdefault(row["torch"], set()).add(kind)
+    beside = "".join(f"; {' and '.join(sorted(found))}: torch {torch}" for torch, found in others.items())
+    lines += ["", f"{versions}{beside}. Made by `make zoo`."]
     return "\n".join(lines)
