@@ -402,13 +402,12 @@ def test_a_batch_of_one_whose_pixels_become_tokens(norm, last):
     class Tokens(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.norm, self.head = nn.Conv2d(2, 4, 3), norm(4), nn.Linear(4, 3)
+            self.conv, self.norm = nn.Conv2d(2, 3, 3), norm(3)
 
         def forward(self, x):
-            x = self.norm(
-                self.conv(x).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-            )
-            return (self.head(x.flatten(2).transpose(1, 2)).sin() * torch.linspace(-1, 1, 16)[:, None]).sum(1)
+            layout = torch.channels_last if last else torch.contiguous_format
+            x = self.norm(self.conv(x).contiguous(memory_format=layout))
+            return (x.flatten(2).transpose(1, 2) * torch.linspace(-1, 1, 48).view(16, 3)).sum(1)
 
     torch.manual_seed(0)
     model = Tokens().double().eval()
