@@ -25,7 +25,6 @@ TIMM: dict[str, dict[str, Any]] = {
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (16, 16, 24, 24)},
     "resnet10t": {},
     "resnetv2_50": {"layers": (1, 1, 1, 1), "channels": (32, 32, 64, 64)},
-    "nf_resnet26": {},
     "efficientnet_lite0": {},
     "mobilenetv3_small_050": {},
     "ghostnet_050": {},
@@ -34,10 +33,11 @@ TIMM: dict[str, dict[str, Any]] = {
     "repvgg_a0": {},
     "edgenext_xx_small": {},
     "mobilevit_xxs": {},
+    "nf_resnet26": {},
 }  # fmt: skip
 TORCHVISION: dict[str, dict[str, Any]] = {
     "resnet18": {},
-    "vgg11_bn": {},
+    "densenet": {},
     "squeezenet1_1": {},
     "shufflenet_v2_x0_5": {},
     "mobilenet_v2": {"width_mult": 0.25},
@@ -93,6 +93,8 @@ def torchvision_network(kind: str) -> tuple[nn.Module, str, Any]:
     elif kind == "convnext_tiny":
         block = imported("torchvision.models.convnext").CNBlockConfig
         model = models.ConvNeXt([block(16, 24, 1), block(24, None, 1)], num_classes=3)
+    elif kind == "densenet":
+        model = models.DenseNet(8, (2, 2), 16, num_classes=3)
     else:
         model = getattr(models, kind)(weights=None, num_classes=3, **TORCHVISION[kind])
     return drawn(model), "cross_entropy", batch()
