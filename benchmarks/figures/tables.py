@@ -386,6 +386,33 @@ def gpu_table(name: str) -> str:
     return "\n\n".join(parts)
 
 
+def gpt2_table(name: str) -> str:
+    """GPT-2's plan, fit and scores, beside what was planned; and kronfluence on some of its layers."""
+    results = results_of(name)
+    meta, beside = results["meta"], results["beside"]
+    mib = lambda taken: "" if taken is None else f"{taken / 2**20:,.0f} MiB"  # noqa: E731
+    lines = ["| | layers | texts | | seconds | memory beside the model | planned |", "|---|---|---|---|---|---|---|"]
+    parts = [
+        ("fastif beside", "fastif", beside["layers"], beside["texts"]),
+        ("kronfluence", "kronfluence", beside["layers"], beside["texts"]),
+        ("fastif", "fastif", 48, meta["texts"]),
+    ]
+    for key, shown, layers, texts in parts:
+        for step in ("plan", "fit", "scores"):
+            if step in results.get(key, {}):
+                row = results[key][step]
+                figures = f"{row['seconds']:,.0f} | {mib(row['bytes'])} | {mib(row.get('planned'))}"
+                lines.append(f"| {shown} | {layers} | {texts} | {step} | {figures} |")
+    lines += [
+        "",
+        f"GPT-2 of {meta['parameters']:,} random parameters, texts of {meta['tokens'] // 2} to {meta['tokens']} tokens, "
+        f"padded, {meta['queries']} queries; correlation with kronfluence {beside['correlation']:.8f}. {meta['device']}, "
+        f"{threads_of(meta['threads'])} of a busy machine, torch {meta['versions']['torch']}. Made by "
+        "`python -m benchmarks.experiments.gpt2`.",
+    ]
+    return "\n".join(lines)
+
+
 def zoo_table(name: str) -> str:
     """Networks by kind: how many of each are covered, how far off at most, and what is left out."""
     results = results_of(name)
