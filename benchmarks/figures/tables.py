@@ -405,10 +405,10 @@ def gpt2_table(name: str) -> str:
                 lines.append(f"| {shown} | {layers} | {texts} | {step} | {figures} |")
     lines += [
         "",
-        f"GPT-2 of {meta['parameters']:,} random parameters, texts of {meta['tokens'] // 2} to {meta['tokens']} tokens, "
-        f"padded, {meta['queries']} queries; correlation with kronfluence {beside['correlation']:.8f}. {meta['device']}, "
-        f"{threads_of(meta['threads'])} of a busy machine, torch {meta['versions']['torch']}. Made by "
-        "`python -m benchmarks.experiments.gpt2`.",
+        f"GPT-2 of {meta['parameters']:,} random parameters, texts of {meta['tokens'] // 2} to {meta['tokens']} "
+        f"tokens, padded, {meta['queries']} queries; correlation with kronfluence {beside['correlation']:.8f}. "
+        f"{meta['device']}, {threads_of(meta['threads'])} of a busy machine, torch {meta['versions']['torch']}. "
+        "Made by `python -m benchmarks.experiments.gpt2`.",
     ]
     return "\n".join(lines)
 
