@@ -27,6 +27,7 @@ def with_tables(page: str) -> str:
             "glance": lambda _: readme.glance(),
             "story": lambda _: readme.story(),
             "zoo": tables.zoo_table,
+            "gpt2": tables.gpt2_table,
         }
         make = next((make for kind, make in kinds.items() if name.startswith(kind)), tables.benchmark_table)
         return f"<!-- table: {name} -->\n{make(name)}\n<!-- end -->"

@@ -390,6 +390,33 @@ def gpu_table(name: str) -> str:
     return "\n\n".join(parts)
 
 
+def gpt2_table(name: str) -> str:
+    """GPT-2's plan, fit and scores, beside what was planned; and kronfluence on some of its layers."""
+    results = results_of(name)
+    meta, beside = results["meta"], results["beside"]
+    mib = lambda taken: "" if taken is None else f"{taken / 2**20:,.0f} MiB"  # noqa: E731
+    lines = ["| | layers | texts | | seconds | memory beside the model | planned |", "|---|---|---|---|---|---|---|"]
+    parts = [
+        ("fastif beside", "fastif", beside["layers"], beside["texts"]),
+        ("kronfluence", "kronfluence", beside["layers"], beside["texts"]),
+        ("fastif", "fastif", 48, meta["texts"]),
+    ]
+    for key, shown, layers, texts in parts:
+        for step in ("plan", "fit", "scores"):
+            if step in results.get(key, {}):
+                row = results[key][step]
+                figures = f"{row['seconds']:,.0f} | {mib(row['bytes'])} | {mib(row.get('planned'))}"
+                lines.append(f"| {shown} | {layers} | {texts} | {step} | {figures} |")
+    lines += [
+        "",
+        f"GPT-2 of {meta['parameters']:,} random parameters, texts of {meta['tokens'] // 2} to {meta['tokens']} "
+        f"tokens, padded, {meta['queries']} queries; correlation with kronfluence {beside['correlation']:.8f}. "
+        f"{meta['device']}, {threads_of(meta['threads'])} of a busy machine, torch {meta['versions']['torch']}. "
+        "Made by `python -m benchmarks.experiments.gpt2`.",
+    ]
+    return "\n".join(lines)
+
+
 def zoo_table(name: str) -> str:
     """Networks by kind: how many of each are covered, how far off at most, and what is left out."""
     results = results_of(name)
@@ -400,6 +427,8 @@ def zoo_table(name: str) -> str:
     lines = ["| networks | tried | 95 % covered | largest error | |", "|---|---|---|---|---|"]
     for kind, rows in kinds.items():
         tried = [row for row in rows if "error" in row or "refused" in row]
+        if not tried:
+            continue
         covered = [row for row in tried if row.get("covered", 0) >= 0.95]
         worst = max(row.get("error", 0.0) for row in tried)
         names = ", ".join(row["name"].partition(" (")[0].removeprefix("gpt2 with ") for row in covered)
@@ -411,5 +440,11 @@ def zoo_table(name: str) -> str:
         lines.append(f"| {kind} | {len(tried)} | {len(covered)} | {worst:.0e} | {names}{less} |")
     meta = results["meta"]
     versions = f"fastif {meta['fastif']}, torch {meta['torch']}, transformers {meta['transformers']}"
-    lines += ["", f"{versions}. Made by `make zoo`."]
+    others: dict[str, set[str]] = {}
+    for kind, rows in kinds.items():
+        for row in rows:
+            if row.get("torch", meta["torch"]) != meta["torch"]:
+                others.setdefault(row["torch"], set()).add(kind)
+    beside = "".join(f"; {' and '.join(sorted(found))}: torch {torch}" for torch, found in others.items())
+    lines += ["", f"{versions}{beside}. Made by `make zoo`."]
     return "\n".join(lines)

@@ -116,6 +116,7 @@ class Estimator(Called, ABC):
     fisher: Fisher = "exact"  # of which gradients it is made
     joint: bool = False  # whether it takes all blocks that it is given together
     prefers_head: bool = False  # whether it covers the head alone where it is the only one and no layers are named
+    learned_by: tuple[str, ...] = ("fisher",)  # arguments that what it learns depends on, and damping does not
     keeps_query_factors: bool = False  # whether `directions` keeps queries of few positions in factors
 
     @abstractmethod

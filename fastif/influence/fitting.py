@@ -14,7 +14,7 @@ from fastif.curvature.network import NetworkCurvature, prepare
 from fastif.curvature.protocol import FitData, JointCurvature, SeenBatch
 from fastif.data.batches import moved_to, picked, walked
 from fastif.influence.coverage import cover_head, look_at
-from fastif.influence.fitted import Fitted, Setup, checksums_of_state, restrict
+from fastif.influence.fitted import Fitted, Setup, checksums_of_buffers, checksums_of_state, restrict
 from fastif.model.capture import LateLayer
 from fastif.model.losses import IGNORED, labels_in, labels_of, output_columns, per_sample
 from fastif.model.passes import Passes, counted_from
@@ -46,8 +46,8 @@ def fit(setup: Setup, train: Any, subset: Subset | None) -> Fitted:
             setup.capture.take_up(late.name)
             curvatures.clear()
     setup.capture.fixed = True
-    weights = checksums_of_state(setup) if setup.checkpoints is None else None
-    return Fitted(setup, tuple(curvatures), n, subset, train, weights)
+    weights, buffers = checksums_of_state(setup), checksums_of_buffers(setup)
+    return Fitted(setup, tuple(curvatures), n, subset, train, weights, buffers)
 
 
 def _fit_here(setup: Setup, train: Any, subset: Subset) -> NetworkCurvature:

@@ -75,6 +75,8 @@ class LiSSA(JointCurvature):
     Of the last solve, `residual` (computed from x) and `steps_taken` are kept.
     """
 
+    learned_by = ("matrix",)
+
     @rename_arguments(steps="max_steps")
     def __init__(
         self,
