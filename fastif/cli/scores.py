@@ -1,9 +1,8 @@
 """`fastif scores`."""
 
 import csv
-import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -32,9 +31,9 @@ from fastif.curvature import (
 )
 from fastif.curvature.limits import MEMORY
 from fastif.data.batches import count
+from fastif.data.tensor_files import load_tensors, save_tensors
 from fastif.evaluation.settings import check_budgets, choose_samplers
-from fastif.files import Damaged, canonical, checksum, load_array, save_array, whole
-from fastif.fingerprints import fingerprint
+from fastif.files import canonical, checksum, load_array, save_array, whole
 from fastif.folder_lock import locked
 from fastif.influence.influence import Influence
 from fastif.influence.planning import Plan
@@ -294,7 +293,7 @@ def _fit(
     settings = {**fit_settings(influence.setup, train, key), "sampler": name, "k": k}
     known = resume and stored.exists()
     if known:
-        found, state = _read_curvature(stored)
+        found, state = load_tensors(stored)
         refuse_differences(stored, found, settings)
         if not influence.setup.estimators.needs_data:
             influence.load_state_dict(state)
@@ -302,30 +301,8 @@ def _fit(
     influence.fit(train, subset=None if picker is None else partial(picker[1], k=k))
     if known:
         return True
-    from safetensors.torch import save
-
-    state = {key: value.detach().cpu().contiguous() for key, value in influence.state_dict().items()}
-    with whole(stored) as unfinished:
-        unfinished.write_bytes(save(state, {"fastif": json.dumps(settings), "checksum": _checksum(settings, state)}))
+    save_tensors(stored, influence.state_dict(), settings)
     return False
-
-
-def _read_curvature(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            settings, wanted = json.loads(file.metadata()["fastif"]), file.metadata()["checksum"]
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise Damaged(path, str(error)) from error
-    if _checksum(settings, state) != wanted:
-        raise Damaged(path, "its checksum does not fit what it holds")
-    return settings, state
-
-
-def _checksum(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
-    return checksum(canonical(settings), *(f"{name} {fingerprint([state[name]])}" for name in sorted(state)))
 
 
 # ------------------------------------------------------------------------------------------------------------- results
