@@ -37,6 +37,7 @@ def build(
     *,
     share: float,
     dtype: Stored,
+    self_influence: bool,
     ids: Sequence[str] | Tensor | None,
     resume: bool,
     key: str | None,
@@ -48,7 +49,7 @@ def build(
         raise ValueError(f"index: share must be a number in (0, 1], got {share!r}")
     given = check_ids(ids, train.n)
     settings, own = settings_of(fitted, train, key)
-    asked = {**settings, "share": float(share), "stored": dtype}
+    asked = {**settings, "share": float(share), "stored": dtype, "own": self_influence}
     own["ids"] = fingerprint_of_ids(given)
     path.mkdir(parents=True, exist_ok=True)
     with locked(path):
@@ -156,6 +157,7 @@ def _write_missing(folder: Folder, encoder: Encoder, data: Walked, first: int, i
     if not walk:
         return
     starts = [*accumulate((len(run) for run in walk), initial=0)]
+    own = folder.manifest["settings"]["own"]
     under_way: list[Encoded] = []
     position = filled = 0
     for n, gradients in _walked(encoder.fitted, data, [range(run.start - first, run.stop - first) for run in walk]):
@@ -164,7 +166,7 @@ def _write_missing(folder: Folder, encoder: Encoder, data: Walked, first: int, i
         if see is not None:
             see(run.start - first + position - starts[number], gradients)
         if run in missing:
-            under_way.append(encoder.encode(gradients))
+            under_way.append(encoder.encode(gradients, own))
         del gradients
         position, filled = position + n, filled + n
         if filled == len(run):
@@ -188,8 +190,9 @@ def _write(folder: Folder, run: range, encoded: list[Encoded], ids: Ids, first: 
     factors = {name: Factors.cat([part.factors[name] for part in encoded]) for name in names}
     mine = None if ids is None else ids[run.start - first : run.stop - first]
     examples = torch.arange(run.start, run.stop)
+    own = [part.own for part in encoded if part.own is not None]
     try:
-        folder.write_block(run, IndexBlock(examples, torch.cat([part.own for part in encoded]), factors, mine))
+        folder.write_block(run, IndexBlock(examples, torch.cat(own) if own else None, factors, mine))
     except OSError as error:
         done = len(folder.runs) - len(folder.missing())
         why = f"{error.strerror or error}; {done} of {len(folder.runs)} blocks are kept in {folder.path}"
@@ -212,8 +215,8 @@ def check_state(folder: Folder, fitted: Fitted) -> None:
     now, then = fingerprint(fitted.state_dict().values()), folder.manifest["settings"]["curvature state"]
     if now != then:
         raise ValueError(
-            f"{folder.path} is an index of another curvature: its state was {then}, that of this Influence is {now}; an "
-            "Influence of the same arguments that is not fitted takes the state from the folder"
+            f"{folder.path} is an index of another curvature: its state was {then}, that of this Influence is {now}; "
+            "an Influence of the same arguments that is not fitted takes the state from the folder"
         )
 
 

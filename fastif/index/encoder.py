@@ -22,7 +22,7 @@ class Encoded(NamedTuple):
     """Some examples as they are stored."""
 
     factors: dict[str, Factors]  # by block
-    own: Tensor  # [n], each example's score on itself
+    own: Tensor | None  # [n], each example's score on itself
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Encoder:
         """Raises ValueError for several checkpoints, and for estimators that are diagonal in no basis of a block."""
         curvature, *others = fitted.curvatures
         if others:
-            raise ValueError(f"index: one model alone, got {len(others) + 1} checkpoints; make an index of each of them")
+            raise ValueError(f"index: one model alone, got {len(others) + 1} checkpoints; make an index of each")
         metrics: dict[str, Metric] = {}
         for name, estimator in curvature.by_block.items():
             basis = estimator.eigenbasis()
@@ -54,14 +54,15 @@ class Encoder:
     def with_threshold(self, threshold: float) -> Encoder:
         return replace(self, threshold=threshold)
 
-    def encode(self, gradients: Mapping[str, Gradients]) -> Encoded:
-        factors, own = dict[str, Factors](), None
+    def encode(self, gradients: Mapping[str, Gradients], own: bool = False) -> Encoded:
+        """As they are stored; with own, each one's score on itself too, of all of the gradient."""
+        factors, norms = dict[str, Factors](), list[Tensor]()
         for name, metric in self.metrics.items():
-            truncated = truncate(gradients[name], metric, self.threshold)
+            truncated = truncate(gradients[name], metric, self.threshold, own)
             factors[name] = Factors.store(truncated, self.dtype)
-            own = truncated.own if own is None else own + truncated.own
-        assert own is not None
-        return Encoded(factors, (own / self.fitted.n).cpu())
+            if truncated.own is not None:
+                norms.append(truncated.own)
+        return Encoded(factors, (torch.stack(norms).sum(0) / self.fitted.n).cpu() if own else None)
 
     def look_at(self, gradients: Mapping[str, Gradients]) -> dict[str, Sizes]:
         """σ² of some examples by block, and what factors of the block take."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -112,9 +112,25 @@ class Factors:
                 row.index_add_(0, own, products)
 
     def _add_formed(self, out: Tensor, queries: Tensor) -> None:
-        """For many queries, or groups: matrices are formed once for all of them, examples of like ranks together."""
-        g, o, d = queries.shape[1:]
+        """For many queries, or groups: matrices are formed once for all of them."""
         flat = queries.flatten(1)
+        for chosen, formed in self._formed(queries):
+            out[:, chosen] = flat @ formed.T
+
+    def sq_norms(self, scale: Tensor) -> Tensor:
+        """Σ over entries of scale times their squares, [n], for scale [g, o, d]."""
+        out = scale.new_zeros(len(self))
+        if self.table:
+            rows, right = self._vectors(slice(None), scale)
+            owners = torch.arange(len(self)).repeat_interleave(self.ranks.flatten().long())
+            return out.index_add_(0, owners.to(out.device), (right.square() * scale[0, rows]).sum(1))
+        for chosen, formed in self._formed(scale[None]):
+            out[chosen] = formed.square_() @ scale.flatten()
+        return out
+
+    def _formed(self, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some examples and their matrices, [m, g·o·d], those of like ranks together; like [..., g, o, d]."""
+        g, o, d = like.shape[-3:]
         ranks = self.ranks.flatten().long()
         begins = ranks.cumsum(0) - ranks
         order = self.ranks.sum(1).argsort(stable=True)
@@ -126,13 +142,11 @@ class Factors:
                 continue
             place = torch.arange(most)
             there = place < ranks[few][:, None]
-            factors = (begins[few][:, None] + place)[there]
-            left, right = self._gathered(factors, queries)
-            padded_left = queries.new_zeros((len(few), most, o))
-            padded_right = queries.new_zeros((len(few), most, d))
+            left, right = self._gathered((begins[few][:, None] + place)[there], like)
+            padded_left = like.new_zeros((len(few), most, o))
+            padded_right = like.new_zeros((len(few), most, d))
             padded_left[there], padded_right[there] = left, right
-            formed = torch.bmm(padded_left.mT, padded_right).view(len(chosen), -1)
-            out[:, chosen.to(out.device)] = flat @ formed.T
+            yield chosen.to(like.device), torch.bmm(padded_left.mT, padded_right).view(len(chosen), -1)
 
     def _gathered(self, factors: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         some = Factors(self.ranks, self.left[factors], self.right[factors], _rows(self.scale, factors))

@@ -4,9 +4,9 @@
     FOLDER/curvature.safetensors         the state of the curvature: what `Influence.state_dict` gave
     FOLDER/block-000000000.safetensors   one block of training examples, by its first
 
-A block has, for the examples that it holds: `examples` int64 [n], their numbers; `own` [n], each one's score on itself;
-`ids` int64 [n], or `id_bytes` uint8 and `id_ends` int64 [n] of strings, where they were given; and for the block of
-parameters that stands k-th in the manifest's `layers`, of the shape g × [o, d]:
+A block has, for the examples that it holds: `examples` int64 [n], their numbers; where they were asked for, `own` [n],
+each one's score on itself; where they were given, `ids` int64 [n], or `id_bytes` uint8 and `id_ends` int64 [n] of
+strings; and for the block of parameters that stands k-th in the manifest's `layers`, of the shape g × [o, d]:
 
     k/ranks int32 [n, g]     how many factors each example has, in each of the g matrices
     k/left  [F, o]           in their order, int8, float16 or float32; of a table int32 [F], its rows
@@ -42,7 +42,7 @@ class IndexBlock(NamedTuple):
     """Some training examples as they are stored."""
 
     examples: Tensor  # int64 [n], their numbers
-    own: Tensor  # [n]
+    own: Tensor | None  # [n]
     factors: dict[str, Factors]  # by block of parameters
     ids: Ids = None
 
@@ -50,7 +50,8 @@ class IndexBlock(NamedTuple):
         """Some of them, by increasing places."""
         factors = {name: part.select(rows) for name, part in self.factors.items()}
         ids = [self.ids[i] for i in rows.tolist()] if isinstance(self.ids, list) else self.ids
-        return IndexBlock(self.examples[rows], self.own[rows], factors, ids[rows] if isinstance(ids, Tensor) else ids)
+        own = None if self.own is None else self.own[rows]
+        return IndexBlock(self.examples[rows], own, factors, ids[rows] if isinstance(ids, Tensor) else ids)
 
 
 class Folder:
@@ -167,7 +168,7 @@ class Folder:
 
 
 def _tensors(block: IndexBlock) -> dict[str, Tensor]:
-    tensors = {"examples": block.examples, "own": block.own}
+    tensors = {"examples": block.examples, **({} if block.own is None else {"own": block.own})}
     for number, factors in enumerate(block.factors.values()):
         tensors.update(factors.tensors(f"{number}/"))
     if isinstance(block.ids, Tensor):
@@ -185,4 +186,4 @@ def _read(tensors: dict[str, Tensor], layers: list[str]) -> IndexBlock:
     if "id_ends" in tensors:
         text, ends = bytes(tensors["id_bytes"].numpy()), [0, *tensors["id_ends"].tolist()]
         ids = [text[begin:end].decode() for begin, end in pairwise(ends)]
-    return IndexBlock(tensors["examples"], tensors["own"], factors, ids)
+    return IndexBlock(tensors["examples"], tensors.get("own"), factors, ids)

@@ -78,6 +78,7 @@ class Index:
         *,
         share: float = 0.04,
         dtype: Stored = "int8",
+        self_influence: bool = False,
         ids: Sequence[str] | Tensor | None = None,
         resume: bool = False,
         key: str | None = None,
@@ -94,6 +95,7 @@ class Index:
                 and examples; it is found on a sample of them, and nothing is lost of a gradient with one position that
                 is kept at all. Gradients of fewer numbers than the share are kept as they are.
             dtype: of the vectors: "int8" and "float16", each with a scale, or "float32".
+            self_influence: keep each example's exact score on itself, too: further work in every layer.
             ids: of the examples, strings or int64 [n], which `top` gives back.
             resume: go on with a job that was cut off; the files end with the same bits. One of other settings is
                 refused, each difference named.
@@ -103,7 +105,17 @@ class Index:
         a folder that holds an index already; `fastif.folder_lock.FolderInUse` where somebody else writes to it.
         """
         fitted, data = _ready(influence), _walkable(influence, train)
-        build(fitted, data, Path(out), share=share, dtype=dtype, ids=ids, resume=resume, key=key)
+        build(
+            fitted,
+            data,
+            Path(out),
+            share=share,
+            dtype=dtype,
+            self_influence=self_influence,
+            ids=ids,
+            resume=resume,
+            key=key,
+        )
         return cls(out, influence)
 
     def append(
@@ -123,7 +135,7 @@ class Index:
         remove(self._folder, examples)
         return self
 
-    # ----------------------------------------------------------------------------------------------------- what it holds
+    # ---------------------------------------------------------------------------------------------------- what it holds
 
     @property
     def path(self) -> Path:
@@ -182,9 +194,20 @@ class Index:
         return kept / (self.n * self._folder.manifest["numbers"])
 
     def self_influence(self) -> Tensor:
-        """Each example's score on itself, [n], as `Influence.self_influence`: exact, it was computed while building."""
+        """Each example's score on itself, [n], as `Influence.self_influence`.
+
+        Where it was built with self_influence=True exact, and no model is needed; else of what is kept of a gradient,
+        which is less by what was dropped.
+        """
         self._folder.check_finished()
-        return torch.cat([block.own for block in self._folder.blocks()])
+        if self.settings["own"]:
+            return torch.cat([block.own for block in self._folder.blocks() if block.own is not None])
+        encoder = self._encoder()
+        parts = list[Tensor]()
+        for block in self._folder.blocks():
+            norms = [block.factors[name].sq_norms(metric.own) for name, metric in encoder.metrics.items()]
+            parts.append(torch.stack(norms).sum(0).cpu() / encoder.fitted.n)
+        return torch.cat(parts)
 
     def ids(self) -> Ids:
         """Of the examples that it holds, where they were given."""
@@ -202,7 +225,7 @@ class Index:
         stored = self.settings["stored"]
         return f"Index({str(folder.path)!r}, n={self.n}, {stored}, {self.nbytes / 2**20:.1f} MiB, {done})"
 
-    # ----------------------------------------------------------------------------------------------------------- queries
+    # ---------------------------------------------------------------------------------------------------------- queries
 
     @overload
     def scores(self, query: Any, *, by: Literal["all"] = "all", query_groups: Tensor | None = None) -> Tensor: ...
@@ -278,7 +301,7 @@ class Index:
         influence = self._influence()
         fitted, total = _ready(influence), self._rows(query, groups)
         groups = None if groups is None else groups.cpu()
-        encoder = Encoder.of(fitted, dtype_named(self.settings["stored"]))
+        encoder = self._encoder()
         # Of the memory a half is for queries, the rest for a block and what is made of it.
         with closing(encoder.queries(query, total, groups, fitted.memory // 2)) as blocks:
             for first, held in blocks:
@@ -286,6 +309,9 @@ class Index:
                 for block in self._folder.blocks():
                     yield first, start, products(block.factors, held)
                     start += len(block.examples)
+
+    def _encoder(self) -> Encoder:
+        return Encoder.of(_ready(self._influence()), dtype_named(self.settings["stored"]))
 
     def _rows(self, query: Any, groups: Tensor | None) -> int:
         q = count(query, self._influence().passes.batch_size)

@@ -48,6 +48,11 @@ class Metric:
         g, o = self.rows.shape
         return g, o, self.columns.shape[1]
 
+    @property
+    def own(self) -> Tensor:
+        """f(Λ)/M², [g, o, d]: what squares of stored entries count for in a score on itself."""
+        return self.basis.inverse.to(self.rows) / (self.rows[:, :, None] * self.columns[:, None]).square()
+
     def weigh_query(self, matrices: Tensor) -> Tensor:
         """f(Λ)/M ∘ q for matrices q [..., g, o, d] in the eigenbasis; they are written to."""
         inverse = self.basis.inverse.to(matrices)

@@ -15,9 +15,9 @@ from fastif.index.encoder import Encoder, Sizes
 from fastif.influence.score_job import Part
 from fastif.influence.scoring import compute_scores
 
-_FIRST, _MOST = 256, 4096  # examples of a sample
-_CERTAIN = 0.015  # standard error of the share that is kept, relative, with which a sample suffices
-_QUERIES, _EXAMPLES = 32, 512  # whose scores are computed both ways
+_FIRST, _MOST = 256, 2048  # examples of a sample
+_CERTAIN = 0.02  # standard error of the share that is kept, relative, with which a sample suffices
+_QUERIES, _EXAMPLES = 32, 256  # whose scores are computed both ways
 
 
 class Cut(NamedTuple):
@@ -64,7 +64,8 @@ def find_cut(encoder: Encoder, train: Walked, share: float, seed: int) -> Cut:
         for name, sizes in _look_at(encoder, train, order[begin:end]):
             seen.setdefault(name, []).append(sizes)
         cut, kept = _cut(seen, share, encoder.dtype.itemsize)
-        uncertain = float(kept.std()) / max(float(kept.mean()), 1e-30) / len(kept) ** 0.5 if len(kept) > 1 else 0.0
+        left = (1 - len(kept) / train.n) / len(kept)  # of a sample without replacement
+        uncertain = float(kept.std(correction=0)) / max(float(kept.mean()), 1e-30) * left**0.5
         if end == most or cut.threshold == 0 or uncertain <= _CERTAIN:
             return cut
         begin, end = end, min(2 * end, most)

@@ -20,6 +20,8 @@ from fastif.model.sliced_gradients import Sliced
 
 _NEGLIGIBLE = 1e-14  # of the largest σ²: below float32's rounding of the gradient itself
 _TINY = 1e-300  # on the diagonal of a Gram matrix of zeros, which has no factor
+_ROUNDING = 1e-6  # of the trace of a Gram matrix: more than what sums in float32 are away by
+_FILLED = 0.8  # share of the positions up to which the rest is left out
 _ENTRIES = 1 << 21  # of matrices that are decomposed at a time
 
 
@@ -29,7 +31,7 @@ class Truncated(NamedTuple):
     ranks: Tensor  # int32 [n, g]
     left: Tensor  # [F, o]; of a table int64 [F], the rows
     right: Tensor  # [F, d]; σ is in one of them
-    own: Tensor  # [n], Σ f(Λ) g², of all of the gradient
+    own: Tensor | None  # [n], Σ f(Λ) g², of all of the gradient
 
 
 def is_table(gradients: Gradients) -> bool:
@@ -55,14 +57,14 @@ def squares_of(gradients: Gradients, metric: Metric, exact: bool = False) -> Ten
     return torch.cat([torch.nn.functional.pad(part, (0, most - part.shape[1])) for part in found])
 
 
-def truncate(gradients: Gradients, metric: Metric, threshold: float) -> Truncated:
+def truncate(gradients: Gradients, metric: Metric, threshold: float, own: bool = False) -> Truncated:
     """The factors with σ²/(numbers of a factor) above the threshold.
 
-    With the threshold 0 all of them are kept, and sums are float64.
+    With the threshold 0 all of them are kept, and sums are float64. With own, the gradients' norms are computed too.
     """
     least = threshold * vector_numbers(metric.shape, is_table(gradients))
     inverse = metric.basis.inverse.to(metric.rows)
-    ranks, left, right, own = [], [], [], []
+    ranks, left, right, norms = [], [], [], []
     for part in _rotated(gradients, metric):
         squares, lefts, rights = _decompose(part, metric, threshold == 0, least)
         keep = _kept(squares, least)
@@ -70,8 +72,9 @@ def truncate(gradients: Gradients, metric: Metric, threshold: float) -> Truncate
         keep = keep[:, :, : rights.shape[2]]
         left.append(lefts[keep])
         right.append(rights[keep])
-        own.append(part.sq_norms(inverse))
-    return Truncated(torch.cat(ranks), torch.cat(left), torch.cat(right), torch.cat(own))
+        if own:
+            norms.append(part.sq_norms(inverse))
+    return Truncated(torch.cat(ranks), torch.cat(left), torch.cat(right), torch.cat(norms) if own else None)
 
 
 def _kept(squares: Tensor, least: float) -> Tensor:
@@ -87,9 +90,30 @@ def _rotated(gradients: Gradients, metric: Metric) -> Iterator[Dense | OneHot | 
         t = part.positions
         each = max(1, _ENTRIES // (g * (o * d if t >= min(o, d) else t * (o + d))))
         for begin in range(0, len(part), each):
-            rotated = metric.basis.rotate(part.rows(begin, begin + each))
+            some = part.rows(begin, begin + each)
+            rotated = _rotate_filled(some, metric) if isinstance(some, Dense) else metric.basis.rotate(some)
             assert isinstance(rotated, Dense | OneHot | Formed)
             yield rotated
+
+
+def _rotate_filled(part: Dense, metric: Metric) -> Gradients:
+    """Into the eigenbasis, without the positions that have no gradient (padding) where these are many."""
+    g, n, t, o = part.output_grads.shape
+    if g > 1 or t == 1 or part.formed_to_rotate:
+        return metric.basis.rotate(part)
+    filled = (part.output_grads[0] != 0).any(2)
+    counts = filled.sum(1)
+    most = int(counts.max())
+    if int(counts.sum()) > _FILLED * n * t or most == 0:
+        return metric.basis.rotate(part)
+    one_each = Dense(part.inputs[0, filled][None, :, None], part.output_grads[0, filled][None, :, None])
+    turned = metric.basis.rotate(one_each)
+    assert isinstance(turned, Dense)
+    there = torch.arange(most, device=counts.device) < counts[:, None]
+    inputs = part.inputs.new_zeros((1, n, most, turned.inputs.shape[3]))
+    output_grads = part.inputs.new_zeros((1, n, most, o))
+    inputs[0, there], output_grads[0, there] = turned.inputs[0, :, 0], turned.output_grads[0, :, 0]
+    return Dense(inputs, output_grads)
 
 
 def _decompose(
@@ -101,16 +125,19 @@ def _decompose(
     if isinstance(part, OneHot):
         return _decompose_table(part, x[0], y[0])
     if isinstance(part, Dense) and part.positions < min(metric.shape[1:]):
-        u = (part.output_grads * x[:, None, None]).transpose(0, 1).double()  # [n, g, t, o]
-        a = (part.inputs * y[:, None, None]).transpose(0, 1).double()
-        moment = a @ a.mT
-        diagonal = moment.diagonal(dim1=-2, dim2=-1)
-        diagonal += _NEGLIGIBLE * diagonal.sum(-1, keepdim=True) + _TINY  # positions that repeat one another
+        u = (part.output_grads * x[:, None, None]).transpose(0, 1)  # [n, g, t, o]
+        a = (part.inputs * y[:, None, None]).transpose(0, 1)
+        if exact:
+            u, a = u.double(), a.double()
+        moment = (a @ a.mT).double()
+        diagonal = moment.diagonal(dim1=-2, dim2=-1)  # more of it, where positions repeat one another
+        rounding = _NEGLIGIBLE if a.dtype == torch.float64 else _ROUNDING
+        diagonal += rounding * diagonal.sum(-1, keepdim=True) + _TINY
         lower = torch.linalg.cholesky(moment)
-        squares, vectors = _eigh(lower.mT @ (u @ u.mT) @ lower)
+        squares, vectors = _eigh(lower.mT @ (u @ u.mT).double() @ lower)
         few = _few(squares, vectors, least)
-        left = (lower @ few).mT @ u
-        right = torch.linalg.solve_triangular(lower.mT, few, upper=True).mT @ a
+        left = (lower @ few).mT.to(u) @ u
+        right = torch.linalg.solve_triangular(lower.mT, few, upper=True).mT.to(a) @ a
         return squares, left.to(x), right.to(x)
     matrices = part.formed() * x[:, :, None] * y[:, None]
     wide = matrices.shape[2] <= matrices.shape[3]
