@@ -24,6 +24,7 @@ from fastif.curvature import (
     TrainingDamping,
     training_time,
 )
+from fastif.index import Index, answer
 from fastif.influence import Influence
 from fastif.influence.planning import Plan
 from fastif.influence.score_folder import ScoreFolder
@@ -46,6 +47,7 @@ __all__ = [
     "Extracted",
     "Identity",
     "IllConditioned",
+    "Index",
     "Influence",
     "LiSSA",
     "NotConverged",
@@ -60,6 +62,7 @@ __all__ = [
     "Subset",
     "TrainingDamping",
     "__version__",
+    "answer",
     "build_info",
     "curvature",
     "data",

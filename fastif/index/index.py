@@ -104,7 +104,7 @@ class Index:
         Raises ValueError for estimators without eigenvalues, several checkpoints, a share that keeps nothing and
         a folder that holds an index already; `fastif.folder_lock.FolderInUse` where somebody else writes to it.
         """
-        fitted, data = _ready(influence), _walkable(influence, train)
+        fitted, data = ready(influence), walkable(influence, train)
         build(
             fitted,
             data,
@@ -124,7 +124,7 @@ class Index:
         """Adds examples that the model was trained on, too, at the threshold of the index; they are numbered on from
         `total`. Arguments as for `build`."""
         influence = self._influence()
-        append(self._folder, _ready(influence), _walkable(influence, more), ids=ids, resume=resume, key=key)
+        append(self._folder, ready(influence), walkable(influence, more), ids=ids, resume=resume, key=key)
         return self
 
     def remove(self, examples: Tensor) -> Index:
@@ -266,7 +266,7 @@ class Index:
             raise ValueError(f"top: rerank must be 0 or in [k={k}, n={self.n}], got {rerank}")
         if rerank and train is None:
             raise ValueError("top: rerank= needs train=, the training data of the index")
-        query = _walkable(self._influence(), query)
+        query = walkable(self._influence(), query)
         held: dict[int, tuple[Tensor, Tensor]] = {}
         for first, start, parts in self._tiles(query, None):
             held[first] = best_of(held.get(first), sum_of(parts), start, rerank or k, largest)
@@ -281,14 +281,14 @@ class Index:
     def _reranked(self, query: Any, train: Any, places: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
         """The k best of each query's `places` by their exact scores."""
         influence = self._influence()
-        data = _walkable(influence, train)
+        data = walkable(influence, train)
         if data.n != self.total:
             raise ValueError(f"top: train must be the {self.total} training examples of the index, got {data.n}")
         known = self._folder.manifest["parts"]
         if len(known) == 1 and data.identity.fingerprint != known[0]["settings"]["train"]:
             raise ValueError("top: train is not the training data of the index: its examples or batches differ")
         chosen, back = places.unique(return_inverse=True)
-        exact = compute_scores(_ready(influence), query, part_of(data, self.examples[chosen])).values[""]
+        exact = compute_scores(ready(influence), query, part_of(data, self.examples[chosen])).values[""]
         values = exact.gather(1, back)
         order = places.argsort(1)  # ties go to the lower index
         values, places = values.gather(1, order), places.gather(1, order)
@@ -299,7 +299,7 @@ class Index:
         """First row, first column and parts by layer of the scores, block by block of the index."""
         self._folder.check_finished()
         influence = self._influence()
-        fitted, total = _ready(influence), self._rows(query, groups)
+        fitted, total = ready(influence), self._rows(query, groups)
         groups = None if groups is None else groups.cpu()
         encoder = self._encoder()
         # Of the memory a half is for queries, the rest for a block and what is made of it.
@@ -311,7 +311,7 @@ class Index:
                     start += len(block.examples)
 
     def _encoder(self) -> Encoder:
-        return Encoder.of(_ready(self._influence()), dtype_named(self.settings["stored"]))
+        return Encoder.of(ready(self._influence()), dtype_named(self.settings["stored"]))
 
     def _rows(self, query: Any, groups: Tensor | None) -> int:
         q = count(query, self._influence().passes.batch_size)
@@ -338,12 +338,14 @@ def sum_of(parts: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([*parts.values()]).sum(0)
 
 
-def _ready(influence: Influence) -> Fitted:
+def ready(influence: Influence) -> Fitted:
+    """What was fitted, at the weights that the model still has."""
     influence.fitted.check_weights()
     return influence.fitted
 
 
-def _walkable(influence: Influence, data: Any) -> Walked:
+def walkable(influence: Influence, data: Any) -> Walked:
+    """Data whose passes are held against each other, and against the fit's where it is what was fitted."""
     if isinstance(data, Iterator):
         raise ValueError("index: the data is walked through more than once, got an iterator; pass a list")
     (found,) = influence.fitted.walk(data)

@@ -15,7 +15,7 @@ from fastif.index.encoder import Encoder, Sizes
 from fastif.influence.score_job import Part
 from fastif.influence.scoring import compute_scores
 
-_FIRST, _MOST = 256, 2048  # examples of a sample
+_FIRST, _FEW, _MOST = 256, 512, 2048  # examples of a sample
 _CERTAIN = 0.02  # standard error of the share that is kept, relative, with which a sample suffices
 _QUERIES, _EXAMPLES = 32, 256  # whose scores are computed both ways
 
@@ -57,7 +57,7 @@ def find_cut(encoder: Encoder, train: Walked, share: float, seed: int) -> Cut:
 
     Raises ValueError for a share with which no factor at all would be kept.
     """
-    order, most = draw(train.n, seed), min(train.n, _MOST)
+    order, most = draw(train.n, seed), min(train.n, max(_FEW, min(_MOST, train.n // 4)))
     seen: dict[str, list[Sizes]] = {}
     begin, end = 0, min(_FIRST, most)
     while True:
