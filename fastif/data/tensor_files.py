@@ -19,7 +19,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], about: Any) -> None:
     kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     size = sum(value.nbytes for value in kept.values())
     with whole(path, size) as unfinished:
-        unfinished.write_bytes(save(kept, {"fastif": json.dumps(about), "checksum": _checksum(about, kept)}))
+        # One entry: safetensors writes several in an order of its own each time.
+        unfinished.write_bytes(save(kept, {"fastif": json.dumps({"about": about, "checksum": _checksum(about, kept)})}))
 
 
 def load_tensors(path: Path, *, verify: bool = True) -> tuple[Any, dict[str, Tensor]]:
@@ -31,7 +32,8 @@ def load_tensors(path: Path, *, verify: bool = True) -> tuple[Any, dict[str, Ten
     module = _safetensors()
     try:
         with module.safe_open(path, framework="pt") as file:
-            about, wanted = json.loads(file.metadata()["fastif"]), file.metadata()["checksum"]
+            found = json.loads(file.metadata()["fastif"])
+            about, wanted = found["about"], found["checksum"]
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (module.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise Damaged(path, str(error)) from error

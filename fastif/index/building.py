@@ -70,7 +70,7 @@ def build(
             encoder = encoder.with_threshold(cut.threshold)
             measured = measure(encoder, train, fitted.setup.seed)
             layers = [[name, [*metric.shape], cut.tables[name]] for name, metric in encoder.metrics.items()]
-            borders = borders_of(train.lengths, max(1, int(BLOCK_BYTES / max(cut.bytes, 1))))
+            borders = _borders(train, cut.bytes)
             Folder.write_manifest(
                 path,
                 {
@@ -116,8 +116,8 @@ def append(
             folder.check_finished()
             check_ids_with(folder, given)
             first = folder.total
-            runs = borders_of(more.lengths, max(1, int(BLOCK_BYTES / max(parts[0]["bytes"], 1))))
-            part = {"settings": own, "bytes": parts[0]["bytes"], "borders": [first + border for border in runs]}
+            borders = [first + border for border in _borders(more, parts[0]["bytes"])]
+            part = {"settings": own, "bytes": parts[0]["bytes"], "borders": borders}
             folder.write(parts=[*parts, part])
         encoder = Encoder.of(fitted, dtype_named(folder.manifest["settings"]["stored"]))
         _write_missing(folder, encoder.with_threshold(folder.manifest["threshold"]), more, first, given, None)
@@ -143,6 +143,11 @@ def remove(folder: Folder, examples: Tensor) -> None:
         for run in folder.runs:
             if bool(((gone >= run.start) & (gone < run.stop)).any()):
                 folder.write_block(run, folder.read_block(run))
+
+
+def _borders(data: Walked, each: float) -> list[int]:
+    """Of the blocks, in which an example takes `each` bytes."""
+    return borders_of(data.lengths, max(*data.lengths, 1, int(BLOCK_BYTES / max(each, 1))))
 
 
 def _write_missing(folder: Folder, encoder: Encoder, data: Walked, first: int, ids: Ids, see: See | None) -> None:

@@ -107,7 +107,8 @@ def _cut(seen: Mapping[str, list[Sizes]], share: float, item: int) -> tuple[Cut,
                 f"index: share={share:g} keeps no factor of {n} examples, whose gradients have {numbers:,} numbers "
                 f"each; one of {least:,} for each of them would be share={least / numbers:.2g}"
             )
-        threshold = float(worth[order[fits]])
+        # Between the last that is kept and the first that is not, so that rounding decides in no case.
+        threshold = float((worth[order[fits - 1]] * worth[order[fits]]).sqrt())
     kept = torch.zeros(n, dtype=torch.float64)
     taken = torch.zeros(n, dtype=torch.float64)
     for parts in seen.values():

@@ -19,6 +19,7 @@ from fastif.model.gradients import Dense, Formed, Gradients, OneHot
 from fastif.model.sliced_gradients import Sliced
 
 _NEGLIGIBLE = 1e-14  # of the largest σ²: below float32's rounding of the gradient itself
+_ZERO = 1e-90  # σ² of what float32 does not hold
 _TINY = 1e-300  # on the diagonal of a Gram matrix of zeros, which has no factor
 _ROUNDING = 1e-6  # of the trace of a Gram matrix: more than what sums in float32 are away by
 _FILLED = 0.8  # share of the positions up to which the rest is left out
@@ -79,7 +80,7 @@ def truncate(gradients: Gradients, metric: Metric, threshold: float, own: bool =
 
 def _kept(squares: Tensor, least: float) -> Tensor:
     largest = squares.amax(2, keepdim=True) if squares.shape[2] else squares.sum(2, keepdim=True)
-    return squares > (largest * _NEGLIGIBLE).clamp(min=max(least, 0.0))
+    return squares > (largest * _NEGLIGIBLE).clamp(min=max(least, _ZERO))
 
 
 def _rotated(gradients: Gradients, metric: Metric) -> Iterator[Dense | OneHot | Formed]:
