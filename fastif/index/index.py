@@ -65,7 +65,13 @@ class Index:
         self.influence = influence
         if influence is not None:
             if influence.n == 0:
-                influence.load_state_dict(load_state(self._folder))
+                state = load_state(self._folder)
+                try:
+                    influence.load_state_dict(state)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{folder} is an index of another model, or with other arguments: {error}"
+                    ) from error
             else:
                 check_state(self._folder, influence.fitted)
 

@@ -6,7 +6,7 @@ import torch
 import fastif
 from fastif import EKFAC, KFAC, Diagonal, Identity, Index, Influence, Shampoo, TrainingDamping, answer
 from fastif.index import building
-from tests.helpers.indexed import BATCH, N, PROBLEMS, bits, fitted, linear
+from tests.helpers.indexed import BATCH, PROBLEMS, N, bits, fitted, linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,8 +93,12 @@ def test_what_was_measured_is_what_a_user_would_find(tmp_path):
 def test_results_do_not_depend_on_batches_and_memory(tmp_path, name):
     model, train, query, loss = PROBLEMS[name]()
     found = []
-    for number, settings in enumerate(({}, {"batch_size": 17}, {"memory": 1 << 14}, {"batch_size": 30, "memory": 1 << 12})):
-        influence = fitted(model, train, loss, Diagonal(1e-2, fisher="empirical"), **settings)  # no eigenvectors, whose signs are free
+    for number, settings in enumerate(
+        ({}, {"batch_size": 17}, {"memory": 1 << 14}, {"batch_size": 30, "memory": 1 << 12})
+    ):
+        influence = fitted(
+            model, train, loss, Diagonal(1e-2, fisher="empirical"), **settings
+        )  # no eigenvectors, whose signs are free
         index = Index.build(influence, train, tmp_path / f"{number}", share=0.6, dtype="float32")
         found.append(index.scores(query))
     for other in found[1:]:
