@@ -99,7 +99,8 @@ def coloured(place: int, value: float) -> str:
 lines = [f"<tr><td>{what}</td><td>{value:+.4f}</td><td>{coloured(i, value)}</td></tr>" for what, value, i in rows]
 given.out.write_text(
     f"<!doctype html><meta charset='utf-8'><title>trace</title><h1>{html.escape(' '.join(asked))}</h1>"
-    f"<p>Training texts that help and that harm it most: blue helps, orange harms.</p><table>{''.join(lines)}</table>\n",
+    f"<p>Training texts that help and that harm it most: blue helps, orange harms.</p>"
+    f"<table>{''.join(lines)}</table>\n",
     encoding="utf-8",
 )
 print(f"{given.out}: the texts, coloured")

@@ -44,9 +44,9 @@ def index_table(name: str) -> str:
         )
     lines += [
         "",
-        "EK-FAC with the empirical Fisher, damping 1e-3; processor seconds. In brackets: bytes of an example, the build "
-        "as a multiple of a walk with one query (its sample and its measured error are in it), and by how much asking "
-        "the index is faster than a walk with as many queries. With share=1 in float32 the scores are those of "
+        "EK-FAC with the empirical Fisher, damping 1e-3; processor seconds. In brackets: bytes of an example, the "
+        "build as a multiple of a walk with one query (its sample and its measured error are in it), and by how much "
+        "asking the index is faster than a walk with as many queries. With share=1 in float32 the scores are those of "
         "`Influence.scores` to 1e-5, which is asserted. Scores, self-influence and an index one after another, and "
         f"from one walk: {'; '.join(apart)}. {tables._machine(results)}. Made by `make bench-index`.",
     ]

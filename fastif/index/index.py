@@ -63,6 +63,7 @@ class Index:
     def __init__(self, folder: Path | str, influence: Influence | None = None):
         self._folder = Folder(folder)
         self.influence = influence
+        self._made: Encoder | None = None  # the metrics of the fit that queries were last asked with
         if influence is not None:
             if influence.n == 0:
                 state = load_state(self._folder)
@@ -317,7 +318,10 @@ class Index:
                     start += len(block.examples)
 
     def _encoder(self) -> Encoder:
-        return Encoder.of(ready(self._influence()), dtype_named(self.settings["stored"]))
+        fitted = ready(self._influence())
+        if self._made is None or self._made.fitted is not fitted:
+            self._made = Encoder.of(fitted, dtype_named(self.settings["stored"]))
+        return self._made
 
     def _rows(self, query: Any, groups: Tensor | None) -> int:
         q = count(query, self._influence().passes.batch_size)

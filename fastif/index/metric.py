@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastif.curvature.eigenbasis import Eigenbasis
 
-_STEPS = 20  # of the fit of M by a product, which has settled after a few
+_STEPS = 12  # of the fit of M by a product, which has settled after a few
 
 
 @dataclass(frozen=True)
