@@ -156,12 +156,16 @@ class Folder:
             block = _read(tensors, [layer[0] for layer in self.manifest["layers"]])
         except KeyError as error:
             raise Damaged(path, f"it lacks {error.args[0]!r}", _REMEDY) from error
+        return self._held(block)
+
+    def write_block(self, run: range, block: IndexBlock) -> None:
+        save_tensors(self.path_of(run), _tensors(self._held(block)), self._about(run))
+
+    def _held(self, block: IndexBlock) -> IndexBlock:
+        """What is left of a block without the examples that were removed."""
         removed = torch.tensor(self.manifest["removed"], dtype=torch.int64)
         keep = ~torch.isin(block.examples, removed)
         return block if bool(keep.all()) else block.select(keep.nonzero()[:, 0])
-
-    def write_block(self, run: range, block: IndexBlock) -> None:
-        save_tensors(self.path_of(run), _tensors(block), self._about(run))
 
     def _about(self, run: range) -> Any:
         return {"index": self.job, "examples": [run.start, run.stop]}

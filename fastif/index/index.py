@@ -218,6 +218,8 @@ class Index:
 
     def ids(self) -> Ids:
         """Of the examples that it holds, where they were given."""
+        if self._folder.manifest["parts"][0]["settings"]["ids"] is None:
+            return None
         parts = [block.ids for block in self._folder.blocks()]
         if isinstance(parts[0], Tensor):
             return torch.cat([part for part in parts if isinstance(part, Tensor)])

@@ -133,6 +133,15 @@ def test_only_missing_blocks_are_computed_again(built):
     assert bits(index.path) == before
 
 
+def test_what_was_removed_does_not_come_back(built):
+    index, influence, train, _ = built
+    index.remove(torch.tensor([9, 12]))
+    before = bits(index.path)
+    (index.path / "block-000000008.safetensors").unlink()
+    Index.build(influence, train, index.path, share=0.5, resume=True)
+    assert bits(index.path) == before
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "curvature.safetensors", "block-000000008.safetensors"])
 @pytest.mark.parametrize("where", [0.3, 0.99])
 def test_a_changed_bit_is_noticed(built, name, where):
