@@ -72,6 +72,8 @@ def fidelity_picture(name: str, path: Path) -> None:
                 label=contender, color=colour, linewidth=width, marker="o", markersize=width + 2,
             )  # fmt: skip
         axis.set(title=label, xlabel="% of the bytes of float32 gradients", ylim=(0, 1.02))
+        axis.set_xticks([0.25, 1, 4], ["0.25", "1", "4"])
+        axis.minorticks_off()
     axes[0][0].set_ylabel("Spearman's ρ with exact scores")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None, "Description": results["datetime"]})
