@@ -25,6 +25,7 @@ from fastif.curvature import (
     TrainingDamping,
     training_time,
 )
+from fastif.index import Index, answer
 from fastif.influence import Influence
 from fastif.influence.choosing import choose
 from fastif.influence.networks import Networks
@@ -51,6 +52,7 @@ __all__ = [
     "Extracted",
     "Identity",
     "IllConditioned",
+    "Index",
     "Influence",
     "LiSSA",
     "Networks",
@@ -70,6 +72,7 @@ __all__ = [
     "TrainingDamping",
     "TrainingLog",
     "__version__",
+    "answer",
     "build_info",
     "choose",
     "curvature",

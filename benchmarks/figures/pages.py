@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from . import readme, tables
+from . import index, readme, tables
 
 
 def with_tables(page: str) -> str:
@@ -18,6 +18,7 @@ def with_tables(page: str) -> str:
             "published": tables.published_table,
             "kcenter": tables.kcenter_table,
             "influence": tables.influence_table,
+            "index": index.index_table,
             "memory": tables.memory_table,
             "mislabel": tables.mislabel_table,
             "lds": tables.lds_table,

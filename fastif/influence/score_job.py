@@ -55,8 +55,8 @@ def write_scores(
             missing = [columns for columns in scores.column_runs if not scores.has_block(rows, columns)]
             # All checkpoints are in a block before the next one begins; with one alone, the queries are seen to once.
             for columns in [missing] if checkpoints == 1 and missing else [[run] for run in missing]:
-                mine = query if query_groups is not None else _Part(query, batch_size, [rows])
-                tiles = make_tiles(fitted, mine, _Part(train, batch_size, columns), query_groups, low_rank, by)
+                mine = query if query_groups is not None else Part(query, batch_size, [rows])
+                tiles = make_tiles(fitted, mine, Part(train, batch_size, columns), query_groups, low_rank, by)
                 _write_tiles(scores, tiles, rows, columns, checkpoints)
     return scores
 
@@ -117,7 +117,7 @@ def write_block(scores: ScoreFolder, rows: range, columns: range, values: Tensor
         raise OSError(error.errno, f"{why}, and the same job goes on from there when it is resumed") from error
 
 
-class _Part:
+class Part:
     """Some runs of the examples of data, as data: no batch of it crosses a border."""
 
     def __init__(self, data: Any, batch_size: int, runs: list[range]):
@@ -168,7 +168,7 @@ def settings_of(
         "memory": fitted.memory,
         "query": walked(query, passes.batch_size).identity.fingerprint,
         "rows": [*range(0, height, rows), height],
-        "columns": _borders(lengths[1], max(widest, BLOCK_BYTES // (rows * item))),
+        "columns": borders_of(lengths[1], max(widest, BLOCK_BYTES // (rows * item))),
     }
 
 
@@ -220,7 +220,7 @@ def _positions(fitted: Fitted, train: Any) -> int:
     return check_positions({name: g.positions for name, g in gradients.items()})
 
 
-def _borders(lengths: Iterable[int], most: int) -> list[int]:
+def borders_of(lengths: Iterable[int], most: int) -> list[int]:
     """Borders of runs of whole batches with at most `most` examples each."""
     borders, end = [0], 0
     for length in lengths:
