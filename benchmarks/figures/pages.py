@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from . import index, readme, tables
+from . import faithfulness, index, readme, tables
 
 
 def with_tables(page: str) -> str:
@@ -21,7 +21,8 @@ def with_tables(page: str) -> str:
             "index": index.index_table,
             "memory": tables.memory_table,
             "mislabel": tables.mislabel_table,
-            "lds": tables.lds_table,
+            "lds-text": faithfulness.lds_text_table,
+            "lds": faithfulness.lds_table,
             "solvers": tables.solvers_table,
             "products": tables.products_table,
             "gpu": tables.gpu_table,

@@ -257,51 +257,6 @@ def mislabel_table(name: str) -> str:
     return "\n".join(lines)
 
 
-def lds_table(name: str) -> str:
-    results = results_of(name)
-    models = results["meta"]["models"]
-    cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for row in results["lds"]:
-        cells.setdefault(row["contender"], {}).setdefault(row["model"], []).append(row)
-    heads = " | ".join(f"{model}: halves | 80 % kept | CPU s" for model in models)
-    lines = [f"| | {heads} |", "|---|" + "---|---|---|" * len(models)]
-    for contender, found in cells.items():
-        figures = []
-        for model in models:
-            rows = found.get(model, [])
-            finite = [row for row in rows if row["lds"] is not None]
-            if not finite:
-                figures.append("not finite | | " if rows else "– | – | –")
-                continue
-            best = max(finite, key=lambda row: row["lds"]["mean"])
-            fresh = max(finite, key=lambda row: row["fresh"]["mean"])["fresh"]
-            half = (best["lds"]["high"] - best["lds"]["low"]) / 2
-            figures.append(f"{best['lds']['mean']:.3f} ± {half:.3f} | {fresh['mean']:.3f} | {best['cpu_seconds']:.2f}")
-        lines.append(f"| {contender} | {' | '.join(figures)} |")
-    ceilings = [
-        "1 | 1" if c[0] is None else f"{c[0]:.3f} | {c[1]:.3f}" for c in (f["ceilings"] for f in models.values())
-    ]
-    lines.append("| *ceiling, from how far the seeds of a set agree* | " + " | | ".join(ceilings) + " | |")
-    sizes = "; ".join(
-        f"{model}: {facts['parameters']:,} parameters, {facts['seeds']} seed{'s' if facts['seeds'] > 1 else ''} a set, "
-        f"{facts['accuracy']:.0%} of the queries right, {facts['seconds_of_a_retraining']:.2f} s to train on a half"
-        for model, facts in models.items()
-    )
-    facts = next(iter(models.values()))
-    meta = results["meta"]
-    lines += [
-        "",
-        f"{facts['n']:,} training examples, {facts['queries']} queries, {facts['subsets']} halves of the data and "
-        f"{facts['fresh']} sets that keep 80 %. {sizes}. LDS ± half of its 95 % interval over the queries. Rows with "
-        "damping from the training chose nothing; in the others each figure is that of the best of the dampings 0.001, "
-        "0.01 and 0.1, contender by contender. CPU seconds: fit and scores, of the best LDS on halves; the training of "
-        "the networks that are explained comes on top. –: not run, too large. "
-        f"{meta['device']}, {threads_of(meta['threads'])}, torch {meta['versions']['torch']}. "
-        "Made by `python benchmarks/experiments/lds.py`.",
-    ]
-    return "\n".join(lines)
-
-
 def solvers_table(name: str) -> str:
     results = results_of(name)
     extra: dict[str, Any] = next(b["extra_info"] for b in results["benchmarks"] if "tolerance" in b["extra_info"])
