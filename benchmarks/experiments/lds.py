@@ -245,7 +245,7 @@ def dattri(work: Work, given: Given, method: str) -> Tensor:
     from dattri.algorithm.influence_function import IFAttributorCG, IFAttributorLiSSA
     from dattri.task import AttributionTask
 
-    model, n, damping = given.models[0], len(work.train[0]), given.damping
+    model, n, damping = copy.deepcopy(given.models[0]), len(work.train[0]), given.damping
     shape = (-1, *work.train[0].shape[1:])
 
     def loss(parameters, batch):
@@ -270,7 +270,7 @@ def trak(work: Work, given: Given, networks: Literal["one", "full", "halves"] = 
     from dattri.algorithm.trak import TRAKAttributor
     from dattri.task import AttributionTask
 
-    model = given.models[0]
+    model = copy.deepcopy(given.models[0])  # it is left at the last checkpoint
     shape = (-1, *work.train[0].shape[1:])
 
     def log_p(parameters, batch):

@@ -152,7 +152,7 @@ def test_a_changed_bit_is_noticed(built, name, where):
     path.write_bytes(data)
     model = influence.model
     with pytest.raises(Damaged, match=name):
-        Index(index.path, Influence(model, "cross_entropy", EKFAC(1e-2), progress=False)).scores(query)
+        Index(index.path, Influence(model, "cross_entropy", EKFAC(1e-2, "empirical"), progress=False)).scores(query)
 
 
 def test_a_block_of_another_place_or_another_index_is_refused(built, tmp_path):
@@ -178,7 +178,7 @@ def test_another_model_and_another_curvature_are_refused(built):
     with torch.no_grad():
         model[0].weight[0, 0] += 1
     with pytest.raises(ValueError, match="weights are not those of the fit"):
-        Index(index.path, Influence(model, "cross_entropy", EKFAC(1e-2), progress=False))
+        Index(index.path, Influence(model, "cross_entropy", EKFAC(1e-2, "empirical"), progress=False))
     with torch.no_grad():
         influence.model[0].weight[0, 0] += 1
     with pytest.raises(ValueError, match="weights are not those of the fit"):
