@@ -37,6 +37,14 @@ class Diagonal(Curvature):
         squares = gradients.squares(weights)
         self._diagonal = squares if self._diagonal is None else self._diagonal.add_(squares)
 
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        del pass_index
+        return {} if self._diagonal is None else {"diagonal": self._diagonal}
+
+    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
+        del pass_index
+        self._diagonal = sums["diagonal"]
+
     def end(self, pass_index: int) -> None:
         del pass_index
         if not bool(self.diagonal.isfinite().all()):

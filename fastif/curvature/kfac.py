@@ -94,6 +94,38 @@ class KFAC(Curvature):
         self._decompose()
         _ = self.damping_used
 
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        """The second moments and the positions that they are of."""
+        del pass_index
+        if not self._moments:
+            return {}
+        moments = {side: m if isinstance(m, Tensor) else m.matrix() for side, m in self._moments.items()}
+        return {
+            **moments,
+            "positions": torch.tensor([self._positions], dtype=torch.float64).to(moments["inputs"].device),
+        }
+
+    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
+        del pass_index
+        self._positions = float(sums["positions"])
+        self._moments = {side: moment for side, moment in sums.items() if side != "positions"}
+
+    def ending(self, pass_index: int) -> float:
+        """Of the eigenvectors of both moments."""
+        del pass_index
+        g, o, d = self.shape
+        return 10.0 * g * (d**3 + o**3)
+
+    def made(self, pass_index: int) -> dict[str, Tensor]:
+        del pass_index
+        found = {"eigenvalues": self._eigenvalues, "input_basis": self.input_basis, "output_basis": self.output_basis}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def take_made(self, pass_index: int, made: dict[str, Tensor]) -> None:
+        del pass_index
+        self._moments, self._eigenvalues = {}, made.get("eigenvalues")
+        self.input_basis, self.output_basis = made["input_basis"], made.get("output_basis")
+
     def _decompose(self) -> None:
         input_values, self.input_basis = find_eigenvectors(self._moment("inputs"), f"the inputs of layer {self.name!r}")
         outputs = self._moment("outputs")

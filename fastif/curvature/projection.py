@@ -67,6 +67,14 @@ class RandomProjection(JointCurvature):
         moment = (rows * weights.to(rows)[:, None]).T @ rows
         self._moment = moment if self._moment is None else self._moment.add_(moment)
 
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        del pass_index
+        return {} if self._moment is None else {"moment": self._moment}
+
+    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
+        del pass_index
+        self._moment = sums["moment"]
+
     def end(self, pass_index: int) -> None:
         """Makes the factor. Raises NotPositiveDefinite where K holds NaN or Inf."""
         del pass_index

@@ -21,6 +21,7 @@ from fastif.model.capture import Forward
 from fastif.model.gradients import Formed, Gradients
 from fastif.model.layers import Block
 from fastif.model.losses import Fisher, Loss
+from fastif.ranks import ALONE, Ranks
 from fastif.samplers.subset import Subset
 
 Shape = tuple[int, int, int]  # g, o, d of a block
@@ -38,6 +39,7 @@ class FitData(NamedTuple):
     seed: int = 0
     autocast: torch.dtype | None = None  # of forward passes
     progress: bool = False  # whether iterations show a bar
+    ranks: Ranks = ALONE  # among which the examples are divided: `batches` brings this one's
 
 
 class SeenBatch(NamedTuple):
@@ -128,6 +130,40 @@ class Estimator(Called, ABC):
     def end(self, pass_index: int) -> None:
         """Ends a pass; raises NotPositiveDefinite with a diagnosis. Called once where there are no passes."""
         del pass_index
+
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        """What a pass has added up over the examples that it was shown, before it ends; ranks add theirs up."""
+        del pass_index
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say what ranks have to add up: see `sums` in fastif/curvature/protocol.py"
+        )
+
+    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
+        """Takes the sums over the examples of all ranks in the place of `sums`."""
+        del pass_index, sums
+
+    def kept(self, pass_index: int) -> dict[str, Tensor]:
+        """What a pass has kept of every example that it was shown; ranks bring theirs together."""
+        del pass_index
+        return {}
+
+    def take_kept(self, pass_index: int, kept: Sequence[Mapping[str, Tensor]]) -> None:
+        """Takes what was kept of the examples of every rank, by rank, in the place of `kept`."""
+        del pass_index, kept
+
+    def ending(self, pass_index: int) -> float:
+        """Operations that `end` takes, where one rank had better do it and send what it made; 0: every rank ends."""
+        del pass_index
+        return 0.0
+
+    def made(self, pass_index: int) -> dict[str, Tensor]:
+        """What `end` made of the sums: another rank takes it in the place of ending the pass."""
+        del pass_index
+        return {}
+
+    def take_made(self, pass_index: int, made: dict[str, Tensor]) -> None:
+        """Takes what `end` made on another rank."""
+        del pass_index, made
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -260,6 +296,27 @@ class SingleEstimator(JointCurvature):
 
     def end(self, pass_index: int) -> None:
         self.estimator.end(pass_index)
+
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        return self.estimator.sums(pass_index)
+
+    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
+        self.estimator.take_sums(pass_index, sums)
+
+    def kept(self, pass_index: int) -> dict[str, Tensor]:
+        return self.estimator.kept(pass_index)
+
+    def take_kept(self, pass_index: int, kept: Sequence[Mapping[str, Tensor]]) -> None:
+        self.estimator.take_kept(pass_index, kept)
+
+    def ending(self, pass_index: int) -> float:
+        return self.estimator.ending(pass_index)
+
+    def made(self, pass_index: int) -> dict[str, Tensor]:
+        return self.estimator.made(pass_index)
+
+    def take_made(self, pass_index: int, made: dict[str, Tensor]) -> None:
+        self.estimator.take_made(pass_index, made)
 
     def stand_in(self) -> None:
         self.estimator.stand_in()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastif.curvature.called import as_called
-from fastif.data.batches import Batch, as_loader, batch_lengths, indexable, picked, walked
+from fastif.data.batches import as_loader, batch_lengths, walked
+from fastif.data.dealing import Part
 from fastif.fingerprints import VERSIONS, described, described_model, fingerprint
 from fastif.folder_lock import locked
 from fastif.influence.fitted import Fitted, Setup
@@ -55,8 +56,8 @@ def write_scores(
             missing = [columns for columns in scores.column_runs if not scores.has_block(rows, columns)]
             # All checkpoints are in a block before the next one begins; with one alone, the queries are seen to once.
             for columns in [missing] if checkpoints == 1 and missing else [[run] for run in missing]:
-                mine = query if query_groups is not None else _Part(query, batch_size, [rows])
-                tiles = make_tiles(fitted, mine, _Part(train, batch_size, columns), query_groups, low_rank, by)
+                mine = query if query_groups is not None else Part(query, batch_size, [rows])
+                tiles = make_tiles(fitted, mine, Part(train, batch_size, columns), query_groups, low_rank, by)
                 _write_tiles(scores, tiles, rows, columns, checkpoints)
     return scores
 
@@ -115,24 +116,6 @@ def write_block(scores: ScoreFolder, rows: range, columns: range, values: Tensor
         done, blocks = scores.count_blocks()
         why = f"{error.strerror or error}; {done} of {blocks} blocks are kept in {scores.folder}"
         raise OSError(error.errno, f"{why}, and the same job goes on from there when it is resumed") from error
-
-
-class _Part:
-    """Some runs of the examples of data, as data: no batch of it crosses a border."""
-
-    def __init__(self, data: Any, batch_size: int, runs: list[range]):
-        self.data, self.batch_size = data, batch_size
-        self.indices = torch.cat([torch.arange(run.start, run.stop) for run in runs])
-
-    def __len__(self) -> int:
-        """Batches, for the progress bar."""
-        if not indexable(self.data):
-            raise TypeError("data that can only be walked does not know")
-        return -(-len(self.indices) // batch_lengths(self.data, self.batch_size)[0])
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch, _ in picked(self.data, self.batch_size, self.indices):
-            yield batch
 
 
 def settings_of(

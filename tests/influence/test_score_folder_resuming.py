@@ -106,10 +106,10 @@ moments = [  # the first file of each process tells who holds the folder
     patched(os, "fsync", 2, die),                                # a block not yet on the disk
     patched(Path, "replace", 3, renamed_then_dead),              # a block just finished
     patched(queries, "_directions", 1, die),                     # among the queries
-    patched(score_job._Part, "__iter__", 2, die),                # before the first training batch
+    patched(score_job.Part, "__iter__", 2, die),                # before the first training batch
 ]
 if sys.argv[2] == "query groups":  # whose queries are all seen to at once
-    moments[-2:] = [patched(queries, "_grouped_queries", 1, die), patched(score_job._Part, "__iter__", 1, die)]
+    moments[-2:] = [patched(queries, "_grouped_queries", 1, die), patched(score_job.Part, "__iter__", 1, die)]
 for moment in moments:
     assert killed(moment) == signal.SIGKILL
     print(len(list(folder.glob("scores-*.npy"))) if folder.exists() else 0)

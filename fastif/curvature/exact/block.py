@@ -139,6 +139,15 @@ class ExactBlock(Curvature):
         self._solver.release()
         self._sum.add_hessian(total, blocks)
 
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        """The block; nothing where no example was shown."""
+        del pass_index
+        return {"block": self._sum.finish()} if self._sum.begun else {}
+
+    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
+        del pass_index
+        self._sum.block = sums["block"]
+
     def end(self, pass_index: int) -> None:
         """Makes the factor; raises NotPositiveDefinite with a diagnosis."""
         del pass_index

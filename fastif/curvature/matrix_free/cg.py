@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,6 +88,18 @@ class CG(JointCurvature):
 
     def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
         self._per_layer.observe(gradients, weights, column, pass_index)
+
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        return self._per_layer.sums(pass_index)
+
+    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
+        self._per_layer.take_sums(pass_index, sums)
+
+    def kept(self, pass_index: int) -> dict[str, Tensor]:
+        return self._per_layer.kept(pass_index)
+
+    def take_kept(self, pass_index: int, kept: Sequence[Mapping[str, Tensor]]) -> None:
+        self._per_layer.take_kept(pass_index, kept)
 
     def end(self, pass_index: int) -> None:
         """Ends a pass of the preconditioner, and of what a `RelativeDamping` is a share of."""

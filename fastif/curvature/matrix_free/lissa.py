@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -122,6 +122,18 @@ class LiSSA(JointCurvature):
 
     def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
         self._per_layer.observe(gradients, weights, column, pass_index)
+
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        return self._per_layer.sums(pass_index)
+
+    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
+        self._per_layer.take_sums(pass_index, sums)
+
+    def kept(self, pass_index: int) -> dict[str, Tensor]:
+        return self._per_layer.kept(pass_index)
+
+    def take_kept(self, pass_index: int, kept: Sequence[Mapping[str, Tensor]]) -> None:
+        self._per_layer.take_kept(pass_index, kept)
 
     def end(self, pass_index: int) -> None:
         """Ends a pass of the preconditioner; after the last one, finds the scale."""
