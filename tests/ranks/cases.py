@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import time
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from fastif import (
     CG,
@@ -18,9 +22,11 @@ from fastif import (
     Identity,
     Influence,
     LiSSA,
+    Networks,
     RandomProjection,
     RelativeDamping,
     Shampoo,
+    Subset,
 )
 from fastif.ranks import find_ranks
 from tests.helpers.by_hand import problem
@@ -95,3 +101,112 @@ def exchanges() -> dict[str, Any]:
             "joined": ranks.join("join", None if ranks.rank == 0 else x[: ranks.rank], x.device),
         }
 
+
+def fit_answers(data: Any, model: nn.Module, estimator: Any, query: Any = None, **options: Any) -> dict[str, Any]:
+    """What a fit on some data answers; the estimator's state too."""
+    influence = Influence(model, curvature=estimator, layers="*", progress=False, **options).fit(data)
+    scores = influence.scores(data if query is None else query, data)
+    return {
+        "scores": scores,
+        "self": influence.self_influence(data),
+        "state": [*influence.state_dict().values()],
+        "blocks": list(influence.capture.blocks),
+    }
+
+
+def fit_late() -> dict[str, Any]:
+    """An expert that is called for the last examples alone: one rank meets it, and all take it up."""
+    _model, data, _ = problem("mlp")
+    torch.manual_seed(1)
+    experts = Experts().double()
+    x = torch.cat([data[0][:20], data[0][20:] + 100], 0)
+    return fit_answers((x, data[1]), experts, EKFAC(1e-2), (x[:2], data[1][:2]), batch_size=5)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(5, 4)
+        self.usual, self.rare = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Any) -> Any:
+        h, far = self.body(x / (1 + x.abs())).tanh(), x[:, 0] > 50
+        out = torch.zeros(len(x), 3, dtype=x.dtype)
+        if bool((~far).any()):
+            out = out.index_put((~far,), self.usual(h[~far]))
+        if bool(far.any()):
+            out = out.index_put((far,), self.rare(h[far]))
+        return out
+
+
+def fit_stream() -> None:
+    fit_answers(DataLoader(Stream(), batch_size=5), problem("mlp").model, KFAC(1e-2))
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        x, y = problem("mlp").data
+        return iter(zip(x, y, strict=True))
+
+
+def fit_with(options: dict[str, Any], given: dict[str, Any]) -> Any:
+    """A fit where ranks may be given different things: the scale of the weights, of the data, or arguments."""
+    model, (x, y), _ = problem("mlp")
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        next(model.parameters()).mul_(given.get("weights", 1.0))
+    x = x.clone()
+    x[20] *= given.get("data", 1.0)
+    arguments = {key: value for key, value in given.items() if key not in ("weights", "data", "n", "query", "call")}
+    n = given.get("n", len(y))
+    influence = Influence(model, curvature=EKFAC(**options), layers="*", progress=False, batch_size=5, **arguments)
+    influence.fit((x[:n], y[:n]))
+    query = x[: given.get("query", 2)], y[: given.get("query", 2)]
+    return influence.scores(query, (x, y)) if given.get("call") != "top" else influence.top(query, (x, y), 2)
+
+
+def check_cuda() -> None:
+    find_ranks().check_device(torch.device("cuda", 0))
+
+
+def leave_out(rank: int) -> None:
+    """A call that one rank does not make."""
+    if find_ranks().rank != rank:
+        fit_with({}, {})
+
+
+def fit_slowly() -> None:
+    model, (x, y), _ = problem("mlp")
+    slow = nn.Sequential(Slow(), copy.deepcopy(model))
+    Influence(slow, curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=1).fit((x, y))
+
+
+class Slow(nn.Module):
+    def forward(self, x: Any) -> Any:
+        time.sleep(0.1)
+        return x
+
+
+def parts_of_data(subset: bool = False, networks: bool = False, checkpoints: bool = False) -> dict[str, Any]:
+    """Scores with a weighted subset in an order of its own, of networks trained on halves, or of checkpoints."""
+    model, (x, y), _ = problem("mlp")
+    g = torch.Generator().manual_seed(3)
+    states = [
+        {k: v + 0.3 * torch.randn(v.shape, generator=g, dtype=v.dtype) for k, v in model.state_dict().items()}
+        for _ in range(2)
+    ]
+    options: dict[str, Any] = {}
+    order = torch.randperm(len(y), generator=g)
+    if networks:
+        options["networks"] = Networks(states, [order[:12].sort().values, order[12:].sort().values])
+    if checkpoints:
+        options["checkpoints"] = states
+    influence = Influence(
+        model, curvature=EKFAC(1e-2, "monte_carlo"), layers="*", progress=False, batch_size=5, **options
+    )
+    part = Subset(order[:13], torch.rand(13, generator=g, dtype=torch.float64) / 13) if subset else None
+    influence.fit((x, y), part)
+    query = x[:3], y[:3]
+    values, indices = influence.top(query, (x, y), 4)
+    scores = influence.scores(query, (x, y))
+    return {"scores": scores, "top": values, "indices": indices, "self": influence.self_influence((x, y))}
