@@ -42,7 +42,7 @@ class Ranks:
 
     def __init__(self, group: Any = None):
         self.group = group  # None: this process alone
-        self.rank, self.world = 0, 1
+        self.rank, self.world, self._names = 0, 1, [0]  # the last: as torchrun counts them
         self.bytes_sent = self.bytes_received = 0  # by this rank, of tensors; the store's few bytes are not counted
         self.errors: list[Exception] = []  # of the last meeting that failed, by rank
         self._heard: BaseException | None = None  # the last error that all ranks know of
@@ -52,7 +52,7 @@ class Ranks:
         self._said: list[str] = []  # keys of this rank that may still be read
         if group is not None:
             self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-            self._names = dist.get_process_group_ranks(group)  # as torchrun counts them
+            self._names = dist.get_process_group_ranks(group)
             # torch's stubs know half of a store.
             self._store: Any = dist.PrefixStore("fastif", group.get_group_store())  # pyright: ignore
 
@@ -117,6 +117,8 @@ class Ranks:
 
     def compare(self, op: str, given: Mapping[str, Any]) -> None:
         """Raises ValueError, on all ranks, where one was given something else than the first."""
+        if self.world == 1:
+            return
         said = self.meet(f"what {op} was given", dict(given))
         for name, theirs in zip(self._names, said, strict=True):
             for key in dict.fromkeys((*said[0], *theirs)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from typing import Any
 
@@ -28,6 +29,7 @@ from fastif import (
     Shampoo,
     Subset,
 )
+from fastif.influence import score_job, shared_folder
 from fastif.ranks import find_ranks
 from tests.helpers.by_hand import problem
 
@@ -210,3 +212,42 @@ def parts_of_data(subset: bool = False, networks: bool = False, checkpoints: boo
     values, indices = influence.top(query, (x, y), 4)
     scores = influence.scores(query, (x, y))
     return {"scores": scores, "top": values, "indices": indices, "self": influence.self_influence((x, y))}
+
+
+def job(
+    folder: str, state: dict[str, Any] | None, by: str = "all", end_after: int | None = None, **options: Any
+) -> Any:
+    """A job of scores on disk in small blocks; the last rank ends, as if it were killed, after some blocks."""
+    model, (x, y), _ = problem("mlp")
+    low_rank, fitted = options.pop("low_rank", None), options.pop("of", EKFAC(1e-2))
+    influence = Influence(model, curvature=fitted, layers="*", progress=False, batch_size=3, **options)
+    influence = influence.fit((x, y)) if state is None else influence.load_state_dict(state)
+    written = []
+
+    def write(scores: Any, *args: Any) -> None:
+        if end_after is not None and influence.ranks.rank == influence.ranks.world - 1 and len(written) == end_after:
+            os._exit(9)
+        written.append(args[:2])
+        write_block(scores, *args)
+
+    write_block, before = score_job.write_block, score_job.BLOCK_BYTES
+    score_job.write_block, score_job.BLOCK_BYTES = write, 250
+    try:
+        how: dict[str, Any] = {"low_rank": low_rank} if low_rank else {"by": by}
+        found = influence.scores((x[:10], y[:10]), (x, y), out=folder, resume=True, **how)
+    finally:
+        score_job.write_block, score_job.BLOCK_BYTES = write_block, before
+    return found.load(), found.low_rank_error, len(written)
+
+
+def job_elsewhere(folder: str) -> Any:
+    """The same name, of another folder on every rank."""
+    here = os.getcwd()
+    own = f"{folder}/{find_ranks().rank}"
+    os.makedirs(own)
+    os.chdir(own)
+    shared_folder._SEEN_WITHIN = 0.5
+    try:
+        return job("job", None)
+    finally:
+        os.chdir(here)
