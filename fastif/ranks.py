@@ -28,7 +28,7 @@ from torch import Tensor
 
 _LOOK = 1.0  # seconds between two looks at who is missing
 _SILENT = 30.0  # seconds without a sign of life from a rank at work, after which it counts as dead
-_BUCKET = 1 << 26  # bytes that are exchanged at a time, where a single tensor does not take more
+BUCKET = 1 << 26  # bytes that are exchanged at a time, where a single tensor does not take more
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -55,6 +55,13 @@ class Ranks:
             self._names = dist.get_process_group_ranks(group)
             # torch's stubs know half of a store.
             self._store: Any = dist.PrefixStore("fastif", group.get_group_store())  # pyright: ignore
+
+    @staticmethod
+    def of(rank: int, world: int) -> Ranks:
+        """One of ranks that are not there, for plans: it says which it is, and meets nobody."""
+        made = Ranks()
+        made.rank, made.world = rank, world
+        return made
 
     def __repr__(self) -> str:
         return f"rank {self.rank} of {self.world}"
@@ -410,7 +417,7 @@ def _buckets(
         some, nbytes = list[Any](), 0
         for name in names:
             size = torch.Size(forms[name][0]).numel() * dtype.itemsize
-            if some and nbytes + size > _BUCKET:
+            if some and nbytes + size > BUCKET:
                 yield some
                 some, nbytes = [], 0
             some.append(name)

@@ -17,7 +17,7 @@ from fastif.curvature.damping import (
     check_damping,
     constant_damping,
 )
-from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork
+from fastif.curvature.protocol import BlockWork, Cost, Curvature, Exchanged, FitWork
 from fastif.model.gradients import Dense, Formed, Gradients, OneHot
 from fastif.model.losses import Fisher
 from fastif.model.sliced_gradients import Sliced
@@ -159,6 +159,10 @@ class DataInf(Curvature):
         numbers = g * min(o * d, t * (d + (0 if block.table else o)))
         held = fit.n * fit.item * numbers
         return Cost(held, operations=2 * fit.n * t * block.size, learned=held)
+
+    def exchanged(self, block: BlockWork, fit: FitWork) -> Exchanged:
+        """All examples' gradients, and their weights in float64."""
+        return Exchanged(kept=self.cost(block, fit).held + 8 * fit.n)
 
 
 def _copy_smallest(gradients: Gradients) -> list[tuple[Gradients, slice]]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastif.curvature.damping import NotPositiveDefinite, RelativeDamping, TrainingDamping, check_damping, invert
-from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork, check_fisher
+from fastif.curvature.protocol import BlockWork, Cost, Curvature, Exchanged, FitWork, check_fisher
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
 
@@ -97,6 +97,9 @@ class Diagonal(Curvature):
         size = block.size * fit.item
         operations = 2 * fit.n * fit.columns * block.positions * block.size
         return Cost(2 * size, operations=operations, learned=size, observing=size, beside=2 * size)
+
+    def exchanged(self, block: BlockWork, fit: FitWork) -> Exchanged:
+        return Exchanged(summed=block.size * fit.item)
 
 
 class Identity(Curvature):

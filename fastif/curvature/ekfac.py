@@ -36,7 +36,7 @@ class EKFAC(KFAC):
             self._eigenvalues = sums["eigenvalues"]
 
     def ending(self, pass_index: int) -> float:
-        return super().ending(pass_index) if pass_index == 0 else 0.0
+        return super().ending(pass_index) if pass_index == 0 else 0.0  # what is left is a look at the eigenvalues
 
     def end(self, pass_index: int) -> None:
         if pass_index == 0:

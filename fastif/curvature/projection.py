@@ -15,7 +15,7 @@ from fastif.curvature.damping import TrainingDamping, check_positive, constant_d
 from fastif.curvature.directions import Directions
 from fastif.curvature.exact.cholesky import factorize
 from fastif.curvature.matrix_free.iterations import check_iterations
-from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Shape, check_fisher
+from fastif.curvature.protocol import BlockWork, Cost, Exchanged, FitData, FitWork, JointCurvature, Shape, check_fisher
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
 from fastif.renamed import warn_renamed
@@ -196,6 +196,11 @@ class RandomProjection(JointCurvature):
             learned=8 * k**2 + (every * fit.item if every <= limits.SIGNS_KEPT else 0),
             observing=standing * (8 + fit.item),
         )
+
+    def exchanged(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Exchanged:
+        """K; every rank makes the factor."""
+        del blocks, fit
+        return Exchanged(summed=8 * self.dimension**2)
 
 
 @dataclass(frozen=True)

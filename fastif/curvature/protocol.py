@@ -101,6 +101,25 @@ class Cost(NamedTuple):
         )
 
 
+class Exchanged(NamedTuple):
+    """What a fit exchanges among ranks, in bytes, beside products with the curvature."""
+
+    owned: int = 0  # sums that travel to one rank, which ends the pass
+    made: int = 0  # what that rank makes of them and sends to the others
+    ending: float = 0.0  # operations of that
+    summed: int = 0  # sums that travel to all ranks
+    kept: int = 0  # what is kept of all examples, each of which travels from its rank to all others
+
+    def __add__(self, other: Exchanged) -> Exchanged:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Exchanged(
+            self.owned + other.owned,
+            self.made + other.made,
+            self.ending + other.ending,
+            self.summed + other.summed,
+            self.kept + other.kept,
+        )
+
+
 class Products(NamedTuple):
     """How often an estimator multiplies with the curvature of the fit's data, at most, and with which."""
 
@@ -152,7 +171,10 @@ class Estimator(Called, ABC):
         del pass_index, kept
 
     def ending(self, pass_index: int) -> float:
-        """Operations that `end` takes, where one rank had better do it and send what it made; 0: every rank ends."""
+        """Operations that `end` takes, where one rank had better do it and send what it made; 0: every rank ends.
+
+        It is asked once `sums` was; a rank that was shown no examples does not know.
+        """
         del pass_index
         return 0.0
 
@@ -218,6 +240,11 @@ class Curvature(Estimator):
     def cost(self, block: BlockWork, fit: FitWork) -> Cost:
         """For `Influence.plan`: what a fit takes, by arithmetic alone."""
 
+    def exchanged(self, block: BlockWork, fit: FitWork) -> Exchanged:
+        """For `Influence.plan(ranks=)`: what a fit on several ranks exchanges."""
+        del block, fit
+        return Exchanged()
+
 
 class JointCurvature(Estimator):
     """An estimator that sees several blocks at once. Dictionaries are keyed by block.
@@ -276,6 +303,11 @@ class JointCurvature(Estimator):
     @abstractmethod
     def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
         """As `Curvature.cost`, for all its blocks."""
+
+    def exchanged(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Exchanged:
+        """As `Curvature.exchanged`, for all its blocks."""
+        del blocks, fit
+        return Exchanged()
 
     def products(self, n: int) -> Products:
         """For `Influence.plan`: products with the curvature of n examples; with that of fewer, as much less of one."""
@@ -357,6 +389,9 @@ class OneBlock(SingleEstimator):
     def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
         return self.estimator.cost(blocks[self.name], fit)
 
+    def exchanged(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Exchanged:
+        return self.estimator.exchanged(blocks[self.name], fit)
+
 
 class JoinedBlocks(SingleEstimator):
     """One estimator for several blocks as if they were one: their parameters one after another, [1, 1, P]."""
@@ -387,9 +422,14 @@ class JoinedBlocks(SingleEstimator):
         return self.estimator.sq_norms(self._join(gradients))
 
     def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
+        return self.estimator.cost(self._joint_work(blocks), fit._replace(head=False))
+
+    def exchanged(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Exchanged:
+        return self.estimator.exchanged(self._joint_work(blocks), fit._replace(head=False))
+
+    def _joint_work(self, blocks: Mapping[str, BlockWork]) -> BlockWork:
         shapes = {name: block.shape for name, block in blocks.items()}
-        positions = max(block.positions for block in blocks.values())
-        return self.estimator.cost(BlockWork(self._joint_shape(shapes), positions, False), fit._replace(head=False))
+        return BlockWork(self._joint_shape(shapes), max(block.positions for block in blocks.values()), False)
 
     def _joint_shape(self, shapes: Mapping[str, Shape]) -> Shape:
         return 1, 1, sum(torch.Size(shapes[name]).numel() for name in self.names)

@@ -202,7 +202,9 @@ class Influence:
         return self.fitted.curvatures[0].by_block
 
     @rename_arguments(rank="low_rank")
-    def plan(self, train: Any, query: Any | None = None, *, low_rank: int | None = None) -> Plan:
+    def plan(
+        self, train: Any, query: Any | None = None, *, low_rank: int | None = None, ranks: int | None = None
+    ) -> Plan:
         """What will be covered, skipped, stored and computed; only a few examples go through the model.
 
         Args:
@@ -211,7 +213,11 @@ class Influence:
                 batches of `train`, with a curvature that has the sizes of a fitted one; it takes as long as this part
                 of `scores` does.
             low_rank: as for `scores`.
+            ranks: plan for so many ranks too (`Plan.ranks`): by rank the examples, the layers whose eigenvectors it
+                makes, bytes held, sent and received, the peak and the operations. Nothing is sent for it.
         """
+        if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1):
+            raise ValueError(f"plan: ranks must be an integer >= 1, got {ranks!r}")
         train = walked(train, self.passes.batch_size)
         every = torch.arange(train.n)
         self.setup = cover_head(self.setup, train, every)
@@ -219,7 +225,7 @@ class Influence:
             try:
                 with self.passes.running(None):
                     self.setup = look_at(self.setup, train, every)
-                    return make_plan(self.setup, train, query, low_rank)
+                    return make_plan(self.setup, train, query, low_rank, ranks)
             except LateLayer as late:  # as in a fit
                 self.capture.take_up(late.name)
 

@@ -64,8 +64,9 @@ def end_pass(ended: NetworkCurvature, pass_index: int, ranks: Ranks, device: tor
         ended.end(pass_index)
         return
     looked = {names: part for names, part in ended.parts.items() if pass_index < part.passes}
-    owners = divide({names: part.ending(pass_index) for names, part in looked.items()}, ranks.world)
     sums = {(names, key): value for names, part in looked.items() for key, value in part.sums(pass_index).items()}
+    endings = ranks.meet("who ends what", [part.ending(pass_index) for part in looked.values()])
+    owners = divide(dict(zip(looked, map(max, *endings), strict=True)), ranks.world)
     summed = ranks.sum_each(f"the sums of pass {pass_index + 1}", sums, lambda name: owners.get(name[0]), device)
     del sums
     kept = {(names, key): value for names, part in looked.items() for key, value in part.kept(pass_index).items()}

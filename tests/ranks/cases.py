@@ -251,3 +251,20 @@ def job_elsewhere(folder: str) -> Any:
         return job("job", None)
     finally:
         os.chdir(here)
+
+
+def planned_and_sent(estimator: Any, width: int = 40) -> Any:
+    """What a plan for these ranks foretells of this one's traffic, and what a fit and scores come to."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 5))
+    data, query = (torch.randn(90, 20), torch.arange(90) % 5), (torch.randn(16, 20), torch.arange(16) % 5)
+    influence = Influence(model, curvature=estimator, layers="*", progress=False, batch_size=9)
+    ranks = influence.ranks
+    plan = influence.plan(data, query, ranks=ranks.world).ranks[ranks.rank]
+    before = ranks.bytes_sent, ranks.bytes_received
+    influence.fit(data)
+    fitted = ranks.bytes_sent, ranks.bytes_received
+    influence.scores(query, data)
+    after = ranks.bytes_sent, ranks.bytes_received
+    moved = (fitted[0] - before[0], fitted[1] - before[1], after[0] - fitted[0], after[1] - fitted[1])
+    return plan, moved

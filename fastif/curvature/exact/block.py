@@ -15,7 +15,7 @@ from fastif.curvature.exact.building import BlockSum, Matrix
 from fastif.curvature.exact.factor import Factor
 from fastif.curvature.exact.room import Form, InPlace, Place
 from fastif.curvature.exact.solving import BlockSolver, columns_of, estimate_condition, place_of, sq_norms
-from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork, SeenBatch
+from fastif.curvature.protocol import BlockWork, Cost, Curvature, Exchanged, FitWork, SeenBatch
 from fastif.model.gradients import Gradients
 from fastif.model.layers import Block
 from fastif.model.losses import Fisher
@@ -185,6 +185,10 @@ class ExactBlock(Curvature):
             return Cost(held, making, fit.n * each + factoring, learned=learned, beside=beside)
         observing = limits.GATHERED_ROWS * size * fit.item
         return Cost(held, making, fit.n * each + factoring, learned=learned, observing=observing, beside=beside)
+
+    def exchanged(self, block: BlockWork, fit: FitWork) -> Exchanged:
+        """The block; every rank makes the factor."""
+        return Exchanged(summed=block.size**2 * fit.item)
 
     def fit(
         self, inputs: Tensor, logits: Tensor, labels: Tensor | None = None, weights: Tensor | None = None

@@ -24,6 +24,7 @@ from fastif.curvature.protocol import (
     BlockWork,
     Cost,
     Curvature,
+    Exchanged,
     FitData,
     FitWork,
     JointCurvature,
@@ -150,6 +151,10 @@ class CG(JointCurvature):
     def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
         """Of the preconditioner; a solve takes some vectors of its right-hand sides' size besides, and the graph."""
         return self._per_layer.cost(blocks, fit)
+
+    def exchanged(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Exchanged:
+        """What is learned of each layer."""
+        return self._per_layer.exchanged(blocks, fit)
 
     def products(self, n: int) -> Products:
         """One in a step, and one when the recursion ends, which begins anew only where it has halved the residual."""

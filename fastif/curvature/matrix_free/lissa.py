@@ -25,6 +25,7 @@ from fastif.curvature.protocol import (
     BlockWork,
     Cost,
     Curvature,
+    Exchanged,
     FitData,
     FitWork,
     JointCurvature,
@@ -237,6 +238,10 @@ class LiSSA(JointCurvature):
         size = sum(block.size for block in blocks.values())
         making = 4 * size * fit.item if self.scale == "auto" else 0
         return self._per_layer.cost(blocks, fit) + Cost(making=making)
+
+    def exchanged(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Exchanged:
+        """What is learned of each layer."""
+        return self._per_layer.exchanged(blocks, fit)
 
     def products(self, n: int) -> Products:
         """Power iteration for the scale; one in a step, and two of all examples that look at where it has come to."""

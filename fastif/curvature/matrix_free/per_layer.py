@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastif.curvature.damping import RelativeDamping, TrainingDamping, constant_damping
 from fastif.curvature.matrix_free.operator import Layout
-from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork, Shape, check_estimator
+from fastif.curvature.protocol import BlockWork, Cost, Curvature, Exchanged, FitWork, Shape, check_estimator
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
 
@@ -154,6 +154,14 @@ class PerLayer:
             by_block = dict.fromkeys(blocks, self.preconditioner) | self._by_block
             for name, block in blocks.items():
                 total += by_block[name].cost(block, fit)
+        return total
+
+    def exchanged(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Exchanged:
+        """The preconditioners' sums go to all ranks, each of which makes its own of them, and so do the traces."""
+        total = Exchanged(summed=8 * len(blocks) if self.relative else 0)
+        for block in blocks.values() if self.preconditioner is not None else ():
+            own = self.preconditioner.exchanged(block, fit)  # pyright: ignore[reportOptionalMemberAccess]
+            total += Exchanged(summed=own.owned + own.summed, kept=own.kept)
         return total
 
 
