@@ -74,6 +74,12 @@ class Ranks:
                 f"is on {device}: call init_process_group('nccl'), or 'cpu:gloo,cuda:nccl'"
             )
 
+    @property
+    def device(self) -> torch.device:
+        """Where tensors have to be to be sent, of those that are on no device in particular."""
+        alone = self.world == 1 or "cpu" in str(dist.get_backend_config(self.group))
+        return torch.device("cpu") if alone else torch.device("cuda", torch.cuda.current_device())
+
     # --------------------------------------------------------------------------------------------------------- meetings
 
     @contextmanager
@@ -368,11 +374,11 @@ def find_ranks(group: Any = None) -> Ranks:
                 "process that works alone"
             )
         return ALONE
+    if group is None and dist.get_world_size() == 1:
+        return ALONE
     group = dist.group.WORLD if group is None else group
     if dist.get_rank(group) < 0:
         raise ValueError("group=: this process is not a member of the group")
-    if dist.get_world_size(group) == 1:
-        return ALONE
     found = _known.get(id(group))
     if found is None:
         for key in [key for key, ranks in _known.items() if ranks.group not in dist.distributed_c10d._world.pg_map]:

@@ -264,7 +264,8 @@ class Influence:
         seen: dict[str, Tensor | None] = {}
         if needs_pass(sampler):
             batch_size, progress = self.passes.batch_size, self.passes.progress
-            given = extract(self.model, train, device=self.device, batch_size=batch_size, progress=progress)
+            how: dict[str, Any] = dict(batch_size=batch_size, progress=progress, group=self.ranks.group)
+            given = extract(self.model, train, device=self.device, **how)
             seen = given._asdict()
         if generator is None:
             generator = Generator().manual_seed(self.setup.seed)

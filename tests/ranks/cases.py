@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import time
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -28,10 +30,15 @@ from fastif import (
     RelativeDamping,
     Shampoo,
     Subset,
+    evaluation,
+    extract,
+    remove,
+    samplers,
 )
 from fastif.influence import score_job, shared_folder
 from fastif.ranks import find_ranks
 from tests.helpers.by_hand import problem
+from tests.helpers.problems import trained
 
 ESTIMATORS: dict[str, Any] = {
     "kfac": KFAC(1e-2),
@@ -268,3 +275,67 @@ def planned_and_sent(estimator: Any, width: int = 40) -> Any:
     after = ranks.bytes_sent, ranks.bytes_received
     moved = (fitted[0] - before[0], fitted[1] - before[1], after[0] - fitted[0], after[1] - fitted[1])
     return plan, moved
+
+
+def features(n: int) -> Any:
+    model, (x, y), _ = problem("mlp")
+    return extract(model, (x[:n], y[:n]), batch_size=5, progress=False)._asdict()
+
+
+def removal() -> Any:
+    """What is left of the parameters after a removal from the head, and from all layers; with samplers."""
+    model, x, y = trained()
+    removed = torch.arange(9) * 3
+    how: dict[str, Any] = dict(progress=False, weight_decay=5e-3, steps=2)
+    sampler = partial(samplers.logit, k=30)
+    head = remove(model, (x, y), removed, subset=sampler, **how)
+    every = remove(model, (x, y), removed, layers="all", **how)
+    return torch.cat([v.flatten() for one in (head, every) for v in one.state_dict.values()])
+
+
+def subset_of_sampler() -> Any:
+    model, (x, y), _ = problem("mlp")
+    influence = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=5)
+    influence.fit((x, y), partial(samplers.logit, k=8))
+    assert influence.subset is not None
+    return influence.subset.indices, influence.subset.weights
+
+
+def groups() -> Any:
+    """Each rank alone, in a group of its own: no rank waits for another."""
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    model, (x, y), _ = problem("mlp")
+    influence = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False, group=alone)
+    if dist.get_rank() == 0:
+        influence.fit((x, y), partial(samplers.logit, k=8))
+        return influence.scores((x[:2], y[:2]), (x, y)), influence.ranks.world
+    return None
+
+
+def train(indices: Any, seed: int) -> nn.Module:
+    x, y = problem("mlp").data
+    model = nn.Linear(5, 3).double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[indices]), y[indices]).backward()
+        optimizer.step()
+    return model
+
+
+def train_and_end(indices: Any, seed: int) -> nn.Module:
+    if find_ranks().rank == 1 and len(indices) == 21:
+        os._exit(9)
+    return train(indices, seed)
+
+
+def retrained(folder: str | None, function: Any = train, **how: Any) -> Any:
+    x, y = problem("mlp").data
+    kept = [torch.arange(24 - i) for i in range(5)]
+    out = {} if folder is None else {"out": folder, "resume": True, "key": "training"}
+    return evaluation.retrain(function, kept, (x, y), progress=False, **out, **how).values
+
+
+def halves() -> Any:
+    found = evaluation.train_halves(train, 24, pairs=2, progress=False)
+    return torch.stack([state["weight"] for state in found.states])
