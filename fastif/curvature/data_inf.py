@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from fastif.curvature.damping import (
     check_damping,
     constant_damping,
 )
-from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork
+from fastif.curvature.protocol import BlockWork, Cost, Curvature, Exchanged, FitWork
 from fastif.model.gradients import Dense, Formed, Gradients, OneHot
 from fastif.model.losses import Fisher
 from fastif.model.sliced_gradients import Sliced
@@ -57,6 +57,24 @@ class DataInf(Curvature):
         del column, pass_index
         # Copies: a view would keep the memory of the whole batch, with all layers, alive.
         self._parts += [(part, weights[rows].clone()) for part, rows in _copy_smallest(gradients)]
+
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        del pass_index
+        return {}
+
+    def kept(self, pass_index: int) -> dict[str, Tensor]:
+        del pass_index
+        return {
+            f"{number}.{name}": value
+            for number, (gradients, weights) in enumerate(self._parts)
+            for name, value in {**_factors(gradients), "weights": weights}.items()
+        }
+
+    def take_kept(self, pass_index: int, kept: Sequence[Mapping[str, Tensor]]) -> None:
+        del pass_index
+        self._parts = [
+            (_gradients(part, self.shape[1]), part["weights"]) for theirs in kept for part in _parts_of(theirs)
+        ]
 
     def end(self, pass_index: int) -> None:
         """Finds λ and each example's gain. Raises NotPositiveDefinite where "auto" finds 0."""
@@ -128,8 +146,7 @@ class DataInf(Curvature):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.damping_used = float(state["damping"])
-        numbers = sorted({int(key.partition(".")[0]) for key in state if key != "damping"})
-        parts = [{key.partition(".")[2]: v for key, v in state.items() if key.startswith(f"{i}.")} for i in numbers]
+        parts = _parts_of({key: value for key, value in state.items() if key != "damping"})
         self._parts = [(_gradients(part, self.shape[1]), part["weights"]) for part in parts]
         self._gains = [part["gains"] for part in parts]
 
@@ -142,6 +159,10 @@ class DataInf(Curvature):
         numbers = g * min(o * d, t * (d + (0 if block.table else o)))
         held = fit.n * fit.item * numbers
         return Cost(held, operations=2 * fit.n * t * block.size, learned=held)
+
+    def exchanged(self, block: BlockWork, fit: FitWork) -> Exchanged:
+        """All examples' gradients, and their weights in float64."""
+        return Exchanged(kept=self.cost(block, fit).held + 8 * fit.n)
 
 
 def _copy_smallest(gradients: Gradients) -> list[tuple[Gradients, slice]]:
@@ -174,6 +195,12 @@ def _factors(gradients: Gradients) -> dict[str, Tensor]:
     if isinstance(gradients, Dense):
         return {"inputs": gradients.inputs, "output_grads": gradients.output_grads}
     return {"matrices": gradients.formed()}
+
+
+def _parts_of(named: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """What stands under "number.name", by number."""
+    numbers = sorted({int(key.partition(".")[0]) for key in named})
+    return [{key.partition(".")[2]: v for key, v in named.items() if key.startswith(f"{i}.")} for i in numbers]
 
 
 def _gradients(factors: Mapping[str, Tensor], table_rows: int) -> Gradients:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastif.curvature.damping import NotPositiveDefinite, RelativeDamping, TrainingDamping, check_damping, invert
 from fastif.curvature.eigenbasis import Eigenbasis
-from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork, check_fisher
+from fastif.curvature.protocol import BlockWork, Cost, Curvature, Exchanged, FitWork, check_fisher
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
 
@@ -37,6 +37,14 @@ class Diagonal(Curvature):
         del column, pass_index
         squares = gradients.squares(weights)
         self._diagonal = squares if self._diagonal is None else self._diagonal.add_(squares)
+
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        del pass_index
+        return {} if self._diagonal is None else {"diagonal": self._diagonal}
+
+    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
+        del pass_index
+        self._diagonal = sums["diagonal"]
 
     def end(self, pass_index: int) -> None:
         del pass_index
@@ -93,6 +101,9 @@ class Diagonal(Curvature):
         size = block.size * fit.item
         operations = 2 * fit.n * fit.columns * block.positions * block.size
         return Cost(2 * size, operations=operations, learned=size, observing=size, beside=2 * size)
+
+    def exchanged(self, block: BlockWork, fit: FitWork) -> Exchanged:
+        return Exchanged(summed=block.size * fit.item)
 
 
 class Identity(Curvature):

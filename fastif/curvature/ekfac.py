@@ -24,6 +24,20 @@ class EKFAC(KFAC):
             squares = self.rotate(gradients).squares(weights)
             self._eigenvalues = squares if self._eigenvalues is None else self._eigenvalues.add_(squares)
 
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        if pass_index == 0:
+            return super().sums(pass_index)
+        return {} if self._eigenvalues is None else {"eigenvalues": self._eigenvalues}
+
+    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
+        if pass_index == 0:
+            super().take_sums(pass_index, sums)
+        else:
+            self._eigenvalues = sums["eigenvalues"]
+
+    def ending(self, pass_index: int) -> float:
+        return super().ending(pass_index) if pass_index == 0 else 0.0  # what is left is a look at the eigenvalues
+
     def end(self, pass_index: int) -> None:
         if pass_index == 0:
             self._decompose()

@@ -19,7 +19,7 @@ from fastif.curvature.damping import (
 from fastif.curvature.directions import Directions, Explicit, QueryFactors, Separable, products_of
 from fastif.curvature.eigenbasis import Eigenbasis
 from fastif.curvature.eigenvectors import find_eigenvectors
-from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork, check_fisher
+from fastif.curvature.protocol import BlockWork, Cost, Curvature, Exchanged, FitWork, check_fisher
 from fastif.model.gradients import Gradients, Unfinished
 from fastif.model.losses import Fisher
 from fastif.renamed import warn_renamed
@@ -94,6 +94,42 @@ class KFAC(Curvature):
         del pass_index
         self._decompose()
         _ = self.damping_used
+
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        """The second moments and the positions that they are of."""
+        del pass_index
+        if not self._moments:
+            return {}
+        moments = {side: m if isinstance(m, Tensor) else m.matrix() for side, m in self._moments.items()}
+        self._moments = {**moments}
+        return {
+            **moments,
+            "positions": torch.tensor([self._positions], dtype=torch.float64).to(moments["inputs"].device),
+        }
+
+    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
+        del pass_index
+        self._positions = float(sums["positions"])
+        self._moments = {side: moment for side, moment in sums.items() if side != "positions"}
+
+    def ending(self, pass_index: int) -> float:
+        """Of the eigenvectors of both moments."""
+        del pass_index
+        outputs = self._moments.get("outputs")
+        if not isinstance(outputs, Tensor):
+            return 0.0
+        g, o, d = self.shape
+        return _decomposing(g, o if outputs.dim() == 3 else 0, d)
+
+    def made(self, pass_index: int) -> dict[str, Tensor]:
+        del pass_index
+        found = {"eigenvalues": self._eigenvalues, "input_basis": self.input_basis, "output_basis": self.output_basis}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def take_made(self, pass_index: int, made: dict[str, Tensor]) -> None:
+        del pass_index
+        self._moments, self._eigenvalues = {}, made.get("eigenvalues")
+        self.input_basis, self.output_basis = made["input_basis"], made.get("output_basis")
 
     def _decompose(self) -> None:
         input_values, self.input_basis = find_eigenvectors(self._moment("inputs"), f"the inputs of layer {self.name!r}")
@@ -216,7 +252,19 @@ class KFAC(Curvature):
             beside=g * item * o * d,
             making=max(8 * (g + 2) * largest, 8 * g * o * d),
             operations=2 * self.passes * fit.n * fit.columns * g * block.positions * turned
-            + 10 * g * (d**3 + outputs**3),
+            + _decomposing(g, outputs, d),
+        )
+
+    def exchanged(self, block: BlockWork, fit: FitWork) -> Exchanged:
+        """Moments go to a layer's owner, which sends the bases back; EK-FAC's eigenvalues are added up everywhere."""
+        (g, o, d), item = block.shape, fit.item
+        bases, outputs = g * item * (d * d + (0 if block.table else o * o)), 0 if block.table else o
+        again = self.passes > 1
+        return Exchanged(
+            owned=g * item * (d * d + (o if block.table else o * o)) + 8,
+            made=bases + (0 if again else g * item * o * d),
+            ending=_decomposing(g, outputs, d),
+            summed=g * item * o * d if again else 0,
         )
 
     def rotate(self, gradients: Gradients) -> Gradients:
@@ -244,3 +292,8 @@ class KFAC(Curvature):
         assert self.input_basis is not None
         m = m.to(self.input_basis) @ self.input_basis
         return m if self.output_basis is None else self.output_basis.mT @ m
+
+
+def _decomposing(g: int, o: int, d: int) -> float:
+    """Operations of the eigenvectors of both moments, of the outputs' only where it is a matrix."""
+    return 10.0 * g * (d**3 + o**3)

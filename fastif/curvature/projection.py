@@ -15,7 +15,7 @@ from fastif.curvature.damping import TrainingDamping, check_positive, constant_d
 from fastif.curvature.directions import Directions
 from fastif.curvature.exact.cholesky import factorize
 from fastif.curvature.matrix_free.iterations import check_iterations
-from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Shape, check_fisher
+from fastif.curvature.protocol import BlockWork, Cost, Exchanged, FitData, FitWork, JointCurvature, Shape, check_fisher
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
 from fastif.renamed import warn_renamed
@@ -66,6 +66,14 @@ class RandomProjection(JointCurvature):
         rows = self.project(gradients).double()
         moment = (rows * weights.to(rows)[:, None]).T @ rows
         self._moment = moment if self._moment is None else self._moment.add_(moment)
+
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        del pass_index
+        return {} if self._moment is None else {"moment": self._moment}
+
+    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
+        del pass_index
+        self._moment = sums["moment"]
 
     def end(self, pass_index: int) -> None:
         """Makes the factor. Raises NotPositiveDefinite where K holds NaN or Inf."""
@@ -188,6 +196,11 @@ class RandomProjection(JointCurvature):
             learned=8 * k**2 + (every * fit.item if every <= limits.SIGNS_KEPT else 0),
             observing=standing * (8 + fit.item),
         )
+
+    def exchanged(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Exchanged:
+        """K; every rank makes the factor."""
+        del blocks, fit
+        return Exchanged(summed=8 * self.dimension**2)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from fastif.model.capture import Forward
 from fastif.model.gradients import Formed, Gradients
 from fastif.model.layers import Block
 from fastif.model.losses import Fisher, Loss
+from fastif.ranks import ALONE, Ranks
 from fastif.samplers.subset import Subset
 
 Shape = tuple[int, int, int]  # g, o, d of a block
@@ -39,6 +40,7 @@ class FitData(NamedTuple):
     seed: int = 0
     autocast: torch.dtype | None = None  # of forward passes
     progress: bool = False  # whether iterations show a bar
+    ranks: Ranks = ALONE  # among which the examples are divided: `batches` brings this one's
 
 
 class SeenBatch(NamedTuple):
@@ -100,6 +102,25 @@ class Cost(NamedTuple):
         )
 
 
+class Exchanged(NamedTuple):
+    """What a fit exchanges among ranks, in bytes, beside products with the curvature."""
+
+    owned: int = 0  # sums that travel to one rank, which ends the pass
+    made: int = 0  # what that rank makes of them and sends to the others
+    ending: float = 0.0  # operations of that
+    summed: int = 0  # sums that travel to all ranks
+    kept: int = 0  # what is kept of all examples, each of which travels from its rank to all others
+
+    def __add__(self, other: Exchanged) -> Exchanged:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Exchanged(
+            self.owned + other.owned,
+            self.made + other.made,
+            self.ending + other.ending,
+            self.summed + other.summed,
+            self.kept + other.kept,
+        )
+
+
 class Products(NamedTuple):
     """How often an estimator multiplies with the curvature of the fit's data, at most, and with which."""
 
@@ -130,6 +151,43 @@ class Estimator(Called, ABC):
     def end(self, pass_index: int) -> None:
         """Ends a pass; raises NotPositiveDefinite with a diagnosis. Called once where there are no passes."""
         del pass_index
+
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        """What a pass has added up over the examples that it was shown, before it ends; ranks add theirs up."""
+        del pass_index
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say what ranks have to add up: see `sums` in fastif/curvature/protocol.py"
+        )
+
+    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
+        """Takes the sums over the examples of all ranks in the place of `sums`."""
+        del pass_index, sums
+
+    def kept(self, pass_index: int) -> dict[str, Tensor]:
+        """What a pass has kept of every example that it was shown; ranks bring theirs together."""
+        del pass_index
+        return {}
+
+    def take_kept(self, pass_index: int, kept: Sequence[Mapping[str, Tensor]]) -> None:
+        """Takes what was kept of the examples of every rank, by rank, in the place of `kept`."""
+        del pass_index, kept
+
+    def ending(self, pass_index: int) -> float:
+        """Operations that `end` takes, where one rank had better do it and send what it made; 0: every rank ends.
+
+        It is asked once `sums` was; a rank that was shown no examples does not know.
+        """
+        del pass_index
+        return 0.0
+
+    def made(self, pass_index: int) -> dict[str, Tensor]:
+        """What `end` made of the sums: another rank takes it in the place of ending the pass."""
+        del pass_index
+        return {}
+
+    def take_made(self, pass_index: int, made: dict[str, Tensor]) -> None:
+        """Takes what `end` made on another rank."""
+        del pass_index, made
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -187,6 +245,11 @@ class Curvature(Estimator):
     @abstractmethod
     def cost(self, block: BlockWork, fit: FitWork) -> Cost:
         """For `Influence.plan`: what a fit takes, by arithmetic alone."""
+
+    def exchanged(self, block: BlockWork, fit: FitWork) -> Exchanged:
+        """For `Influence.plan(ranks=)`: what a fit on several ranks exchanges."""
+        del block, fit
+        return Exchanged()
 
 
 class JointCurvature(Estimator):
@@ -247,6 +310,11 @@ class JointCurvature(Estimator):
     def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
         """As `Curvature.cost`, for all its blocks."""
 
+    def exchanged(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Exchanged:
+        """As `Curvature.exchanged`, for all its blocks."""
+        del blocks, fit
+        return Exchanged()
+
     def products(self, n: int) -> Products:
         """For `Influence.plan`: products with the curvature of n examples; with that of fewer, as much less of one."""
         del n
@@ -266,6 +334,27 @@ class SingleEstimator(JointCurvature):
 
     def end(self, pass_index: int) -> None:
         self.estimator.end(pass_index)
+
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        return self.estimator.sums(pass_index)
+
+    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
+        self.estimator.take_sums(pass_index, sums)
+
+    def kept(self, pass_index: int) -> dict[str, Tensor]:
+        return self.estimator.kept(pass_index)
+
+    def take_kept(self, pass_index: int, kept: Sequence[Mapping[str, Tensor]]) -> None:
+        self.estimator.take_kept(pass_index, kept)
+
+    def ending(self, pass_index: int) -> float:
+        return self.estimator.ending(pass_index)
+
+    def made(self, pass_index: int) -> dict[str, Tensor]:
+        return self.estimator.made(pass_index)
+
+    def take_made(self, pass_index: int, made: dict[str, Tensor]) -> None:
+        self.estimator.take_made(pass_index, made)
 
     def stand_in(self) -> None:
         self.estimator.stand_in()
@@ -306,6 +395,9 @@ class OneBlock(SingleEstimator):
     def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
         return self.estimator.cost(blocks[self.name], fit)
 
+    def exchanged(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Exchanged:
+        return self.estimator.exchanged(blocks[self.name], fit)
+
 
 class JoinedBlocks(SingleEstimator):
     """One estimator for several blocks as if they were one: their parameters one after another, [1, 1, P]."""
@@ -336,9 +428,14 @@ class JoinedBlocks(SingleEstimator):
         return self.estimator.sq_norms(self._join(gradients))
 
     def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
+        return self.estimator.cost(self._joint_work(blocks), fit._replace(head=False))
+
+    def exchanged(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Exchanged:
+        return self.estimator.exchanged(self._joint_work(blocks), fit._replace(head=False))
+
+    def _joint_work(self, blocks: Mapping[str, BlockWork]) -> BlockWork:
         shapes = {name: block.shape for name, block in blocks.items()}
-        positions = max(block.positions for block in blocks.values())
-        return self.estimator.cost(BlockWork(self._joint_shape(shapes), positions, False), fit._replace(head=False))
+        return BlockWork(self._joint_shape(shapes), max(block.positions for block in blocks.values()), False)
 
     def _joint_shape(self, shapes: Mapping[str, Shape]) -> Shape:
         return 1, 1, sum(torch.Size(shapes[name]).numel() for name in self.names)

@@ -150,6 +150,13 @@ class Walked:
         """Whether an example can be had without those before it."""
         return self._order is not None and self.lengths == self._order.lengths
 
+    @property
+    def picked_size(self) -> int:
+        """Examples in a batch of those that are picked, where data can be indexed."""
+        return getattr(self.data, "batch_size", None) or (
+            max(self.lengths) if isinstance(self.data, DataLoader) else self.batch_size
+        )
+
     # ----------------------------------------------------------------------------------------------------------- checks
 
     def _hold(self, number: int, start: int, rows: Tensor, shared: int) -> None:
@@ -218,9 +225,7 @@ class Walked:
 
     def _picked_at(self, indices: Tensor) -> Iterator[tuple[Batch, Tensor]]:
         assert self._order is not None
-        size = getattr(self.data, "batch_size", None) or (
-            max(self._order.lengths) if isinstance(self.data, DataLoader) else self.batch_size
-        )
+        size = self.picked_size
         places = torch.arange(len(indices)).split(size)
         for batch, where in zip(self._at(self._order.indices[indices], size), places, strict=True):
             rows, _ = checksums(*batch)

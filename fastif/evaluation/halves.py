@@ -14,9 +14,10 @@ from fastif.data.tensor_files import load_tensors, save_tensors
 from fastif.evaluation.trainings import Task, TrainFn, Trainings
 from fastif.files import Damaged
 from fastif.fingerprints import VERSIONS, described
-from fastif.folder_lock import locked
 from fastif.influence.networks import Networks
+from fastif.influence.shared_folder import held
 from fastif.journal import refuse_differences
+from fastif.ranks import find_ranks
 
 _SEEDS = 1 << 30, 1 << 31  # of the networks: far from the small numbers that an evaluation's seeds are
 
@@ -65,8 +66,12 @@ def train_halves(
     trainings.check()
     tasks = draw_halves(n, pairs, seed)
     states: dict[int, dict[str, Tensor]] = {}
+    ranks = find_ranks()
+    progress = progress and ranks.rank == 0
     if out is None:
-        _train(trainings, tasks, states, progress)
+        with ranks.together("train_halves"):
+            ranks.compare("train_halves", {"n": n, "pairs": pairs, "seed": seed, "threads": threads})
+            _train(trainings, tasks, states, progress)
     else:
         settings = {
             "train_fn": described(train_fn, "train_fn", key),
@@ -78,9 +83,11 @@ def train_halves(
         }
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
+        with ranks.together("train_halves"), held(folder, ranks):
+            ranks.compare("train_halves", settings)
             _take_up(folder, settings, tasks, states, resume)
-            _train(trainings, tasks, states, progress, folder, settings)
+            ranks.meet("what is trained", sorted(states))
+            _train(trainings, tasks, states, progress, folder if ranks.rank == 0 else None, settings)  # one writes
     return Networks([states[task.number] for task in tasks], [task.kept for task in tasks], training_time)
 
 

@@ -17,10 +17,11 @@ from fastif.evaluation.settings import check_seeds
 from fastif.evaluation.trainings import Task, TrainFn, Trainings
 from fastif.files import Damaged, sealed, unsealed, write_whole
 from fastif.fingerprints import VERSIONS, described, fingerprint, tensors_in
-from fastif.folder_lock import locked
+from fastif.influence.shared_folder import held
 from fastif.journal import Journal, Key, refuse_differences
 from fastif.model.calls import call
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement, labels_in, measured
+from fastif.ranks import find_ranks
 
 
 class Retrained(NamedTuple):
@@ -86,8 +87,12 @@ def retrain(
     kept = [_checked(number, indices) for number, indices in enumerate(kept)]
     if not kept:
         raise ValueError("retrain: there must be at least one set to train on")
+    ranks = find_ranks()
+    progress = progress and ranks.rank == 0
     if out is None:
-        return _assembled(kept, seeds, _run_missing(trainings, kept, seeds, {}, progress))
+        with ranks.together("retrain"):
+            ranks.compare("retrain", {"kept": fingerprint(kept), "seeds": seeds, "threads": threads})
+            return _assembled(kept, seeds, _run_missing(trainings, kept, seeds, {}, progress))
     settings = {
         "train_fn": described(train_fn, "train_fn", key),
         "kept": fingerprint(kept),
@@ -102,14 +107,17 @@ def retrain(
     }
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with ranks.together("retrain"), held(folder, ranks):
+        ranks.compare("retrain", settings)
         if (records := _finished(folder, settings, resume)) is not None:
             return _assembled(kept, seeds, records)
-        journal = Journal(folder / "retrained.jsonl", settings, resume)
-        records = _run_missing(trainings, kept, seeds, journal.found("retrained"), progress, journal)
-        document = sealed({"settings": settings, "retrained": [*records.values()]})
-        write_whole(folder / "retrained.json", json.dumps(document))
-        journal.finish()
+        journal = Journal(folder / "retrained.jsonl", settings, resume) if ranks.rank == 0 else None  # one writes
+        (found, *_) = ranks.meet("what is retrained", None if journal is None else journal.found("retrained"))
+        records = _run_missing(trainings, kept, seeds, found, progress, journal)
+        if journal is not None:
+            document = sealed({"settings": settings, "retrained": [*records.values()]})
+            write_whole(folder / "retrained.json", json.dumps(document))
+            journal.finish()
     return _assembled(kept, seeds, records)
 
 

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastif.ranks import find_ranks
+
 TrainFn = Callable[[Tensor, int], nn.Module]
 
 
@@ -56,9 +58,20 @@ class Trainings(NamedTuple):
         for name, value in (("processes", self.processes), ("threads", self.threads)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{self.op}: {name} must be an integer >= 1, got {value!r}")
+        world = find_ranks().world
+        if world > 1 and self.processes > 1:
+            raise ValueError(
+                f"{self.op}: processes={self.processes} on {world} ranks: each rank trains one network at a time; "
+                "start more ranks, or leave processes=1"
+            )
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Trained]:
-        """Trains the networks, in any order. torch's generator and number of threads are what they were afterwards."""
+        """Trains the networks, in any order. torch's generator and number of threads are what they were afterwards.
+
+        On several ranks each trains one at a time, and all of them see what came of all.
+        """
+        if find_ranks().world > 1:
+            return self._on_ranks(tasks)
         return self._one_by_one(tasks) if self.processes == 1 else self._side_by_side(tasks)
 
     def train(self, task: Task) -> Trained:
@@ -75,6 +88,21 @@ class Trainings(NamedTuple):
         with _with_threads(self.threads), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             for task in tasks:
                 yield self.train(task)
+
+    def _on_ranks(self, tasks: Sequence[Task]) -> Iterator[Trained]:
+        """Round by round: a rank that ends before its round does takes no more with it than that."""
+        ranks = find_ranks()
+        with _with_threads(self.threads), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            for begin in range(0, len(tasks), ranks.world):
+                mine = tasks[begin + ranks.rank : begin + ranks.rank + 1]
+                own: dict[str, Tensor] = {}
+                for task in mine:
+                    _, seen, seconds = self.train(task)
+                    packed = np.frombuffer(pickle.dumps((seen, seconds)), np.uint8)
+                    own["trained"] = torch.from_numpy(packed.copy()).to(ranks.device)
+                for place, part in enumerate(ranks.gather(f"what {self.op} trained", own, ranks.device), begin):
+                    if part:
+                        yield Trained(tasks[place], *pickle.loads(part["trained"].cpu().numpy().tobytes()))
 
     def _side_by_side(self, tasks: Sequence[Task]) -> Iterator[Trained]:
         """In spawned processes. Tensors travel by value: sharing them would need /dev/shm to hold the data."""

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fastif.curvature.directions import Directions
+from fastif.data.dealing import Part
 from fastif.index.building import build
 from fastif.index.index import Index, ready, walkable
 from fastif.influence.fitted import Fitted
 from fastif.influence.influence import Influence
 from fastif.influence.queries import query_blocks
-from fastif.influence.score_job import Part
 from fastif.influence.scoring import make_tiles
 from fastif.influence.tiles import Tile, best_of
 from fastif.model.gradients import Gradients

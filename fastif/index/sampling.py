@@ -11,8 +11,8 @@ from torch import Generator, Tensor
 
 from fastif.correlation import pearson, spearman
 from fastif.data.batches import Walked
+from fastif.data.dealing import Part
 from fastif.index.encoder import Encoder, Sizes
-from fastif.influence.score_job import Part
 from fastif.influence.scoring import compute_scores
 
 _FIRST, _FEW, _MOST = 256, 512, 2048  # examples of a sample

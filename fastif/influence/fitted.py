@@ -15,6 +15,7 @@ from fastif.influence.origin import Buffers, buffers_of, changed_buffers, check_
 from fastif.model.capture import Capture
 from fastif.model.losses import Measurement
 from fastif.model.passes import Passes
+from fastif.ranks import ALONE, Ranks
 from fastif.samplers.subset import Subset
 
 Checkpoint = Mapping[str, Tensor] | None  # a state dict, or None: the model as it is
@@ -32,6 +33,7 @@ class Setup(NamedTuple):
     memory: int  # bytes, as for `Influence`
     seed: int
     kept: Sequence[Tensor] | None = None  # by checkpoint, where they are networks: the examples it was trained on
+    ranks: Ranks = ALONE  # among which passes over data are divided
 
     @property
     def model(self) -> nn.Module:

@@ -12,12 +12,15 @@ from tqdm import tqdm
 
 from fastif.curvature.network import NetworkCurvature, prepare
 from fastif.curvature.protocol import FitData, JointCurvature, SeenBatch
-from fastif.data.batches import moved_to, picked, walked
+from fastif.data.batches import Walked, moved_to, picked, walked
+from fastif.data.dealing import deal, deal_picked
 from fastif.influence.coverage import cover_head, look_at
 from fastif.influence.fitted import Fitted, Setup, checksums_of_buffers, checksums_of_state, restrict
+from fastif.influence.sharing import Draws, compare_setups, end_pass
 from fastif.model.capture import LateLayer
 from fastif.model.losses import IGNORED, labels_in, labels_of, output_columns, per_sample
 from fastif.model.passes import Passes, counted_from
+from fastif.ranks import Ranks
 from fastif.samplers.subset import Subset
 
 
@@ -33,6 +36,7 @@ def fit(setup: Setup, train: Any, subset: Subset | None) -> Fitted:
             if int(kept.max()) >= n:
                 raise ValueError(f"fit: network {number} was trained on example {int(kept.max())}, outside [0, n={n})")
         parts = [restrict(subset, kept, n) for kept in setup.kept]
+    compare_setups(setup, "fit", {"train": train, "subset": (subset.indices, subset.weights)})
     setup = cover_head(setup, train, subset.indices)
     setup.capture.fixed = False
     curvatures: list[NetworkCurvature] = []
@@ -43,7 +47,10 @@ def fit(setup: Setup, train: Any, subset: Subset | None) -> Fitted:
                 setup = look_at(setup, train, part.indices)
                 curvatures.append(_fit_here(setup, train, part))
         except LateLayer as late:  # such as an expert that the first examples were not sent to
-            setup.capture.take_up(late.name)
+            for one in setup.ranks.tell(late):
+                if not isinstance(one, LateLayer):
+                    raise one from None
+                setup.capture.take_up(one.name)
             curvatures.clear()
     setup.capture.fixed = True
     weights, buffers = checksums_of_state(setup), checksums_of_buffers(setup)
@@ -52,20 +59,27 @@ def fit(setup: Setup, train: Any, subset: Subset | None) -> Fitted:
 
 def _fit_here(setup: Setup, train: Any, subset: Subset) -> NetworkCurvature:
     """The curvature at the model's parameters as they are; it is running."""
-    passes, seed = setup.passes, setup.seed
+    passes, seed, ranks = setup.passes, setup.seed, setup.ranks
 
     def batches(subset: Subset) -> Iterator[tuple[Any, Any, Tensor]]:
-        for (x, y), places in picked(train, passes.batch_size, subset.indices):
-            yield moved_to(x, passes.device), moved_to(y, passes.device), subset.weights[places].to(passes.device)
+        indices, weights = subset.indices, subset.weights
+        if ranks.world > 1:
+            mine = deal_picked(train, indices, ranks)
+            if not len(mine):
+                return
+            indices, weights = indices[mine], weights[mine]
+        for (x, y), places in picked(train, passes.batch_size, indices):
+            yield moved_to(x, passes.device), moved_to(y, passes.device), weights[places].to(passes.device)
 
     data = FitData(
-        passes.model, passes.loss, passes.capture.blocks, subset, batches, seed, passes.autocast, passes.progress
+        passes.model, passes.loss, passes.capture.blocks, subset, batches, seed, passes.autocast, passes.progress, ranks
     )
     curvature = prepare(setup.estimators, passes.capture.blocks, data, setup.memory)
     for pass_index in range(max(1, curvature.passes)):
         looking = curvature.open(pass_index)
         generator = torch.Generator().manual_seed(seed)
-        total = -(-len(subset.indices) // passes.batch_size)
+        draws = Draws(passes.loss, generator, _examples_before(train, subset, ranks)) if ranks.world > 1 else None
+        total = -(-len(subset.indices) // (passes.batch_size * ranks.world))
         with tqdm(batches(subset), f"fit, pass {pass_index + 1}", total, disable=not passes.progress) as bar:
             for number, (x, y, weights) in enumerate(bar):
                 passes.capture.batch = number
@@ -73,11 +87,24 @@ def _fit_here(setup: Setup, train: Any, subset: Subset) -> NetworkCurvature:
                     passes.check(x, y)
                 for rows, part, labels in passes.slices(x, y):
                     with counted_from(rows.start):
-                        observe(passes, looking, part, labels, weights[rows], pass_index, generator)
+                        observe(passes, looking, part, labels, weights[rows], pass_index, generator, draws=draws)
                 if not looking.parts:
                     break  # nothing to learn: the first batch was looked at for what `Capture` refuses
-        (looking if pass_index else curvature).end(pass_index)  # those that look at nothing end with pass 0 too
+        if draws is not None:
+            draws.end(ranks)
+        # Those that look at nothing end with pass 0 too.
+        end_pass(looking if pass_index else curvature, pass_index, ranks, passes.device)
     return curvature
+
+
+def _examples_before(train: Walked, subset: Subset, ranks: Ranks) -> int:
+    """Of the subset, those that the ranks before this one take."""
+    mine = deal_picked(train, subset.indices, ranks)
+    if not len(mine):
+        return 0
+    if train.indexable:
+        return int(mine[0])
+    return int((subset.indices < deal(train, ranks).start).sum())
 
 
 def observe(
@@ -89,6 +116,7 @@ def observe(
     pass_index: int,
     generator: torch.Generator,
     most_columns: int | None = None,
+    draws: Draws | None = None,
 ) -> None:
     """Shows examples to the estimators; of their curvature no more columns than `most_columns`."""
     forward = passes.forward(x)
@@ -104,6 +132,8 @@ def observe(
         by_fisher.setdefault(part.fisher, {})[names] = part
     empirical = NetworkCurvature(by_fisher.pop("empirical"))
     for fisher, parts in by_fisher.items():
+        if draws is not None and fisher == "monte_carlo":
+            draws.begin(forward.outputs, batch, forward.n)
         columns = output_columns(passes.loss, forward.outputs, batch, forward.n, fisher, generator)
         for column, (scores, s) in enumerate(islice(columns, most_columns)):
             gradients = forward.gradients(scores, s, keep=True)

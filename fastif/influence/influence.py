@@ -7,7 +7,7 @@ removed; positive means that the example helps the query. docs/math.md (1), (2).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
@@ -35,11 +35,13 @@ from fastif.influence.planning import Plan, make_plan
 from fastif.influence.score_folder import ScoreFolder
 from fastif.influence.score_job import write_scores
 from fastif.influence.scoring import compute_scores, compute_self_influence, find_top
+from fastif.influence.sharing import compare_setups
 from fastif.influence.tiles import By, best_of, check_k
 from fastif.model.capture import Capture, LateLayer
 from fastif.model.features import extract, find_head
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement
 from fastif.model.passes import Passes
+from fastif.ranks import Ranks, find_ranks, together
 from fastif.renamed import rename_arguments, warn_renamed
 from fastif.samplers.draw import Sampler, call_sampler, needs_pass
 from fastif.samplers.subset import Subset, check_subset
@@ -86,7 +88,10 @@ class Influence:
         allow_train_mode: run a model in train mode as it is.
         seed: of what is drawn: the labels of fisher="monte_carlo", the examples of a stochastic LiSSA, and those of a
             sampler that `fit` is given without a generator.
-        progress: show progress bars.
+        progress: show progress bars; of several ranks the first does.
+        group: on several ranks (`torchrun`), the process group among whose ranks passes over data are divided; default
+            all that `torch.distributed` was started with. Every rank makes the same calls with the same model and data,
+            and gets the same results. docs/scale.md.
     """
 
     def __init__(
@@ -106,7 +111,9 @@ class Influence:
         allow_train_mode: bool = False,
         seed: int = 0,
         progress: bool = True,
+        group: Any = None,
     ):
+        ranks = find_ranks(group)
         check_loss(loss)
         check_measurement(measurement, loss)
         if checkpoints is not None and not len(checkpoints):
@@ -140,11 +147,11 @@ class Influence:
             device=device,
             autocast=autocast,
             allow_train_mode=allow_train_mode,
-            progress=progress,
+            progress=progress and ranks.rank == 0,
         )
         given = copy.deepcopy(dict(curvature) if isinstance(curvature, Mapping) else curvature)
         estimators = assign(passes.capture, given, memory)
-        self.setup = Setup(passes, given, of_head, estimators, measurement, checkpoints, memory, seed, kept)
+        self.setup = Setup(passes, given, of_head, estimators, measurement, checkpoints, memory, seed, kept, ranks)
         self._fitted: Fitted | None = None
         self._warned = False  # of parameters that are not covered
         self.bound: float | None = None  # of the last fit's subset, where it has one
@@ -162,6 +169,11 @@ class Influence:
     def capture(self) -> Capture:
         """What is covered of the model, and what is not."""
         return self.setup.capture
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes among which passes over data are divided."""
+        return self.setup.ranks
 
     @property
     def device(self) -> torch.device:
@@ -195,7 +207,9 @@ class Influence:
         return self.fitted.curvatures[0].by_block
 
     @rename_arguments(rank="low_rank")
-    def plan(self, train: Any, query: Any | None = None, *, low_rank: int | None = None) -> Plan:
+    def plan(
+        self, train: Any, query: Any | None = None, *, low_rank: int | None = None, ranks: int | None = None
+    ) -> Plan:
         """What will be covered, skipped, stored and computed; only a few examples go through the model.
 
         Args:
@@ -204,7 +218,11 @@ class Influence:
                 batches of `train`, with a curvature that has the sizes of a fitted one; it takes as long as this part
                 of `scores` does.
             low_rank: as for `scores`.
+            ranks: plan for so many ranks too (`Plan.ranks`): by rank the examples, the layers whose eigenvectors it
+                makes, bytes held, sent and received, the peak and the operations. Nothing is sent for it.
         """
+        if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1):
+            raise ValueError(f"plan: ranks must be an integer >= 1, got {ranks!r}")
         train = walked(train, self.passes.batch_size)
         every = torch.arange(train.n)
         self.setup = cover_head(self.setup, train, every)
@@ -212,10 +230,11 @@ class Influence:
             try:
                 with self.passes.running(None):
                     self.setup = look_at(self.setup, train, every)
-                    return make_plan(self.setup, train, query, low_rank)
+                    return make_plan(self.setup, train, query, low_rank, ranks)
             except LateLayer as late:  # as in a fit
                 self.capture.take_up(late.name)
 
+    @together
     def fit(self, train: Any, subset: Any | Sampler | None = None, *, generator: Generator | None = None) -> Influence:
         """Builds the curvature at the model's parameters.
 
@@ -250,12 +269,14 @@ class Influence:
         seen: dict[str, Tensor | None] = {}
         if needs_pass(sampler):
             batch_size, progress = self.passes.batch_size, self.passes.progress
-            given = extract(self.model, train, device=self.device, batch_size=batch_size, progress=progress)
+            how: dict[str, Any] = dict(batch_size=batch_size, progress=progress, group=self.ranks.group)
+            given = extract(self.model, train, device=self.device, **how)
             seen = given._asdict()
         if generator is None:
             generator = Generator().manual_seed(self.setup.seed)
         return call_sampler(sampler, n, seen, generator, "fit")
 
+    @together
     def on_parameters(self, batch: Any) -> dict[str, Tensor]:
         """Σ_z I(z) = −(G + λI)⁻¹ Σ_z ∇ℓ(z) over the examples of `batch`: a dict keyed like the model's parameters.
 
@@ -264,14 +285,17 @@ class Influence:
         docs/math.md (1). Raises ValueError with networks, whose parameters have no mean.
         """
         (batch,) = self._ready().walk(batch)
+        compare_setups(self.setup, "on_parameters", {} if isinstance(batch, Iterator) else {"batch": batch})
         return move_parameters(self.fitted, batch)
 
+    @together
     def solve(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(G + λI)⁻¹ v for a vector v in parameter space: as dicts keyed like the model's parameters.
 
         Parameters that are not covered may be absent and stay so. With checkpoints, the mean over them. Raises
         ValueError for a covered parameter that is missing or has another shape.
         """
+        compare_setups(self.setup, "solve", {"vectors": vectors})
         return solve(self._ready(), vectors)
 
     @overload
@@ -305,6 +329,7 @@ class Influence:
     @overload
     def scores(self, query: Any, train: Any, *, spread: Literal[True], **options: Any) -> tuple[Any, Any]: ...
     @rename_arguments(rank="low_rank")
+    @together
     def scores(
         self,
         query: Any,
@@ -354,6 +379,8 @@ class Influence:
                 raise ValueError(f"scores: {name}= goes with by='all' alone, got by={by!r}")
         query, train = self._ready().walk(query, train)
         self._check_spread("scores", "spread=True", spread)
+        asked = dict(by=by, groups=groups, query_groups=query_groups, low_rank=low_rank, out=out, key=key)
+        compare_setups(self.setup, "scores", {"query": query, "train": train, **asked})
         if out is None:
             for name, given in (("resume=True", resume), (f"key={key!r}", key is not None)):
                 if given:
@@ -397,6 +424,7 @@ class Influence:
         warn_renamed("Influence.rank_error", "Influence.low_rank_error")
         return self.low_rank_error
 
+    @together
     def top(
         self, query: Any, train: Any, k: int, *, largest: bool = True, certainty: float = 0.0
     ) -> tuple[Tensor, Tensor]:
@@ -412,6 +440,8 @@ class Influence:
         self._check_spread("top", "certainty", certainty)
         query, train = self._ready().walk(query, train)
         check_k(k, count(train, self.passes.batch_size))
+        asked = dict(k=k, largest=largest, certainty=certainty)
+        compare_setups(self.setup, "top", {"query": query, "train": train, **asked})
         if self.setup.kept is None:
             return find_top(self.fitted, query, train, k, largest)
         spread = certainty > 0
@@ -425,6 +455,7 @@ class Influence:
     def self_influence(self, train: Any) -> Tensor: ...
     @overload
     def self_influence(self, train: Any, *, spread: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    @together
     def self_influence(self, train: Any, *, spread: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """scores[t, t] of every training example, [n], never negative: how much its loss rests on it.
 
@@ -432,6 +463,7 @@ class Influence:
         """
         self._check_spread("self_influence", "spread=True", spread)
         (train,) = self._ready().walk(train)
+        compare_setups(self.setup, "self_influence", {"train": train})
         if self.setup.kept is None:
             return compute_self_influence(self.fitted, train)
         averaged = average_self_influence(self.fitted, train, spread)

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastif.folder_lock import locked
 from fastif.influence.fitted import Fitted
 from fastif.influence.score_folder import ScoreFolder
-from fastif.influence.score_job import open_folder, settings_of, write_block, write_scores
+from fastif.influence.score_job import find_missing, open_folder, settings_of, write_block, write_scores
 from fastif.influence.scoring import compute_scores, compute_self_influence
+from fastif.influence.shared_folder import held, share_of_all
 from fastif.influence.tiles import By, add_groups, check_groups
 
 
@@ -112,29 +112,28 @@ def write_averaged_scores(
     wanted = [folder, folder / "standard-error"] if spread else [folder]
     for where in wanted:
         where.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    ranks = fitted.setup.ranks
+    ranks.compare("scores", settings)
+    with held(folder, ranks):
         for where in wanted:
             of_what = {**settings, "what": "standard error" if where != folder else "scores"}
-            made.append(open_folder(where, of_what, resume or where != folder))
-        if all(one.finished for one in made):
+            made.append(open_folder(where, of_what, resume or where != folder, ranks))
+        if ranks.meet("whether it is done", all(one.finished for one in made))[0]:
             return made[0], made[1] if spread else None
         parts = [
             write_scores(alone, query, train, folder / f"network-{number:02d}", resume=True, **how)
             for number, alone in enumerate(networks)
         ]
-        scores = made[0]
         error = max(part.low_rank_error for part in parts)
-        for run in scores.row_runs:
+        for run, missing in find_missing(made, ranks):
             spreads = [_folder_spreads(part, run, number) for number, part in enumerate(parts)]
-            for stretch in scores.column_runs:
-                if all(one.has_block(run, stretch) for one in made):
-                    continue
+            for stretch in share_of_all(missing, ranks):
                 rows = _rows_of(fitted, spread)
                 for part, sigma in zip(parts, spreads, strict=True):
                     rows.add({"": part[run.start : run.stop, stretch.start : stretch.stop]}, sigma)
                 averaged = rows.averaged()
                 for one, values in zip(made, (averaged.values, averaged.errors or {}), strict=False):
-                    write_block(one, run, stretch, values[""], error)
+                    write_block(one, run, stretch, values[""], error, ranks)
     return made[0], made[1] if spread else None
 
 

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastif.influence.fitted import Fitted
+from fastif.influence.scoring import share_of
+from fastif.ranks import ALONE
 
 
 def move_parameters(fitted: Fitted, batch: Any) -> dict[str, Tensor]:
     """−(G + λI)⁻¹ Σ_z ∇ℓ(z) over the examples of `batch`; see `Influence.on_parameters`."""
     _refuse_networks(fitted, "on_parameters")
     total: dict[str, Tensor] = {}
+    ranks, mine = fitted.setup.ranks, batch
+    if isinstance(batch, Iterator):  # every rank has its own to walk through
+        ranks = ALONE
+    else:
+        mine, _ = share_of(fitted, batch)
     for checkpoint, curvature in fitted.at_checkpoints():
         sums: dict[str, Tensor] = {}
         with fitted.passes.running(checkpoint):
-            for _, _, gradients in fitted.passes.gradients(batch, "on_parameters"):
+            for _, _, gradients in () if mine is None else fitted.passes.gradients(mine, "on_parameters"):
                 for name, g in gradients.items():
                     part = g.sum(torch.ones(len(g), device=fitted.setup.device))
                     sums[name] = sums[name].add_(part) if name in sums else part
+            sums = ranks.sum_each("gradients", sums, lambda _: None, fitted.passes.device)
             for name, moved in curvature.solve(sums).items():
                 moved = moved.div_(-len(fitted.curvatures))
                 total[name] = total[name].add_(moved) if name in total else moved

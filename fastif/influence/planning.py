@@ -13,6 +13,7 @@ from fastif.curvature.protocol import STANDING, Cost, Products
 from fastif.data.batches import Walked, walked
 from fastif.influence.fitted import Setup
 from fastif.influence.queries import MADE, query_bytes_of
+from fastif.influence.rank_plans import PartWork, RankPlan, plan_ranks
 from fastif.influence.rehearsal import Rehearsal, rehearse, rehearse_scores
 from fastif.model.calls import dtype_of
 
@@ -44,6 +45,7 @@ class Plan(NamedTuple):
     score_bytes: int | None = None  # of scores, [q, n] itself included where it is on the device
     self_bytes: int | None = None  # of self_influence
     score_passes: int | None = None  # of scores over the training data; None where products are made
+    ranks: tuple[RankPlan, ...] = ()  # by rank, where plans for several were asked for
 
     def __str__(self) -> str:
         covered = "\n".join(f"  {name} {list(shape)}" for name, shape in self.covered.items()) or "  none"
@@ -64,12 +66,39 @@ class Plan(NamedTuple):
             f"covered: {size:,} parameters\n{covered}\nskipped (taken as fixed):\n{skipped}\n"
             f"{self.n:,} training examples; fit: {most}{self.fit_flops / 1e9:.1f} GFLOP on all of them, peak {peak}, "
             f"of which {self.curvature_bytes / 2**20:.1f} MiB stay; each query {self.query_bytes / 2**20:.2f} MiB"
-            f"{solve}{products}{queries}"
+            f"{solve}{products}{queries}" + "".join(f"\nrank {rank}: {one}" for rank, one in enumerate(self.ranks))
         )
 
 
-def make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | None) -> Plan:
+def make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | None, ranks: int | None = None) -> Plan:
     """See `Influence.plan`; the model stands ready with its hooks."""
+    made, seen = _make_plan(setup, train, query, low_rank)
+    if ranks is None:
+        return made
+    works = {
+        names: PartWork(
+            names,
+            seen.costs[names],
+            part.products(made.n),
+            part.exchanged({name: seen.blocks[name] for name in names}, seen.works[names]),
+            sum(seen.blocks[name].size for name in names) * dtype_of(setup.model).itemsize,
+        )
+        for names, part in setup.estimators.parts.items()
+    }
+    states, item = len(setup.states), dtype_of(setup.model).itemsize
+    own = sum(cost.operations for cost in seen.costs.values())
+    passes = max(1, setup.estimators.passes)
+    planned = plan_ranks(ranks, train, works, passes, states, made.fit_flops / states - own)
+    of_ranks = []
+    for one in planned:
+        beside = None if made.fit_bytes is None else made.fit_bytes + (one.fit_bytes or 0)
+        sent = (ranks - 1) * made.q * one.examples * item
+        received = made.q * (made.n - one.examples) * item
+        of_ranks.append(one._replace(fit_bytes=beside, score_sent=sent, score_received=received))
+    return made._replace(ranks=tuple(of_ranks))
+
+
+def _make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | None) -> tuple[Plan, Rehearsal]:
     passes, n = setup.passes, train.n
     item = dtype_of(setup.model).itemsize
     seen = rehearse(setup, train, n)
@@ -111,11 +140,11 @@ def make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | No
         None if solve_flops and seen.first_pass is None else solving,
     )
     if query is None:
-        return made
+        return made, seen
     query = walked(query, passes.batch_size)
     q = query.n
     if multiplying:
-        return made._replace(q=q)
+        return made._replace(q=q), seen
     if seen.curvature is not None:
         scores, own, held = rehearse_scores(setup, seen.curvature, query, train, n, low_rank)
     else:
@@ -123,12 +152,13 @@ def make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | No
     scored = q * n * item if setup.device.type == "cpu" else 0
     if setup.kept is not None:  # one network's, the same at one scale, and the sum
         scored *= 3
-    return made._replace(
+    made = made._replace(
         q=q,
         score_bytes=None if scores is None else scores + scored,
         self_bytes=None if own is None else own + n * item,
         score_passes=-(-q // held) * states,
     )
+    return made, seen
 
 
 def _computed_scores(

@@ -42,6 +42,7 @@ class Rehearsal(NamedTuple):
 
     blocks: dict[str, BlockWork]
     costs: dict[tuple[str, ...], Cost]
+    works: dict[tuple[str, ...], FitWork]
     products: dict[tuple[str, ...], ProductsTaken]
     flops: float  # per example, of all passes through the model
     batch_bytes: int  # of a batch of the data
@@ -124,10 +125,12 @@ def rehearse(setup: Setup, train: Walked, n: int) -> Rehearsal:
     del forward, gradients
     item = dtype_of(setup.model).itemsize
     costs: dict[tuple[str, ...], Cost] = {}
+    works: dict[tuple[str, ...], FitWork] = {}
     taking: dict[tuple[str, ...], Cost] = {}  # what a rehearsal would
     products: dict[tuple[str, ...], ProductsTaken] = {}
     for names, part in setup.estimators.parts.items():
         work = FitWork(n, columns[part.fisher], item, all(name in heads for name in names), setup.device)
+        works[names] = work
         cost = costs[names] = part.cost({name: blocks[name] for name in names}, work)
         taking[names] = part.cost({name: blocks[name] for name in names}, work._replace(n=2 * each))  # two slices
         data = _as_whole_data(setup, names, *batch)
@@ -136,7 +139,7 @@ def rehearse(setup: Setup, train: Walked, n: int) -> Rehearsal:
     curvature, first, second = _observe_some(setup, x, y, costs, taking)
     flops = setup.estimators.passes * counter.get_total_flops() * (1 + 2 * max(columns.values())) / 3 / each
     batch_bytes = _bytes_of(batch[0])
-    return Rehearsal(blocks, costs, products, flops, batch_bytes, first, second, passed.peak_bytes, curvature)
+    return Rehearsal(blocks, costs, works, products, flops, batch_bytes, first, second, passed.peak_bytes, curvature)
 
 
 def _observe_some(

@@ -4,7 +4,7 @@ kept beside them, so that a job that was cut off goes on and another one is refu
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import accumulate, chain, product
 from pathlib import Path
@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 
 from fastif.curvature.called import as_called
-from fastif.data.batches import Batch, as_loader, batch_lengths, indexable, picked, walked
+from fastif.data.batches import as_loader, batch_lengths, walked
+from fastif.data.dealing import Part
 from fastif.fingerprints import VERSIONS, described, described_model, fingerprint
-from fastif.folder_lock import locked
 from fastif.influence.fitted import Fitted, Setup
 from fastif.influence.queries import query_bytes
 from fastif.influence.score_folder import MANIFEST, ScoreFolder, write_manifest
 from fastif.influence.scoring import make_tiles
+from fastif.influence.shared_folder import held, note_error, share_of_all
 from fastif.influence.tiles import By, Tile, check_groups, check_one_length, check_positions
 from fastif.journal import refuse_differences
 from fastif.model.calls import dtype_of
+from fastif.ranks import ALONE, Ranks
 
 BLOCK_BYTES = 64 << 20  # of a block at most, where a single batch of training examples does not take more
 
@@ -48,21 +50,56 @@ def write_scores(
     settings = settings_of(fitted, query, train, query_groups, low_rank, by, key)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        scores = open_folder(folder, settings, resume)
+    ranks = fitted.setup.ranks
+    ranks.compare("scores", settings)
+    with held(folder, ranks):
+        scores = open_folder(folder, settings, resume, ranks)
         checkpoints, batch_size = len(fitted.curvatures), fitted.passes.batch_size
-        for rows in scores.row_runs:
-            missing = [columns for columns in scores.column_runs if not scores.has_block(rows, columns)]
-            # All checkpoints are in a block before the next one begins; with one alone, the queries are seen to once.
-            for columns in [missing] if checkpoints == 1 and missing else [[run] for run in missing]:
+        for rows, missing in find_missing([scores], ranks):
+            for columns in _share_of(missing, fitted):
                 mine = query if query_groups is not None else Part(query, batch_size, [rows])
-                tiles = make_tiles(fitted, mine, Part(train, batch_size, columns), query_groups, low_rank, by)
-                _write_tiles(scores, tiles, rows, columns, checkpoints)
-    return scores
+                part = Part(train, batch_size, columns) if columns else None
+                tiles = make_tiles(fitted, mine, part, query_groups, low_rank, by)
+                _write_tiles(scores, tiles, rows, columns, checkpoints, ranks)
+    return scores if ranks.world == 1 else ScoreFolder(folder)
 
 
-def open_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> ScoreFolder:
-    """The folder of a job, made where there is none yet; one of another job is refused."""
+def find_missing(scores: Sequence[ScoreFolder], ranks: Ranks) -> Iterator[tuple[range, list[range]]]:
+    """By run of queries, the runs of training examples of which a block is not there in all of some folders.
+
+    Of several ranks the first looks, before any of them writes.
+    """
+    first = scores[0]
+
+    def look(rows: range) -> list[range]:
+        return [columns for columns in first.column_runs if not all(one.has_block(rows, columns) for one in scores)]
+
+    if ranks.world == 1:
+        yield from ((rows, look(rows)) for rows in first.row_runs)
+        return
+    found = [look(rows) for rows in first.row_runs] if ranks.rank == 0 else None
+    yield from zip(first.row_runs, ranks.meet("what is missing", found)[0], strict=True)
+
+
+def _share_of(missing: list[range], fitted: Fitted) -> list[list[range]]:
+    """The runs that this rank computes at a time.
+
+    All checkpoints are in a block before the next one begins; with one alone, the queries are seen to once. Where
+    solving for queries takes all ranks, those that have nothing to compute take part for as often as the others.
+    """
+    ranks, alone = fitted.setup.ranks, len(fitted.curvatures) == 1
+    by_rank = [share_of_all(missing, ranks, rank) for rank in range(ranks.world)]
+    turns = [[[*mine]] if alone and mine else [[run] for run in mine] for mine in by_rank]
+    own = turns[ranks.rank]
+    most = max(map(len, turns)) if fitted.setup.estimators.needs_data else len(own)
+    return own + [[]] * (most - len(own))
+
+
+def open_folder(folder: Path, settings: Mapping[str, Any], resume: bool, ranks: Ranks = ALONE) -> ScoreFolder:
+    """The folder of a job, made where there is none yet, by the first rank; one of another job is refused."""
+    if ranks.rank > 0:
+        ranks.meet(f"opening {folder}")
+        return ScoreFolder(folder)
     begun = (folder / MANIFEST).exists()
     if begun and not resume:
         raise ValueError(f"{folder} holds scores already; resume the job, or remove the folder")
@@ -76,11 +113,17 @@ def open_folder(folder: Path, settings: Mapping[str, Any], resume: bool) -> Scor
     for rows, columns in product(scores.row_runs, scores.column_runs):
         if scores.has_block(rows, columns):
             scores.read_block(rows, columns)  # refuses what is damaged
+    ranks.meet(f"opening {folder}")
     return scores
 
 
 def _write_tiles(
-    scores: ScoreFolder, tiles: Generator[Tile], rows: range, missing: list[range], checkpoints: int
+    scores: ScoreFolder,
+    tiles: Generator[Tile],
+    rows: range,
+    missing: list[range],
+    checkpoints: int,
+    ranks: Ranks,
 ) -> None:
     """Blocks of one run of queries, from the tiles of all their missing runs of training examples."""
     starts = list(accumulate((len(run) for run in missing), initial=0))  # where the runs begin in the part
@@ -100,39 +143,21 @@ def _write_tiles(
             under_way[number][tile.query : tile.query + len(values), column : column + values.shape[1]] += values
             left[number] -= values.shape[0] * values.shape[1]
             if left[number] == 0:
-                write_block(scores, rows, run, under_way.pop(number), low_rank_error)
+                write_block(scores, rows, run, under_way.pop(number), low_rank_error, ranks)
     if any(left):
         raise ValueError("scores: the data gave fewer examples than at its first pass")
 
 
-def write_block(scores: ScoreFolder, rows: range, columns: range, values: Tensor, low_rank_error: float) -> None:
+def write_block(
+    scores: ScoreFolder, rows: range, columns: range, values: Tensor, low_rank_error: float, ranks: Ranks = ALONE
+) -> None:
     try:
-        if low_rank_error > scores.low_rank_error:  # first: a block whose error is not noted would be taken for exact
-            scores.low_rank_error = low_rank_error
-            write_manifest(scores.folder, scores.settings, low_rank_error)
+        note_error(scores, low_rank_error, ranks)
         scores.write_block(rows, columns, values.numpy())
     except OSError as error:
         done, blocks = scores.count_blocks()
         why = f"{error.strerror or error}; {done} of {blocks} blocks are kept in {scores.folder}"
         raise OSError(error.errno, f"{why}, and the same job goes on from there when it is resumed") from error
-
-
-class Part:
-    """Some runs of the examples of data, as data: no batch of it crosses a border."""
-
-    def __init__(self, data: Any, batch_size: int, runs: list[range]):
-        self.data, self.batch_size = data, batch_size
-        self.indices = torch.cat([torch.arange(run.start, run.stop) for run in runs])
-
-    def __len__(self) -> int:
-        """Batches, for the progress bar."""
-        if not indexable(self.data):
-            raise TypeError("data that can only be walked does not know")
-        return -(-len(self.indices) // batch_lengths(self.data, self.batch_size)[0])
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch, _ in picked(self.data, self.batch_size, self.indices):
-            yield batch
 
 
 def settings_of(
@@ -153,11 +178,13 @@ def settings_of(
     if query_groups is not None:  # a group's queries may be anywhere: all go through the model at once
         check_groups("query_groups", query_groups, height)
         rows = height = int(query_groups.max()) + 1
+    ranks = {"ranks": setup.ranks.world} if setup.ranks.world > 1 and setup.estimators.needs_data else {}
     needed = fitted.subset if setup.estimators.needs_data and fitted.subset is not None else ()  # no state holds it
     return {
         "q": sum(lengths[0]),
         "n": sum(lengths[1]),
         **fit_settings(setup, train, key),
+        **ranks,  # among which the products of a solve are divided, which round as they add them up
         "measurement": described(setup.measurement, "measurement", key),
         "rank": low_rank,
         "by": None if by == "all" else by,

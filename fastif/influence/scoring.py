@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from fastif.curvature.directions import Directions, Explicit
-from fastif.data.batches import count
+from fastif.data.batches import count, walked
+from fastif.data.dealing import Part, deal
 from fastif.influence.fitted import Fitted
 from fastif.influence.queries import query_blocks
-from fastif.influence.tiles import By, Tile, best_of, check_groups, check_one_length, check_positions
+from fastif.influence.tiles import By, Tile, best_of, check_groups, check_one_length, check_positions, merge_best
 from fastif.model.gradients import Gradients
+from fastif.ranks import ALONE
 
 
 class Scores(NamedTuple):
@@ -31,8 +33,13 @@ def make_tiles(
     query_groups: Tensor | None = None,
     low_rank: int | None = None,
     by: By = "all",
+    first_train: int = 0,
 ) -> Generator[Tile]:
-    """Rectangles of the scores: queries of a block × training examples of a batch."""
+    """Rectangles of the scores: queries of a block × training examples of a batch.
+
+    train: None for a rank that takes none, which takes part in solving for the queries all the same.
+    first_train: the index of the first example of `train`.
+    """
     if low_rank is not None and low_rank < 1:
         raise ValueError(f"scores: low_rank must be at least 1, got {low_rank}")
     passes, checkpoints = fitted.passes, fitted.at_checkpoints()
@@ -42,7 +49,8 @@ def make_tiles(
         with passes.running(checkpoint):
             for first, held in query_blocks(fitted, query, total, curvature, query_groups, low_rank, by == "token"):
                 low_rank_error = max(part.error for parts in held.values() for part in parts)
-                for start, _, gradients in passes.gradients(train, _of_queries(first, held, total)):
+                batches = () if train is None else passes.gradients(train, _of_queries(first, held, total))
+                for start, _, gradients in batches:
                     parts = {}
                     for name, g in gradients.items():
                         dots = _by_position if by == "token" else _dots
@@ -50,6 +58,7 @@ def make_tiles(
                     if by == "token":
                         check_positions({name: g.positions for name, g in gradients.items()})
                     del gradients  # before those of the next batch come
+                    start += first_train
                     yield Tile(first, start, parts if by == "layer" else {"": _add_up(parts.values())}, low_rank_error)
                 held.clear()  # before the next queries are held
 
@@ -81,8 +90,11 @@ def compute_scores(
         columns = int(groups.max()) + 1
     out: dict[str, Tensor] = {}
     low_rank_error = 0.0
+    ranks, (mine, begin) = fitted.setup.ranks, share_of(fitted, train)
+    if groups is None:
+        columns = n if mine is train else 0 if mine is None else len(mine.indices)
     with closing(
-        make_tiles(fitted, query, train, query_groups, low_rank, by)
+        make_tiles(fitted, query, mine, query_groups, low_rank, by)
     ) as tiles:  # releases the model in any case
         for tile in tiles:
             low_rank_error = max(low_rank_error, tile.low_rank_error)
@@ -94,8 +106,33 @@ def compute_scores(
                 if groups is None:
                     place[:, tile.train : tile.train + values.shape[1]] += values
                 else:
-                    place.index_add_(1, groups[tile.train : tile.train + values.shape[1]].cpu(), values)
+                    here = begin + tile.train
+                    place.index_add_(1, groups[here : here + values.shape[1]].cpu(), values)
+    if ranks.world > 1:
+        out = _of_all_ranks(fitted, out, groups is None)
+        low_rank_error = max(ranks.meet("what low_rank= lost", low_rank_error))
     return Scores(out, low_rank_error)
+
+
+def share_of(fitted: Fitted, train: Any) -> tuple[Any, int]:
+    """The examples of `train` that this rank takes, None where it gets none, and the index of the first."""
+    ranks = fitted.setup.ranks
+    if ranks.world == 1:
+        return train, 0
+    data = walked(train, fitted.passes.batch_size)
+    mine = deal(data, ranks)
+    return (Part(data, fitted.passes.batch_size, [mine]) if len(mine) else None), mine.start
+
+
+def _of_all_ranks(fitted: Fitted, own: dict[str, Tensor], columns: bool) -> dict[str, Tensor]:
+    """The columns of all ranks side by side, or the sums of theirs; in the order of the blocks."""
+    ranks, device = fitted.setup.ranks, fitted.passes.device  # what sends tensors of the device may send no others
+    sent = {name: values.to(device) for name, values in own.items()}
+    if columns:
+        parts = [part for part in ranks.gather("scores", sent, device) if part]
+        return {name: torch.cat([part[name].cpu() for part in parts], 1) for name in parts[0]}
+    summed = ranks.sum_each("scores", sent, lambda _: None, device)
+    return {name: values.cpu() for name, values in summed.items()}
 
 
 def find_top(fitted: Fitted, query: Any, train: Any, k: int, largest: bool) -> tuple[Tensor, Tensor]:
@@ -105,21 +142,36 @@ def find_top(fitted: Fitted, query: Any, train: Any, k: int, largest: bool) -> t
         values, indices = scores.sort(dim=1, descending=largest, stable=True)
         return values[:, :k], indices[:, :k]
     best: dict[int, tuple[Tensor, Tensor]] = {}  # by first query of a block
-    with closing(make_tiles(fitted, query, train)) as tiles:
+    ranks, (mine, begin) = fitted.setup.ranks, share_of(fitted, train)
+    with closing(make_tiles(fitted, query, mine, first_train=begin)) as tiles:
         for tile in tiles:
             best[tile.query] = best_of(best.get(tile.query), tile.values[""], tile.train, k, largest)
-    values, indices = zip(*(best[start] for start in sorted(best)), strict=True)
-    return torch.cat(values), torch.cat(indices)
+    parts = [best[start] for start in sorted(best)]
+    own = (torch.cat([values for values, _ in parts]), torch.cat([indices for _, indices in parts])) if parts else None
+    if ranks.world == 1:
+        assert own is not None
+        return own
+    device = fitted.passes.device
+    found = {} if own is None else {"values": own[0].to(device), "indices": own[1].to(device)}
+    of_ranks = [part for part in ranks.gather("the best of each rank", found, device) if part]
+    return merge_best([(part["values"].cpu(), part["indices"].cpu()) for part in of_ranks], k, largest)
 
 
 def compute_self_influence(fitted: Fitted, train: Any) -> Tensor:
     """scores[t, t] of every training example, [n]."""
     total = None
+    ranks, (mine, _) = fitted.setup.ranks, share_of(fitted, train)
+    if fitted.setup.estimators.needs_data:  # all ranks multiply for all examples, each with the curvature of its own
+        ranks, mine = ALONE, train
     for checkpoint, curvature in fitted.at_checkpoints():
         with fitted.passes.running(checkpoint):
-            batches = fitted.passes.gradients(train, "self-influence")
+            batches = () if mine is None else fitted.passes.gradients(mine, "self-influence")
             parts = [curvature.sq_norms(gradients).cpu() for _, _, gradients in batches]
-        total = torch.cat(parts) if total is None else total + torch.cat(parts)
+        own = torch.cat(parts) if parts else None
+        total = own if total is None or own is None else total + own
+    if ranks.world > 1:
+        device = fitted.passes.device
+        total = ranks.join("self-influence", None if total is None else total.to(device), device).cpu()
     assert total is not None
     return total / (fitted.n * len(fitted.curvatures))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,6 +27,13 @@ def best_of(
     indices = torch.arange(first, first + values.shape[1]).expand_as(values)
     if held is not None:
         values, indices = torch.cat([held[0], values], 1), torch.cat([held[1], indices], 1)
+    order = values.argsort(dim=1, descending=largest, stable=True)[:, :k]
+    return values.gather(1, order), indices.gather(1, order)
+
+
+def merge_best(parts: Sequence[tuple[Tensor, Tensor]], k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """The k best of what is the best of runs of columns, run after run; ties go to the lower index."""
+    values, indices = (torch.cat(side, 1) for side in zip(*parts, strict=True))
     order = values.argsort(dim=1, descending=largest, stable=True)[:, :k]
     return values.gather(1, order), indices.gather(1, order)
 

@@ -374,6 +374,9 @@ class LateLayer(ValueError):
         super().__init__(message)
         self.name = name
 
+    def __reduce__(self) -> Any:  # what goes from one process to another is made anew from its arguments
+        return type(self), (self.name, str(self))
+
 
 def _own_parameters(module: nn.Module) -> Iterator[Tensor]:
     return (parameter for parameter in module._parameters.values() if parameter is not None)

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastif.data.batches import as_loader, batch_length, moved_to
+from fastif.data.batches import as_loader, batch_length, moved_to, walked
+from fastif.data.checksums import checksum
+from fastif.data.dealing import Part, deal, tell_data
 from fastif.model.calls import call, placed
 from fastif.model.losses import IGNORED
 from fastif.ops._checks import first_nonfinite_row
+from fastif.ranks import find_ranks
 
 
 class Extracted(NamedTuple):
@@ -33,6 +36,7 @@ def extract(
     batch_size: int = 256,
     device: torch.device | str | None = None,
     progress: bool = True,
+    group: Any = None,
 ) -> Extracted:
     """Features, logits and labels of all examples: one pass in eval mode, without gradients, streamed to the CPU.
 
@@ -44,6 +48,8 @@ def extract(
     of the head; where the model is elsewhere it is moved there and back. Whatever happens, the model is left as it was:
     training flags, hooks and device.
 
+    On several ranks each takes its run of the batches, and all get all rows; `group` is as for `Influence`.
+
     Raises ValueError for a head that is not there, is not the model's last operation, or runs more than once per
     forward pass, or on anything but one row per example; for features or logits that are NaN or Inf and labels outside
     [0, c), with the example's index; and for data without examples. Raises TypeError for a model that returns no
@@ -54,6 +60,37 @@ def extract(
     >>> features.shape, logits.shape, labels
     (torch.Size([5, 3]), torch.Size([5, 2]), tensor([0, 1, 1, 0, 1]))
     """
+    ranks = find_ranks(group)
+    if ranks.world == 1 or isinstance(data, Iterator):
+        return _extract(model, data, 0, head, batch_size, device, progress)
+    with ranks.together("extract"):
+        data = walked(data, batch_size)
+        state = {key: checksum(value) for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+        ranks.compare("extract", {**tell_data(data, ranks), "head": head, "batch_size": batch_size, "model": state})
+        mine, own = deal(data, ranks), dict[str, Tensor | None]()
+        if len(mine):
+            part = Part(data, batch_size, [mine])
+            own = _extract(model, part, mine.start, head, batch_size, device, progress and ranks.rank == 0)._asdict()
+        sent = {key: value.to(ranks.device) for key, value in own.items() if value is not None}
+        parts = [part for part in ranks.gather("features", sent, ranks.device) if part]
+        if any(part.keys() != parts[0].keys() for part in parts):
+            raise ValueError("extract: some batches have labels and some have none")
+        if any(part["features"].shape[1:] != parts[0]["features"].shape[1:] for part in parts):
+            raise ValueError("extract: batches must have one number of positions; pad the examples to one length")
+        rows = {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}
+        return Extracted(rows["features"], rows["logits"], rows.get("labels"))
+
+
+def _extract(
+    model: nn.Module,
+    data: Any,
+    first: int,
+    head: str | None,
+    batch_size: int,
+    device: torch.device | str | None,
+    progress: bool,
+) -> Extracted:
+    """The same of data that begins with example `first`."""
     name, layer = find_head(model, head, op="extract")
     loader = as_loader(data, batch_size)
     device = layer.weight.device if device is None else torch.empty(0, device=device).device
@@ -68,7 +105,7 @@ def extract(
     features: list[Tensor] = []
     logits: list[Tensor] = []
     labels: list[Tensor | None] = []
-    n = 0
+    n = first
     with (
         _as_it_was(model, device),
         torch.no_grad(),
@@ -95,7 +132,7 @@ def extract(
                 n += len(batch_logits)
         finally:
             hook.remove()
-    if n == 0:
+    if n == first:
         raise ValueError("extract: the data holds no examples")
     given = [y for y in labels if y is not None]
     if given and len(given) < len(labels):

@@ -23,6 +23,7 @@ LOSSES = ("cross_entropy", "token_cross_entropy", "causal_lm", "bce", "mse")
 MEASUREMENTS = ("loss", "margin", "log_odds")
 _SOFTMAX = ("cross_entropy", "token_cross_entropy", "causal_lm")
 _HESSIANS = 1 << 31  # bytes that the output Hessians of a function as loss may take
+_SKIPPED = 1 << 20  # numbers that are drawn at a time to be passed over
 IGNORED = -100  # the label of positions that do not count
 
 
@@ -267,6 +268,23 @@ def _draw(probs: Tensor, generator: Generator | None) -> Tensor:
     u = torch.rand(len(probs), 1, generator=generator, dtype=torch.float64).to(probs.device)
     cumulative = probs.double().cumsum(1)
     return (u * cumulative[:, -1:] >= cumulative).sum(1).clamp(max=probs.shape[1] - 1)
+
+
+def count_draws(loss: Any, outputs: Any, batch: Any, n: int) -> int:
+    """How many numbers `output_columns` draws of each example for fisher="monte_carlo"."""
+    if loss in _SOFTMAX:
+        return _class_axis_last(loss, outputs, labels_of(batch), n)[1].shape[1]
+    return logits_of(outputs).numel() // n
+
+
+def skip_draws(loss: Any, number: int, generator: Generator) -> None:
+    """Draws so many of these numbers, as if for other examples."""
+    for begin in range(0, number, _SKIPPED):
+        some = min(_SKIPPED, number - begin)
+        if loss in _SOFTMAX or loss == "bce":
+            torch.rand(some, generator=generator, dtype=torch.float64)
+        else:
+            _signs((some,), generator)
 
 
 def _signs(shape: Sequence[int], generator: Generator | None) -> Tensor:

@@ -15,7 +15,7 @@ from fastif.curvature.exact.building import BlockSum, Matrix
 from fastif.curvature.exact.factor import Factor
 from fastif.curvature.exact.room import Form, InPlace, Place
 from fastif.curvature.exact.solving import BlockSolver, columns_of, estimate_condition, place_of, sq_norms
-from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork, SeenBatch
+from fastif.curvature.protocol import BlockWork, Cost, Curvature, Exchanged, FitWork, SeenBatch
 from fastif.model.gradients import Gradients
 from fastif.model.layers import Block
 from fastif.model.losses import Fisher
@@ -140,6 +140,15 @@ class ExactBlock(Curvature):
         self._solver.release()
         self._sum.add_hessian(total, blocks)
 
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        """The block; nothing where no example was shown."""
+        del pass_index
+        return {"block": self._sum.finish()} if self._sum.begun else {}
+
+    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
+        del pass_index
+        self._sum.block = sums["block"]
+
     def end(self, pass_index: int) -> None:
         """Makes the factor; raises NotPositiveDefinite with a diagnosis."""
         del pass_index
@@ -177,6 +186,10 @@ class ExactBlock(Curvature):
             return Cost(held, making, fit.n * each + factoring, learned=learned, beside=beside)
         observing = limits.GATHERED_ROWS * size * fit.item
         return Cost(held, making, fit.n * each + factoring, learned=learned, observing=observing, beside=beside)
+
+    def exchanged(self, block: BlockWork, fit: FitWork) -> Exchanged:
+        """The block; every rank makes the factor."""
+        return Exchanged(summed=block.size**2 * fit.item)
 
     def fit(
         self, inputs: Tensor, logits: Tensor, labels: Tensor | None = None, weights: Tensor | None = None

@@ -57,6 +57,11 @@ class BlockSum:
         held = self.block if self._pending is None else self._pending[0]
         return torch.device("cpu") if held is None else held.device
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything was added."""
+        return self.block is not None or self._pending is not None
+
     def finish(self) -> Tensor:
         """The block with all that was shown; where a factor stands in its square, the lower triangle is."""
         self._flush()

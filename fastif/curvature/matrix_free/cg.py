@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from fastif.curvature.protocol import (
     BlockWork,
     Cost,
     Curvature,
+    Exchanged,
     FitData,
     FitWork,
     JointCurvature,
@@ -89,6 +90,18 @@ class CG(JointCurvature):
     def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
         self._per_layer.observe(gradients, weights, column, pass_index)
 
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        return self._per_layer.sums(pass_index)
+
+    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
+        self._per_layer.take_sums(pass_index, sums)
+
+    def kept(self, pass_index: int) -> dict[str, Tensor]:
+        return self._per_layer.kept(pass_index)
+
+    def take_kept(self, pass_index: int, kept: Sequence[Mapping[str, Tensor]]) -> None:
+        self._per_layer.take_kept(pass_index, kept)
+
     def end(self, pass_index: int) -> None:
         """Ends a pass of the preconditioner, and of what a `RelativeDamping` is a share of."""
         self._per_layer.end(pass_index)
@@ -138,6 +151,10 @@ class CG(JointCurvature):
     def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
         """Of the preconditioner; a solve takes some vectors of its right-hand sides' size besides, and the graph."""
         return self._per_layer.cost(blocks, fit)
+
+    def exchanged(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Exchanged:
+        """What is learned of each layer."""
+        return self._per_layer.exchanged(blocks, fit)
 
     def products(self, n: int) -> Products:
         """One in a step, and one when the recursion ends, which begins anew only where it has halved the residual."""

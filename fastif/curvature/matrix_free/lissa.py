@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -25,6 +25,7 @@ from fastif.curvature.protocol import (
     BlockWork,
     Cost,
     Curvature,
+    Exchanged,
     FitData,
     FitWork,
     JointCurvature,
@@ -124,6 +125,18 @@ class LiSSA(JointCurvature):
 
     def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
         self._per_layer.observe(gradients, weights, column, pass_index)
+
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        return self._per_layer.sums(pass_index)
+
+    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
+        self._per_layer.take_sums(pass_index, sums)
+
+    def kept(self, pass_index: int) -> dict[str, Tensor]:
+        return self._per_layer.kept(pass_index)
+
+    def take_kept(self, pass_index: int, kept: Sequence[Mapping[str, Tensor]]) -> None:
+        self._per_layer.take_kept(pass_index, kept)
 
     def end(self, pass_index: int) -> None:
         """Ends a pass of the preconditioner; after the last one, finds the scale."""
@@ -227,6 +240,10 @@ class LiSSA(JointCurvature):
         size = sum(block.size for block in blocks.values())
         making = 4 * size * fit.item if self.scale == "auto" else 0
         return self._per_layer.cost(blocks, fit) + Cost(making=making)
+
+    def exchanged(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Exchanged:
+        """What is learned of each layer."""
+        return self._per_layer.exchanged(blocks, fit)
 
     def products(self, n: int) -> Products:
         """Power iteration for the scale; one in a step, and two of all examples that look at where it has come to."""

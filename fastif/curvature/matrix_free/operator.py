@@ -105,7 +105,7 @@ class Operator:
             for products in found:
                 for sum_, product in zip(total, products, strict=True):
                     sum_ += product
-        out = self._to_blocks(total)
+        out = self.data.ranks.sum(f"a product of the {self.matrix}", self._to_blocks(total))
         if not bool(out.isfinite().all()):
             name = next(n for n, value in self.layout.by_block(out).items() if not bool(value.isfinite().all()))
             raise ValueError(f"products: the {self.matrix} times a vector holds NaN or Inf in layer {name!r}")

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fastif.curvature.damping import RelativeDamping, TrainingDamping, constant_damping
 from fastif.curvature.matrix_free.operator import Layout
-from fastif.curvature.protocol import BlockWork, Cost, Curvature, FitWork, Shape, check_estimator
+from fastif.curvature.protocol import BlockWork, Cost, Curvature, Exchanged, FitWork, Shape, check_estimator
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
 
 _DAMPING = "damping"  # the entry of a state that holds the layers' own
+_TRACE = "its trace"
 
 
 class PerLayer:
@@ -60,6 +61,35 @@ class PerLayer:
             for name, g in gradients.items():
                 trace = (g.sq_norms().double() * weights).sum()
                 self._traces[name] = self._traces[name] + trace if name in self._traces else trace
+
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        """Those of the preconditioners, and the traces."""
+        found = {
+            f"{name}/{key}": value
+            for name, estimator in self._open(pass_index)
+            for key, value in estimator.sums(pass_index).items()
+        }
+        return found | {f"{_TRACE}/{name}": trace for name, trace in self._traces.items() if pass_index == 0}
+
+    def take_sums(self, pass_index: int, sums: Mapping[str, Tensor]) -> None:
+        for name, estimator in self._open(pass_index):
+            estimator.take_sums(pass_index, _under(name, sums))
+        if pass_index == 0:
+            self._traces = {name: sums[f"{_TRACE}/{name}"] for name in self._layout.sizes if self.relative}
+
+    def kept(self, pass_index: int) -> dict[str, Tensor]:
+        return {
+            f"{name}/{key}": value
+            for name, estimator in self._open(pass_index)
+            for key, value in estimator.kept(pass_index).items()
+        }
+
+    def take_kept(self, pass_index: int, kept: Sequence[Mapping[str, Tensor]]) -> None:
+        for name, estimator in self._open(pass_index):
+            estimator.take_kept(pass_index, [_under(name, theirs) for theirs in kept])
+
+    def _open(self, pass_index: int) -> list[tuple[str, Curvature]]:
+        return [(name, one) for name, one in self._by_block.items() if pass_index < one.passes]
 
     def end(self, pass_index: int) -> None:
         for estimator in self._by_block.values():
@@ -116,8 +146,7 @@ class PerLayer:
         if self.relative:
             self._used = dict(zip(self._layout.sizes, state[_DAMPING].tolist(), strict=True))
         for name, estimator in self._by_block.items():
-            start = f"{name}/"
-            estimator.load_state_dict({k.removeprefix(start): v for k, v in state.items() if k.startswith(start)})
+            estimator.load_state_dict(_under(name, state))
 
     def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
         total = Cost()
@@ -126,3 +155,17 @@ class PerLayer:
             for name, block in blocks.items():
                 total += by_block[name].cost(block, fit)
         return total
+
+    def exchanged(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Exchanged:
+        """The preconditioners' sums go to all ranks, each of which makes its own of them, and so do the traces."""
+        total = Exchanged(summed=8 * len(blocks) if self.relative else 0)
+        for block in blocks.values() if self.preconditioner is not None else ():
+            own = self.preconditioner.exchanged(block, fit)  # pyright: ignore[reportOptionalMemberAccess]
+            total += Exchanged(summed=own.owned + own.summed, kept=own.kept)
+        return total
+
+
+def _under(name: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What belongs to a block, by its own names."""
+    start = f"{name}/"
+    return {key.removeprefix(start): value for key, value in named.items() if key.startswith(start)}

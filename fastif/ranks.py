@@ -1,0 +1,464 @@
+"""What torch.distributed says: which rank this process is, of how many, and what they have to say to one another.
+
+fastif starts no processes for it and makes no process group: it reads the one that is there. Without one, or with one
+of a single rank, every method here gives back what it was given, and nothing is sent.
+
+Sums over ranks are taken in the order of the ranks, each chunk by one of them, in float64 where the terms are float32:
+they are the same from run to run, and rounding to float32 once is all that they add to the error of the terms. Beside
+every exchange the ranks tell one another, through the store that the process group was started with, what they are
+about to do or what went wrong: an error on one rank is raised on all, with its number, in the place of a hang.
+docs/scale.md.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_LOOK = 1.0  # seconds between two looks at who is missing
+_SILENT = 30.0  # seconds without a sign of life from a rank at work, after which it counts as dead
+BUCKET = 1 << 26  # bytes that are exchanged at a time, where a single tensor does not take more
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class RankFailed(RuntimeError):
+    """Another rank failed with an error that cannot be raised here as it is, ended, or did not arrive in time."""
+
+
+class Ranks:
+    """The processes among which work is divided, seen from one of them; `find_ranks` gives it."""
+
+    def __init__(self, group: Any = None):
+        self.group = group  # None: this process alone
+        self.rank, self.world, self._names = 0, 1, [0]  # the last: as torchrun counts them
+        self.bytes_sent = self.bytes_received = 0  # by this rank, of tensors; the store's few bytes are not counted
+        self.errors: list[Exception] = []  # of the last meeting that failed, by rank
+        self._heard: BaseException | None = None  # the last error that all ranks know of
+        self._broken = ""  # why the ranks can no longer meet
+        self._inside = False
+        self._step = self._op = 0
+        self._said: list[str] = []  # keys of this rank that may still be read
+        if group is not None:
+            self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+            self._names = dist.get_process_group_ranks(group)
+            # torch's stubs know half of a store.
+            self._store: Any = dist.PrefixStore("fastif", group.get_group_store())  # pyright: ignore
+
+    @staticmethod
+    def of(rank: int, world: int) -> Ranks:
+        """One of ranks that are not there, for plans: it says which it is, and meets nobody."""
+        made = Ranks()
+        made.rank, made.world = rank, world
+        return made
+
+    def __repr__(self) -> str:
+        return f"rank {self.rank} of {self.world}"
+
+    def check_device(self, device: torch.device) -> None:
+        """Raises ValueError where the process group cannot send what is on the device."""
+        if self.world > 1 and device.type == "cuda" and "nccl" not in str(dist.get_backend_config(self.group)):
+            raise ValueError(
+                f"the process group is of {dist.get_backend(self.group)}, which sends no CUDA tensors, and the model "
+                f"is on {device}: call init_process_group('nccl'), or 'cpu:gloo,cuda:nccl'"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors have to be to be sent, of those that are on no device in particular."""
+        alone = self.world == 1 or "cpu" in str(dist.get_backend_config(self.group))
+        return torch.device("cpu") if alone else torch.device("cuda", torch.cuda.current_device())
+
+    # --------------------------------------------------------------------------------------------------------- meetings
+
+    @contextmanager
+    def together(self, op: str) -> Iterator[None]:
+        """What all ranks do at once: an error of one ends it for all."""
+        if self.world == 1 or self._inside:
+            yield
+            return
+        self._inside, self._op = True, self._op + 1
+        with self._living():
+            try:
+                self.meet(op)
+                yield
+                self.meet(f"the end of {op}")
+            except BaseException as error:
+                self._say_error(error)
+                raise
+            finally:
+                self._inside = False
+
+    def meet(self, what: str, value: Any = None) -> list[Any]:
+        """What each rank brings to this point of its work, by rank; `what` names it and must be the same on all."""
+        if self.world == 1:
+            return [value]
+        self._say((what, None, value))
+        said = self._hear(what)
+        self.errors = [_revive(name, failed) for name, (_, failed, _) in zip(self._names, said, strict=True) if failed]
+        if self.errors:
+            self._fail(self.errors[0])
+        if any(other != what for other, _, _ in said):
+            at = "; ".join(f"rank {name} at {other}" for name, (other, _, _) in zip(self._names, said, strict=True))
+            self._fail(ValueError(f"the ranks do not do the same thing: {at}; every rank has to make the same calls"))
+        return [value for _, _, value in said]
+
+    def tell(self, error: Exception) -> list[Exception]:
+        """Lets all ranks know of an error that they can go on from together; the errors of all, by rank."""
+        if self.world == 1:
+            return [error]
+        if error is not self._heard:
+            self._say(("an error", _preserve(error), None))
+            said = self._hear("an error")
+            self.errors = [
+                error if name == self._names[self.rank] else _revive(name, failed)
+                for name, (_, failed, _) in zip(self._names, said, strict=True)
+                if failed
+            ]
+        return self.errors
+
+    def compare(self, op: str, given: Mapping[str, Any]) -> None:
+        """Raises ValueError, on all ranks, where one was given something else than the first."""
+        if self.world == 1:
+            return
+        said = self.meet(f"what {op} was given", dict(given))
+        for name, theirs in zip(self._names, said, strict=True):
+            for key in dict.fromkeys((*said[0], *theirs)):
+                if said[0].get(key) != theirs.get(key):
+                    values = f"{_short(theirs.get(key))} and {_short(said[0].get(key))}"
+                    self._fail(
+                        ValueError(
+                            f"{op}: rank {name} has another {key} than rank {self._names[0]} ({values}): every rank "
+                            "has to pass the same model, data and arguments"
+                        )
+                    )
+
+    def _fail(self, error: Exception) -> None:
+        """Raises what all ranks have heard and raise."""
+        self._heard = error
+        raise error
+
+    def _say(self, what: tuple[str, Any, Any]) -> None:
+        if self._broken:
+            raise RankFailed(f"the ranks lost one another before: {self._broken}")
+        key = f"{self._step}/{self.rank}"
+        with self._answering():
+            self._store.set(key, pickle.dumps(what))
+        self._said.append(key)
+
+    def _say_error(self, error: BaseException) -> None:
+        if error is not self._heard and not self._broken:
+            with suppress(Exception):
+                self._say(("an error", _preserve(error), None))
+                self._step += 1
+
+    def _hear(self, what: str) -> list[Any]:
+        keys = [f"{self._step}/{rank}" for rank in range(self.world)]
+        begun, signs = time.monotonic(), dict[int, tuple[str, float]]()
+        limit = self._store.timeout.total_seconds()
+        while True:
+            try:
+                self._store.wait(keys, timedelta(seconds=min(_LOOK, limit)))
+                break
+            except RuntimeError:
+                pass  # not there yet, or the store is gone, which shows below
+            with self._answering():
+                missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+                silent = [rank for rank in missing if self._silence(rank, signs) > min(_SILENT, limit)]
+            waited = time.monotonic() - begun
+            if silent:
+                self._lose(f"{self._named(silent)} gave no sign of life for {min(_SILENT, limit):.0f} s", what)
+            if missing and waited > limit:
+                self._lose(f"{self._named(missing)} did not arrive within the group's timeout of {limit:.0f} s", what)
+        with self._answering():
+            said = [pickle.loads(value) for value in self._store.multi_get(keys)]
+            while len(self._said) > 1:  # all are here, so that nobody reads what was said before
+                self._store.delete_key(self._said.pop(0))
+        self._step += 1
+        return said
+
+    def _silence(self, rank: int, signs: dict[int, tuple[str, float]]) -> float:
+        """Seconds for which a rank that has begun this piece of work shows no sign of life."""
+        key, now = f"alive/{rank}", time.monotonic()
+        sign = self._store.get(key).decode() if self._store.check([key]) else ""
+        if sign.partition(":")[0] != str(self._op) or sign != signs.get(rank, ("", 0.0))[0]:
+            signs[rank] = sign, now
+        return now - signs[rank][1] if sign.partition(":")[0] == str(self._op) else 0.0
+
+    @contextmanager
+    def _living(self) -> Iterator[None]:
+        """Signs of life to the others, for as long as this rank is at work."""
+        ended, store, op = threading.Event(), self._store.clone(), self._op
+
+        def beat() -> None:
+            count = 0
+            while not ended.wait(_LOOK):
+                count += 1
+                try:
+                    store.set(f"alive/{self.rank}", f"{op}:{count}")
+                except RuntimeError:
+                    return  # the store is gone: the next meeting says so
+
+        thread = threading.Thread(target=beat, name="fastif signs of life", daemon=True)
+        with self._answering():
+            store.set(f"alive/{self.rank}", f"{op}:0")
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, RankFailed):
+                raise
+            self._broken = f"the store of torch.distributed does not answer ({_first_line(error)})"
+            raise RankFailed(f"{self._broken}: the process that holds it, usually rank 0, has ended") from error
+
+    def _named(self, ranks: Sequence[int]) -> str:
+        return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(str(self._names[rank]) for rank in ranks)}"
+
+    def _lose(self, why: str, what: str) -> None:
+        self._broken = why
+        raise RankFailed(f"{why} while rank {self._names[self.rank]} waited at {what}: killed, or in another call?")
+
+    # -------------------------------------------------------------------------------------------------------- exchanges
+
+    def sum(self, what: str, tensor: Tensor) -> Tensor:
+        """The sum over ranks of tensors of one shape, on all of them."""
+        if self.world == 1:
+            return tensor
+        self.meet(f"{what}, {list(tensor.shape)}")
+        return self._sum_flat(tensor.reshape(-1)).view(tensor.shape)
+
+    def sum_each(
+        self, what: str, tensors: Mapping[Any, Tensor], owner_of: Callable[[Any], int | None], device: torch.device
+    ) -> dict[Any, Tensor]:
+        """Sums over ranks by name: of a name with an owner on that rank alone, of the others on all ranks.
+
+        A rank that has nothing to add to a name leaves it out. Returns those that this rank is to have.
+        """
+        if self.world == 1:
+            return dict(tensors)
+        known: dict[Any, tuple[tuple[int, ...], torch.dtype]] = {}
+        for theirs in self.meet(what, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}):
+            for name, form in theirs.items():
+                if known.setdefault(name, form) != form:
+                    raise ValueError(f"{what}: {name} has the shape and type {known[name]} on one rank, {form} here")
+        owners = {name: owner for name in known if (owner := owner_of(name)) is not None}
+        out: dict[Any, Tensor] = {}
+        for names in _buckets(known, owners):
+            form = known[names[0]][1]
+            pieces = {
+                name: tensors[name].reshape(-1)
+                if name in tensors
+                else torch.zeros(torch.Size(known[name][0]).numel(), dtype=form, device=device)
+                for name in names
+            }
+            if names[0] in owners:
+                order = sorted(names, key=lambda name: owners[name])
+                sizes = [sum(len(pieces[n]) for n in order if owners[n] == rank) for rank in range(self.world)]
+                summed = self._scatter(torch.cat([pieces[name] for name in order]), sizes)
+                mine = [name for name in order if owners[name] == self.rank]
+            else:
+                summed, mine = self._sum_flat(torch.cat([*pieces.values()])), names
+            parts = summed.split([len(pieces[name]) for name in mine]) if mine else ()
+            out.update({n: part.view(known[n][0]) for n, part in zip(mine, parts, strict=True)})
+        return {name: out[name] for name in known if name in out}
+
+    def gather(self, what: str, tensors: Mapping[Any, Tensor], device: torch.device) -> list[dict[Any, Tensor]]:
+        """The tensors of every rank, by rank; their names, shapes and types may differ."""
+        if self.world == 1:
+            return [dict(tensors)]
+        forms = self.meet(what, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
+        out: list[dict[Any, Tensor]] = []
+        for rank, theirs in enumerate(forms):
+            out.append({})
+            for names in _buckets(theirs, {}):
+                sizes = [torch.Size(theirs[name][0]).numel() for name in names]
+                if rank == self.rank:
+                    flat = torch.cat([tensors[name].detach().reshape(-1) for name in names])
+                else:
+                    flat = torch.empty(sum(sizes), dtype=theirs[names[0]][1], device=device)
+                if len(flat):
+                    self._count(*((self.world - 1, 0) if rank == self.rank else (0, 1)), flat.nbytes)
+                    with self._exchanging(what):
+                        dist.broadcast(_sendable(flat), group_src=rank, group=self.group)
+                out[-1].update({n: p.view(theirs[n][0]) for n, p in zip(names, flat.split(sizes), strict=True)})
+            if rank == self.rank:
+                out[-1] = dict(tensors)
+        return out
+
+    def join(self, what: str, rows: Tensor | None, device: torch.device, dim: int = 0) -> Tensor:
+        """The rows of all ranks, one rank's after another's; None: none. The ranks must not all have none."""
+        if self.world == 1:
+            assert rows is not None
+            return rows
+        gathered = self.gather(what, {} if rows is None else {"": rows.contiguous()}, device)
+        return torch.cat([part[""] for part in gathered if part], dim)
+
+    def _sum_flat(self, flat: Tensor) -> Tensor:
+        """Chunk r of the sum is made by rank r and sent to all: 2 (W − 1)/W of its bytes are sent by each."""
+        each = -(-len(flat) // self.world)
+        padded = torch.cat([flat, flat.new_zeros(each * self.world - len(flat))])
+        chunk = self._scatter(padded, [each] * self.world)
+        out = [torch.empty_like(chunk) for _ in range(self.world)]
+        self._count(self.world - 1, self.world - 1, chunk.nbytes)
+        with self._exchanging("a sum"):
+            dist.all_gather(out, chunk, group=self.group)
+        return torch.cat(out)[: len(flat)]
+
+    def _scatter(self, flat: Tensor, sizes: list[int]) -> Tensor:
+        """Part r of the sum over ranks, which is all that rank r gets; added up in the order of the ranks."""
+        mine = sizes[self.rank]
+        received = flat.new_empty(self.world * mine)
+        self.bytes_sent += (len(flat) - mine) * flat.itemsize
+        self.bytes_received += (self.world - 1) * mine * flat.itemsize
+        with self._exchanging("a sum"):
+            dist.all_to_all_single(received, flat, [mine] * self.world, sizes, group=self.group)
+        terms = received.view(self.world, mine)
+        wide = torch.float64 if flat.is_floating_point() else flat.dtype
+        total = terms[0].to(wide, copy=True)
+        for term in terms[1:]:
+            total += term
+        return total.to(flat.dtype)
+
+    def _count(self, sent: int, received: int, each: int) -> None:
+        self.bytes_sent += sent * each
+        self.bytes_received += received * each
+
+    @contextmanager
+    def _exchanging(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            self._broken = f"an exchange between ranks failed ({_first_line(error)})"
+            raise RankFailed(
+                f"rank {self._names[self.rank]}: {self._broken} in {what}: another rank has ended, or the network has"
+            ) from error
+
+
+ALONE = Ranks()
+_known: dict[int, Ranks] = {}
+
+
+def find_ranks(group: Any = None) -> Ranks:
+    """The ranks of a process group, default all that there are; this process alone where no group was made.
+
+    Raises ValueError where WORLD_SIZE says that there are several and no group is there, and for a group that this
+    process does not belong to.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        world = os.environ.get("WORLD_SIZE", "1")
+        if group is not None:
+            raise ValueError("group= was given, and torch.distributed has no process group: call init_process_group()")
+        if world.isdigit() and int(world) > 1:
+            raise ValueError(
+                f"WORLD_SIZE={world} is in the environment, and torch.distributed has no process group: call "
+                "torch.distributed.init_process_group('gloo') ('nccl' on GPUs) first, or unset WORLD_SIZE for a "
+                "process that works alone"
+            )
+        return ALONE
+    if group is None and dist.get_world_size() == 1:
+        return ALONE
+    group = dist.group.WORLD if group is None else group
+    if dist.get_rank(group) < 0:
+        raise ValueError("group=: this process is not a member of the group")
+    found = _known.get(id(group))
+    if found is None:
+        for key in [key for key, ranks in _known.items() if ranks.group not in dist.distributed_c10d._world.pg_map]:
+            del _known[key]
+        found = _known[id(group)] = Ranks(group)
+    return found
+
+
+def together(method: Method) -> Method:
+    """A method that all ranks of its object's `ranks` call at once."""
+
+    @wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.ranks.together(method.__name__):
+            return method(self, *args, **kwargs)
+
+    return wrapped  # pyright: ignore[reportReturnType]
+
+
+def divide(costs: Mapping[Any, float], world: int) -> dict[Any, int]:
+    """An owner for everything that costs something: the costliest first, each to the rank that has the least so far."""
+    loads, owners = [0.0] * world, dict[Any, int]()
+    for key, cost in sorted(((key, cost) for key, cost in costs.items() if cost > 0), key=lambda pair: -pair[1]):
+        owners[key] = min(range(world), key=loads.__getitem__)
+        loads[owners[key]] += cost
+    return owners
+
+
+def stretch(number: int, rank: int, world: int) -> range:
+    """A rank's run of `number` things in order: runs differ by one in length at most."""
+    return range(number * rank // world, number * (rank + 1) // world)
+
+
+def _buckets(
+    forms: Mapping[Any, tuple[tuple[int, ...], torch.dtype]], owners: Mapping[Any, int]
+) -> Iterator[list[Any]]:
+    """Names that travel together: of one type, all with owners or all without, and not too many bytes."""
+    kinds: dict[tuple[torch.dtype, bool], list[Any]] = {}
+    for name, (_, dtype) in forms.items():
+        kinds.setdefault((dtype, name in owners), []).append(name)
+    for (dtype, _), names in kinds.items():
+        some, nbytes = list[Any](), 0
+        for name in names:
+            size = torch.Size(forms[name][0]).numel() * dtype.itemsize
+            if some and nbytes + size > BUCKET:
+                yield some
+                some, nbytes = [], 0
+            some.append(name)
+            nbytes += size
+        yield some
+
+
+def _sendable(flat: Tensor) -> Tensor:
+    return flat.view(torch.uint8) if flat.dtype == torch.bool else flat
+
+
+def _preserve(error: BaseException) -> tuple[str, bytes | None]:
+    """An error as others can raise it: what it says, and itself where it comes through whole."""
+    text, whole = f"{type(error).__name__}: {error}", None
+    if isinstance(error, Exception) and error.args and isinstance(error.args[0], str):
+        with suppress(Exception):
+            whole = pickle.dumps(error)
+            pickle.loads(whole)
+    return text, whole
+
+
+def _revive(rank: int, preserved: tuple[str, bytes | None]) -> Exception:
+    text, whole = preserved
+    if whole is not None:
+        with suppress(Exception):
+            error = pickle.loads(whole)
+            error.args = (f"on rank {rank}: {error.args[0]}", *error.args[1:])
+            return error
+    return RankFailed(f"on rank {rank}: {text}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:57]}..."

@@ -1,0 +1,78 @@
+"""A folder of scores that ranks write together: the bits of one process, also after some of them were killed."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from fastif import CG, EKFAC, Influence, ScoreFolder
+from fastif.folder_lock import locked
+from tests.helpers.by_hand import problem
+from tests.helpers.crew import Crew
+from tests.ranks.cases import job, job_elsewhere
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def state_of():
+    model, data, _ = problem("mlp")
+    return Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=3).fit(data).state_dict()
+
+
+@pytest.mark.parametrize("how", [{}, {"by": "layer"}, {"low_rank": 1}], ids=["all", "layer", "low rank"])
+def test_two_ranks_write_the_bits_of_one_process(two, tmp_path, how):
+    state = state_of()
+    want, error, blocks = job(str(tmp_path / "one"), state, **how)
+    got = two(partial(job, **how), str(tmp_path / "two"), state)
+    assert all(torch.equal(found, want) for found, _, _ in got)
+    assert [lost for _, lost, _ in got] == [error, error]
+    assert got[0][2] + got[1][2] == blocks
+    assert min(got[0][2], got[1][2]) > 0
+    kept = ScoreFolder(tmp_path / "two")
+    assert kept.finished
+    assert kept.settings == ScoreFolder(tmp_path / "one").settings
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
+        path.name for path in (tmp_path / "one").iterdir()
+    )
+    again = two(partial(job, **how), str(tmp_path / "one"), state)
+    assert [written for _, _, written in again] == [0, 0]
+
+
+def test_estimators_that_multiply_write_together(two, tmp_path):
+    cg = CG(0.3, tolerance=1e-10)
+    want, _, _ = job(str(tmp_path / "one"), None, of=cg)
+    first, second = two(partial(job, of=cg), str(tmp_path / "two"), None)
+    assert torch.equal(first[0], second[0])
+    assert torch.allclose(first[0], want, rtol=0, atol=1e-8 * float(want.abs().max()))
+    assert ScoreFolder(tmp_path / "two").settings["ranks"] == 2
+
+
+def test_a_job_goes_on_with_another_number_of_ranks(tmp_path):
+    state = state_of()
+    want, _, blocks = job(str(tmp_path / "one"), state)
+    crew, folder = Crew(2, timeout=5), tmp_path / "two"
+    try:
+        crew.begin(job, str(folder), state, "all", 2)
+        left, dead = crew.end()
+        assert dead is None
+        assert left.kind == "RankFailed"
+        assert "rank 1" in left.text or "store" in left.text
+    finally:
+        crew.dismiss()
+    there = ScoreFolder(folder).count_blocks()[0]
+    assert 2 <= there < blocks
+    found, _, written = job(str(folder), state)
+    assert torch.equal(found, want)
+    assert written == blocks - there
+
+
+def test_folders_that_are_not_shared_or_in_use(two, tmp_path):
+    two.begin(job_elsewhere, str(tmp_path))
+    for found in two.end():
+        assert "is not the folder that the first rank writes to" in found.text
+    (tmp_path / "held").mkdir()
+    with locked(tmp_path / "held"):
+        two.begin(job, str(tmp_path / "held"), None)
+        for found in two.end():
+            assert found.kind == "FolderInUse"
+            assert "is being written by process" in found.text

@@ -1,0 +1,70 @@
+"""What is made of an Influence, or stands beside it, on two ranks: features, removals, samplers, retrainings."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from tests.helpers.crew import Crew
+from tests.ranks.cases import (
+    features,
+    groups,
+    halves,
+    removal,
+    retrained,
+    subset_of_sampler,
+    train_and_end,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("n", [24, 3])
+def test_features_stand_in_the_order_of_the_examples(two, n):
+    want = features(n)
+    for got in two(features, n):
+        assert torch.equal(got["labels"], want["labels"])
+        for key in ("features", "logits"):
+            assert torch.allclose(got[key], want[key], rtol=0, atol=1e-14)
+
+
+def test_samplers_draw_the_same_and_removals_agree(two):
+    (indices, weights), want = subset_of_sampler(), removal()
+    for got in two(subset_of_sampler):
+        assert torch.equal(got[0], indices)
+        assert torch.allclose(got[1], weights, rtol=1e-12)
+    first, second = two(removal)
+    assert torch.equal(first, second)
+    assert torch.allclose(first, want, rtol=0, atol=1e-8 * float(want.abs().max()))
+
+
+def test_a_group_narrows_the_ranks(two):
+    (scores, world), other = two(groups)
+    assert scores.shape == (2, 24)
+    assert world == 1
+    assert other is None
+
+
+def test_networks_are_trained_by_all_ranks_to_the_same_bits(two, tmp_path):
+    want = retrained(None)
+    for folder in (None, str(tmp_path / "two")):
+        assert all(torch.equal(got, want) for got in two(retrained, folder))
+    assert all(torch.equal(got, halves()) for got in two(halves))
+    assert torch.equal(retrained(str(tmp_path / "two")), want)
+    two.begin(partial(retrained, processes=2), None)
+    for failed in two.end():
+        assert "processes=2 on 2 ranks: each rank trains one network at a time" in failed.text
+
+
+def test_retrainings_go_on_after_a_rank_was_killed(tmp_path):
+    crew, folder = Crew(2, timeout=5), str(tmp_path / "job")
+    try:
+        crew.begin(retrained, folder, train_and_end)
+        left, dead = crew.end()
+        assert dead is None
+        assert left.kind == "RankFailed"
+    finally:
+        crew.dismiss()
+    lines = (tmp_path / "job" / "retrained.jsonl").read_text().count('"set"')
+    assert 2 <= lines < 5
+    assert torch.equal(retrained(folder, train_and_end), retrained(None))
