@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from . import readme, tables
+from . import readme, scale, tables
 
 
 def with_tables(page: str) -> str:
@@ -27,6 +27,8 @@ def with_tables(page: str) -> str:
             "glance": readme.glance,
             "story": readme.story,
             "zoo": tables.zoo_table,
+            "ranks": scale.ranks_table,
+            "scale": scale.scale_table,
         }
         make = next((make for kind, make in kinds.items() if name.startswith(kind)), tables.benchmark_table)
         return f"<!-- table: {name} -->\n{make(name)}\n<!-- end -->"
