@@ -1,4 +1,4 @@
-"""The cost of an EK-FAC on many ranks, by the formulas of docs/scale.md: what was measured here, and predictions for GPUs.
+"""The cost of an EK-FAC on many ranks, by the formulas of docs/scale.md: measured here, and predicted for GPUs.
 
 `ranks_table` shows what `make bench-ranks` measured, `scale_table` what the formulas give where every assumption is one
 of the constants below.
@@ -118,8 +118,8 @@ def ranks_table(name: str) -> str:
     runs = f"the median of {facts['repeats']} runs" if facts["repeats"] > 1 else "one run"
     lines += [
         "",
-        "EK-FAC with the empirical Fisher, float32; CPU seconds summed over the ranks, in brackets as a multiple of one "
-        f"rank's, {runs} on a machine that had other work to do; bytes of the rank that sends most. {facts['device']}, "
-        f"torch {facts['versions']['torch']}. Made by `make bench-ranks`.",
+        "EK-FAC with the empirical Fisher, float32; CPU seconds summed over the ranks, in brackets as a multiple of "
+        f"one rank's, {runs} on a machine that had other work to do; bytes of the rank that sends most. "
+        f"{facts['device']}, torch {facts['versions']['torch']}. Made by `make bench-ranks`.",
     ]
     return "\n".join(lines)
