@@ -66,6 +66,12 @@ class Ranks:
     def __repr__(self) -> str:
         return f"rank {self.rank} of {self.world}"
 
+    def __deepcopy__(self, memo: Any) -> Ranks:
+        return self  # processes cannot be copied
+
+    def __reduce__(self) -> Any:  # where it is read again, the group that is there counts
+        return find_ranks, ()
+
     def check_device(self, device: torch.device) -> None:
         """Raises ValueError where the process group cannot send what is on the device."""
         if self.world > 1 and device.type == "cuda" and "nccl" not in str(dist.get_backend_config(self.group)):
