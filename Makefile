@@ -24,7 +24,7 @@ TESTS   := $(if $(SETUP),OMP_NUM_THREADS=1 )$(PY) -m pytest $(if $(SETUP),-n $(J
 SPREAD  := $(subst loadfile,worksteal,$(TESTS))
 COVER   := $(if $(SETUP),--cov=fastif --cov-report=term:skip-covered --cov-fail-under=95)
 
-.PHONY: help demo test test-slow lint docs bench bench-kcenter bench-influence bench-ranks bench-blocks results cuda-check cuda-link arm-check \
+.PHONY: help demo test test-slow lint docs bench bench-kcenter bench-influence bench-index bench-ranks bench-blocks results cuda-check cuda-link arm-check \
   gpu-check clean
 
 help:  ## this list
@@ -77,6 +77,12 @@ bench-ranks: build/ready  ## EK-FAC on 1, 2 and 4 ranks: CPU seconds in all, byt
 	$(PY) -m benchmarks.figures.keep keep runs/ranks.json ranks-cpu
 	$(PY) -m benchmarks.figures.keep tables
 
+bench-index: build/ready  ## the index against walking again: seconds, bytes, what is lost; FASTIF_DATA=folder
+	@mkdir -p runs
+	OMP_NUM_THREADS=1 FASTIF_BENCH_SCALE=$${FASTIF_BENCH_SCALE:-0.2} $(PY) -m pytest benchmarks/influence/bench_index.py --benchmark-enable -s --benchmark-json runs/index.json
+	$(PY) -m benchmarks.figures.keep keep runs/index.json index-cpu
+	$(PY) -m benchmarks.figures.keep tables
+
 bench-blocks: build/ready  ## exact blocks and their factors, whole sizes, against torch, torch.func and curvlinops; FASTIF_DATA=folder
 	@mkdir -p runs
 	FASTIF_BENCH=all $(PY) -m pytest benchmarks/ops/bench_ggn_block.py benchmarks/ops/bench_cholesky.py --benchmark-enable -s \
@@ -91,9 +97,10 @@ results: bench  ## the tables of class removal and of make bench from scratch, a
 	$(PY) -m benchmarks.figures.keep keep runs/fashion-mnist/results.json class-removal-fashion-mnist
 	$(PY) -m benchmarks.figures.keep tables
 
-zoo: build/ready $(if $(SETUP),.venv/test)  ## one try for each of about 85 networks, against autograd example by example
+zoo: build/ready $(if $(SETUP),.venv/test)  ## one try for each of about 90 networks, against autograd example by example
 	@mkdir -p runs
-	$(PY) -m benchmarks.experiments.zoo --out runs/zoo.json
+	cp benchmarks/results/zoo.json runs/zoo.json  # timm's and torchvision's networks are of an environment of their own
+	$(PY) -m benchmarks.experiments.zoo --add --out runs/zoo.json
 	$(PY) -m benchmarks.figures.keep keep runs/zoo.json zoo
 	$(PY) -m benchmarks.figures.keep tables
 

@@ -25,7 +25,9 @@ from fastif.curvature import (
     TrainingDamping,
     training_time,
 )
+from fastif.index import Index, answer
 from fastif.influence import Influence
+from fastif.influence.choosing import choose
 from fastif.influence.networks import Networks
 from fastif.influence.planning import Plan
 from fastif.influence.score_folder import ScoreFolder
@@ -33,6 +35,7 @@ from fastif.model.features import Extracted, extract, find_head
 from fastif.ops import build_info
 from fastif.removal import Removal, Step, remove
 from fastif.renamed import find_renamed
+from fastif.replay import NotReproduced, Replay, Source, TrainingLog
 from fastif.samplers import CertifiedSubset, Subset
 
 __all__ = [
@@ -49,22 +52,29 @@ __all__ = [
     "Extracted",
     "Identity",
     "IllConditioned",
+    "Index",
     "Influence",
     "LiSSA",
     "Networks",
     "NotConverged",
     "NotPositiveDefinite",
+    "NotReproduced",
     "Plan",
     "RandomProjection",
     "RelativeDamping",
     "Removal",
+    "Replay",
     "ScoreFolder",
     "Shampoo",
+    "Source",
     "Step",
     "Subset",
     "TrainingDamping",
+    "TrainingLog",
     "__version__",
+    "answer",
     "build_info",
+    "choose",
     "curvature",
     "data",
     "evaluation",

@@ -47,12 +47,15 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
 
 
-def described(value: Any, name: str = "value", key: str | None = None) -> Any:
+def described(value: Any, name: str = "value", key: str | None = None, *, travels: bool = False) -> Any:
     """What `value` is and holds, as JSON: equal for equal values, in this process and in others.
 
     Functions are their code, their defaults, what they close over, what they are bound to and the globals that they
     read, to any depth; code of installed packages is named, with a digest of its file. A set has no order, a
     `torch.Generator` is its state, a lock is a lock.
+
+    travels: installed code is named alone, and own code is told by what it does and not by the module that it stands
+    in: equal on machines with other releases of the packages, as long as their Python has the same bytecode.
 
     >>> described(functools.partial(max, 3, key=None))
     {'partial': 'builtins.max', 'arguments': [3], 'keywords': {'key': None}}
@@ -60,7 +63,7 @@ def described(value: Any, name: str = "value", key: str | None = None) -> Any:
     Raises ValueError, with its place in `name`, for what is not the same in every process or cannot be looked into
     (sockets, open files, pointers, functions of C without a name); where `key` is given, it stands for them.
     """
-    return _Description(key).of(value, name)
+    return _Description(key, travels).of(value, name)
 
 
 def described_model(model: nn.Module, key: str | None = None) -> dict[str, Any]:
@@ -69,8 +72,8 @@ def described_model(model: nn.Module, key: str | None = None) -> dict[str, Any]:
 
 
 class _Description:
-    def __init__(self, key: str | None):
-        self.key = key
+    def __init__(self, key: str | None, travels: bool = False):
+        self.key, self.travels = key, travels
         self.known: dict[int, tuple[Any, Any]] = {}  # by id: the object, so that it stays, and its description
         self.open: list[int] = []  # ids of what is being described
 
@@ -121,7 +124,7 @@ class _Description:
                 found["arguments"] = self.of(list(value.args), f"{place}.args")
                 return {**found, "keywords": self.of(value.keywords, f"{place}.keywords")}
             case types.ModuleType():
-                return named(value.__name__, "")
+                return self.named(value.__name__, "")
             case types.FunctionType():
                 return self.function(value, place)
             case types.MethodType():
@@ -154,6 +157,12 @@ class _Description:
             return self.c_function(value, place)
         return self.instance(value, place)
 
+    def named(self, module: str, name: str) -> str:
+        return named(module, name, digest=not self.travels)
+
+    def own(self, code: types.FunctionType | type) -> str:
+        return code.__qualname__ if self.travels else f"{code.__module__}.{code.__qualname__}"
+
     def unstable(self, value: Any, place: str) -> Any:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         if self.key is not None:
@@ -172,14 +181,14 @@ class _Description:
     # ------------------------------------------------------------------------------------------------------------ code
 
     def function(self, function: types.FunctionType, place: str) -> Any:
-        name = f"{function.__module__}.{function.__qualname__}"
+        name = self.own(function)
         parts: dict[str, Any] = {}
         if own := not is_installed(function.__module__):
             installed, reads = self.reads(function, place)
             text = f"{name} ({checksum(code_text(function.__code__), *installed)[:16]})"
             parts["reads"] = reads
         else:
-            text = named(function.__module__, function.__qualname__)
+            text = self.named(function.__module__, function.__qualname__)
         if own or "<locals>" in function.__qualname__:  # else its file says it all
             parts["closure"] = {
                 variable: self.of(_contents(cell), f"{place}.{variable}")
@@ -216,7 +225,7 @@ class _Description:
 
     def kind(self, kind: type, place: str) -> str:
         if is_installed(kind.__module__) and "<locals>" not in kind.__qualname__:
-            return named(kind.__module__, kind.__qualname__)
+            return self.named(kind.__module__, kind.__qualname__)
         held = {
             name: self.of(value, f"{place}.{name}")
             for name, value in sorted(vars(kind).items())
@@ -225,7 +234,7 @@ class _Description:
             and (callable(value) or isinstance(value, staticmethod | classmethod) or not name.startswith("__"))
         }
         above = [self.of(base, place) for base in (*kind.__bases__, type(kind)) if base not in (object, type)]
-        return f"{kind.__module__}.{kind.__qualname__} ({checksum(canonical([held, above]))[:16]})"
+        return f"{self.own(kind)} ({checksum(canonical([held, above]))[:16]})"
 
     def c_function(self, value: Any, place: str) -> Any:
         """A function of C is told by where it is found; its code is that of an installed package, or of a file."""
@@ -236,7 +245,7 @@ class _Description:
         places = [module] if module else ["numpy", "scipy.special"]  # a ufunc does not say where it is from
         for there in places:
             if getattr(sys.modules.get(there), name, None) is value:
-                return named(there, name)
+                return self.named(there, name)
         if owner is not None and type(owner).__name__ != "PyCapsule" and not isinstance(owner, types.ModuleType):
             return {"method": name, "bound to": self.of(owner, f"{place}.self")}
         return self.unstable(value, place)

@@ -88,11 +88,11 @@ def is_installed(module: str | None) -> bool:
     return top in sys.stdlib_module_names
 
 
-def named(module: str, name: str) -> str:
-    """The full name of a part of a module, and a digest of the module's file where there is one."""
+def named(module: str, name: str, digest: bool = True) -> str:
+    """The full name of a part of a module, and a digest of the module's file where there is one and it is wanted."""
     full = f"{module}.{name}" if name else f"module {module}"
     file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None:
+    if file is None or not digest:
         return full
     try:
         status = Path(file).stat()

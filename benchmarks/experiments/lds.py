@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 import fastif
 from fastif import evaluation, samplers
+from fastif.evaluation.halves import draw_halves
 from fastif.evaluation.training import train
 from fastif.files import write_whole
 from fastif.journal import Journal
@@ -48,7 +49,7 @@ WEIGHT_DECAY = 1e-3  # of all trainings
 DAMPINGS = (1e-3, 1e-2, 1e-1)
 
 
-HALVES = 8  # networks on halves, at most
+HALVES = 10  # networks on halves, at most
 FULL = 5  # networks on all data, at most
 
 
@@ -65,6 +66,7 @@ class Given(NamedTuple):
 
     models: list[nn.Module]  # on all data; the first is the one to explain
     halves: fastif.Networks
+    logs: list[fastif.TrainingLog]  # of the first model, and of those on halves; empty where training is no descent
     damping: float | fastif.TrainingDamping
 
 
@@ -102,6 +104,7 @@ def cnn() -> nn.Module:
 
 
 LR, BATCH = 0.05, 64
+EVERY = 4  # steps from one checkpoint of a log to the next
 
 
 def descended(kept: Tensor, seed: int, x: Tensor, y: Tensor, build: Callable[[], nn.Module], epochs: int) -> nn.Module:
@@ -110,20 +113,30 @@ def descended(kept: Tensor, seed: int, x: Tensor, y: Tensor, build: Callable[[],
     return train(build(), x[kept], y[kept], **how)
 
 
-def rule(work: Work, n: int) -> float | fastif.TrainingDamping:
-    """The damping of a training on n examples: at an optimum, weight decay alone."""
+def logged(work: Work, kept: Tensor, seed: int) -> tuple[nn.Module, fastif.TrainingLog]:
+    """The network that `train_fn` trains, with a record of its training."""
+    torch.manual_seed(seed)
+    build = work.train_fn.keywords["build"]  # pyright: ignore[reportFunctionMemberAccess]
+    model, (x, y) = build(), work.train
+    log = fastif.TrainingLog(model, every=EVERY)
+    how = dict(epochs=work.epochs, lr=LR, weight_decay=WEIGHT_DECAY, batch_size=BATCH, seed=seed, progress=False)
+    train(model, x[kept], y[kept], **how, step=lambda optimizer, rows: log.step(optimizer, kept[rows]))
+    return model, log
+
+
+def explained(work: Work, n: int) -> tuple[list[nn.Module], fastif.Networks, list[fastif.TrainingLog]]:
+    """The networks on all data, those on halves, and the logs of the first and of the halves."""
+    models: list[nn.Module] = []
+    for seed in range(FULL):
+        torch.manual_seed(seed)
+        models.append(work.train_fn(torch.arange(n), seed).eval())
     if work.epochs is None:
-        return WEIGHT_DECAY
-    steps = work.epochs * (n // BATCH + (n % BATCH > 1))
-    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), LR, momentum=0.9, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=steps)
-    rates, momenta = [], []
-    for _ in range(steps):
-        rates.append(optimizer.param_groups[0]["lr"])
-        momenta.append(optimizer.param_groups[0]["momentum"])
-        optimizer.step()
-        schedule.step()
-    return fastif.TrainingDamping(fastif.training_time(rates, momenta), WEIGHT_DECAY)
+        return models, evaluation.train_halves(work.train_fn, n, HALVES // 2, progress=False), []
+    model, first = logged(work, torch.arange(n), 0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), models[0].parameters(), strict=True))
+    logs = [logged(work, task.kept, task.seed)[1] for task in draw_halves(n, HALVES // 2, 0)]
+    networks = fastif.Networks([log.parameters() for log in logs], [log.kept for log in logs], logs[0].training_time)
+    return models, networks, [first, *logs]
 
 
 def works(root: str, n: int, q: int) -> dict[str, Work]:
@@ -173,6 +186,20 @@ def ours(
     return influence.fit(work.train, subset=subset).scores(work.query, work.train)
 
 
+def replayed(
+    work: Work, given: Given, halves: int, matrix: Literal["ggn", "hessian"] = "ggn", crossed: bool = True
+) -> Tensor:
+    """The training of the first network, or of some on halves, run backwards."""
+    logs = given.logs[1 : halves + 1] or given.logs[:1]
+    replay = fastif.Replay(logs, given.models[0], work.train, matrix=matrix, crossed=crossed, progress=False)
+    return replay.scores(work.query, work.train)
+
+
+def source(work: Work, given: Given, segments: int, halves: int = 0) -> Tensor:
+    logs = given.logs[1 : halves + 1] or given.logs[:1]
+    return fastif.Source(logs, given.models[0], work.train, segments=segments, progress=False).scores(work.query)
+
+
 def kronfluence(work: Work, given: Given) -> Tensor:
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
@@ -218,7 +245,7 @@ def dattri(work: Work, given: Given, method: str) -> Tensor:
     from dattri.algorithm.influence_function import IFAttributorCG, IFAttributorLiSSA
     from dattri.task import AttributionTask
 
-    model, n, damping = given.models[0], len(work.train[0]), given.damping
+    model, n, damping = copy.deepcopy(given.models[0]), len(work.train[0]), given.damping
     shape = (-1, *work.train[0].shape[1:])
 
     def loss(parameters, batch):
@@ -243,7 +270,7 @@ def trak(work: Work, given: Given, networks: Literal["one", "full", "halves"] = 
     from dattri.algorithm.trak import TRAKAttributor
     from dattri.task import AttributionTask
 
-    model = given.models[0]
+    model = copy.deepcopy(given.models[0])  # it is left at the last checkpoint
     shape = (-1, *work.train[0].shape[1:])
 
     def log_p(parameters, batch):
@@ -315,7 +342,18 @@ RULED: dict[str, Contender] = {  # with damping from the training: nobody chose 
     f'fastif, "auto" from 10 % (logit), {HALVES} half networks': partial(ours, make=AUTO, share=0.1, halves=HALVES),
     f"fastif, exact block of the head, {HALVES} half networks": partial(ours, **HEAD, halves=HALVES),
 }
-CONTENDERS = {**CHOSEN, **{f"{name}, damping from the training": scores_of for name, scores_of in RULED.items()}}
+DESCENT: dict[str, Contender] = {  # for networks trained by SGD; they have no damping
+    **{f"fastif, SOURCE, EK-FAC, {k} segment{'s' * (k > 1)}": partial(source, segments=k) for k in (1, 3, 6)},
+    "fastif, replay": partial(replayed, halves=0),
+    "fastif, replay, the Hessian": partial(replayed, halves=0, matrix="hessian"),
+    **{f"fastif, replay, crossed over {k} half networks": partial(replayed, halves=k) for k in (4, 8, HALVES)},
+    f"fastif, replay, {HALVES} half networks, not crossed": partial(replayed, halves=HALVES, crossed=False),
+}
+CONTENDERS = {
+    **CHOSEN,
+    **{f"{name}, damping from the training": scores_of for name, scores_of in RULED.items()},
+    **DESCENT,
+}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -349,33 +387,31 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             continue
         where = given.out / name.replace(", ", "-").replace(" ", "-").lower()
         judges = retrained(work, where, given)
-        models = []
-        for seed in range(FULL):
-            torch.manual_seed(seed)
-            models.append(work.train_fn(torch.arange(given.n), seed).eval())
-        halves = evaluation.train_halves(
-            work.train_fn, given.n, HALVES // 2, out=where / "half-networks", processes=given.processes, resume=True
-        )
-        of_all, of_halves = rule(work, given.n), rule(work, given.n // 2)
+        models, halves, logs = explained(work, given.n)
+        of_all = of_halves = WEIGHT_DECAY
+        if logs:
+            of_all, of_halves = logs[0].damping, logs[1].damping
         facts[name] = {
             **sizes,
             "seeds": work.seeds,
             "parameters": sum(parameter.numel() for parameter in models[0].parameters()),
             "seconds_of_a_retraining": float(judges.halves.seconds.mean()),
             "accuracy": float((models[0](work.query[0]).argmax(1) == work.query[1]).double().mean()),
-            "training_time": None if work.epochs is None else (of_all.time, of_halves.time),
+            "training_time": [log.training_time for log in logs[:2]],
             "ceilings": [evaluation.ceiling(one) if work.seeds > 1 else None for one in judges[:2]],
         }
         wanted = {k: v for k, v in CONTENDERS.items() if _wanted(k, given.contenders) and (name, k) not in done}
         for contender, scores_of in tqdm(wanted.items(), name, leave=False):
             if "exact blocks of all" in contender and facts[name]["parameters"] > 5000:  # a block is its layer's square
                 continue
+            if contender in DESCENT and not logs:
+                continue
             dampings = DAMPINGS[: 1 if contender == "fastif, no curvature" else None]
             if contender not in CHOSEN:
                 dampings = (of_halves if "half network" in contender else of_all,)
             made: list[dict[str, Any]] = []
             for damping in dampings:
-                scores, seconds = timed(partial(scores_of, work, Given(models, halves, damping)))
+                scores, seconds = timed(partial(scores_of, work, Given(models, halves, logs, damping)))
                 number = damping.constant if isinstance(damping, fastif.TrainingDamping) else damping
                 row = {"model": name, "contender": contender, "damping": number, "cpu_seconds": seconds}
                 made.append({**row, **judged(scores, judges)})

@@ -2,6 +2,10 @@
 
 python -m benchmarks.experiments.zoo --out runs/zoo.json     (or `make zoo`)
 python -m benchmarks.experiments.zoo --only gpt2 llama       # some of them
+python -m benchmarks.experiments.zoo --only timm torchvision --add   # among what another environment has found
+
+timm and torchvision are made for one torch each: where they cannot be imported, their networks are left out with the
+reason, and `--add` brings them from an environment of their own (pyproject's extra `vision`).
 
 Every network has small random weights, in float64 where its kernels know that. `Influence` gets it with no word about
 its layers; then each example's gradient of each covered parameter is compared with autograd's for that example alone.
@@ -26,12 +30,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastif
+from benchmarks.experiments.zoo_vision import TIMM, TORCHVISION, Absent, timm_network, torchvision_network
 from fastif.data.batches import rows_of
 from fastif.model.calls import call
 from fastif.model.losses import IGNORED, labels_in, per_sample
 
 N, T = 4, 9  # examples and positions
 WRONG = 1e-5
+ABSENT = ModuleNotFoundError, Absent
 SMALL = {  # what configurations call their sizes
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "word_embed_proj_dim"), 32),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2),
@@ -326,6 +332,9 @@ def cases() -> Iterator[Case]:
     for build, kinds in families.items():
         for kind in kinds:
             yield Case(f"{kind} ({build.__name__})", lambda build=build, kind=kind: build(kind))
+    for name, network, kinds in (("timm", timm_network, TIMM), ("torchvision", torchvision_network, TORCHVISION)):
+        for kind in kinds:
+            yield Case(f"{kind} ({name})", lambda network=network, kind=kind: network(kind))
     for kind in ("lora", "dora", "ia3", "prompt"):
         yield Case(f"gpt2 with {kind}", lambda kind=kind: adapted(kind))
 
@@ -336,13 +345,13 @@ def cases() -> Iterator[Case]:
 def judge(build: Callable[[], tuple[nn.Module, Any, Any]]) -> dict[str, Any]:
     try:
         model, loss, batch, true = by_autograd(build, torch.float64)
+    except ABSENT:
+        raise
     except RuntimeError:  # some kernels know no float64
         try:
             model, loss, batch, true = by_autograd(build, torch.float32)
         except RuntimeError as error:
             raise NotBuilt(error) from error
-    except ModuleNotFoundError:
-        raise
     except Exception as error:
         raise NotBuilt(f"{type(error).__name__}: {error}") from error
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -426,10 +435,19 @@ def version_of(package: str) -> str | None:
         return None
 
 
+def merged(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of two environments: what was tried now takes the place of what was, and what is absent now does not."""
+    tried = {row["name"]: row for row in now if "absent" not in row}
+    names = dict.fromkeys([row["name"] for row in (*before, *now)])
+    known = {row["name"]: row for row in (*now, *before)}
+    return [tried.get(name, known[name]) for name in names]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/zoo.json"))
     parser.add_argument("--only", nargs="*", help="words of which a network's name must hold one")
+    parser.add_argument("--add", action="store_true", help="to what --out holds already")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for name, build in cases():
@@ -442,7 +460,7 @@ def main() -> int:
                 f"{name:32s} {verdict} {row['covered']:7.2%} of {row['parameters']:,}, error {row['error']:.1e}",
                 flush=True,
             )
-        except ModuleNotFoundError as error:
+        except ABSENT as error:
             row = {"absent": str(error)}
             print(f"{name:32s} left out: {error}", flush=True)
         except NotBuilt as error:
@@ -451,12 +469,14 @@ def main() -> int:
         except Exception as error:
             row = {"refused": f"{type(error).__name__}: {str(error)[:400]}"}
             print(f"{name:32s} REFUSED: {str(error)[:150]!r}", flush=True)
-        rows.append({"name": name, **row})
+        rows.append({"name": name, **row, "torch": torch.__version__})
     tried = [row for row in rows if "error" in row or "refused" in row]
     well = [row for row in tried if row.get("covered", 0) >= 0.95 and row["error"] <= WRONG]
     wrong = [row["name"] for row in tried if row.get("error", 0) > WRONG]
     print(f"{len(tried)} tried; {len(well)} with 95 % of their parameters or more; wrong: {', '.join(wrong) or 'none'}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    if options.add and options.out.exists():
+        rows = merged(json.loads(options.out.read_text())["networks"], rows)
     meta = {"fastif": fastif.__version__, "torch": torch.__version__, "transformers": version_of("transformers")}
     options.out.write_text(json.dumps({"meta": meta, "networks": rows}, indent=1) + "\n")
     return 1 if wrong else 0

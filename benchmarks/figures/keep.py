@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.figures import pages, tables
+from benchmarks.figures import faithfulness, index, pages, tables
 from fastif.report.pages import new_figure
 
 ROOT = Path(__file__).parents[2]
@@ -150,6 +150,10 @@ def main(arguments: list[str]) -> None:
         for name in ("kcenter", "influence"):
             if (tables.KEPT / f"{name}-cpu.json").exists():
                 growth_picture(f"{name}-cpu", ROOT / "docs" / f"{name}-growth.png")
+        if (tables.KEPT / "lds.json").exists():
+            faithfulness.faithfulness_picture("lds", ROOT / "docs" / "faithfulness.png")
+        if (tables.KEPT / "index-cpu.json").exists():
+            index.fidelity_picture("index-cpu", ROOT / "docs" / "index-fidelity.png")
         published_pictures()
         demo_picture()
     else:

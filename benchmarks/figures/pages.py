@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from . import readme, scale, tables
+from . import faithfulness, index, readme, scale, tables
 
 
 def with_tables(page: str) -> str:
@@ -18,17 +18,20 @@ def with_tables(page: str) -> str:
             "published": tables.published_table,
             "kcenter": tables.kcenter_table,
             "influence": tables.influence_table,
+            "index": index.index_table,
             "memory": tables.memory_table,
             "mislabel": tables.mislabel_table,
-            "lds": tables.lds_table,
+            "lds-text": faithfulness.lds_text_table,
+            "lds": faithfulness.lds_table,
             "solvers": tables.solvers_table,
             "products": tables.products_table,
             "gpu": tables.gpu_table,
-            "glance": readme.glance,
-            "story": readme.story,
+            "glance": lambda _: readme.glance(),
+            "story": lambda _: readme.story(),
             "zoo": tables.zoo_table,
             "ranks": scale.ranks_table,
             "scale": scale.scale_table,
+            "gpt2": tables.gpt2_table,
         }
         make = next((make for kind, make in kinds.items() if name.startswith(kind)), tables.benchmark_table)
         return f"<!-- table: {name} -->\n{make(name)}\n<!-- end -->"

@@ -257,51 +257,6 @@ def mislabel_table(name: str) -> str:
     return "\n".join(lines)
 
 
-def lds_table(name: str) -> str:
-    results = results_of(name)
-    models = results["meta"]["models"]
-    cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for row in results["lds"]:
-        cells.setdefault(row["contender"], {}).setdefault(row["model"], []).append(row)
-    heads = " | ".join(f"{model}: halves | 80 % kept | CPU s" for model in models)
-    lines = [f"| | {heads} |", "|---|" + "---|---|---|" * len(models)]
-    for contender, found in cells.items():
-        figures = []
-        for model in models:
-            rows = found.get(model, [])
-            finite = [row for row in rows if row["lds"] is not None]
-            if not finite:
-                figures.append("not finite | | " if rows else "– | – | –")
-                continue
-            best = max(finite, key=lambda row: row["lds"]["mean"])
-            fresh = max(finite, key=lambda row: row["fresh"]["mean"])["fresh"]
-            half = (best["lds"]["high"] - best["lds"]["low"]) / 2
-            figures.append(f"{best['lds']['mean']:.3f} ± {half:.3f} | {fresh['mean']:.3f} | {best['cpu_seconds']:.2f}")
-        lines.append(f"| {contender} | {' | '.join(figures)} |")
-    ceilings = [
-        "1 | 1" if c[0] is None else f"{c[0]:.3f} | {c[1]:.3f}" for c in (f["ceilings"] for f in models.values())
-    ]
-    lines.append("| *ceiling, from how far the seeds of a set agree* | " + " | | ".join(ceilings) + " | |")
-    sizes = "; ".join(
-        f"{model}: {facts['parameters']:,} parameters, {facts['seeds']} seed{'s' if facts['seeds'] > 1 else ''} a set, "
-        f"{facts['accuracy']:.0%} of the queries right, {facts['seconds_of_a_retraining']:.2f} s to train on a half"
-        for model, facts in models.items()
-    )
-    facts = next(iter(models.values()))
-    meta = results["meta"]
-    lines += [
-        "",
-        f"{facts['n']:,} training examples, {facts['queries']} queries, {facts['subsets']} halves of the data and "
-        f"{facts['fresh']} sets that keep 80 %. {sizes}. LDS ± half of its 95 % interval over the queries. Rows with "
-        "damping from the training chose nothing; in the others each figure is that of the best of the dampings 0.001, "
-        "0.01 and 0.1, contender by contender. CPU seconds: fit and scores, of the best LDS on halves; the training of "
-        "the networks that are explained comes on top. –: not run, too large. "
-        f"{meta['device']}, {threads_of(meta['threads'])}, torch {meta['versions']['torch']}. "
-        "Made by `python benchmarks/experiments/lds.py`.",
-    ]
-    return "\n".join(lines)
-
-
 def solvers_table(name: str) -> str:
     results = results_of(name)
     extra: dict[str, Any] = next(b["extra_info"] for b in results["benchmarks"] if "tolerance" in b["extra_info"])
@@ -390,6 +345,33 @@ def gpu_table(name: str) -> str:
     return "\n\n".join(parts)
 
 
+def gpt2_table(name: str) -> str:
+    """GPT-2's plan, fit and scores, beside what was planned; and kronfluence on some of its layers."""
+    results = results_of(name)
+    meta, beside = results["meta"], results["beside"]
+    mib = lambda taken: "" if taken is None else f"{taken / 2**20:,.0f} MiB"  # noqa: E731
+    lines = ["| | layers | texts | | seconds | memory beside the model | planned |", "|---|---|---|---|---|---|---|"]
+    parts = [
+        ("fastif beside", "fastif", beside["layers"], beside["texts"]),
+        ("kronfluence", "kronfluence", beside["layers"], beside["texts"]),
+        ("fastif", "fastif", 48, meta["texts"]),
+    ]
+    for key, shown, layers, texts in parts:
+        for step in ("plan", "fit", "scores"):
+            if step in results.get(key, {}):
+                row = results[key][step]
+                figures = f"{row['seconds']:,.0f} | {mib(row['bytes'])} | {mib(row.get('planned'))}"
+                lines.append(f"| {shown} | {layers} | {texts} | {step} | {figures} |")
+    lines += [
+        "",
+        f"GPT-2 of {meta['parameters']:,} random parameters, texts of {meta['tokens'] // 2} to {meta['tokens']} "
+        f"tokens, padded, {meta['queries']} queries; correlation with kronfluence {beside['correlation']:.8f}. "
+        f"{meta['device']}, {threads_of(meta['threads'])} of a busy machine, torch {meta['versions']['torch']}. "
+        "Made by `python -m benchmarks.experiments.gpt2`.",
+    ]
+    return "\n".join(lines)
+
+
 def zoo_table(name: str) -> str:
     """Networks by kind: how many of each are covered, how far off at most, and what is left out."""
     results = results_of(name)
@@ -400,6 +382,8 @@ def zoo_table(name: str) -> str:
     lines = ["| networks | tried | 95 % covered | largest error | |", "|---|---|---|---|---|"]
     for kind, rows in kinds.items():
         tried = [row for row in rows if "error" in row or "refused" in row]
+        if not tried:
+            continue
         covered = [row for row in tried if row.get("covered", 0) >= 0.95]
         worst = max(row.get("error", 0.0) for row in tried)
         names = ", ".join(row["name"].partition(" (")[0].removeprefix("gpt2 with ") for row in covered)
@@ -411,5 +395,11 @@ def zoo_table(name: str) -> str:
         lines.append(f"| {kind} | {len(tried)} | {len(covered)} | {worst:.0e} | {names}{less} |")
     meta = results["meta"]
     versions = f"fastif {meta['fastif']}, torch {meta['torch']}, transformers {meta['transformers']}"
-    lines += ["", f"{versions}. Made by `make zoo`."]
+    others: dict[str, set[str]] = {}
+    for kind, rows in kinds.items():
+        for row in rows:
+            if row.get("torch", meta["torch"]) != meta["torch"]:
+                others.setdefault(row["torch"], set()).add(kind)
+    beside = "".join(f"; {' and '.join(sorted(found))}: torch {torch}" for torch, found in others.items())
+    lines += ["", f"{versions}{beside}. Made by `make zoo`."]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The command line: `fastif scores`, `fastif class-removal`, `fastif sample`, `fastif info`; a module each.
+"""The command line: `fastif scores`, `index`, `query`, `class-removal`, `sample`, `info`.
 
 Whatever the user can get wrong ends in one line on stderr and exit code 2; an interrupted job in exit code 130; an
 error in a script of the user in its traceback and exit code 1.
@@ -21,6 +21,7 @@ except ModuleNotFoundError as missing:
 from fastif._version import __version__
 from fastif.cli.arguments import Interrupted, ScriptError
 from fastif.cli.class_removal import class_removal_command
+from fastif.cli.index import index_command, print_index, query_command
 from fastif.cli.sample import sample_command
 from fastif.cli.scores import scores_command
 from fastif.ops import build_info
@@ -91,13 +92,20 @@ def _common(
 
 
 app.command("scores")(scores_command)
+app.command("index")(index_command)
+app.command("query")(query_command)
 app.command("class-removal")(class_removal_command)
 app.command("sample")(sample_command)
 
 
 @app.command("info")
-def info_command() -> None:
-    """Versions, and what was built."""
+def info_command(
+    folder: Annotated[Path | None, typer.Argument(help="An index: what it holds.", show_default=False)] = None,
+) -> None:
+    """Versions, and what was built; or what an index holds."""
+    if folder is not None:
+        print_index(folder)
+        return
     facts = {
         "fastif": __version__,
         "python": sys.version.split()[0],

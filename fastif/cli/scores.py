@@ -1,65 +1,38 @@
 """`fastif scores`."""
 
-import csv
-import json
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import torch
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from torch import Tensor
 
 from fastif.cli.arguments import check, device_named, interruptible, split, terminal, writable
+from fastif.cli.fitting import (
+    CURVATURE,
+    CURVATURES,
+    FISHERS,
+    SHOWN,
+    damping_of,
+    estimator_of,
+    fit_or_load,
+    top_table,
+    write_top,
+)
 from fastif.cli.sample import read_array
 from fastif.cli.script import function_named, returned
-from fastif.curvature import (
-    CG,
-    EKFAC,
-    KFAC,
-    Arnoldi,
-    DataInf,
-    Diagonal,
-    ExactBlock,
-    Identity,
-    LiSSA,
-    RandomProjection,
-    TrainingDamping,
-)
 from fastif.curvature.limits import MEMORY
 from fastif.data.batches import count
 from fastif.evaluation.settings import check_budgets, choose_samplers
-from fastif.files import Damaged, canonical, checksum, load_array, save_array, whole
-from fastif.fingerprints import fingerprint
+from fastif.files import canonical, checksum, load_array, save_array
 from fastif.folder_lock import locked
 from fastif.influence.influence import Influence
 from fastif.influence.planning import Plan
 from fastif.influence.score_folder import MANIFEST
-from fastif.influence.score_job import BLOCK_BYTES, fit_settings, write_scores
+from fastif.influence.score_job import BLOCK_BYTES, write_scores
 from fastif.influence.tiles import By, check_groups, check_positions
-from fastif.journal import refuse_differences
 from fastif.model.calls import dtype_of
 from fastif.model.losses import LOSSES, MEASUREMENTS
-
-FISHERS = ("exact", "monte_carlo", "empirical")
-CURVATURES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {  # the estimator, and what --fisher may be
-    "ekfac": (EKFAC, FISHERS),
-    "kfac": (KFAC, FISHERS),
-    "diagonal": (Diagonal, FISHERS),
-    "identity": (Identity, ()),
-    "exact": (ExactBlock, ("exact", "empirical")),
-    "cg": (CG, ("exact",)),
-    "lissa": (LiSSA, ("exact",)),
-    "arnoldi": (Arnoldi, ("exact",)),
-    "data-inf": (DataInf, ("empirical",)),
-    "random-projection": (RandomProjection, FISHERS),
-}
-CURVATURE = "curvature.safetensors"  # in the folder of the scores
-_SHOWN = 5  # queries, and training examples of each, in the table
 
 
 def scores_command(
@@ -152,7 +125,7 @@ def scores_command(
     They are written block by block; fastif.ScoreFolder(FOLDER) reads them in Python.
     """
     began = time.perf_counter()
-    estimator = _estimator(curvature, _damping(damping, training_time, weight_decay), fisher, seed)
+    estimator = estimator_of(curvature, damping_of(damping, training_time, weight_decay), fisher, seed)
     check("batch-size", batch_size, batch_size >= 1, ">= 1")
     check("memory", memory, memory >= 1, ">= 1")
     check("top", top, top >= 0, ">= 0")
@@ -201,7 +174,7 @@ def scores_command(
         if not quiet:
             _print_plan(influence, plan, q, rows, by, out)
     with interruptible(out, (MANIFEST, CURVATURE)), writable(out), locked(out):
-        known = _fit(influence, train, out / CURVATURE, resume, picker, size, key)
+        known = fit_or_load(influence, train, out / CURVATURE, resume, picker, size, key)
         scores = write_scores(
             influence.fitted,
             query,
@@ -213,10 +186,10 @@ def scores_command(
             by=by,  # pyright: ignore[reportArgumentType]
             key=key,
         )
-        best = scores.top(min(n, max(top, _SHOWN))) if top or not quiet else None
+        best = scores.top(min(n, max(top, SHOWN))) if top or not quiet else None
         paths = [path for path in (out / "top.csv",) if top]
         if best is not None and top:
-            _write_top(paths[0], row, *best, top)
+            write_top(paths[0], row, *best, top)
         if self_influence:
             paths.append(out / "self_influence.npy")
             about = checksum(canonical(scores.settings))
@@ -226,7 +199,7 @@ def scores_command(
                 save_array(paths[-1], influence.self_influence(train).numpy(), about)
     if best is not None and not quiet:
         console = terminal()
-        console.print(_table(row, rows, *best, n))
+        console.print(top_table(row, rows, *best, n))
         if low_rank is not None:
             error = f"at most {scores.low_rank_error:.1e}"
             console.print(f"relative error of the queries' gradients at rank {low_rank}: {error}")
@@ -243,116 +216,3 @@ def _print_plan(influence: Influence, plan: Plan, rows: int, named: str, by: str
         plan = plan._replace(score_bytes=plan.score_bytes - size + min(size, BLOCK_BYTES))
     print(plan)
     print(f"{rows:,} {named}; scores take {size / 2**20:.1f} MiB in {out}", flush=True)
-
-
-def _damping(damping: str | None, time: float | None, decay: float | None) -> float | str | TrainingDamping | None:
-    """What --damping and the options that go with it ask for."""
-    for name, given in (("training-time", time), ("weight-decay", decay)):
-        check(name, given, given is None or damping == "training", "left out without --damping training")
-    if damping == "training":
-        if time is None:
-            raise ValueError("--damping training needs --training-time")
-        return TrainingDamping(time, decay or 0.0)
-    try:
-        return damping if damping in (None, "auto") else float(damping)
-    except ValueError:
-        raise ValueError(f"--damping must be a number >= 0, auto or training, got {damping}") from None
-
-
-def _estimator(curvature: str, damping: Any, fisher: str | None, seed: int) -> Any:
-    """The estimator, with its own defaults for what is not given."""
-    check("curvature", curvature, curvature in CURVATURES, f"one of {', '.join(CURVATURES)}")
-    check("fisher", fisher, fisher is None or fisher in FISHERS, f"one of {', '.join(FISHERS)}")
-    make, fishers = CURVATURES[curvature]
-    rule = f"{' or '.join(fishers) or 'left out'} with --curvature {curvature}"
-    check("fisher", fisher, fisher is None or fisher in fishers, rule)
-    options: dict[str, Any] = {}
-    if damping is not None:
-        check("damping", damping, make is not Identity, f"left out with --curvature {curvature}")
-        options["damping"] = damping
-    if make is RandomProjection:
-        options["seed"] = seed
-    if len(fishers) > 1 and fisher is not None:
-        options["fisher"] = fisher
-    return make(**options)
-
-
-# ----------------------------------------------------------------------------------------------------------- curvature
-
-
-def _fit(
-    influence: Influence,
-    train: Any,
-    stored: Path,
-    resume: bool,
-    picker: tuple[str, Callable[..., Any]] | None,
-    k: int | None,
-    key: str | None,
-) -> bool:
-    """Fits the curvature and keeps it in a file, or takes it from there: whether it was there."""
-    name = None if picker is None else picker[0]
-    settings = {**fit_settings(influence.setup, train, key), "sampler": name, "k": k}
-    known = resume and stored.exists()
-    if known:
-        found, state = _read_curvature(stored)
-        refuse_differences(stored, found, settings)
-        if not influence.setup.estimators.needs_data:
-            influence.load_state_dict(state)
-            return True
-    influence.fit(train, subset=None if picker is None else partial(picker[1], k=k))
-    if known:
-        return True
-    from safetensors.torch import save
-
-    state = {key: value.detach().cpu().contiguous() for key, value in influence.state_dict().items()}
-    with whole(stored) as unfinished:
-        unfinished.write_bytes(save(state, {"fastif": json.dumps(settings), "checksum": _checksum(settings, state)}))
-    return False
-
-
-def _read_curvature(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            settings, wanted = json.loads(file.metadata()["fastif"]), file.metadata()["checksum"]
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise Damaged(path, str(error)) from error
-    if _checksum(settings, state) != wanted:
-        raise Damaged(path, "its checksum does not fit what it holds")
-    return settings, state
-
-
-def _checksum(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
-    return checksum(canonical(settings), *(f"{name} {fingerprint([state[name]])}" for name in sorted(state)))
-
-
-# ------------------------------------------------------------------------------------------------------------- results
-
-
-def _write_top(path: Path, row: str, values: Tensor, indices: Tensor, k: int) -> None:
-    with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow((row, "rank", "train", "score"))
-        for query, (scores, places) in enumerate(zip(values[:, :k].tolist(), indices[:, :k].tolist(), strict=True)):
-            writer.writerows(
-                (query, rank, t, value) for rank, (t, value) in enumerate(zip(places, scores, strict=True), 1)
-            )
-
-
-def _table(row: str, rows: str, values: Tensor, indices: Tensor, n: int) -> Table:
-    """The most helpful training examples of the first queries, or groups of them."""
-    k = min(_SHOWN, n)
-    table = Table(
-        title=f"training examples that help the first {rows} most (of {n:,}): index and score",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for name in (row, *(f"{rank}." for rank in range(1, k + 1))):
-        table.add_column(name, justify="right", no_wrap=True)
-    for query in range(min(_SHOWN, len(values))):
-        hits = zip(indices[query, :k].tolist(), values[query, :k].tolist(), strict=True)
-        table.add_row(str(query), *(f"{index}  {value:.2e}" for index, value in hits))
-    return table

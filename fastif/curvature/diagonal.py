@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastif.curvature.damping import NotPositiveDefinite, RelativeDamping, TrainingDamping, check_damping, invert
+from fastif.curvature.eigenbasis import Eigenbasis
 from fastif.curvature.protocol import BlockWork, Cost, Curvature, Exchanged, FitWork, check_fisher
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
@@ -77,6 +78,9 @@ class Diagonal(Curvature):
             )
         return invert(self.diagonal, self.damping, used)
 
+    def eigenbasis(self) -> Eigenbasis:
+        return Eigenbasis(self.diagonal, self.inverse_diagonal, _unchanged)
+
     def solve(self, rhs: Tensor) -> Tensor:
         """(diag(G) + λI)⁻¹ rhs for rhs [..., g, o, d]."""
         return rhs * self.inverse_diagonal
@@ -108,11 +112,16 @@ class Identity(Curvature):
     passes, fisher = 0, "empirical"
 
     def begin(self, name: str, shape: tuple[int, int, int]) -> None:
-        del name, shape
+        del name
+        self.shape = shape
 
     def observe(self, gradients: Gradients, weights: Tensor, column: int, pass_index: int) -> None: ...
 
     def end(self, pass_index: int) -> None: ...
+
+    def eigenbasis(self) -> Eigenbasis:
+        ones = torch.ones(self.shape)
+        return Eigenbasis(ones, ones, _unchanged)
 
     def solve(self, rhs: Tensor) -> Tensor:
         return rhs
@@ -130,3 +139,7 @@ class Identity(Curvature):
     def cost(self, block: BlockWork, fit: FitWork) -> Cost:
         del block, fit
         return Cost()
+
+
+def _unchanged(gradients: Gradients) -> Gradients:
+    return gradients

@@ -17,6 +17,7 @@ from fastif.curvature.damping import (
     invert,
 )
 from fastif.curvature.directions import Directions, Explicit, QueryFactors, Separable, products_of
+from fastif.curvature.eigenbasis import Eigenbasis
 from fastif.curvature.eigenvectors import find_eigenvectors
 from fastif.curvature.protocol import BlockWork, Cost, Curvature, Exchanged, FitWork, check_fisher
 from fastif.model.gradients import Gradients, Unfinished
@@ -199,6 +200,9 @@ class KFAC(Curvature):
         if self._inverse is None:
             self._inverse = invert(self.eigenvalues, self.damping, self.damping_used)
         return self._inverse
+
+    def eigenbasis(self) -> Eigenbasis:
+        return Eigenbasis(self.eigenvalues, self.inverse_eigenvalues, self.rotate)
 
     def solve(self, rhs: Tensor) -> Tensor:
         """(G + λI)⁻¹ rhs for rhs [..., g, o, d]."""

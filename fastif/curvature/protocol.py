@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastif.curvature.called import Called
 from fastif.curvature.directions import Directions, Explicit
+from fastif.curvature.eigenbasis import Eigenbasis
 from fastif.curvature.limits import MEMORY
 from fastif.model.capture import Forward
 from fastif.model.gradients import Formed, Gradients
@@ -137,6 +138,7 @@ class Estimator(Called, ABC):
     fisher: Fisher = "exact"  # of which gradients it is made
     joint: bool = False  # whether it takes all blocks that it is given together
     prefers_head: bool = False  # whether it covers the head alone where it is the only one and no layers are named
+    learned_by: tuple[str, ...] = ("fisher",)  # arguments that what it learns depends on, and damping does not
     keeps_query_factors: bool = False  # whether `directions` keeps queries of few positions in factors
 
     @abstractmethod
@@ -196,6 +198,10 @@ class Estimator(Called, ABC):
     def stand_in(self) -> None:
         """For `Influence.plan`: has the sizes of what is fitted, once pass 0 was observed, and not its values."""
         self.end(0)
+
+    def eigenbasis(self) -> Eigenbasis | None:
+        """The basis in which it is diagonal, once fitted, of an estimator of one block; None where it has none."""
+        return None
 
     def choices(self) -> dict[str, Any]:
         """What it chose by itself while it was fitted, no state holds, and last bits depend on; JSON."""

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from fastif.data.batch import Batch, batch_length, rows_of
 from fastif.data.checksums import checksums
 from fastif.data.loaders import as_tensors, loader_of
-from fastif.data.orders import is_pair, order_of
+from fastif.data.orders import is_columns, is_pair, order_of
 
 _WHY = "random augmentation, another order, or something that was changed in place?"
 
@@ -254,6 +254,8 @@ class Walked:
         elif is_pair(data) or isinstance(data, Tensor | np.ndarray):
             parts = data if isinstance(data, tuple) else (data,)
             few = (tuple(part[rows] for part in parts) for rows in indices.split(size))
+        elif is_columns(data):
+            few = ({key: part[rows] for key, part in data.items()} for rows in indices.split(size))
         else:
             few = Subset(as_tensors(data), indices.tolist())
         return iter(loader_of(few, size, self._held))

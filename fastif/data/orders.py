@@ -38,6 +38,8 @@ def order_of(data: Any, batch_size: int) -> Order | None:
         return _in_turn(len(data), batch_size)
     if is_pair(data):
         return _in_turn(len(data[0]), batch_size)
+    if is_columns(data):
+        return _in_turn(len(next(iter(data.values()))), batch_size)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return _in_turn(len(data), batch_size)  # pyright: ignore[reportArgumentType]
     return _in_turn(_length(data), batch_size) if is_table(data) else None
@@ -46,6 +48,13 @@ def order_of(data: Any, batch_size: int) -> Order | None:
 def is_pair(data: Any) -> bool:
     """Whether data is (x, y) of tensors or arrays, and not batches."""
     return type(data) is tuple and len(data) == 2 and all(isinstance(part, Tensor | np.ndarray) for part in data)
+
+
+def is_columns(data: Any) -> bool:
+    """Whether data is a mapping of tensors or arrays of one length: a row per example in each, and nothing shared."""
+    if not isinstance(data, Mapping) or not all(isinstance(part, Tensor | np.ndarray) for part in data.values()):
+        return False
+    return all(part.ndim for part in data.values()) and len({len(part) for part in data.values()}) == 1
 
 
 def is_table(data: Any) -> bool:

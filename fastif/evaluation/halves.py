@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastif.data.checksums import checksum
+from fastif.data.tensor_files import load_tensors, save_tensors
 from fastif.evaluation.trainings import Task, TrainFn, Trainings
-from fastif.files import Damaged, sealed, unsealed, whole, write_whole
+from fastif.files import Damaged
 from fastif.fingerprints import VERSIONS, described
 from fastif.influence.networks import Networks
 from fastif.influence.shared_folder import held
@@ -131,18 +129,9 @@ def _train(
                     "training diverged"
                 )
             if folder is not None:
-                _keep(folder, task, data, state, settings)
+                save_tensors(_path(folder, task), state, {"network": task.number, "settings": settings})
             states[task.number] = state
             bar.update()
-
-
-def _keep(folder: Path, task: Task, data: bytes, state: dict[str, Tensor], settings: Any) -> None:
-    """The network's file, and then a note beside it of what it holds: a file without its note is trained again."""
-    path = _path(folder, task)
-    with whole(path, len(data)) as unfinished:
-        unfinished.write_bytes(data)
-    note = sealed({"settings": settings, "network": task.number, "tensors": _checksums(state)})
-    write_whole(path.with_suffix(".json"), json.dumps(note))
 
 
 def _take_up(
@@ -151,30 +140,16 @@ def _take_up(
     """Takes the networks that are in the folder."""
     for task in tasks:
         path = _path(folder, task)
-        note = path.with_suffix(".json")
-        if not note.exists():
+        if not path.exists():
             continue
         if not resume:
             raise ValueError(f"{folder} holds networks already; resume the job, or remove the folder")
-        try:
-            found = unsealed(note.read_text(encoding="utf-8", errors="replace"))
-            theirs, checksums = found["settings"], found["tensors"]
-        except (ValueError, KeyError) as error:
-            raise Damaged(note, str(error)) from error
-        refuse_differences(folder, theirs, settings)
-        try:
-            state = load(path.read_bytes())
-        except (OSError, SafetensorError) as error:
-            raise Damaged(path, str(error), f"remove it and {note.name}, and resume the job") from error
-        if _checksums(state) != checksums:
-            why = "its tensors are not those that were written"
-            raise Damaged(path, why, f"remove it and {note.name}, and resume the job")
+        about, state = load_tensors(path)
+        if about.get("network") != task.number:
+            raise Damaged(path, f"it is network {about.get('network')}'s")
+        refuse_differences(folder, about["settings"], settings)
         states[task.number] = state
 
 
 def _path(folder: Path, task: Task) -> Path:
     return folder / f"network-{task.number:03d}.safetensors"
-
-
-def _checksums(state: dict[str, Tensor]) -> dict[str, int]:
-    return {name: checksum(value) for name, value in state.items()}

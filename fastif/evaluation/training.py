@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastif.data.checksums import checksum as checksum_of
 from fastif.evaluation.models import ARCHITECTURES, build
-from fastif.files import whole
+from fastif.files import Damaged, canonical, checksum, whole
 
 
 class Recipe(NamedTuple):
@@ -50,12 +51,14 @@ def train(
     seed: int = 0,
     progress: bool = True,
     device: torch.device | str | None = None,
+    step: Callable[[torch.optim.Optimizer, Tensor], None] | None = None,
 ) -> nn.Module:
     """Trains `model` in place on images x [n, ...] and labels y [n]; returns it in evaluation mode.
 
     SGD with Nesterov momentum 0.9 and a one-cycle learning rate that peaks at `lr`, on the mean cross-entropy plus
     ½·weight_decay·‖θ‖² over all parameters. The order of the examples is drawn from `seed` on the CPU: the same call
-    gives the same network on the same device with the same number of threads.
+    gives the same network on the same device with the same number of threads. `step`, given the optimizer and the
+    places of the batch's examples, takes the place of the optimizer's own: `fastif.TrainingLog.step` does.
 
     Raises ValueError for empty data, for x and y of unequal length, and where the loss stops being finite.
     """
@@ -79,7 +82,7 @@ def train(
             loss = F.cross_entropy(model(x[rows].to(device)), y[rows].to(device))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
-            optimiser.step()
+            optimiser.step() if step is None else step(optimiser, rows)
             schedule.step()
             total += loss.detach()
         mean = total.item() / batches
@@ -106,6 +109,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     model, recipe, *made_for = checkpoint
     facts = {**recipe._asdict(), **dict(zip(("data", "classes", "shape"), made_for, strict=True))}
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    facts["checksum"] = _checksum(facts, state)
     with whole(Path(path)) as partial:
         partial.write_bytes(save(state, {"fastif": json.dumps(facts)}))
 
@@ -137,6 +141,8 @@ def load_checkpoint(path: str | Path, expect: Mapping[str, Any] | None = None) -
         _check_facts(facts)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} has metadata that make no network: {error}") from error
+    if "checksum" in facts and facts["checksum"] != _checksum(facts, state):  # files of before have none
+        raise Damaged(path, "its checksum does not fit what it holds", "make it anew")
     recipe = Recipe(**{name: facts[name] for name in Recipe._fields})
     data, classes, shape = facts["data"], tuple(facts["classes"]), tuple(facts["shape"])
     known = {**recipe._asdict(), "data": data, "classes": classes, "shape": shape}
@@ -153,6 +159,12 @@ def load_checkpoint(path: str | Path, expect: Mapping[str, Any] | None = None) -
     model = build(recipe.architecture, shape, len(classes), width=recipe.width, seed=recipe.seed)
     model.load_state_dict(state)
     return Checkpoint(model.eval(), recipe, data, classes, shape)
+
+
+def _checksum(facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    """Of all facts but itself, and of every tensor's bits."""
+    told = canonical({name: value for name, value in facts.items() if name != "checksum"})
+    return checksum(told, *(f"{name} {checksum_of(state[name])}" for name in sorted(state)))
 
 
 def _whole(value: Any, least: int = 1, below: int = 2**63) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastif.curvature.network import NetworkCurvature, prepare
 from fastif.curvature.protocol import Estimator
 from fastif.data.batches import Walked, walked
-from fastif.data.checksums import checksum
+from fastif.influence.origin import Buffers, buffers_of, changed_buffers, check_fit, checksums_of, describe_fit
 from fastif.model.capture import Capture
 from fastif.model.losses import Measurement
 from fastif.model.passes import Passes
@@ -71,7 +71,8 @@ class Fitted(NamedTuple):
     n: int  # training examples
     subset: Subset | None = None  # that carried the curvature; None where a state was loaded, which does not hold it
     train: Walked | None = None  # the training data, as they were seen; likewise
-    weights: Mapping[str, int] | None = None  # checksums of the model's state then; None with checkpoints
+    weights: Mapping[str, int] | None = None  # checksums of the model's state then, or of the checkpoints
+    buffers: Buffers | None = None  # and of what its state leaves out
 
     @property
     def passes(self) -> Passes:
@@ -96,6 +97,13 @@ class Fitted(NamedTuple):
             return
         now = checksums_of_state(self.setup)
         changed = [name for name in {**self.weights, **now} if now.get(name) != self.weights.get(name)]
+        if not changed and self.buffers:
+            buffers = changed_buffers(self.buffers, checksums_of_buffers(self.setup))
+            if buffers:
+                raise ValueError(
+                    f"Influence: the model is not that of the fit: its buffer {buffers[0]!r}, which its state_dict "
+                    "leaves out (persistent=False), has changed; put it back, or call fit(train) again"
+                )
         if changed:
             raise ValueError(
                 f"Influence: the model's weights are not those of the fit: {len(changed)} of {len(now)} tensors "
@@ -117,6 +125,7 @@ class Fitted(NamedTuple):
     def state_dict(self) -> dict[str, Tensor]:
         """All that was learned, as tensors."""
         state = {"n": torch.tensor(self.n), "blocks": self.setup.describe_blocks()}
+        state["fit"] = describe_fit(self.passes.loss, self.setup.estimators, self.buffers or {})
         if self.weights is not None:
             state["weights"] = torch.tensor([*self.weights.values()], dtype=torch.int64)
         for number, curvature in enumerate(self.curvatures):
@@ -139,13 +148,17 @@ def restrict(subset: Subset, kept: Tensor, n: int) -> Subset:
 
 
 def load_fitted(setup: Setup, state: Mapping[str, Tensor]) -> Fitted:
-    """What `Fitted.state_dict` gave for the same setup. Raises ValueError for a state that does not fit."""
+    """What `Fitted.state_dict` gave for the same setup. Raises ValueError for a state that does not fit.
+
+    One without an entry "fit" is not asked which loss it was fitted with.
+    """
     if "n" not in state or "blocks" not in state:
         raise ValueError("load_state_dict: the state is another model's: no n and blocks")
     if not setup.describes(state["blocks"]):
         theirs, ours = (bytes(blocks.tolist()).decode() for blocks in (state["blocks"], setup.describe_blocks()))
         raise ValueError(f"load_state_dict: the state is of other blocks: of {theirs}, not of {ours}")
-    left = set(state) - {"n", "blocks", "weights"}
+    buffers = check_fit(state["fit"], setup.passes.loss, setup.estimators) if "fit" in state else None
+    left = set(state) - {"n", "blocks", "fit", "weights"}
     curvatures: list[NetworkCurvature] = []
     for number in range(len(setup.states)):
         own = {key: state[key].to(setup.device) for key in left if key.startswith(f"{number}/")}
@@ -163,12 +176,21 @@ def load_fitted(setup: Setup, state: Mapping[str, Tensor]) -> Fitted:
                 f"{len(names)}"
             )
         weights = dict(zip(names, state["weights"].tolist(), strict=True))
-    fitted = Fitted(setup, tuple(curvatures), int(state["n"]), weights=weights)
+    fitted = Fitted(setup, tuple(curvatures), int(state["n"]), weights=weights, buffers=buffers)
     fitted.check_weights()
     return fitted
 
 
 def checksums_of_state(setup: Setup) -> dict[str, int]:
-    """A number for every tensor of the model's state."""
-    state = setup.model.state_dict()
-    return {name: checksum(value) for name, value in state.items() if isinstance(value, Tensor)}
+    """A number for every tensor of the model's state, or of the checkpoints."""
+    if setup.checkpoints is None:
+        return checksums_of(setup.model.state_dict())
+    found: dict[str, int] = {}
+    for number, state in enumerate(setup.checkpoints):
+        found.update({f"{name} of checkpoint {number}": value for name, value in checksums_of(state).items()})
+    return found
+
+
+def checksums_of_buffers(setup: Setup) -> Buffers:
+    """The same of buffers that the model's state leaves out and that its passes do not write."""
+    return buffers_of(setup.model, setup.passes.written)

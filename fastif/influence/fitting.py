@@ -15,7 +15,7 @@ from fastif.curvature.protocol import FitData, JointCurvature, SeenBatch
 from fastif.data.batches import Walked, moved_to, picked, walked
 from fastif.data.dealing import deal, deal_picked
 from fastif.influence.coverage import cover_head, look_at
-from fastif.influence.fitted import Fitted, Setup, checksums_of_state, restrict
+from fastif.influence.fitted import Fitted, Setup, checksums_of_buffers, checksums_of_state, restrict
 from fastif.influence.sharing import Draws, compare_setups, end_pass
 from fastif.model.capture import LateLayer
 from fastif.model.losses import IGNORED, labels_in, labels_of, output_columns, per_sample
@@ -53,8 +53,8 @@ def fit(setup: Setup, train: Any, subset: Subset | None) -> Fitted:
                 setup.capture.take_up(one.name)
             curvatures.clear()
     setup.capture.fixed = True
-    weights = checksums_of_state(setup) if setup.checkpoints is None else None
-    return Fitted(setup, tuple(curvatures), n, subset, train, weights)
+    weights, buffers = checksums_of_state(setup), checksums_of_buffers(setup)
+    return Fitted(setup, tuple(curvatures), n, subset, train, weights, buffers)
 
 
 def _fit_here(setup: Setup, train: Any, subset: Subset) -> NetworkCurvature:

@@ -29,6 +29,7 @@ from fastif.influence.networks import (
     check_networks,
     write_averaged_scores,
 )
+from fastif.influence.origin import check_picklable
 from fastif.influence.parameters import move_parameters, solve
 from fastif.influence.planning import Plan, make_plan
 from fastif.influence.score_folder import ScoreFolder
@@ -130,6 +131,10 @@ class Influence:
         elif curvature == "auto":
             curvature = Automatic()
         alone = curvature if isinstance(curvature, Estimator) else None
+        self._arguments: dict[str, Any] = {
+            "layers": layers, "batch_size": batch_size, "device": device, "autocast": autocast,
+            "allow_train_mode": allow_train_mode, "progress": progress,
+        }  # fmt: skip
         of_head = alone is not None and alone.prefers_head and not alone.joint and layers is None
         if of_head:
             layers = find_head(model, op="Influence")[0] or "*"
@@ -472,10 +477,56 @@ class Influence:
         return self.fitted.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> Influence:
-        """Takes what `state_dict` gave an Influence of the same model and arguments; refuses what does not fit."""
+        """Takes what `state_dict` gave an Influence of the same model and arguments.
+
+        Raises ValueError for a state of other blocks, weights, checkpoints or estimators (damping may differ), and
+        of another loss: functions are told by what they do, read and close over. A state without its entry "fit" is not
+        asked for that. Where a function cannot be told from another, a warning says so.
+        """
         described = state.get("blocks")
         if self._fitted is None and described is not None and not self.setup.describes(described):
             self.setup = restore_coverage(self.setup, described)
         self._fitted, self.bound = load_fitted(self.setup, state), None
         self.capture.fixed = True
         return self
+
+    # --------------------------------------------------------------------------------------------------------- pickling
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Arguments, model included, and what `state_dict` keeps; data are not. Raises PicklingError for functions and
+        models that pickle cannot take, and ValueError where the weights changed since the fit."""
+        kept = self._kept()
+        for name in ("loss", "measurement", "curvature", "model"):
+            check_picklable(f"Influence: {name}", kept["arguments"][name])
+        return kept
+
+    def _kept(self) -> dict[str, Any]:
+        setup, fitted = self.setup, self._fitted
+        if fitted is not None:
+            fitted.check_weights()
+        return {
+            "arguments": {
+                "model": setup.model, "loss": setup.passes.loss, "curvature": setup.given,
+                "measurement": setup.measurement, "checkpoints": setup.checkpoints, "memory": setup.memory,
+                "seed": setup.seed, **self._arguments,
+            },
+            "state": None if fitted is None else fitted.state_dict(),
+            "subset": self.subset,
+            "bound": self.bound,
+            "low_rank_error": self.low_rank_error,
+            "warned": self._warned,
+            "passes": setup.passes.seen,
+        }  # fmt: skip
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.__init__(**kept["arguments"])
+        self.passes.seen = kept["passes"]
+        if kept["state"] is not None:
+            self.load_state_dict(kept["state"])
+            self._fitted = self.fitted._replace(subset=kept["subset"])
+        self.bound, self.low_rank_error, self._warned = kept["bound"], kept["low_rank_error"], kept["warned"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Influence:
+        made = object.__new__(type(self))
+        made.__setstate__(copy.deepcopy(self._kept(), memo))
+        return made

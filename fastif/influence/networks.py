@@ -79,7 +79,7 @@ def average_scores(
     """Scores in memory, [q, n] or their parts; about three times what they take while they are averaged."""
     if groups is not None:
         check_groups("groups", groups, train.n)
-    low_rank_error, rows = 0.0, _Rows(fitted, spread)
+    low_rank_error, rows = 0.0, _rows_of(fitted, spread)
     for number, alone in enumerate(_each_alone(fitted)):
         values, error = compute_scores(alone, query, train, query_groups, None, low_rank, by)
         low_rank_error = max(low_rank_error, error)
@@ -89,7 +89,7 @@ def average_scores(
 
 def average_self_influence(fitted: Fitted, train: Any, spread: bool) -> Averaged:
     """The self-influence of every training example, [n], as one row."""
-    rows = _Rows(fitted, spread)
+    rows = _rows_of(fitted, spread)
     for number, alone in enumerate(_each_alone(fitted)):
         row = compute_self_influence(alone, train)[None]
         rows.add({"": row}, _spreads([row], number))
@@ -128,7 +128,7 @@ def write_averaged_scores(
         for run, missing in find_missing(made, ranks):
             spreads = [_folder_spreads(part, run, number) for number, part in enumerate(parts)]
             for stretch in share_of_all(missing, ranks):
-                rows = _Rows(fitted, spread)
+                rows = _rows_of(fitted, spread)
                 for part, sigma in zip(parts, spreads, strict=True):
                     rows.add({"": part[run.start : run.stop, stretch.start : stretch.stop]}, sigma)
                 averaged = rows.averaged()
@@ -158,21 +158,34 @@ def are_halves(kept: Sequence[Tensor], n: int) -> bool:
     return len(kept) % 2 == 0 and all(torch.equal(torch.cat(pair).sort().values, torch.arange(n)) for pair in pairs)
 
 
-class _Rows:
-    """Sums over networks of rows at one scale; of pairs where the networks come in complementary halves.
+def average_rows(parts: Sequence[Tensor]) -> Tensor:
+    """The networks' scores [q, n] each, their rows at one scale and averaged: [q, n]."""
+    rows = _Rows(1, False)
+    for number, part in enumerate(parts):
+        rows.add({"": part}, _spreads([part], number))
+    return rows.averaged().values[""]
+
+
+def _rows_of(fitted: Fitted, spread: bool) -> _Rows:
+    """Rows by pairs where the networks come in complementary halves.
 
     A network's scores of the examples that it was trained on are systematically smaller than those of the others, so
     that only pairs differ by chance alone.
     """
+    kept = fitted.setup.kept or ()
+    size = 2 if are_halves(kept, fitted.n) else 1
+    units = len(kept) // size
+    if spread and units < 2:
+        what = "pairs of halves" if size == 2 else "networks"
+        raise ValueError(f"spread=True needs at least two {what} to tell how far they differ, got {units}")
+    return _Rows(size, spread)
 
-    def __init__(self, fitted: Fitted, spread: bool):
-        kept = fitted.setup.kept or ()
-        self.size = 2 if are_halves(kept, fitted.n) else 1
-        units = len(kept) // self.size
-        if spread and units < 2:
-            what = "pairs of halves" if self.size == 2 else "networks"
-            raise ValueError(f"spread=True needs at least two {what} to tell how far they differ, got {units}")
-        self.spread = spread
+
+class _Rows:
+    """Sums over networks of rows at one scale, in units of `size` networks that follow one another."""
+
+    def __init__(self, size: int, spread: bool):
+        self.size, self.spread = size, spread
         self.sigmas: list[Tensor] = []  # by network: [q]
         self.unit: dict[str, Tensor] = {}
         self.means: dict[str, Tensor] = {}  # over the units so far

@@ -195,7 +195,7 @@ def settings_of(
         "memory": fitted.memory,
         "query": walked(query, passes.batch_size).identity.fingerprint,
         "rows": [*range(0, height, rows), height],
-        "columns": _borders(lengths[1], max(widest, BLOCK_BYTES // (rows * item))),
+        "columns": borders_of(lengths[1], max(widest, BLOCK_BYTES // (rows * item))),
     }
 
 
@@ -247,7 +247,7 @@ def _positions(fitted: Fitted, train: Any) -> int:
     return check_positions({name: g.positions for name, g in gradients.items()})
 
 
-def _borders(lengths: Iterable[int], most: int) -> list[int]:
+def borders_of(lengths: Iterable[int], most: int) -> list[int]:
     """Borders of runs of whole batches with at most `most` examples each."""
     borders, end = [0], 0
     for length in lengths:

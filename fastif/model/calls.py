@@ -37,10 +37,37 @@ def call(model: nn.Module, x: Any) -> Any:
     `Arguments` as several. What the examples of a batch share goes in whole.
     """
     x = whole(x)
-    with torch.compiler.set_stance("force_eager") if _is_compiled(model) else nullcontext():
+    eager = torch.compiler.set_stance("force_eager") if _is_compiled(model) else nullcontext()
+    with eager, _gradients_laid_out(model):
         if isinstance(x, Mapping):
             return model(**{key: x[key] for key in _taken(type(model), tuple(x), tuple(map(type, x.values())))})
         return model(*x) if isinstance(x, Arguments) else model(x)
+
+
+@contextmanager
+def _gradients_laid_out(model: nn.Module) -> Iterator[None]:
+    """Has the gradients of normalised batches of one reach their backward pass in the layout of the output.
+
+    On a CPU that pass takes a gradient in another layout, such as one that comes from [1, positions, channels], for one
+    in its own, and its results are wrong (seen in torch 2.13 and 2.14); with an axis of one, strides do not tell.
+    """
+    norms: list[nn.Module] = []
+    if torch.is_grad_enabled():
+        kinds = nn.modules.batchnorm._NormBase  # BatchNorm and InstanceNorm
+        norms = [module for module in model.modules() if isinstance(module, kinds)]
+    hooks = [module.register_forward_hook(_lay_out) for module in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _lay_out(_module: nn.Module, _args: Any, y: Any) -> None:
+    if isinstance(y, Tensor) and y.requires_grad and y.dim() > 3 and len(y) == 1:
+        last = torch.channels_last if y.dim() == 4 else torch.channels_last_3d
+        layout = last if y.is_contiguous(memory_format=last) and not y.is_contiguous() else torch.contiguous_format
+        y.register_hook(lambda gradient: gradient.contiguous(memory_format=layout))
 
 
 def _is_compiled(model: nn.Module) -> bool:
@@ -65,3 +92,14 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     """Of a model's gradients as they are computed with: float64 for a float64 model, else float32."""
     double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
     return torch.float64 if double else torch.float32
+
+
+def fleeting_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a model's state_dict leaves out (persistent=False), by name."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        for name in sorted(module._non_persistent_buffers_set):
+            value = module._buffers.get(name)
+            if value is not None:
+                found[f"{path}.{name}" if path else name] = value
+    return found

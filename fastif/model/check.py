@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -87,6 +88,24 @@ class _Check:
         gradients = self.forward.gradients(self.losses, keep=True)
         return {name: (block, gradients[name]) for name, block in self.capture.blocks.items()}
 
+    def _walk_back(self, i: int, parameters: Sequence[Tensor], visit: Callable[[Tensor, Tensor], None]) -> None:
+        """Autograd's gradients of example i's loss, dense, one after another as they are complete; none is kept."""
+        loss = self._loss_alone(i) if self.alone else self.losses[i]
+        if not loss.requires_grad:
+            return
+
+        def visiting(parameter: Tensor) -> Callable[[Tensor], Tensor]:
+            def complete(gradient: Tensor) -> Tensor:
+                visit(parameter, gradient.to_dense() if gradient.is_sparse else gradient)
+                return gradient if gradient.is_sparse else gradient.new_zeros(()).expand(gradient.shape)
+
+            return complete
+
+        with ExitStack() as undo:
+            for parameter in parameters:
+                undo.callback(parameter.register_hook(visiting(parameter)).remove)
+            grad(loss, parameters, None, keep=not self.alone)
+
     def _truths(self, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Example by example: autograd's gradients of its loss."""
         for i in range(self.n):
@@ -110,25 +129,54 @@ class _Check:
     # ---------------------------------------------------------------------------------------------------- the judgement
 
     def _failing(self, candidates: Mapping[Any, tuple[Block, Gradients]]) -> list[Any]:
-        """Those whose gradients are not autograd's for every example."""
-        parameters = list({p: None for block, _ in candidates.values() for p in block.parameters})
+        """Those whose gradients are not autograd's for every example.
+
+        Autograd's gradients come layer by layer, as its backward pass reaches them, and are dropped once compared: all
+        of them at a time would be as large as the model.
+        """
         off = {key: torch.zeros(self.n) for key in candidates}
         size = {key: torch.zeros(self.n) for key in candidates}
         one = torch.ones(1, device=self.losses.device)
-        for i, found in enumerate(self._truths(parameters)):
-            truth = dict(zip(parameters, found, strict=True))
-            if any(bool(g.any()) for g in found):
+        holders: dict[Tensor, list[Any]] = {}
+        for key, (block, _) in candidates.items():
+            for parameter in dict.fromkeys(block.parameters):
+                holders.setdefault(parameter, []).append(key)
+
+        def compare(i: int, key: Any, truth: Mapping[Tensor, Tensor]) -> None:
+            block, gradients = candidates[key]
+            try:
+                pieces = block.split(gradients.rows(i, i + 1).sum(one))
+            except (RuntimeError, ValueError, IndexError):  # a reading that does not fit the layer's shapes
+                off[key][i] = math.inf
+                return
+            own = [(truth[p][rows] if p in truth else None, value) for p, rows, value in pieces]
+            away = (value.norm() if found is None else (found.to(value) - value).norm() for found, value in own)
+            off[key][i] = math.hypot(*map(float, away))
+            size[key][i] = math.hypot(*(float(found.norm()) for found, _ in own if found is not None))
+
+        for i in range(self.n):
+            missing = {key: set(block.parameters) for key, (block, _) in candidates.items()}
+            truth: dict[Tensor, Tensor] = {}
+            norms: list[float] = []
+
+            def arrived(parameter: Tensor, gradient: Tensor, i: int = i, missing: Any = missing, truth: Any = truth,
+                        norms: list[float] = norms) -> None:  # fmt: skip
+                truth[parameter] = gradient
+                norms.append(float(gradient.norm()))
+                for key in holders[parameter]:
+                    missing[key].discard(parameter)
+                    if not missing[key]:
+                        compare(i, key, truth)
+                for held in [p for p in truth if not any(missing[key] for key in holders[p])]:
+                    del truth[held]
+
+            self._walk_back(i, list(holders), arrived)
+            total = math.hypot(*norms)
+            for key in [key for key, left in missing.items() if left]:  # their loss does not depend on these
+                compare(i, key, truth)
+            if total > 0:
                 self.told.add(i)
-            self.noise = max(self.noise, self._rounding() * math.hypot(*(float(g.norm()) for g in found)))
-            for key, (block, gradients) in candidates.items():
-                try:
-                    pieces = block.split(gradients.rows(i, i + 1).sum(one))
-                except (RuntimeError, ValueError, IndexError):  # a reading that does not fit the layer's shapes
-                    off[key][i] = math.inf
-                    continue
-                away = [(truth[p][rows].to(value) - value).norm() for p, rows, value in pieces]
-                off[key][i] = math.hypot(*map(float, away))
-                size[key][i] = math.hypot(*(float(truth[p][rows].norm()) for p, rows, _ in pieces))
+            self.noise = max(self.noise, self._rounding() * total)
         return [key for key in candidates if not bool((off[key] <= self.agree * size[key] + self.noise).all())]
 
     def _rounding(self) -> float:

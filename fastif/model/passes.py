@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastif.data.batches import as_loader, batch_length, moved_to, rows_of
-from fastif.model.calls import dtype_of, placed
+from fastif.model.calls import dtype_of, fleeting_buffers, placed
 from fastif.model.capture import Capture
 from fastif.model.check import settle
 from fastif.model.forward import Forward
@@ -22,6 +22,7 @@ from fastif.model.losses import IGNORED, Loss, Measurement, labels_in, measured
 _TOGETHER = 1 << 24  # bytes of inputs and outputs of covered layers that one forward pass brings on a CPU, at most
 _LEAST = 1 << 20  # so little memory, and passes of fewer examples would only be slower
 _LOOKED_AT = 5  # examples of a batch, which decide how the model is read
+_LOOKED_AT_BYTES = 1 << 26  # that their layers' inputs and outputs may take; two examples are looked at in any case
 _LOOSE = 16  # examples at a time where each takes a backward pass through the others' graph too
 _RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
@@ -53,6 +54,7 @@ class Passes:
         self.allow_train_mode, self.progress = allow_train_mode, progress
         self.slice_bytes = min(_TOGETHER, max(_LEAST, memory // 4))  # of these inputs and outputs, at a time
         self._example_bytes = 0  # of inputs and outputs of covered layers
+        self.written: set[str] = set()  # buffers outside the model's state_dict that forward passes have written to
 
     @contextmanager
     def running(self, checkpoint: Mapping[str, Tensor] | None) -> Iterator[None]:
@@ -75,8 +77,14 @@ class Passes:
                 self.model.load_state_dict(checkpoint)
             undo.enter_context(placed(self.model, self.device, "Influence"))
             undo.enter_context(self.capture.attached())
+            undo.callback(self._note_written, _versions(self.model))
             undo.enter_context(torch.autocast(self.device.type, enabled=False))
             yield
+
+    def _note_written(self, before: Mapping[str, tuple[Tensor, int]]) -> None:
+        for name, (value, version) in _versions(self.model).items():
+            if name not in before or before[name][0] is not value or before[name][1] != version:
+                self.written.add(name)
 
     def forward(self, x: Any) -> Forward:
         """The one place where `autocast` acts: all else is computed in full."""
@@ -85,7 +93,7 @@ class Passes:
 
     def check(self, x: Any, y: Any, value: Measurement = "loss") -> None:
         """Refuses forward passes that draw at random, and has `settle` decide what is covered, on a few examples."""
-        chosen = _choose_rows(x, y)
+        chosen = self._as_many_as_fit(x, _choose_rows(x, y))
         few, labels_of_few = rows_of(x, chosen), None if y is None else rows_of(y, chosen)
         rows = torch.arange(len(chosen))
 
@@ -105,7 +113,23 @@ class Passes:
                 if not isinstance(few, Tensor) and len(rows) > 1:
                     self._check_shared(few, values, rows)
             forward = settle(self.capture, few, values, alone=not self.allow_train_mode, short=short)
-        self._example_bytes = forward.nbytes // forward.n
+        if not (self.capture.fixed and self._example_bytes):  # which the fit found, where its state was loaded
+            self._example_bytes = forward.nbytes // forward.n
+
+    def _as_many_as_fit(self, x: Any, chosen: Tensor) -> Tensor:
+        """Fewer of the chosen examples where the layers of a large model take much room for each."""
+        if len(chosen) <= 2:
+            return chosen
+        devices = [self.device] if self.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices):
+                forward = self.forward(rows_of(x, chosen[:2]))
+        except Exception:  # what is wrong with the model or the batch is said by who looks at all of them
+            return chosen
+        most = max(2, _LOOKED_AT_BYTES * forward.n // max(1, forward.nbytes))
+        if most >= len(chosen):
+            return chosen
+        return chosen[torch.linspace(0, len(chosen) - 1, most, dtype=torch.float64).round().long()]
 
     @torch.no_grad()
     def _refuse_draws(self, x: Any, values: Any, rows: Tensor) -> None:
@@ -141,6 +165,15 @@ class Passes:
             f"of them ({error}): if a part of the batch that all examples share has as many rows as the batch, make it "
             "fastif.data.Shared(...) where the batch is made"
         ) from error
+
+    @property
+    def seen(self) -> tuple[int, frozenset[str]]:
+        """What passes found out about the model that no state keeps, and that a pickle does."""
+        return self._example_bytes, frozenset(self.written)
+
+    @seen.setter
+    def seen(self, seen: tuple[int, frozenset[str]]) -> None:
+        self._example_bytes, self.written = seen[0], set(seen[1])
 
     def needs_check(self, x: Any) -> bool:
         """Whether a batch shows what none before it could: one example alone does not show whether examples mix."""
@@ -214,6 +247,11 @@ def counted_from(first: int) -> Iterator[None]:
         if first == 0 or type(error) is not ValueError or "example " not in str(error):
             raise
         raise ValueError(f"{error} (counted from example {first} of the batch on)") from error
+
+
+def _versions(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """The buffers outside a model's state_dict, and how often each was written to in place."""
+    return {name: (b, 0 if b.is_inference() else b._version) for name, b in fleeting_buffers(model).items()}
 
 
 def _choose_rows(x: Any, y: Any) -> Tensor:

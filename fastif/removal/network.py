@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fastif.curvature import EKFAC, ExactBlock
 from fastif.data.batches import batch_length, moved_to, picked, walked
 from fastif.influence.influence import Influence
 from fastif.model.calls import call
 from fastif.model.features import find_head
+from fastif.model.forward import computable
 from fastif.model.losses import labels_in, labels_of, logits_of, output_columns, per_sample
 from fastif.removal.retained import SMALLEST_STEP, Picks, check_removed, check_weight_decay
 from fastif.samplers.draw import Sampler
@@ -30,12 +32,14 @@ Matrices = dict[str, Tensor]  # by block, [g, o, d]
 class RetainedNetwork:
     """F, its gradient and its curvature for the layers of a network that an `Influence` covers.
 
-    The network is a copy of the model in eval mode, and its parameters are θ: normalisation layers use the statistics
-    that they have, and buffers stay. Every layer's own Newton step answers the removal alone: what was left of the full
-    objective's gradient when training ended is subtracted. A step is the best combination of them and of the step
-    before, by the quadratic model of F with the subset's GGN over all layers at once: estimators that know each layer
-    by itself leave it to these few numbers how layers act on one another. The model is trusted as far as it foretells
-    how F falls (Levenberg–Marquardt). docs/math.md (13).
+    The network is a copy of the model in eval mode, in float32 where that has 16 bits, and its parameters are θ:
+    normalisation layers use the statistics that they have, and buffers stay. Every layer's own Newton step answers the
+    removal alone: what was left of the full objective's gradient when training ended is subtracted. The head, which has
+    little to gain from more training, has the step of F itself beside it: without it, F of a network that is sure of
+    itself is mostly what training left, and hardly falls along what is left of the removal. A step is the best
+    combination of them and of the step before, by the quadratic model of F with the subset's GGN over all layers at
+    once: estimators that know each layer by itself leave it to these few numbers how layers act on one another. The
+    model is trusted as far as it foretells how F falls (Levenberg–Marquardt). docs/math.md (13).
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class RetainedNetwork:
         n = train.n
         check_removed(removed, n)
         check_weight_decay(weight_decay)
-        self.model = copy.deepcopy(model).eval()
+        self.model = _in_full(copy.deepcopy(model).eval())
         if device is not None:
             self.model.to(device)
         name, self._head = find_head(self.model, head, op="remove")
@@ -132,6 +136,9 @@ class RetainedNetwork:
             self.objective, self.step_size = self._objective(), dict.fromkeys(own, 1.0)
             return True
         directions = {name: {name: matrix} for name, matrix in own.items() if bool(matrix.any())}
+        head = self._head_name
+        if directions and len(own) > 1 and head in own:
+            directions[f"{head} to its optimum"] = {head: self._newton_steps(self._gradient)[head]}
         if self._last:
             directions["last step"] = self._last
         slopes, hessian = self._model_along(list(directions.values()))
@@ -160,10 +167,11 @@ class RetainedNetwork:
 
     # ------------------------------------------------------------------------------------------------- steps and model
 
-    def _newton_steps(self) -> Matrices:
-        """−(G + (γ + λ)I)⁻¹ (∇F(θ) − ∇F_all(θ̂)), by block."""
-        moved = {p: g - self._shift[p] for p, g in self._gradient.items()}
-        solved = self._influence.solve({name: moved[p].to(p.dtype) for p, name in self._names.items()})
+    def _newton_steps(self, gradient: Mapping[Tensor, Tensor] | None = None) -> Matrices:
+        """−(G + (γ + λ)I)⁻¹ gradient, by block; of ∇F(θ) − ∇F_all(θ̂) where none is given."""
+        if gradient is None:
+            gradient = {p: g - self._shift[p] for p, g in self._gradient.items()}
+        solved = self._influence.solve({name: gradient[p].to(p.dtype) for p, name in self._names.items()})
         return self._matrices({p: -solved[name] for p, name in self._names.items()})
 
     def _model_along(self, directions: Sequence[Matrices]) -> tuple[Tensor, Tensor]:
@@ -282,6 +290,18 @@ class RetainedNetwork:
         return torch.cat(
             [labels_of(labels_in(x, y)).cpu() for (x, y), _ in picked(self._train, self._batch_size, self.kept)]
         )
+
+
+def _in_full(model: nn.Module) -> nn.Module:
+    """A model in 16 bits as one in float32, which takes the same inputs: steps smaller than its roundings add up."""
+    if not any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
+        return model
+
+    def widen(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return tree_map_only(Tensor, computable, (args, kwargs))
+
+    model.register_forward_pre_hook(widen, with_kwargs=True)
+    return model.float()
 
 
 def damped_minimum(slopes: Tensor, hessian: Tensor, damping: float) -> Tensor:

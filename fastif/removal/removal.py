@@ -50,7 +50,8 @@ def remove(
     """The model without the training examples `indices`: Newton steps on some layers. The model itself is not changed.
 
     Args:
-        model: a classifier trained with softmax cross-entropy whose last operation is an nn.Linear.
+        model: a classifier trained with softmax cross-entropy whose last operation is an nn.Linear. One in 16 bits is
+            computed with in float32, and what moved is rounded to its type.
         train: the data it was trained on with labels, as `fastif.data.as_loader` takes it.
         indices: int64 [r], the examples to remove, counted in the order of `train`.
         layers: names or patterns of the layers that may move, as `fastif.Influence` takes them ("*": all that are
@@ -71,8 +72,8 @@ def remove(
         weight_decay: of the training; it also makes F's optimum finite where a whole class is removed.
         line_search: of the head, take the best of the steps ⅛, ¼, ½, 1, 2, 4 by F; where none lowers F (a small subset
             can underrate the curvature by far), halve ⅛ until one does. Of other layers, take the combination of the
-            layers' steps (as without line search) and of the last step that minimises the subset's quadratic model of
-            F, damped until F falls (docs/math.md (13)). False: full steps along
+            layers' steps (as without line search), of the head's step of F and of the last step that minimises the
+            subset's quadratic model of F, damped until F falls (docs/math.md (13)). False: full steps along
             −(G + (weight_decay + damping) I)⁻¹ (∇F(θ) − ∇F_all(θ̂)), where F_all is the objective with all data and θ̂
             the trained parameters, taken as its optimum. The first step is then docs/math.md (3) exactly, since
             ∇F_all(θ̂) − ∇F(θ̂) = (1/n) Σ_{i removed} ∇ℓ_i.
@@ -83,7 +84,8 @@ def remove(
 
     Raises ValueError for indices out of range, repeated or all there are, for missing labels, for damping > 0 beside an
     "auto", for `extracted` of another number of examples, of a first batch that the model sees otherwise, or beside
-    layers that it cannot serve, and what `extract`, `Influence`, the sampler and the curvature raise.
+    layers that it cannot serve, for parameters that moved out of the range of the model's 16 bits, and what `extract`,
+    `Influence`, the sampler and the curvature raise.
     """
     check_settings(steps, damping)
     name, layer = find_head(model, head, op="remove")
@@ -107,12 +109,6 @@ def remove(
             raise ValueError(
                 "remove: extracted serves the steps of the head alone with its exact block; leave it out where other "
                 "layers move or curvature= is given"
-            )
-        short = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
-        if short:
-            raise TypeError(
-                f"remove: steps of other layers than the head need a model in float32 or float64, got {short.pop()}; "
-                "pass model.float()"
             )
         problem = RetainedNetwork(
             model,
@@ -162,6 +158,12 @@ def _removal(model: nn.Module, history: list[Step], parameters: list[dict[str, T
     moved = [
         {key: values[name].to(state[key]) for key, name in keys.items() if name in values} for values in parameters
     ]
+    for key, value in moved[-1].items():
+        if not bool(value.isfinite().all()):
+            largest = float(parameters[-1][keys[key] or key].abs().max())
+            raise ValueError(
+                f"remove: {key!r} moved out of the range of {value.dtype}, to {largest:.3g}; pass model.float()"
+            )
     return Removal({**state, **{key: value.clone() for key, value in moved[-1].items()}}, history, moved)
 
 

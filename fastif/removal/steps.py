@@ -16,7 +16,7 @@ class Step(NamedTuple):
     parameters: dict[str, Tensor]  # that move, keyed like the model's; a head on its own has "weight" and "bias"
     objective: float  # F after the step
     gradient_norm: float  # ‖∇F‖ before the step
-    step_size: dict[str, float]  # by layer: multiple of its Newton step that was taken; and of the "last step"
+    step_size: dict[str, float]  # by layer: multiple of its Newton step; and of the head's of F, and the "last step"
     subset_size: int  # examples that carried the curvature
     seconds: float  # of this step: gradient, draw, curvature, solve and search
     peak_bytes: int | None  # tensors allocated in it at the same time

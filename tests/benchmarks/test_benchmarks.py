@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.experiments import lds, mislabel_detection
-from benchmarks.figures import keep, pages, tables
+from benchmarks.figures import faithfulness, keep, pages, tables
 from benchmarks.influence import operations
 from fastif import evaluation
 from fastif.journal import Journal
@@ -59,7 +59,7 @@ def test_lds_runs_and_its_table_is_whole(tmp_path, monkeypatch):
     assert all(-1 <= row["lds"]["mean"] <= 1 for row in made)
     monkeypatch.setattr(tables, "KEPT", tmp_path)
     keep.keep(tmp_path / "a" / "results.json", "lds")
-    assert tables.lds_table("lds").count("\n| fastif") == len(ours)
+    assert faithfulness.lds_table("lds").count("\n| fastif") == len(ours)
 
 
 def test_rows_of_another_run_are_added_to_those_that_are_kept(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def scores_with(estimator):
         (lambda: CG(matrix="fisher"), "CG: matrix must be 'ggn' or 'hessian', got 'fisher'"),
         (lambda: CG(tolerance=0), r"CG: tolerance must be in \(0, 1\), got 0"),
         (lambda: CG(max_steps=0), "CG: max_steps must be an integer >= 1, got 0"),
-        (lambda: LiSSA(0.0), "LiSSA: damping must be a number > 0 or a TrainingDamping, got 0.0"),
+        (lambda: LiSSA(0.0), "LiSSA: damping must be a number > 0 or a RelativeDamping or a TrainingDamping, got 0.0"),
         (lambda: LiSSA(-1.0), "damping must be a finite number >= 0"),
         (lambda: LiSSA(max_steps=0), "LiSSA: max_steps must be an integer >= 1, got 0"),
         (lambda: LiSSA(batch=0), "LiSSA: batch must be an integer >= 1, got 0"),

@@ -13,6 +13,7 @@ from fastif.evaluation import (
     Retrained,
     agreement,
     brittleness,
+    ceiling,
     leave_group_out,
     leave_one_out,
     linear_datamodeling_score,
@@ -312,3 +313,19 @@ def test_bad_detection_is_refused(arguments, words):
         mislabel_detection(*map(torch.tensor, arguments))
     with pytest.raises(ValueError, match=r"share must be in \(0, 1\], got 0"):
         mislabel_detection(torch.ones(2), torch.tensor([0, 1]), torch.tensor([0, 0]), share=0)
+
+
+def test_the_ceiling_is_what_the_seeds_leave_to_be_predicted():
+    """Truth plus noise of its own for every seed: the truth predicts the mean over the seeds as the ceiling says."""
+    draw = torch.Generator().manual_seed(0)
+    truth = torch.randn(400, 1, 30, generator=draw, dtype=torch.float64)
+    for noise, seeds in ((0.5, 2), (1.0, 4)):
+        values = truth + noise * torch.randn(400, seeds, 30, generator=draw, dtype=torch.float64)
+        found = Retrained([torch.tensor([0])] * 400, list(range(seeds)), values, torch.zeros(400, seeds))
+        reached = float(spearman(truth[:, 0].T, values.mean(1).T).mean())
+        assert ceiling(found) == pytest.approx(reached, abs=0.02)
+    with pytest.raises(ValueError, match="ceiling: at least two seeds are needed .*, got 1"):
+        ceiling(Retrained([torch.tensor([0])] * 400, [0], truth, torch.zeros(400, 1)))
+    opposite = torch.cat([truth, -truth], 1)
+    with pytest.raises(ValueError, match="the seeds do not agree"):
+        ceiling(Retrained([torch.tensor([0])] * 400, [0, 1], opposite, torch.zeros(400, 2)))

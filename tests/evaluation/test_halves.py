@@ -66,13 +66,17 @@ def test_a_folder_is_resumed_network_by_network(tmp_path, monkeypatch):
         train_halves(diverged, N, 2, out=tmp_path, resume=True, **HOW)
 
 
-@pytest.mark.parametrize("name", ["network-001.safetensors", "network-001.json"])
-def test_a_changed_file_is_damaged(tmp_path, name):
+@pytest.mark.parametrize("place", [-3, 60])
+def test_a_changed_or_swapped_file_is_damaged(tmp_path, place):
     train_halves(NET, N, 1, out=tmp_path, **HOW)
-    data = bytearray((tmp_path / name).read_bytes())
-    data[-3] ^= 4
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(Damaged, match=name):
+    first, second = (tmp_path / f"network-00{number}.safetensors" for number in (0, 1))
+    data = bytearray(second.read_bytes())
+    data[place] ^= 4
+    second.write_bytes(data)
+    with pytest.raises(Damaged, match=second.name):
+        train_halves(NET, N, 1, out=tmp_path, resume=True, **HOW)
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(Damaged, match=r"network-001.safetensors is damaged: it is network 0's"):
         train_halves(NET, N, 1, out=tmp_path, resume=True, **HOW)
 
 

@@ -152,6 +152,17 @@ def test_facts_that_differ_are_all_named(stored):
     assert "epochs" not in str(caught.value)
 
 
+def test_a_bit_that_has_changed_is_noticed(stored):
+    path, _ = stored
+    data = path.read_bytes()
+    for place in (-1, -100, data.index(b'"seed') + 9):  # weights, and a fact
+        changed = bytearray(data)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged: its checksum does not fit"):
+            load_checkpoint(path)
+
+
 def test_damaged_and_foreign_files_are_named(stored):
     path, checkpoint = stored
     whole = path.read_bytes()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -391,3 +392,32 @@ def token_losses(logits, labels):
 
 def gradient_norm(model, loss):
     return sum(float(g.square().sum()) for g in torch.autograd.grad(loss(), list(model.parameters())))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, partial(nn.InstanceNorm2d, affine=True)], ids=["batch", "instance"])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+def test_a_batch_of_one_whose_pixels_become_tokens(norm, last):
+    """torch's own gradient of a normalised batch of one is wrong where it comes in the layout of tokens."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 3, 3), norm(3)
+
+        def forward(self, x):
+            layout = torch.channels_last if last else torch.contiguous_format
+            x = self.norm(self.conv(x).contiguous(memory_format=layout))
+            return (x.flatten(2).transpose(1, 2) * torch.linspace(-1, 1, 48).view(16, 3)).sum(1)
+
+    torch.manual_seed(0)
+    model = Tokens().double().eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("var"):
+            buffer.uniform_(0.5, 2.0)
+    x, y = torch.randn(6, 2, 6, 6, dtype=torch.float64), torch.arange(6) % 3
+    want = torch.zeros(6, dtype=torch.float64)
+    for i in range(6):
+        losses = torch.nn.functional.cross_entropy(model(x), y, reduction="none")  # of the whole batch: as it should be
+        want[i] = sum(g.square().sum() for g in torch.autograd.grad(losses[i], list(model.parameters())))
+    influence = Influence(model, curvature=Identity(), layers="*", progress=False, batch_size=1)
+    assert torch.allclose(influence.fit((x, y)).self_influence((x, y)) * 6, want, rtol=1e-10)

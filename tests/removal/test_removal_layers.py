@@ -235,8 +235,29 @@ def test_a_step_that_the_model_foretold_badly_is_taken_shorter(problem):
 
 def test_momentum_comes_with_the_second_step(problem):
     first, second, *_ = remove(problem.model, (problem.x, problem.y), REMOVED, layers="*", **QUIET).history
-    assert list(first.step_size) == ["0", "2"]
-    assert list(second.step_size) == ["0", "2", "last step"]
+    assert list(first.step_size) == ["0", "2", "2 to its optimum"]
+    assert list(second.step_size) == ["0", "2", "2 to its optimum", "last step"]
+
+
+def test_a_network_that_is_sure_of_itself_lets_go_as_its_head_alone_does():
+    """Where every loss is small, F is mostly what training left: along the removal's own steps it hardly falls."""
+    torch.manual_seed(0)
+    y = torch.arange(60) % 3
+    x = torch.randn(60, 5, dtype=torch.float64) + 4 * torch.randn(3, 5, dtype=torch.float64)[y]
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=0.9)
+    for _ in range(200):  # no decay: far from the optimum of F
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    names, removed = [name for name, _ in model.named_parameters()], (y == 1).nonzero()[:, 0]
+    kept = kept_of(60, removed)
+    head, network = (
+        loaded(model, remove(model, (x, y), removed, layers=layers, steps=4, **QUIET)) for layers in (None, "*")
+    )
+    reached = [objective(found, x, y, kept, names) for found in (head, network)]
+    assert reached[1] <= reached[0]
+    assert (network(x).argmax(1) == y)[~kept].sum() == 0
 
 
 def test_one_example_and_several_classes(problem):
@@ -248,6 +269,35 @@ def test_one_example_and_several_classes(problem):
     hits = two(problem.x).argmax(1) == problem.y
     assert bool(hits[stays].all())
     assert hits[gone].sum() < 0.6 * (problem.model(problem.x).argmax(1) == problem.y)[gone].sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_16_bits_is_computed_in_float32_and_keeps_its_type(problem, dtype):
+    short = copy.deepcopy(problem.model).to(dtype)
+    full, x = copy.deepcopy(short).float(), problem.x.to(dtype)
+    before = {key: value.clone() for key, value in short.state_dict().items()}
+    found = remove(short, (x, problem.y), REMOVED, layers="*", **QUIET)
+    want = remove(full, (x.float(), problem.y), REMOVED, layers="*", **QUIET)
+    assert [step.objective for step in found.history] == [step.objective for step in want.history]
+    assert {key: value.dtype for key, value in found.state_dict.items()} == dict.fromkeys(before, dtype)
+    assert all(torch.equal(found.state_dict[key], value.to(dtype)) for key, value in want.state_dict.items())
+    assert all(torch.equal(value, before[key]) for key, value in short.state_dict().items())
+    assert not torch.equal(found.state_dict["0.weight"], before["0.weight"])
+    assert torch.equal(found.after(0)["0.weight"], before["0.weight"])
+
+
+def test_what_leaves_the_range_of_16_bits_is_refused():
+    model = nn.Linear(5, 3).half()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([65000.0, 64000.0, 63000.0])[:, None].expand(3, 5))
+        model.bias.zero_()
+    x = torch.full((12, 5), 1e-4, dtype=torch.float16)
+    removed = (torch.arange(12) % 3).nonzero()[:, 0]  # all of class 0 stays, and nothing else
+    with pytest.raises(ValueError, match=r"'weight' moved out of the range of torch.float16, to .*; pass model"):
+        remove(
+            *(model, (x, torch.arange(12) % 3), removed),
+            layers="*", curvature=Diagonal(1e-9), line_search=False, weight_decay=0.0, steps=1, progress=False,
+        )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

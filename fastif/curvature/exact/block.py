@@ -90,6 +90,7 @@ class ExactBlock(Curvature):
     passes = 1
     prefers_head = True
     synonyms = ("fisher",)
+    learned_by = ("matrix",)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A factor in place stands in the block again, of which a pickle holds two."""

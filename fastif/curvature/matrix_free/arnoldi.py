@@ -41,6 +41,8 @@ class Arnoldi(JointCurvature):
 
     passes = 0
 
+    learned_by = ("matrix", "rank")
+
     def __init__(
         self,
         rank: int = 32,

@@ -44,7 +44,7 @@ _AWAY = 100.0  # With batches changes go up and down; one so many times the firs
 
 
 class Diverged(ValueError):
-    """The series of LiSSA does not converge; the message tells the scale or the damping with which it would."""
+    """LiSSA's series does not converge, or the derivative of a replay explodes; the message tells what would help."""
 
 
 class LiSSA(JointCurvature):
@@ -75,6 +75,8 @@ class LiSSA(JointCurvature):
 
     Of the last solve, `residual` (computed from x) and `steps_taken` are kept.
     """
+
+    learned_by = ("matrix",)
 
     @rename_arguments(steps="max_steps")
     def __init__(

@@ -1,0 +1,82 @@
+"""The table and the picture of docs/index-of-gradients.md, from what `make bench-index` kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastif.report.pages import new_figure
+
+from . import tables
+
+
+def index_table(name: str) -> str:
+    results = tables.results_of(name)
+    lines = [
+        "| | bytes, of float32 gradients | build | 1 query | 10 | 100 | r | ρ | of the ten best |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    apart = []
+    for benchmark in results["benchmarks"]:
+        extra: dict[str, Any] = benchmark["extra_info"]
+        label = benchmark["name"].split("[")[1].rstrip("]")
+        walks = extra["walks"]
+        lines.append(
+            f"| **{label}**, {extra['parameters']:,} parameters, {extra['n']:,} × {extra['q']:,}: a walk | | | "
+            + " | ".join(f"{walks[q]:.2f} s" for q in ("1", "10", "100"))
+            + " | 1 | 1 | 1 |"
+        )
+        for row in sorted(extra["rows"], key=_order):
+            own = ""
+            if "asked" in row:
+                own = f" ({row['bytes_each']:,.0f} each)"
+            asked = [f"{row['asked'][q]:.3f} s ({walks[q] / row['asked'][q]:.0f}×)" for q in row.get("asked", ())]
+            build = f"{row['build']:.2f} s ({row['build'] / walks['1']:.1f}×)" if "build" in row else ""
+            figures = " | ".join([build, *(asked or ["", "", ""])])
+            name_of = f"**{row['contender']}**" if "asked" in row else row["contender"]
+            lines.append(
+                f"| {name_of} | {100 * row['bytes']:.2g} %{own} | {figures} | {row['r']:.3f} | {row['rho']:.3f} | "
+                f"{row['top']:.2f} |"
+            )
+        one = extra["one_pass"]
+        apart.append(
+            f"{label} {one['apart']:.1f} s and {one['together']:.1f} s ({one['apart'] / one['together']:.2f}×)"
+        )
+    lines += [
+        "",
+        "EK-FAC with the empirical Fisher, damping 1e-3; processor seconds. In brackets: bytes of an example, the "
+        "build as a multiple of a walk with one query (its sample and its measured error are in it), and by how much "
+        "asking the index is faster than a walk with as many queries. With share=1 in float32 the scores are those of "
+        "`Influence.scores` to 1e-5, which is asserted. Scores, self-influence and an index one after another, and "
+        f"from one walk: {'; '.join(apart)}. {tables._machine(results)}. Made by `make bench-index`.",
+    ]
+    return "\n".join(lines)
+
+
+def _order(row: dict[str, Any]) -> tuple[bool, str, float]:
+    return "asked" not in row, row["contender"], row["bytes"]
+
+
+def fidelity_picture(name: str, path: Path) -> None:
+    """Spearman's ρ of scores from what is kept against its bytes, a panel for each model."""
+    results = tables.results_of(name)
+    panels = [(b["name"].split("[")[1].rstrip("]"), b["extra_info"]["rows"]) for b in results["benchmarks"]]
+    figure, axes = new_figure(len(panels), 1, 11, 3.6, sharey="row")
+    for axis, (label, rows) in zip(axes[0], panels, strict=True):
+        for contender, colour in zip(dict.fromkeys(row["contender"] for row in rows), _COLOURS, strict=False):
+            own = [row for row in rows if row["contender"] == contender]
+            width = 2.4 if "asked" in own[0] else 1.2
+            axis.semilogx(
+                [100 * row["bytes"] for row in own],
+                [row["rho"] for row in own],
+                label=contender, color=colour, linewidth=width, marker="o", markersize=width + 2,
+            )  # fmt: skip
+        axis.set(title=label, xlabel="% of the bytes of float32 gradients", ylim=(0, 1.02))
+        axis.set_xticks([0.25, 1, 4], ["0.25", "1", "4"])
+        axis.minorticks_off()
+    axes[0][0].set_ylabel("Spearman's ρ with exact scores")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Software": None, "Description": results["datetime"]})
+
+
+_COLOURS = ("#d55e00", "#0072b2", "#56b4e9")

@@ -1,0 +1,138 @@
+"""What the commands that fit a curvature share: their estimators, a fit that is kept in a file, tables of the best."""
+
+import csv
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+
+from fastif.cli.arguments import check
+from fastif.curvature import (
+    CG,
+    EKFAC,
+    KFAC,
+    Arnoldi,
+    DataInf,
+    Diagonal,
+    ExactBlock,
+    Identity,
+    LiSSA,
+    RandomProjection,
+    TrainingDamping,
+)
+from fastif.data.tensor_files import load_tensors, save_tensors
+from fastif.files import whole
+from fastif.influence.influence import Influence
+from fastif.influence.score_job import fit_settings
+from fastif.journal import refuse_differences
+
+FISHERS = ("exact", "monte_carlo", "empirical")
+CURVATURES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {  # the estimator, and what --fisher may be
+    "ekfac": (EKFAC, FISHERS),
+    "kfac": (KFAC, FISHERS),
+    "diagonal": (Diagonal, FISHERS),
+    "identity": (Identity, ()),
+    "exact": (ExactBlock, ("exact", "empirical")),
+    "cg": (CG, ("exact",)),
+    "lissa": (LiSSA, ("exact",)),
+    "arnoldi": (Arnoldi, ("exact",)),
+    "data-inf": (DataInf, ("empirical",)),
+    "random-projection": (RandomProjection, FISHERS),
+}
+CURVATURE = "curvature.safetensors"  # in the folder of the scores
+SHOWN = 5  # queries, and training examples of each, in the table
+
+
+def damping_of(damping: str | None, time: float | None, decay: float | None) -> float | str | TrainingDamping | None:
+    """What --damping and the options that go with it ask for."""
+    for name, given in (("training-time", time), ("weight-decay", decay)):
+        check(name, given, given is None or damping == "training", "left out without --damping training")
+    if damping == "training":
+        if time is None:
+            raise ValueError("--damping training needs --training-time")
+        return TrainingDamping(time, decay or 0.0)
+    try:
+        return damping if damping in (None, "auto") else float(damping)
+    except ValueError:
+        raise ValueError(f"--damping must be a number >= 0, auto or training, got {damping}") from None
+
+
+def estimator_of(curvature: str, damping: Any, fisher: str | None, seed: int) -> Any:
+    """The estimator, with its own defaults for what is not given."""
+    check("curvature", curvature, curvature in CURVATURES, f"one of {', '.join(CURVATURES)}")
+    check("fisher", fisher, fisher is None or fisher in FISHERS, f"one of {', '.join(FISHERS)}")
+    make, fishers = CURVATURES[curvature]
+    rule = f"{' or '.join(fishers) or 'left out'} with --curvature {curvature}"
+    check("fisher", fisher, fisher is None or fisher in fishers, rule)
+    options: dict[str, Any] = {}
+    if damping is not None:
+        check("damping", damping, make is not Identity, f"left out with --curvature {curvature}")
+        options["damping"] = damping
+    if make is RandomProjection:
+        options["seed"] = seed
+    if len(fishers) > 1 and fisher is not None:
+        options["fisher"] = fisher
+    return make(**options)
+
+
+# ----------------------------------------------------------------------------------------------------------- curvature
+
+
+def fit_or_load(
+    influence: Influence,
+    train: Any,
+    stored: Path,
+    resume: bool,
+    picker: tuple[str, Callable[..., Any]] | None,
+    k: int | None,
+    key: str | None,
+) -> bool:
+    """Fits the curvature and keeps it in a file, or takes it from there: whether it was there."""
+    name = None if picker is None else picker[0]
+    settings = {**fit_settings(influence.setup, train, key), "sampler": name, "k": k}
+    known = resume and stored.exists()
+    if known:
+        found, state = load_tensors(stored)
+        refuse_differences(stored, found, settings)
+        if not influence.setup.estimators.needs_data:
+            influence.load_state_dict(state)
+            return True
+    influence.fit(train, subset=None if picker is None else partial(picker[1], k=k))
+    if known:
+        return True
+    save_tensors(stored, influence.state_dict(), settings)
+    return False
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def write_top(path: Path, row: str, values: Tensor, indices: Tensor, k: int) -> None:
+    with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow((row, "rank", "train", "score"))
+        for query, (scores, places) in enumerate(zip(values[:, :k].tolist(), indices[:, :k].tolist(), strict=True)):
+            writer.writerows(
+                (query, rank, t, value) for rank, (t, value) in enumerate(zip(places, scores, strict=True), 1)
+            )
+
+
+def top_table(row: str, rows: str, values: Tensor, indices: Tensor, n: int, what: str = "help") -> Table:
+    """The most helpful training examples of the first queries, or groups of them, or those that harm them."""
+    k = min(SHOWN, indices.shape[1])
+    table = Table(
+        title=f"training examples that {what} the first {rows} most (of {n:,}): index and score",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for name in (row, *(f"{rank}." for rank in range(1, k + 1))):
+        table.add_column(name, justify="right", no_wrap=True)
+    for query in range(min(SHOWN, len(values))):
+        hits = zip(indices[query, :k].tolist(), values[query, :k].tolist(), strict=True)
+        table.add_row(str(query), *(f"{index}  {value:.2e}" for index, value in hits))
+    return table

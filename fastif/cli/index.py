@@ -1,0 +1,223 @@
+"""`fastif index`, `fastif query`, and what `fastif info` says of an index."""
+
+import csv
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import torch
+import typer
+
+from fastif.cli.arguments import check, device_named, interruptible, split, terminal, writable
+from fastif.cli.fitting import FISHERS, damping_of, estimator_of, top_table
+from fastif.cli.script import function_named, returned
+from fastif.curvature.limits import MEMORY
+from fastif.data.batches import count
+from fastif.files import Damaged, sealed, unsealed, whole, write_whole
+from fastif.folder_lock import locked
+from fastif.index.building import load_state
+from fastif.index.factors import Stored
+from fastif.index.folder import MANIFEST, Folder
+from fastif.index.index import Index, Top
+from fastif.influence.influence import Influence
+from fastif.model.losses import LOSSES, MEASUREMENTS
+
+OPTIONS = "options.json"  # in the folder of an index: those of the command, with which a query finds the same curvature
+INDEXED = ("ekfac", "kfac", "diagonal", "identity")  # those with eigenvalues of single blocks
+_SCRIPT = typer.Argument(
+    metavar="MODULE:FUNCTION",
+    help="A function of yours, also as path/to/file.py:FUNCTION. It takes nothing and returns (model, train, query).",
+)
+_MEMORY = typer.Option(help="MiB for query gradients, a quarter of it for slices of a batch.")
+
+
+def index_command(
+    script: Annotated[str, _SCRIPT],
+    out: Annotated[Path, typer.Option(help="Folder for the index.")],
+    share: Annotated[float, typer.Option(help="Of the gradients' numbers, what is kept, in (0, 1].")] = 0.04,
+    dtype: Annotated[str, typer.Option(help=f"Of what is kept: one of {', '.join(get_args(Stored))}.")] = "int8",
+    curvature: Annotated[str, typer.Option(help=f"One of {', '.join(INDEXED)}.")] = "ekfac",
+    damping: Annotated[
+        str | None,
+        typer.Option(
+            help="Added to the curvature's diagonal: a number, auto, or training (see --training-time).",
+            show_default="1e-3",
+        ),
+    ] = None,
+    training_time: Annotated[
+        float | None, typer.Option(help="For --damping training, as for `scores`.", show_default=False)
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="For --damping training: that of the training.", show_default="0")
+    ] = None,
+    fisher: Annotated[
+        str | None, typer.Option(help=f"Gradients for it: one of {', '.join(FISHERS)}.", show_default="exact")
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(help="Names or patterns of layers, comma separated or repeated.", show_default="all"),
+    ] = None,
+    loss: Annotated[str, typer.Option(help=f"One of {', '.join(LOSSES)}.")] = "cross_entropy",
+    self_influence: Annotated[
+        bool, typer.Option("--self-influence", help="Keep each example's exact score on itself, too.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="For data without batches of its own.")] = 256,
+    memory: Annotated[int, _MEMORY] = MEMORY >> 20,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="For what is drawn, and torch in your function.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a job in the same folder.")] = False,
+    key: Annotated[
+        str | None, typer.Option(help="A name of your own for what of your code cannot be fingerprinted.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """An index of the training gradients of a model of your own, for any number of queries.
+
+    `fastif query` asks it, and fastif.Index(FOLDER, influence) in Python.
+    """
+    began = time.perf_counter()
+    check("share", share, 0 < share <= 1, "in (0, 1]")
+    check("curvature", curvature, curvature in INDEXED, f"one of {', '.join(INDEXED)}")
+    check("dtype", dtype, dtype in get_args(Stored), f"one of {', '.join(get_args(Stored))}")
+    options: dict[str, Any] = {
+        **{"curvature": curvature, "damping": damping, "training_time": training_time, "weight_decay": weight_decay},
+        **{"fisher": fisher, "layers": None if layers is None else split(layers), "loss": loss},
+        **{"batch_size": batch_size, "seed": seed},
+    }
+    _check_options(options, memory)
+    where = device_named(device)
+    if not resume and (out / MANIFEST).exists():
+        raise ValueError(f"{out} holds an index already: go on with --resume, or choose another folder")
+    torch.manual_seed(seed)
+    model, train, _ = returned(script, function_named(script))
+    influence = _influence(model, options, "loss", memory, where, not quiet)
+    with interruptible(out, (MANIFEST,)), writable(out), locked(out):
+        if (out / MANIFEST).exists():
+            influence.load_state_dict(load_state(Folder(out)))
+        else:
+            influence.fit(train)
+            write_whole(out / OPTIONS, json.dumps(sealed(options), indent=1) + "\n")
+        index = Index.build(
+            influence,
+            train,
+            out,
+            share=share,
+            dtype=dtype,  # pyright: ignore[reportArgumentType]
+            self_influence=self_influence,
+            resume=resume,
+            key=key,
+        )
+    if not quiet:
+        _print_facts(index)
+        print(f"{time.perf_counter() - began:.1f} s in all")
+
+
+def query_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of the index.")],
+    script: Annotated[str, _SCRIPT],
+    top: Annotated[int, typer.Option(help="Training examples per query.")] = 10,
+    harmful: Annotated[bool, typer.Option("--harmful", help="Those that harm the query most, instead.")] = False,
+    rerank: Annotated[
+        int, typer.Option(help="Compute the scores of so many of each query's best exactly; takes the training data.")
+    ] = 0,
+    measurement: Annotated[str, typer.Option(help=f"Asked of queries: one of {', '.join(MEASUREMENTS)}.")] = "loss",
+    out: Annotated[Path | None, typer.Option(help="A file for the result, .csv or .jsonl.")] = None,
+    memory: Annotated[int, _MEMORY] = MEMORY >> 20,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """The training examples that help the queries of your function most, from an index."""
+    check("measurement", measurement, measurement in MEASUREMENTS, f"one of {', '.join(MEASUREMENTS)}")
+    check("out", out, out is None or out.suffix in (".csv", ".jsonl"), "a .csv or .jsonl file")
+    check("memory", memory, memory >= 1, ">= 1")
+    held = Index(folder).n
+    check("top", top, 1 <= top <= held, f"in [1, {held}], the training examples of the index")
+    check("rerank", rerank, rerank == 0 or top <= rerank <= held, f"0, or in [--top {top}, {held}]")
+    options, where = _read_options(folder), device_named(device)
+    torch.manual_seed(options["seed"])
+    model, train, query = returned(script, function_named(script))
+    index = Index(folder, _influence(model, options, measurement, memory, where, not quiet))
+    found = index.top(query, top, largest=not harmful, rerank=rerank, train=train if rerank else None)
+    if out is not None:
+        _write(out, found)
+    if not quiet:
+        what = "harm" if harmful else "help"
+        terminal().print(top_table("query", "queries", found.values, found.indices, index.n, what))
+        print(f"of an index of {index.n:,} examples; its error as measured while building: {index.measured}")
+        if out is not None:
+            print(f"{count(query, options['batch_size']):,} queries: {out}")
+
+
+def print_index(folder: Path) -> None:
+    """What an index holds."""
+    _print_facts(Index(folder))
+
+
+def _print_facts(index: Index) -> None:
+    parameters = sum(torch.Size(shape).numel() for shape in index.layers.values())
+    settings, n = index.settings, index.n
+    facts = {
+        "examples": f"{n:,}" + (f", {index.total - n:,} removed" if n < index.total else ""),
+        "parameters": f"{parameters:,} in {len(index.layers)} blocks",
+        "curvature": settings["curvature"],
+        "kept": f"share {settings['share']:g} of the numbers asked for, in {settings['stored']}",
+        "size": f"{index.nbytes / 2**20:.1f} MiB, {index.nbytes // n:,} bytes per example",
+        "error": str(index.measured or "not measured: few examples"),
+        "finished": "yes" if index.finished else "no: --resume goes on",
+    }
+    print(f"{index.path}: an index of training gradients")
+    for name, value in facts.items():
+        print(f"{name:<10} {value}")
+
+
+def _check_options(options: dict[str, Any], memory: int) -> None:
+    check("batch-size", options["batch_size"], options["batch_size"] >= 1, ">= 1")
+    check("memory", memory, memory >= 1, ">= 1")
+    check("seed", options["seed"], 0 <= options["seed"] < 2**63, "in [0, 2^63)")
+    check("loss", options["loss"], options["loss"] in LOSSES, f"one of {', '.join(LOSSES)}")
+
+
+def _influence(
+    model: torch.nn.Module, options: dict[str, Any], measurement: str, memory: int, where: torch.device, progress: bool
+) -> Influence:
+    damping = damping_of(options["damping"], options["training_time"], options["weight_decay"])
+    return Influence(
+        model,
+        options["loss"],
+        estimator_of(options["curvature"], damping, options["fisher"], options["seed"]),
+        layers=options["layers"],
+        measurement=measurement,  # pyright: ignore[reportArgumentType]
+        batch_size=options["batch_size"],
+        memory=memory << 20,
+        device=where,
+        seed=options["seed"],
+        progress=progress,
+    )
+
+
+def _read_options(folder: Path) -> dict[str, Any]:
+    path = folder / OPTIONS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} was not made by `fastif index`: it has no {OPTIONS}; ask it in Python")
+    try:
+        return unsealed(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Damaged(path, str(error), "build the index anew") from error
+
+
+def _write(path: Path, found: Top) -> None:
+    """A row for each query and training example, the best first."""
+    rows = [
+        {"query": query, "rank": rank, "train": int(found.indices[query, rank - 1]), "score": value}
+        | ({} if found.ids is None else {"id": found.ids[query][rank - 1]})
+        for query, values in enumerate(found.values.tolist())
+        for rank, value in enumerate(values, 1)
+    ]
+    with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)

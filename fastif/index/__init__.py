@@ -1,0 +1,7 @@
+"""Training gradients once, any number of queries; and several answers from one walk through the training data."""
+
+from fastif.index.index import Index, Top
+from fastif.index.one_pass import Answers, answer
+from fastif.index.sampling import Measured
+
+__all__ = ["Answers", "Index", "Measured", "Top", "answer"]

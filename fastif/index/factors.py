@@ -1,0 +1,171 @@
+"""The factors of a block's gradients as they are stored: vectors in 8, 16 or 32 bits, and how queries meet them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastif.index.truncation import Truncated
+
+Stored = Literal["int8", "float16", "float32"]
+_LARGEST = {torch.int8: 127.0, torch.float16: 1.0}  # what the largest entry of a vector becomes
+_ENTRIES = 1 << 21  # of what is made of factors at a time
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Σ_f scale_f left_f right_fᵀ of every example and group, in the order of the examples.
+
+    A vector is divided by its largest entry, so that the error of an entry is at most 1/254 of that in int8 and 1/2048
+    of the entry, or 2⁻²⁵ of the largest, in float16; the product of both largest entries is the factor's scale.
+    """
+
+    ranks: Tensor  # int32 [n, g]
+    left: Tensor  # [F, o] of the type stored; of a table int32 [F], its rows
+    right: Tensor  # [F, d]
+    scale: Tensor | None  # float32 [F]; None: 1
+
+    @classmethod
+    def store(cls, truncated: Truncated, dtype: torch.dtype) -> Factors:
+        ranks, left, right, _ = truncated
+        table = left.dim() == 1
+        if dtype == torch.float32:
+            return cls(ranks.cpu(), (left.int() if table else left.to(dtype)).cpu(), right.to(dtype).cpu(), None)
+        left, left_scale = (left.int(), None) if table else _scaled(left, dtype)
+        right, scale = _scaled(right, dtype)
+        scale = scale if left_scale is None else scale * left_scale
+        return cls(ranks.cpu(), left.cpu(), right.cpu(), scale.float().cpu())
+
+    @classmethod
+    def cat(cls, parts: Sequence[Factors]) -> Factors:
+        scales = [part.scale for part in parts if part.scale is not None]
+        ranks, left, right = (torch.cat([getattr(part, name) for part in parts]) for name in ("ranks", "left", "right"))
+        return cls(ranks, left, right, torch.cat(scales) if scales else None)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str) -> Factors:
+        ranks, left, right = (tensors[prefix + name] for name in ("ranks", "left", "right"))
+        return cls(ranks, left, right, tensors.get(prefix + "scale"))
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        found = {prefix + name: getattr(self, name) for name in ("ranks", "left", "right")}
+        return found if self.scale is None else {**found, prefix + "scale": self.scale}
+
+    def __len__(self) -> int:
+        """Examples."""
+        return len(self.ranks)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in self.tensors("").values())
+
+    @property
+    def table(self) -> bool:
+        return self.left.dim() == 1
+
+    def select(self, examples: Tensor) -> Factors:
+        """Those of some examples, increasing int64."""
+        chosen = torch.zeros(len(self), dtype=torch.bool).index_fill_(0, examples, True)
+        keep = chosen.repeat_interleave(self.ranks.sum(1))
+        scale = None if self.scale is None else self.scale[keep]
+        return Factors(self.ranks[examples], self.left[keep], self.right[keep], scale)
+
+    def dots(self, queries: Tensor) -> Tensor:
+        """Products with weighed queries [q, g, o, d], [q, n], on their device."""
+        out = queries.new_zeros((len(queries), len(self)))
+        q, (n, g) = len(queries), self.ranks.shape
+        owners = torch.arange(n * g).repeat_interleave(self.ranks.flatten().long())
+        few = g == 1 and q * len(self.right) <= len(self.right) + q * n  # operations per o·d
+        if self.table or few:
+            self._add_products(out, queries[:, 0], owners)
+        else:
+            self._add_formed(out, queries)
+        return out
+
+    def _vectors(self, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
+        """left, with the scale in it, and right of some factors; of a table, left is the rows and right has it."""
+        left, right = self.left[rows].to(like.device), self.right[rows].to(like)
+        scale = None if self.scale is None else self.scale[rows].to(like)[:, None]
+        if self.table:
+            return left.long(), right if scale is None else right.mul_(scale)
+        return (left.to(like) if scale is None else left.to(like).mul_(scale)), right
+
+    def _add_products(self, out: Tensor, queries: Tensor, owners: Tensor) -> None:
+        """Factor by factor: a matrix product with each query."""
+        d = self.right.shape[1]
+        each = max(1, _ENTRIES // (d if self.table else max(d, self.left.shape[1])))
+        for begin in range(0, len(self.right), each):
+            rows = slice(begin, begin + each)
+            left, right = self._vectors(rows, queries)
+            own = owners[rows].to(out.device)
+            for query, row in zip(queries, out, strict=True):
+                if self.table:
+                    products = torch.einsum("fd,fd->f", query[left], right)
+                elif query.shape[0] <= query.shape[1]:
+                    products = torch.einsum("fo,fo->f", right @ query.T, left)
+                else:
+                    products = torch.einsum("fd,fd->f", left @ query, right)
+                row.index_add_(0, own, products)
+
+    def _add_formed(self, out: Tensor, queries: Tensor) -> None:
+        """For many queries, or groups: matrices are formed once for all of them."""
+        flat = queries.flatten(1)
+        for chosen, formed in self._formed(queries):
+            out[:, chosen] = flat @ formed.T
+
+    def sq_norms(self, scale: Tensor) -> Tensor:
+        """Σ over entries of scale times their squares, [n], for scale [g, o, d]."""
+        out = scale.new_zeros(len(self))
+        if self.table:
+            rows, right = self._vectors(slice(None), scale)
+            owners = torch.arange(len(self)).repeat_interleave(self.ranks.flatten().long())
+            return out.index_add_(0, owners.to(out.device), (right.square() * scale[0, rows]).sum(1))
+        for chosen, formed in self._formed(scale[None]):
+            out[chosen] = formed.square_() @ scale.flatten()
+        return out
+
+    def _formed(self, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some examples and their matrices, [m, g·o·d], those of like ranks together; like [..., g, o, d]."""
+        g, o, d = like.shape[-3:]
+        ranks = self.ranks.flatten().long()
+        begins = ranks.cumsum(0) - ranks
+        order = self.ranks.sum(1).argsort(stable=True)
+        each = max(1, _ENTRIES // (g * o * d))
+        for chosen in order.split(each):
+            few = (chosen[:, None] * g + torch.arange(g)).flatten()  # matrices
+            most = int(ranks[few].max())
+            if most == 0:
+                continue
+            place = torch.arange(most)
+            there = place < ranks[few][:, None]
+            left, right = self._gathered((begins[few][:, None] + place)[there], like)
+            padded_left = like.new_zeros((len(few), most, o))
+            padded_right = like.new_zeros((len(few), most, d))
+            padded_left[there], padded_right[there] = left, right
+            yield chosen.to(like.device), torch.bmm(padded_left.mT, padded_right).view(len(chosen), -1)
+
+    def _gathered(self, factors: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        some = Factors(self.ranks, self.left[factors], self.right[factors], _rows(self.scale, factors))
+        return some._vectors(slice(None), like)
+
+
+def _rows(values: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if values is None else values[rows]
+
+
+def _scaled(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Vectors [F, d] with the largest entry of each as `_LARGEST` has it, and by what to multiply them."""
+    scale = vectors.abs().amax(1) / _LARGEST[dtype] if len(vectors) else vectors.new_zeros(0)
+    divided = vectors / torch.where(scale > 0, scale, 1)[:, None]
+    return (divided.round_() if dtype == torch.int8 else divided).to(dtype), scale
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Raises ValueError for what vectors are not stored in."""
+    if name not in get_args(Stored):
+        raise ValueError(f"index: dtype must be one of {', '.join(map(repr, get_args(Stored)))}, got {name!r}")
+    return getattr(torch, name)

@@ -1,0 +1,364 @@
+"""The index: training gradients once, any number of queries.
+
+Every example's gradient is kept layer by layer in the eigenbasis of the fitted curvature, cut off where the scores feel
+it least. Scores from it have the sign, the units and the indices of `Influence.scores`. docs/math.md (26).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from fastif.data.batches import Walked, count, walked
+from fastif.index.building import append, build, check_state, load_state, remove
+from fastif.index.encoder import Encoder
+from fastif.index.factors import Factors, Stored, dtype_named
+from fastif.index.folder import Folder, Ids
+from fastif.index.sampling import Measured, part_of
+from fastif.influence.fitted import Fitted
+from fastif.influence.influence import Influence
+from fastif.influence.scoring import compute_scores
+from fastif.influence.tiles import best_of, check_groups
+
+
+class Top(NamedTuple):
+    """The best training examples of each query."""
+
+    values: Tensor  # [q, k], scores
+    indices: Tensor  # int64 [q, k], numbers of examples
+    ids: list[list[str]] | list[list[int]] | None  # by query, where the index has ids
+
+
+class Index:
+    """Training gradients on disk, from which scores are read without the training data.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from fastif import EKFAC, Influence
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+    >>> train = torch.randn(40, 2), torch.arange(40) % 3
+    >>> influence = Influence(model, curvature=EKFAC(), progress=False).fit(train)
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = Index.build(influence, train, folder, share=1, dtype="float32")
+    ...     index = Index(folder, Influence(model, curvature=EKFAC(), progress=False))
+    ...     scores = index.scores((train[0][:2], train[1][:2]))
+    >>> torch.allclose(scores, influence.scores((train[0][:2], train[1][:2]), train), rtol=1e-4, atol=1e-7)
+    True
+
+    Args:
+        folder: that `Index.build` wrote.
+        influence: what computes the queries' gradients: the Influence of the index, or one with the same arguments that
+            is not fitted, which then takes the curvature's state from the folder. Without it, only what needs no query
+            can be asked for.
+
+    Raises FileNotFoundError for a folder without an index; `fastif.files.Damaged`, a ValueError, for files that are
+    not what was written; ValueError for another model and for another curvature.
+    """
+
+    def __init__(self, folder: Path | str, influence: Influence | None = None):
+        self._folder = Folder(folder)
+        self.influence = influence
+        self._made: Encoder | None = None  # the metrics of the fit that queries were last asked with
+        if influence is not None:
+            if influence.n == 0:
+                state = load_state(self._folder)
+                try:
+                    influence.load_state_dict(state)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{folder} is an index of another model, or with other arguments: {error}"
+                    ) from error
+            else:
+                check_state(self._folder, influence.fitted)
+
+    @classmethod
+    def build(
+        cls,
+        influence: Influence,
+        train: Any,
+        out: Path | str,
+        *,
+        share: float = 0.04,
+        dtype: Stored = "int8",
+        self_influence: bool = False,
+        ids: Sequence[str] | Tensor | None = None,
+        resume: bool = False,
+        key: str | None = None,
+    ) -> Index:
+        """Walks through the training data once and writes the index.
+
+        Args:
+            influence: fitted, at one model, with estimators that have eigenvalues for each block: EKFAC, KFAC, Shampoo,
+                Diagonal, Identity. Its `memory` bounds what stands beside model and data, its `seed` draws the sample.
+            train: the training data.
+            out: the folder.
+            share: of the gradients' numbers, what is kept, in (0, 1]; 1 keeps all, which of t positions is t (o + d)
+                numbers of a layer at most, of min(o, d) factors. One threshold on σ² per number decides in all layers
+                and examples; it is found on a sample of them, and nothing is lost of a gradient with one position that
+                is kept at all. Gradients of fewer numbers than the share are kept as they are.
+            dtype: of the vectors: "int8" and "float16", each with a scale, or "float32".
+            self_influence: keep each example's exact score on itself, too: further work in every layer.
+            ids: of the examples, strings or int64 [n], which `top` gives back.
+            resume: go on with a job that was cut off; the files end with the same bits. One of other settings is
+                refused, each difference named.
+            key: as for `Influence.scores` with out=.
+
+        Raises ValueError for estimators without eigenvalues, several checkpoints, a share that keeps nothing and
+        a folder that holds an index already; `fastif.folder_lock.FolderInUse` where somebody else writes to it.
+        """
+        fitted, data = ready(influence), walkable(influence, train)
+        build(
+            fitted,
+            data,
+            Path(out),
+            share=share,
+            dtype=dtype,
+            self_influence=self_influence,
+            ids=ids,
+            resume=resume,
+            key=key,
+        )
+        return cls(out, influence)
+
+    def append(
+        self, more: Any, *, ids: Sequence[str] | Tensor | None = None, resume: bool = False, key: str | None = None
+    ) -> Index:
+        """Adds examples that the model was trained on, too, at the threshold of the index; they are numbered on from
+        `total`. Arguments as for `build`."""
+        influence = self._influence()
+        append(self._folder, ready(influence), walkable(influence, more), ids=ids, resume=resume, key=key)
+        return self
+
+    def remove(self, examples: Tensor) -> Index:
+        """Takes examples out, int64 [m] their numbers; the others keep theirs. Nothing of them stays in the blocks.
+
+        A file keeps its curvature and its measured error, in which they had their part.
+        """
+        remove(self._folder, examples)
+        return self
+
+    # ---------------------------------------------------------------------------------------------------- what it holds
+
+    @property
+    def path(self) -> Path:
+        return self._folder.path
+
+    @property
+    def examples(self) -> Tensor:
+        """The numbers of the training examples that it holds, int64 [n]: what columns of scores are of."""
+        return self._folder.examples
+
+    @property
+    def n(self) -> int:
+        """Training examples that it holds."""
+        return len(self._folder.examples)
+
+    @property
+    def total(self) -> int:
+        """The same with those that were removed."""
+        return self._folder.total
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int, int]]:
+        """Blocks of parameters and their g matrices [o, d]."""
+        return {name: (shape[0], shape[1], shape[2]) for name, shape, _ in self._folder.manifest["layers"]}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What determined it."""
+        return self._folder.manifest["settings"]
+
+    @property
+    def threshold(self) -> float:
+        """σ² per number of a factor below which it was dropped; 0: all is kept."""
+        return self._folder.manifest["threshold"]
+
+    @property
+    def measured(self) -> Measured | None:
+        """Its error as it was found while it was built, between examples drawn at random; None of very few examples."""
+        found = self._folder.manifest["measured"]
+        return None if found is None else Measured(**found)
+
+    @property
+    def finished(self) -> bool:
+        return not self._folder.missing()
+
+    @property
+    def nbytes(self) -> int:
+        """Of its blocks on disk."""
+        return self._folder.nbytes
+
+    def share(self) -> float:
+        """The numbers that are kept, of those of the gradients that may differ from zero; all blocks are read."""
+        kept = sum(
+            part.right.numel() + part.left.numel() for block in self._folder.blocks() for part in block.factors.values()
+        )
+        return kept / (self.n * self._folder.manifest["numbers"])
+
+    def self_influence(self) -> Tensor:
+        """Each example's score on itself, [n], as `Influence.self_influence`.
+
+        Where it was built with self_influence=True exact, and no model is needed; else of what is kept of a gradient,
+        which is less by what was dropped.
+        """
+        self._folder.check_finished()
+        if self.settings["own"]:
+            return torch.cat([block.own for block in self._folder.blocks() if block.own is not None])
+        encoder = self._encoder()
+        parts = list[Tensor]()
+        for block in self._folder.blocks():
+            norms = [block.factors[name].sq_norms(metric.own) for name, metric in encoder.metrics.items()]
+            parts.append(torch.stack(norms).sum(0).cpu() / encoder.fitted.n)
+        return torch.cat(parts)
+
+    def ids(self) -> Ids:
+        """Of the examples that it holds, where they were given."""
+        if self._folder.manifest["parts"][0]["settings"]["ids"] is None:
+            return None
+        parts = [block.ids for block in self._folder.blocks()]
+        if isinstance(parts[0], Tensor):
+            return torch.cat([part for part in parts if isinstance(part, Tensor)])
+        return [one for part in parts if isinstance(part, list) for one in part] if parts[0] is not None else None
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __repr__(self) -> str:
+        folder = self._folder
+        done = f"{len(folder.runs) - len(folder.missing())} of {len(folder.runs)} blocks"
+        stored = self.settings["stored"]
+        return f"Index({str(folder.path)!r}, n={self.n}, {stored}, {self.nbytes / 2**20:.1f} MiB, {done})"
+
+    # ---------------------------------------------------------------------------------------------------------- queries
+
+    @overload
+    def scores(self, query: Any, *, by: Literal["all"] = "all", query_groups: Tensor | None = None) -> Tensor: ...
+    @overload
+    def scores(self, query: Any, *, by: Literal["layer"], query_groups: Tensor | None = None) -> dict[str, Tensor]: ...
+    def scores(
+        self, query: Any, *, by: Literal["all", "layer"] = "all", query_groups: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
+        """Scores [q, n], as `Influence.scores` gives them, columns in the order of `examples`.
+
+        Args:
+            query: data with labels.
+            by: "layer": the part of every block in them, {block: [q, n]}.
+            query_groups: int64 [q]; rows are then groups of queries, [groups, n].
+        """
+        if by not in ("all", "layer"):
+            raise ValueError(f"scores: by must be one of 'all', 'layer', got {by!r}")
+        out: dict[str, Tensor] = {}
+        for first, start, parts in self._tiles(query, query_groups):
+            for name, values in parts.items():
+                into = name if by == "layer" else ""
+                if into not in out:
+                    out[into] = values.new_zeros((self._rows(query, query_groups), self.n))
+                out[into][first : first + len(values), start : start + values.shape[1]] += values
+        return out if by == "layer" else out[""]
+
+    def top(self, query: Any, k: int, *, largest: bool = True, rerank: int = 0, train: Any | None = None) -> Top:
+        """The k training examples with the largest scores for each query, as `Influence.top` gives them.
+
+        Args:
+            rerank: compute the scores of so many of each query's best exactly, and take the k best of these; it needs
+                `train`, of which these examples alone go through the model.
+            train: the training data of the index.
+        """
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.n:
+            raise ValueError(f"top: k must be an integer in [1, n={self.n}], got k={k}")
+        if rerank and not k <= rerank <= self.n:
+            raise ValueError(f"top: rerank must be 0 or in [k={k}, n={self.n}], got {rerank}")
+        if rerank and train is None:
+            raise ValueError("top: rerank= needs train=, the training data of the index")
+        query = walkable(self._influence(), query)
+        held: dict[int, tuple[Tensor, Tensor]] = {}
+        for first, start, parts in self._tiles(query, None):
+            held[first] = best_of(held.get(first), sum_of(parts), start, rerank or k, largest)
+        values, places = (torch.cat(parts) for parts in zip(*(held[first] for first in sorted(held)), strict=True))
+        if rerank:
+            values, places = self._reranked(query, train, places, k, largest)
+        ids = self.ids()
+        plain = ids.tolist() if isinstance(ids, Tensor) else ids
+        named = None if plain is None else [[plain[place] for place in row] for row in places.tolist()]
+        return Top(values, self.examples[places], named)
+
+    def _reranked(self, query: Any, train: Any, places: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+        """The k best of each query's `places` by their exact scores."""
+        influence = self._influence()
+        data = walkable(influence, train)
+        if data.n != self.total:
+            raise ValueError(f"top: train must be the {self.total} training examples of the index, got {data.n}")
+        known = self._folder.manifest["parts"]
+        if len(known) == 1 and data.identity.fingerprint != known[0]["settings"]["train"]:
+            raise ValueError("top: train is not the training data of the index: its examples or batches differ")
+        chosen, back = places.unique(return_inverse=True)
+        exact = compute_scores(ready(influence), query, part_of(data, self.examples[chosen])).values[""]
+        values = exact.gather(1, back)
+        order = places.argsort(1)  # ties go to the lower index
+        values, places = values.gather(1, order), places.gather(1, order)
+        best = values.argsort(dim=1, descending=largest, stable=True)[:, :k]
+        return values.gather(1, best), places.gather(1, best)
+
+    def _tiles(self, query: Any, groups: Tensor | None) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+        """First row, first column and parts by layer of the scores, block by block of the index."""
+        self._folder.check_finished()
+        influence = self._influence()
+        fitted, total = ready(influence), self._rows(query, groups)
+        groups = None if groups is None else groups.cpu()
+        encoder = self._encoder()
+        # Of the memory a half is for queries, the rest for a block and what is made of it.
+        with closing(encoder.queries(query, total, groups, fitted.memory // 2)) as blocks:
+            for first, held in blocks:
+                start = 0
+                for block in self._folder.blocks():
+                    yield first, start, products(block.factors, held)
+                    start += len(block.examples)
+
+    def _encoder(self) -> Encoder:
+        fitted = ready(self._influence())
+        if self._made is None or self._made.fitted is not fitted:
+            self._made = Encoder.of(fitted, dtype_named(self.settings["stored"]))
+        return self._made
+
+    def _rows(self, query: Any, groups: Tensor | None) -> int:
+        q = count(query, self._influence().passes.batch_size)
+        if groups is None:
+            return q
+        check_groups("query_groups", groups, q)
+        return int(groups.max()) + 1
+
+    def _influence(self) -> Influence:
+        if self.influence is None:
+            raise ValueError(
+                f"index: queries need the model: Index({str(self.path)!r}, influence) with an Influence of the same "
+                "model and arguments, fitted or not"
+            )
+        return self.influence
+
+
+def products(factors: Mapping[str, Factors], queries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores by block, [q, n], on the CPU."""
+    return {name: part.dots(queries[name]).cpu() for name, part in factors.items()}
+
+
+def sum_of(parts: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([*parts.values()]).sum(0)
+
+
+def ready(influence: Influence) -> Fitted:
+    """What was fitted, at the weights that the model still has."""
+    influence.fitted.check_weights()
+    return influence.fitted
+
+
+def walkable(influence: Influence, data: Any) -> Walked:
+    """Data whose passes are held against each other, and against the fit's where it is what was fitted."""
+    if isinstance(data, Iterator):
+        raise ValueError("index: the data is walked through more than once, got an iterator; pass a list")
+    (found,) = influence.fitted.walk(data)
+    return walked(found, influence.passes.batch_size)

@@ -1,0 +1,44 @@
+"""Logs and models: whether they fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fastif.replay.log import TrainingLog
+
+
+def check_logs(op: str, logs: TrainingLog | Sequence[TrainingLog], model: nn.Module) -> list[TrainingLog]:
+    """The logs, where they are of the model's architecture, and a single one is of the model itself."""
+    found = [logs] if isinstance(logs, TrainingLog) else list(logs)
+    if not found or not all(isinstance(log, TrainingLog) for log in found):
+        raise ValueError(f"{op}: logs must be a TrainingLog or several")
+    for number, log in enumerate(found):
+        _check_fits(op, f"log {number}" if len(found) > 1 else "the log", log, model)
+    if len(found) == 1:
+        _check_weights(op, found[0], model)
+    return found
+
+
+def _check_fits(op: str, what: str, log: TrainingLog, model: nn.Module) -> None:
+    _ = log.final  # raises where nothing was recorded
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    difference = log.layout.first_difference(shapes)
+    if difference is not None:
+        raise ValueError(f"{op}: {what} is of another model: {difference}")
+    dtypes = {value.dtype for name, value in model.named_parameters() if name in log.layout.names}
+    if dtypes != {log.dtype}:
+        raise ValueError(f"{op}: {what} is of {log.dtype}, the model is {', '.join(map(str, dtypes))}")
+
+
+def _check_weights(op: str, log: TrainingLog, model: nn.Module) -> None:
+    parameters = dict(model.named_parameters())
+    for name, value in log.layout.split(log.final.at).items():
+        if not torch.equal(parameters[name].detach().cpu(), value.cpu()):
+            away = float((parameters[name].detach().cpu() - value.cpu()).abs().max())
+            raise ValueError(
+                f"{op}: the model is not what the log ended with: {name!r} differs by up to {away:.3g}; load its "
+                "weights (log.parameters()), or record the training again"
+            )

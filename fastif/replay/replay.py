@@ -1,0 +1,348 @@
+"""The training run backwards: the derivative of the queries' losses by the weight of every training example."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastif.curvature.limits import MEMORY
+from fastif.curvature.matrix_free.lissa import Diverged
+from fastif.data.batches import moved_to, rows_of, walked
+from fastif.influence.networks import average_rows
+from fastif.influence.tiles import check_groups
+from fastif.model.losses import Loss, Measurement, check_loss, check_measurement
+from fastif.replay.agreement import check_logs
+from fastif.replay.log import Point, TrainingLog
+from fastif.replay.network import Matrix
+from fastif.replay.path import Path, Piece
+from fastif.replay.schedule import Schedule
+
+
+class _Run(NamedTuple):
+    path: Path
+    schedule: Schedule
+
+
+class Replay:
+    """Scores from the training run itself, computed backwards step by step. docs/math.md (24).
+
+    scores[q, t] is the predicted rise of query q's loss at the end of the training had example t not been in its
+    batches, −Σ_steps (w_t/b) ⟨∇ℓ_t, c⟩: with matrix="hessian" the exact first-order answer for this run, with "ggn"
+    that of a run whose Hessians are replaced by Gauss–Newton matrices, which is steadier where networks bend (ReLU) and
+    for large removals. Every step takes one forward pass for all queries, and a Jacobian-vector and a vector-Jacobian
+    product for each.
+
+    With several logs, of networks that were trained on parts of the data (complementary halves are best), every
+    network scores all examples: those that it did not see join its steps with weight zero, once an epoch. The
+    networks' rows are scaled to one spread and averaged, so that differences in how far they were trained do not count.
+
+    Args:
+        logs: a `TrainingLog` or several; steps, rows and number of epochs may differ.
+        model: a network of the architecture; it is left as it is. With one log, the one that was trained.
+        train: the training data that the logs' rows are places in, in the same order: tensors or a data set whose
+            examples can be had one by one.
+        loss: as for `Influence`; that of the training, whose mean over a batch was descended.
+        matrix: "ggn" or "hessian".
+        crossed: with several logs, take an example's residual ∂ℓ/∂logits in the middle of each epoch as the half of its
+            mean over networks that trained on it and of that over those that did not, a trapezoid rule for the removal;
+            without it examples score several times less in networks that fitted them than in others. Examples that all
+            networks trained on, or none, keep their own.
+        measurement: what is asked of queries, as for `Influence`.
+        memory: bytes for the path and the adjoints. Half of it is for states of the network: what lies between two
+            checkpoints of the log is computed again, and where it does not fit in several stages (2√m states for m
+            steps take one more). Half is for adjoints, two copies of each; queries that do not fit take further rounds.
+            Results do not depend on it.
+        batch_size: examples of `train` that go through the model at a time, at most, where the data has no batches of
+            its own; default as many as a step has.
+        queries_at_a_time: queries whose products are computed side by side; the intermediate results of a batch are
+            held for each of them.
+        max_growth: how many times larger than at the end an adjoint may become.
+        seed: of the order in which examples that a network was not trained on join its steps.
+        progress: show progress bars.
+
+    Raises ValueError for logs, model and data that do not fit together. `NotReproduced`, a ValueError, where the first
+    scores find that a log does not give the training's numbers again, with step and size; `Diverged`, likewise, where
+    an adjoint grows beyond max_growth, with step and norm.
+    """
+
+    def __init__(
+        self,
+        logs: TrainingLog | Sequence[TrainingLog],
+        model: nn.Module,
+        train: Any,
+        loss: Loss = "cross_entropy",
+        *,
+        matrix: Matrix = "ggn",
+        crossed: bool = True,
+        measurement: Measurement = "loss",
+        memory: int = MEMORY,
+        batch_size: int | None = None,
+        queries_at_a_time: int = 64,
+        max_growth: float = 1e6,
+        seed: int = 0,
+        progress: bool = True,
+    ):
+        logs = check_logs("Replay", logs, model)
+        check_loss(loss)
+        check_measurement(measurement, loss)
+        if matrix not in get_args(Matrix):
+            raise ValueError(f"Replay: matrix must be 'ggn' or 'hessian', got {matrix!r}")
+        numbers = {"memory": memory, "batch_size": batch_size, "queries_at_a_time": queries_at_a_time}
+        for name, value in numbers.items():
+            if value is not None and value < 1:
+                raise ValueError(f"Replay: {name} must be at least 1, got {value}")
+        if not max_growth > 1:
+            raise ValueError(f"Replay: max_growth must be > 1, got {max_growth}")
+        largest = max(len(step.rows) for log in logs for step in log.steps)
+        self.train = walked(train, largest if batch_size is None else batch_size)
+        self.n = self.train.n
+        if not self.train.indexable:
+            raise ValueError("Replay: train must be data whose examples can be had one by one: tensors or a data set")
+        last = max(int(step.rows.max()) for log in logs for step in log.steps)
+        if last >= self.n:
+            raise ValueError(f"Replay: the logs' rows must be in [0, n={self.n}), got {last}: other data?")
+        self.model, self.crossed, self.memory = model, crossed, memory
+        self.loss: Loss = loss
+        self.matrix: Matrix = matrix
+        self.measurement: Measurement = measurement
+        self.max_growth, self.progress = max_growth, progress
+        self.runs = [
+            _Run(
+                Path(log, model, loss, self.train, memory // 2, queries_at_a_time),
+                Schedule(log.steps, self.n, seed, number),
+            )
+            for number, log in enumerate(logs)
+        ]
+        self.deviations: list[float] | None = None  # of each log's checkpoints, relative, when it was computed again
+        # Of the last scores, by log: float64 [steps + 1], the largest over queries of the adjoint before each step.
+        self.adjoint_norms: list[Tensor] = []
+        self._residuals: tuple[Tensor, Tensor] | None = None  # by epoch and example, and which examples have them
+
+    # ---------------------------------------------------------------------------------------------------------- methods
+
+    def scores(self, query: Any, train: Any = None, *, query_groups: Tensor | None = None) -> Tensor:
+        """Predicted rise of every query's measurement if a training example were removed, [q, n], on the CPU.
+
+        Args:
+            query: data with labels.
+            train: the data that the replay was made with, or nothing; other data is refused.
+            query_groups: int64 [q]; rows are then groups of queries, whose measurements are summed, [groups, n].
+        """
+        self.verify()
+        return torch.cat([rows for _, rows in self._rows(query, train, query_groups)])
+
+    def top(self, query: Any, train: Any, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
+        """The k training examples with the largest scores for each query: (values [q, k], indices int64 [q, k]).
+
+        `largest=False` gives the most harmful, smallest first. Ties go to the lower index.
+        """
+        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.n:
+            raise ValueError(f"top: k must be an integer in [1, n={self.n}], got k={k}")
+        self.verify()
+        found = [rows.sort(dim=1, descending=largest, stable=True) for _, rows in self._rows(query, train, None)]
+        return torch.cat([f.values[:, :k] for f in found]), torch.cat([f.indices[:, :k] for f in found])
+
+    def self_influence(self, train: Any = None) -> Tensor:
+        """scores[t, t] of every training example, [n]; each is a query, so it takes as long as the scores of n."""
+        self.verify()
+        parts = []
+        for first, rows in self._rows(self.train, train, None):
+            places = torch.arange(len(rows))
+            parts.append(rows[places, first + places])
+        return torch.cat(parts)
+
+    def verify(self) -> list[float]:
+        """Computes the trainings again and holds them against the logs, once: the largest deviation of each.
+
+        It is that of a checkpoint's parameters, relative to how far they moved since the one before. Scores do it
+        first. Raises `NotReproduced`.
+        """
+        if self.deviations is not None:
+            return self.deviations
+        sums: Sums | None = None
+        if self.crossed and len(self.runs) > 1:
+            sums = Sums(self.n, [run.schedule.epochs for run in self.runs], self.memory)
+        found = []
+        for number, run in enumerate(self.runs):
+            with self._running(run.path), self._bar(len(run.path), f"training again{self._of(number)}") as bar:
+                found.append(run.path.verify(partial(self._look_at, run, run.schedule.middles, sums, bar)))
+        if sums is not None:
+            self._residuals = sums.crossed()
+        if self.matrix == "hessian":
+            self._warn_of_kinks()
+        self.deviations = found
+        return found
+
+    # --------------------------------------------------------------------------------------------------------- the work
+
+    def _look_at(
+        self, run: _Run, middles: dict[int, list[int]], sums: Sums | None, bar: tqdm, step: int, at: Tensor
+    ) -> None:
+        """In the middle of an epoch, adds the residuals of all examples."""
+        bar.update()
+        for epoch in middles.get(step, []):
+            if sums is None:
+                return
+            for piece in run.path.pieces(torch.arange(self.n), torch.ones(self.n)):
+                sums.add(epoch, piece.rows, run.path.network.residuals(at, piece.x, piece.y), run.schedule.present)
+
+    def _rows(self, query: Any, train: Any, query_groups: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+        """Rows of the scores, as many at a time as memory holds adjoints of, and the first one's number."""
+        if train is not None and train is not self.train and not self.train.holds(train):
+            given = walked(train, self.train.batch_size).identity.rows
+            if not torch.equal(given, self.train.identity.rows):
+                raise ValueError("Replay: train must be the data that the replay was made with, got other examples")
+        query = walked(query, self.train.batch_size)
+        if query_groups is not None:
+            check_groups("query_groups", query_groups, query.n)
+        total = query.n if query_groups is None else int(query_groups.max()) + 1
+        each = min(self._queries_together(run.path) for run in self.runs)
+        self.adjoint_norms = [torch.zeros(len(run.path) + 1, dtype=torch.float64) for run in self.runs]
+        for first in range(0, total, each):
+            chosen = torch.arange(first, min(first + each, total))
+            found = []
+            for number, run in enumerate(self.runs):
+                with self._running(run.path):
+                    begun = self._query_gradients(run.path, query, chosen, query_groups)
+                    found.append(self._backwards(number, run, begun))
+            yield first, found[0] if len(found) == 1 else average_rows(found)
+
+    def _queries_together(self, path: Path) -> int:
+        return max(1, self.memory // 2 // (2 * path.state_bytes))
+
+    def _query_gradients(self, path: Path, query: Any, chosen: Tensor, groups: Tensor | None) -> Tensor:
+        """∇m at the end of the training, [queries or groups chosen, P]."""
+        at = path.end.at
+        out = at.new_zeros((len(chosen), len(at)))
+        first = int(chosen[0])
+        wanted = chosen if groups is None else torch.arange(len(groups))[torch.isin(groups, chosen)]
+        for (x, y), places in query.picked(wanted):
+            x, y = moved_to(x, path.device), moved_to(y, path.device)
+            for i, place in enumerate(wanted[places].tolist()):
+                one = slice(i, i + 1)
+                labels = None if y is None else rows_of(y, one)
+                gradient = path.network.query_gradient(at, rows_of(x, one), labels, self.measurement)
+                out[(place if groups is None else int(groups[place])) - first] += gradient
+        return out
+
+    def _backwards(self, network: int, run: _Run, begun: Tensor) -> Tensor:
+        """One network's scores of as many queries as gradients were begun with, [q, n]."""
+        path, schedule = run
+        adjoints = (begun, *(torch.zeros_like(begun) for _ in path.log.rule.state))
+        scores = begun.new_zeros((len(begun), self.n))
+        start = self._note_norms(network, len(path), begun, None)
+        with self._bar(len(path), f"backwards{self._of(network)}") as bar:
+            for number, point in path.backwards():
+                pieces = path.batch(number)
+                gradient = path.gradient(point.at, pieces) if path.log.rule.needs_gradient else None
+                c, adjoints = path.pull(adjoints, point, number, gradient)
+                epoch = schedule.epoch_of[number]
+                for piece in pieces:
+                    self._take(path, point, piece, c, epoch, scores, adjoints[0])
+                joining = schedule.joining[number]
+                if len(joining):
+                    share = schedule.rate / len(path.log.steps[number].rows)
+                    for piece in path.pieces(joining, torch.full((len(joining),), share, dtype=torch.float64)):
+                        self._take(path, point, piece, c, epoch, scores, None)
+                self._note_norms(network, number, adjoints[0], start)
+                bar.update()
+        return scores.cpu()
+
+    def _take(
+        self, path: Path, point: Point, piece: Piece, c: Tensor, epoch: int, scores: Tensor, adjoint: Tensor | None
+    ) -> None:
+        """Adds what some examples of a step give: to their scores and, where they were trained on, to the adjoint."""
+        weights = None if adjoint is None else piece.weights
+        residuals = None
+        if self._residuals is not None:
+            values, known = self._residuals
+            residuals = values[epoch, piece.rows]
+            if not bool(known[piece.rows].all()):
+                own = path.network.residuals(point.at, piece.x, piece.y)
+                mask = known[piece.rows].to(own.device).view(-1, *(1,) * (own.dim() - 1))
+                residuals = torch.where(mask, residuals.view_as(own), own)
+        found = path.network.products(point.at, piece.x, piece.y, weights, self.matrix, c, residuals)
+        scores.index_add_(1, piece.rows.to(scores.device), found.changes * -piece.weights)
+        if adjoint is not None and found.curved is not None:
+            adjoint += found.curved
+
+    def _note_norms(self, network: int, place: int, adjoint: Tensor, start: Tensor | None) -> Tensor:
+        """The norms [q] of the queries' adjoints, noted; raises `Diverged` where one outgrew what it was at the end."""
+        norms = adjoint.norm(dim=1)
+        if start is not None and not bool((norms <= self.max_growth * start).all()):
+            worst = int((norms / start.clamp(min=1e-30)).nan_to_num(nan=math.inf).argmax())
+            raise Diverged(
+                f"Replay: before step {place}{self._of(network)} an adjoint's norm is {float(norms[worst]):.3g}, more "
+                f"than max_growth={self.max_growth:g} times what it was at the end ({float(start[worst]):.3g}): the "
+                "derivative of this training explodes and predicts nothing; matrix='ggn', a smaller learning rate or a "
+                "smooth activation keep it bounded"
+            )
+        self.adjoint_norms[network][place] = max(float(self.adjoint_norms[network][place]), float(norms.max()))
+        return norms
+
+    def _warn_of_kinks(self) -> None:
+        path = self.runs[0].path
+        piece = path.batch(0)[0]
+        with self._running(path):
+            kinks = path.network.find_kinks(path.end.at, piece.x, piece.y)
+        if kinks:
+            warnings.warn(
+                f"Replay: the model bends sharply ({', '.join(kinks)}): matrix='hessian' is exact for an infinitesimal "
+                "change of weights alone, a removal flips kinks that it does not see; matrix='ggn' serves such models",
+                stacklevel=4,
+            )
+
+    def _running(self, path: Path) -> Any:
+        return path.network.running(path.log.modes)
+
+    def _of(self, network: int) -> str:
+        return f", network {network + 1} of {len(self.runs)}" if len(self.runs) > 1 else ""
+
+    def _bar(self, total: int, name: str) -> tqdm:
+        return tqdm(total=total, desc=name, disable=not self.progress, leave=False)
+
+
+class Sums:
+    """Residuals by epoch and example, added up over the networks that trained on an example and those that did not."""
+
+    def __init__(self, n: int, epochs: list[int], memory: int):
+        if len(set(epochs)) > 1:
+            raise ValueError(
+                f"Replay: crossed=True compares networks epoch by epoch, and the logs have {sorted(set(epochs))} "
+                "epochs; pass crossed=False, or train them for one number of epochs"
+            )
+        self.n, self.epochs, self.memory = n, epochs[0], memory
+        self._totals: Tensor | None = None  # [2, epochs, n, ...]
+        self._counts: Tensor = torch.zeros(2, n, dtype=torch.int64)
+
+    def add(self, epoch: int, rows: Tensor, residuals: Tensor, present: Tensor) -> None:
+        if len(residuals) != len(rows):  # the logits of one example, of which a model's squeeze() took the axis
+            residuals = residuals[None]
+        if self._totals is None:
+            shape = (2, self.epochs, self.n, *residuals.shape[1:])
+            size = math.prod(shape) * residuals.element_size()
+            if size > self.memory:
+                raise ValueError(
+                    f"Replay: crossed=True keeps residuals {list(shape)} of all epochs and examples, {size:,} bytes, "
+                    f"more than memory={self.memory:,}; pass crossed=False or more memory"
+                )
+            self._totals = residuals.new_zeros(shape)
+        side = present[rows].long()
+        self._totals[side.to(residuals.device), epoch, rows.to(residuals.device)] += residuals
+        if epoch == 0:
+            self._counts[side, rows] += 1
+
+    def crossed(self) -> tuple[Tensor, Tensor]:
+        """½ (mean over the networks that trained on it + mean over the others), [epochs, n, ...], and bool [n]: which
+        examples have both."""
+        assert self._totals is not None
+        known = (self._counts > 0).all(0)
+        counts = self._counts.clamp(min=1).to(self._totals).view(2, 1, self.n, *(1,) * (self._totals.dim() - 3))
+        return (self._totals / counts).mean(0), known
