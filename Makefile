@@ -24,7 +24,7 @@ TESTS   := $(if $(SETUP),OMP_NUM_THREADS=1 )$(PY) -m pytest $(if $(SETUP),-n $(J
 SPREAD  := $(subst loadfile,worksteal,$(TESTS))
 COVER   := $(if $(SETUP),--cov=fastif --cov-report=term:skip-covered --cov-fail-under=95)
 
-.PHONY: help demo test test-slow lint docs bench bench-kcenter bench-influence bench-index bench-blocks results cuda-check cuda-link arm-check \
+.PHONY: help demo test test-slow lint docs bench bench-kcenter bench-influence bench-index bench-ranks bench-blocks results cuda-check cuda-link arm-check \
   gpu-check clean
 
 help:  ## this list
@@ -69,6 +69,12 @@ bench-influence: build/ready  ## EK-FAC against kronfluence and dattri, growth w
 	@mkdir -p runs
 	OMP_NUM_THREADS=1 FASTIF_BENCH_SCALE=$${FASTIF_BENCH_SCALE:-0.2} $(PY) -m pytest benchmarks/influence/bench_influence.py --benchmark-enable -s --benchmark-json runs/influence.json
 	$(PY) -m benchmarks.figures.keep keep runs/influence.json influence-cpu
+	$(PY) -m benchmarks.figures.keep tables
+
+bench-ranks: build/ready  ## EK-FAC on 1, 2 and 4 ranks: CPU seconds in all, bytes sent; FASTIF_DATA=folder
+	@mkdir -p runs
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.influence.bench_ranks --out runs/ranks.json
+	$(PY) -m benchmarks.figures.keep keep runs/ranks.json ranks-cpu
 	$(PY) -m benchmarks.figures.keep tables
 
 bench-index: build/ready  ## the index against walking again: seconds, bytes, what is lost; FASTIF_DATA=folder

@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _LOOK = 1.0  # seconds between two looks at who is missing
+_PAUSES = 2e-4, 0.02  # seconds between two looks whether all are there, at first and in the end
 _SILENT = 30.0  # seconds without a sign of life from a rank at work, after which it counts as dead
 BUCKET = 1 << 26  # bytes that are exchanged at a time, where a single tensor does not take more
 
@@ -65,6 +65,12 @@ class Ranks:
 
     def __repr__(self) -> str:
         return f"rank {self.rank} of {self.world}"
+
+    def __deepcopy__(self, memo: Any) -> Ranks:
+        return self  # processes cannot be copied
+
+    def __reduce__(self) -> Any:  # where it is read again, the group that is there counts
+        return find_ranks, ()
 
     def check_device(self, device: torch.device) -> None:
         """Raises ValueError where the process group cannot send what is on the device."""
@@ -165,21 +171,23 @@ class Ranks:
 
     def _hear(self, what: str) -> list[Any]:
         keys = [f"{self._step}/{rank}" for rank in range(self.world)]
-        begun, signs = time.monotonic(), dict[int, tuple[str, float]]()
-        limit = self._store.timeout.total_seconds()
+        begun, looked, pause = time.monotonic(), time.monotonic(), _PAUSES[0]
+        signs, limit = dict[int, tuple[str, float]](), self._store.timeout.total_seconds()
         while True:
-            try:
-                self._store.wait(keys, timedelta(seconds=min(_LOOK, limit)))
-                break
-            except RuntimeError:
-                pass  # not there yet, or the store is gone, which shows below
+            with self._answering():
+                if self._store.check(keys):  # not `wait`, of which torch prints a warning whenever it takes longer
+                    break
+            time.sleep(pause)
+            pause, now = min(1.5 * pause, _PAUSES[1]), time.monotonic()
+            if now - looked < min(_LOOK, limit):
+                continue
+            looked = now
             with self._answering():
                 missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
                 silent = [rank for rank in missing if self._silence(rank, signs) > min(_SILENT, limit)]
-            waited = time.monotonic() - begun
             if silent:
                 self._lose(f"{self._named(silent)} gave no sign of life for {min(_SILENT, limit):.0f} s", what)
-            if missing and waited > limit:
+            if missing and now - begun > limit:
                 self._lose(f"{self._named(missing)} did not arrive within the group's timeout of {limit:.0f} s", what)
         with self._answering():
             said = [pickle.loads(value) for value in self._store.multi_get(keys)]

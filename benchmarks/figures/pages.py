@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from . import faithfulness, index, readme, tables
+from . import faithfulness, index, readme, scale, tables
 
 
 def with_tables(page: str) -> str:
@@ -29,6 +29,8 @@ def with_tables(page: str) -> str:
             "glance": lambda _: readme.glance(),
             "story": lambda _: readme.story(),
             "zoo": tables.zoo_table,
+            "ranks": scale.ranks_table,
+            "scale": scale.scale_table,
             "gpt2": tables.gpt2_table,
         }
         make = next((make for kind, make in kinds.items() if name.startswith(kind)), tables.benchmark_table)

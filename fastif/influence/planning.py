@@ -16,6 +16,7 @@ from fastif.influence.queries import MADE, query_bytes_of
 from fastif.influence.rank_plans import PartWork, RankPlan, plan_ranks
 from fastif.influence.rehearsal import Rehearsal, rehearse, rehearse_scores
 from fastif.model.calls import dtype_of
+from fastif.ranks import ALONE
 
 
 class LayerPlan(NamedTuple):
@@ -72,6 +73,7 @@ class Plan(NamedTuple):
 
 def make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | None, ranks: int | None = None) -> Plan:
     """See `Influence.plan`; the model stands ready with its hooks."""
+    setup = setup._replace(ranks=ALONE)  # a rank may plan on its own
     made, seen = _make_plan(setup, train, query, low_rank)
     if ranks is None:
         return made

@@ -14,7 +14,7 @@ The idea of choosing the curvature's examples by features or by logits, and the 
 formulas are not given there, and the definitions on this page are our own.
 """
 
-from fastif.samplers.centres import k_center, k_center_by_class
+from fastif.samplers.centres import k_center, k_center_by_class, k_center_of_ranks
 from fastif.samplers.draw import draw
 from fastif.samplers.importance import CertifiedSubset, certified, leverage, logit
 from fastif.samplers.intermediate import intermediate_distance
@@ -30,6 +30,7 @@ __all__ = [
     "intermediate_distance",
     "k_center",
     "k_center_by_class",
+    "k_center_of_ranks",
     "leverage",
     "logit",
     "prefix",

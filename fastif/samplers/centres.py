@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from fastif import ops
 from fastif.ops import _checks as check
+from fastif.ranks import find_ranks
 from fastif.samplers.subset import (
     Subset,
     allocate,
@@ -98,6 +99,60 @@ def k_center(
     points = _prepared(points, metric)
     centres = ops.farthest_first(points, k, given, until_radius=until_radius, progress=progress)
     return _subset(centres.indices.cpu(), centres.counts.cpu() if weighted else None)
+
+
+def k_center_of_ranks(
+    points: Tensor | np.ndarray,
+    k: int,
+    *,
+    start: int | Tensor | None = None,
+    weighted: bool = True,
+    metric: Metric = "euclidean",
+    generator: Generator | None = None,
+    group: Any = None,
+) -> Subset:
+    """`k_center` of points that stand in parts on several ranks, in two rounds; on one process `k_center` itself.
+
+    points [n_r, d]: this rank's; rows are numbered through the ranks in their order, and those of a rank may be none.
+    Every rank picks k among its own, and all of them k among the picks, W·k·d numbers on each: every point is within
+    *four* times the smallest possible radius of a centre, as in `k_center` of chunks, of which it has the picks. The
+    weights are its, too. All ranks return the same; `generator` has to be in one state on all of them.
+
+    Raises ValueError or TypeError, on all ranks, as `k_center`. docs/math.md (7), docs/scale.md.
+    """
+    ranks, op = find_ranks(group), "k_center_of_ranks"
+    if ranks.world == 1:
+        how: dict[str, Any] = dict(start=start, weighted=weighted, metric=metric, generator=generator)
+        return k_center(points, k, **how, progress=False)
+    with ranks.together(op):
+        _check_metric(op, metric)
+        mine = _tensor(points)
+        if not (isinstance(mine, Tensor) and mine.dim() == 2 and len(mine) == 0):  # a rank may have none
+            mine = check_shape(op, "points", mine, "[n, d]")
+            check_finite(op, "points", mine)
+        lengths = ranks.meet("the points of each rank", len(mine))
+        n, first = sum(lengths), sum(lengths[: ranks.rank])
+        k = check_k(op, k, n)
+        given = _first(n, generator) if start is None else _check_start(start, k, n)
+        kind = {"d": mine.shape[1], "type of points": str(mine.dtype), "metric": metric, "weighted": weighted}
+        ranks.compare(op, {**kind, "k": k, "start": given.tolist()})
+        mine = _prepared(mine, metric, op, first) if len(mine) else mine
+        picked = mine[:0], torch.zeros(0, dtype=torch.int64, device=mine.device)
+        if len(mine):
+            own = given[(given >= first) & (given < first + len(mine))] - first
+            found = ops.farthest_first(mine, min(k, len(mine)), own if len(own) else 0)
+            picked = mine[found.indices], found.indices.to(mine.device) + first
+        parts = ranks.gather("picks", {"rows": picked[0], "origin": picked[1]}, mine.device)
+        union, origin = torch.cat([part["rows"] for part in parts]), torch.cat([part["origin"] for part in parts]).cpu()
+        position = {row: i for i, row in enumerate(origin.tolist())}
+        begun = torch.tensor([position[row] for row in given.tolist()])
+        centres = ops.farthest_first(union, min(k, len(union)), begun)
+        if not weighted:
+            return _subset(origin[centres.indices.cpu()], None)
+        chosen, cells = union[centres.indices], torch.zeros(len(centres.indices), dtype=torch.int64)
+        if len(mine):
+            cells = _cells(lambda: iter([(0, mine)]), chosen, len(mine), False)
+        return _subset(origin[centres.indices.cpu()], ranks.sum("cells", cells.to(mine.device)).cpu())
 
 
 def k_center_by_class(

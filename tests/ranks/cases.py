@@ -339,3 +339,19 @@ def retrained(folder: str | None, function: Any = train, **how: Any) -> Any:
 def halves() -> Any:
     found = evaluation.train_halves(train, 24, pairs=2, progress=False)
     return torch.stack([state["weight"] for state in found.states])
+
+
+def centres(lengths: Any, start: Any, metric: str = "euclidean", weighted: bool = True) -> Any:
+    """Centres of points that stand on the ranks in parts of these lengths."""
+    points = torch.randn(sum(lengths), 3, generator=torch.Generator().manual_seed(0)).double()
+    ranks = find_ranks()
+    own = points.split(lengths)[ranks.rank] if ranks.world > 1 else points
+    how: dict[str, Any] = dict(start=start, metric=metric, weighted=weighted)
+    return samplers.k_center_of_ranks(own, 6, generator=torch.Generator().manual_seed(1), **how)
+
+
+def bad_centres(rank: int) -> Any:
+    points = torch.randn(5, 3)
+    if find_ranks().rank == rank:
+        points[2, 1] = float("nan")
+    return samplers.k_center_of_ranks(points, 2, start=0)

@@ -1,5 +1,7 @@
 """What goes wrong on one rank ends the work of all, soon and with a message that says where and why."""
 
+import copy
+import pickle
 import re
 import time
 
@@ -56,6 +58,7 @@ def test_alone_without_a_group(monkeypatch):
     assert ranks.find_ranks() is ranks.ALONE
     x = torch.ones(3)
     assert ranks.ALONE.sum("x", x) is x
+    assert pickle.loads(pickle.dumps(ranks.ALONE)) is copy.deepcopy(ranks.ALONE) is ranks.ALONE
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"WORLD_SIZE=2 is in the environment.*init_process_group"):
         Influence(problem("mlp").model)

@@ -1,5 +1,7 @@
 """A folder of scores that ranks write together: the bits of one process, also after some of them were killed."""
 
+import random
+import time
 from functools import partial
 
 import pytest
@@ -9,7 +11,7 @@ from fastif import CG, EKFAC, Influence, ScoreFolder
 from fastif.folder_lock import locked
 from tests.helpers.by_hand import problem
 from tests.helpers.crew import Crew
-from tests.ranks.cases import job, job_elsewhere
+from tests.ranks.cases import exchanges, job, job_elsewhere
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,3 +78,25 @@ def test_folders_that_are_not_shared_or_in_use(two, tmp_path):
         for found in two.end():
             assert found.kind == "FolderInUse"
             assert "is being written by process" in found.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_a_rank_is_killed_at_any_moment(tmp_path, seed):
+    state, draw = state_of(), random.Random(seed)
+    want, _, blocks = job(str(tmp_path / "one"), state)
+    crew, folder = Crew(2, timeout=4), tmp_path / "two"
+    try:
+        crew(exchanges)
+        crew.begin(job, str(folder), state)
+        time.sleep(draw.uniform(0, 0.4))
+        victim = draw.randrange(2)
+        crew.kill(victim)
+        answer = crew.end(60)[1 - victim]
+        assert isinstance(answer, tuple) or answer.kind == "RankFailed", answer  # it was done, or it stopped
+    finally:
+        crew.dismiss()
+    there = ScoreFolder(folder).count_blocks()[0] if (folder / "manifest.json").exists() else 0
+    found, _, written = job(str(folder), state)
+    assert torch.equal(found, want)
+    assert written == blocks - there

@@ -5,8 +5,11 @@ from functools import partial
 import pytest
 import torch
 
+from fastif.samplers import k_center
 from tests.helpers.crew import Crew
 from tests.ranks.cases import (
+    bad_centres,
+    centres,
     features,
     groups,
     halves,
@@ -68,3 +71,33 @@ def test_retrainings_go_on_after_a_rank_was_killed(tmp_path):
     lines = (tmp_path / "job" / "retrained.jsonl").read_text().count('"set"')
     assert 2 <= lines < 5
     assert torch.equal(retrained(folder, train_and_end), retrained(None))
+
+
+@pytest.mark.parametrize("lengths", [(40, 25), (3, 50), (0, 20)], ids=str)
+def test_centres_of_ranks_are_those_of_chunks(two, lengths):
+    points = torch.randn(sum(lengths), 3, generator=torch.Generator().manual_seed(0)).double()
+    pieces = [part for part in points.split(lengths) if len(part)]
+    for start, metric, weighted in (
+        (None, "euclidean", True),
+        (7, "cosine", True),
+        (torch.tensor([9, 2]), "euclidean", False),
+    ):
+        first, second = two(centres, lengths, start, metric, weighted)
+        begun = start
+        if start is None:
+            begun = int(torch.randint(len(points), (1,), generator=torch.Generator().manual_seed(1)))
+        want = k_center(pieces, 6, start=begun, metric=metric, weighted=weighted, chunk_rows=1, progress=False)
+        for got in (first, second):
+            assert torch.equal(got.indices, want.indices)
+            assert torch.equal(got.weights, want.weights)
+    best = k_center(points, 6, start=7, progress=False).indices
+    reach = [torch.cdist(points, points[of]).amin(1).max() for of in (best, two(centres, lengths, 7)[0].indices)]
+    assert reach[1] <= 4 * reach[0]  # the smallest radius is no larger than that of the exact scheme
+    assert torch.equal(centres(lengths, 7).indices, best)
+
+
+def test_centres_of_a_rank_with_nan(two):
+    two.begin(bad_centres, 1)
+    first, second = two.end()
+    assert first.text == f"on rank 1: {second.text}"
+    assert "row 2" in second.text

@@ -1,0 +1,41 @@
+"""The example says the same on one process and on two that torchrun starts."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastif import ScoreFolder
+
+pytest.importorskip("sklearn", reason="the example's digits come with scikit-learn")
+ROOT = Path(__file__).parents[2]
+
+
+def said(*command):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_many_ranks(tmp_path):
+    script = [str(ROOT / "examples" / "many_ranks.py"), "--epochs", "1"]
+    alone = said(*script, "--out", str(tmp_path / "one"))
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    together = said(*run, *script, "--out", str(tmp_path / "two"))
+    digits = [
+        re.findall(r"test digit \d+: rests most on training digits (\[.*?\])", text) for text in (alone, together)
+    ]
+    assert len(digits[0]) == 20
+    assert sum(a == b for a, b in zip(*digits, strict=True)) >= 18  # float32: near ties may change places
+    assert alone.startswith("1 ranks; the first took 1438 of 1438 examples, sent 0 bytes")
+    assert re.match(r"2 ranks; the first took \d+ of 1438 examples, sent [\d,]+ bytes", together)
+    one, two = (ScoreFolder(tmp_path / name).load() for name in ("one", "two"))
+    assert float((one - two).norm() / one.norm()) < 1e-3
+    assert torch.isfinite(two).all()
