@@ -74,12 +74,31 @@ class RetainedHead:
     @property
     def parameters(self) -> dict[str, Tensor]:
         """Weight [c, d] and, where there is one, bias [c], by their keys."""
-        theta = self.theta.to(self.dtype, copy=True)
+        return self._named(self.theta.to(self.dtype, copy=True))
+
+    def _named(self, theta: Tensor) -> dict[str, Tensor]:
         return dict(zip(self._keys, (theta[:, :-1], theta[:, -1]) if self.has_bias else (theta,), strict=False))
+
+    def with_noise(self, noise: Tensor) -> dict[str, Tensor]:
+        """`parameters`, with noise [c, d (+1)] added before they are rounded to the head's type."""
+        return self._named((self.theta + noise).to(self.dtype))
 
     def gradient(self) -> float:
         self._gradient = self._gradient_at(self.theta, self.logits)
         return self._gradient.norm().item()
+
+    def gradient_error(self) -> float:
+        """A bound on the rounding error of ‖∇F‖ at the parameters, computed in float64, to first order in its unit u.
+
+        Logits of d products, their softmax (whose Jacobian's norm is at most ½), and a sum over the m retained: each
+        example adds at most u ‖a‖ ((d + 8) ‖θ‖ ‖a‖ + c + 8 + (m + 4) ‖r‖), where r is its residual.
+        """
+        lengths = self.inputs.norm(dim=1)
+        residuals = output_grads(self.logits.softmax(1), self.labels).norm(dim=1)
+        (m, d), c, size = self.inputs.shape, len(self.theta), self.theta.norm()
+        each = lengths * ((d + 8) * size * lengths + c + 8 + (m + 4) * residuals)
+        total = each.sum() / self.n + 8 * self.weight_decay * size + self.theta.numel() * self._gradient.norm()
+        return torch.finfo(torch.float64).eps * total.item()
 
     def curvature(self) -> int:
         if self._curvature_of is not None:
