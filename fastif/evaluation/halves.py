@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor, nn
-from tqdm import tqdm
 
-from fastif.data.checksums import checksum
+from fastif.evaluation.network_files import packed, train_networks
 from fastif.evaluation.trainings import Task, TrainFn, Trainings
-from fastif.files import Damaged, sealed, unsealed, whole, write_whole
 from fastif.fingerprints import VERSIONS, described
 from fastif.folder_lock import locked
 from fastif.influence.networks import Networks
-from fastif.journal import refuse_differences
 
 _SEEDS = 1 << 30, 1 << 31  # of the networks: far from the small numbers that an evaluation's seeds are
 
@@ -63,12 +55,11 @@ def train_halves(
         raise ValueError(f"train_halves: training_time must be a number > 0, got {training_time!r}")
     if key is not None and out is None:
         raise ValueError(f"train_halves: key={key!r} needs out=, the folder of the job")
-    trainings = Trainings("train_halves", train_fn, _packed, processes, threads)
+    trainings = Trainings("train_halves", train_fn, packed, processes, threads)
     trainings.check()
     tasks = draw_halves(n, pairs, seed)
-    states: dict[int, dict[str, Tensor]] = {}
     if out is None:
-        _train(trainings, tasks, states, progress)
+        states, _ = train_networks(trainings, tasks, "halves", progress)
     else:
         settings = {
             "train_fn": described(train_fn, "train_fn", key),
@@ -81,8 +72,7 @@ def train_halves(
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
-            _take_up(folder, settings, tasks, states, resume)
-            _train(trainings, tasks, states, progress, folder, settings)
+            states, _ = train_networks(trainings, tasks, "halves", progress, folder, settings, resume)
     return Networks([states[task.number] for task in tasks], [task.kept for task in tasks], training_time)
 
 
@@ -96,78 +86,3 @@ def draw_halves(n: int, pairs: int, seed: int) -> list[Task]:
         for half, own in zip((order[: n // 2], order[n // 2 :]), seeds, strict=True):
             tasks.append(Task(len(tasks), half.sort().values, own))
     return tasks
-
-
-def _packed(model: nn.Module) -> bytes:
-    """The model's state as a safetensors file."""
-    return save({name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()})
-
-
-def _train(
-    trainings: Trainings,
-    tasks: list[Task],
-    states: dict[int, dict[str, Tensor]],
-    progress: bool,
-    folder: Path | None = None,
-    settings: Any = None,
-) -> None:
-    """Adds the states that are missing, and keeps each in the folder."""
-    todo = [task for task in tasks if task.number not in states]
-    bar = tqdm(total=len(tasks), initial=len(states), desc="halves", unit="network", disable=not progress)
-    with bar:
-        for task, data, _ in trainings.run(todo):
-            state = load(data)
-            broken = [name for name, value in state.items() if not value.isfinite().all()]
-            if broken:
-                raise ValueError(
-                    f"train_halves: {broken[0]} of network {task.number} (seed {task.seed}) is not finite: its "
-                    "training diverged"
-                )
-            if folder is not None:
-                _keep(folder, task, data, state, settings)
-            states[task.number] = state
-            bar.update()
-
-
-def _keep(folder: Path, task: Task, data: bytes, state: dict[str, Tensor], settings: Any) -> None:
-    """The network's file, and then a note beside it of what it holds: a file without its note is trained again."""
-    path = _path(folder, task)
-    with whole(path, len(data)) as unfinished:
-        unfinished.write_bytes(data)
-    note = sealed({"settings": settings, "network": task.number, "tensors": _checksums(state)})
-    write_whole(path.with_suffix(".json"), json.dumps(note))
-
-
-def _take_up(
-    folder: Path, settings: Any, tasks: list[Task], states: dict[int, dict[str, Tensor]], resume: bool
-) -> None:
-    """Takes the networks that are in the folder."""
-    for task in tasks:
-        path = _path(folder, task)
-        note = path.with_suffix(".json")
-        if not note.exists():
-            continue
-        if not resume:
-            raise ValueError(f"{folder} holds networks already; resume the job, or remove the folder")
-        try:
-            found = unsealed(note.read_text(encoding="utf-8", errors="replace"))
-            theirs, checksums = found["settings"], found["tensors"]
-        except (ValueError, KeyError) as error:
-            raise Damaged(note, str(error)) from error
-        refuse_differences(folder, theirs, settings)
-        try:
-            state = load(path.read_bytes())
-        except (OSError, SafetensorError) as error:
-            raise Damaged(path, str(error), f"remove it and {note.name}, and resume the job") from error
-        if _checksums(state) != checksums:
-            why = "its tensors are not those that were written"
-            raise Damaged(path, why, f"remove it and {note.name}, and resume the job")
-        states[task.number] = state
-
-
-def _path(folder: Path, task: Task) -> Path:
-    return folder / f"network-{task.number:03d}.safetensors"
-
-
-def _checksums(state: dict[str, Tensor]) -> dict[str, int]:
-    return {name: checksum(value) for name, value in state.items()}
