@@ -36,6 +36,7 @@ from fastif.ops import build_info
 from fastif.removal import Certificate, Removal, Step, remove
 from fastif.renamed import find_renamed
 from fastif.replay import NotReproduced, Replay, Source, TrainingLog
+from fastif.report import verify_removal
 from fastif.samplers import CertifiedSubset, Subset
 
 __all__ = [
@@ -85,6 +86,7 @@ __all__ = [
     "remove",
     "samplers",
     "training_time",
+    "verify_removal",
 ]
 
 

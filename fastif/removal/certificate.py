@@ -76,12 +76,12 @@ class Certified(NamedTuple):
         return (
             f"Certified: the head, with Gaussian noise of standard deviation {noise:g}, is ({epsilon:g}, {delta:g})-"
             "indistinguishable from the head retrained to convergence on the features of the retained examples with "
-            f"noise of its own: without noise the two are at most {self.bound:.3g} apart, where {self.distance:.3g} is "
-            "allowed. Not certified: the features. The layers below the head stay as they were trained, and what they "
-            "took from the removed examples remains; nothing is certified of features that come from these alone. The "
-            "steps' heads without noise (Removal.moved, Removal.history), the bound and the generator's seed must not "
-            "be released beside it. The noise is that of a pseudo-random generator in floating point. Several released "
-            "heads: see Certificate.delta_after."
+            f"noise of its own: without noise the two are at most {self.distance:.3g} apart. Not certified: the "
+            "features. The layers below the head stay as they were trained, and what they took from the removed "
+            "examples remains; nothing is certified of features that come from these alone. The steps' heads without "
+            "noise (Removal.moved, Removal.history), certified.bound and the generator's seed must not be released "
+            "beside it. The noise is that of a pseudo-random generator in floating point. Several released heads: see "
+            "Certificate.delta_after."
         )
 
 

@@ -112,13 +112,13 @@ def remove(
         "generator": generator,
     }
     if curvature is None and (layers is None or list(Capture(model, layers).blocks) == [name or "model"]):
+        if certificate is not None:
+            _check_certificate(certificate, model, layer, weight_decay, line_search)
         seen: dict[str, Any] = {"head": head, "batch_size": batch_size, "device": device}
         if extracted is None:
             extracted = extract(model, train, **seen, progress=progress)
         else:
             _check_extracted(extracted, model, layer, train, **seen)
-        if certificate is not None:
-            _check_certificate(certificate, model, layer, weight_decay, line_search)
         problem = _head_problem(name, layer, extracted, indices, device, settings, exact=certificate is not None)
         if certificate is not None:
             before = problem.parameters
