@@ -10,7 +10,7 @@ a search on F itself. θ is the head or any layers. No held-out example takes pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from fastif.model.forward import computable
 from fastif.removal.certificate import Certificate, Certified
 from fastif.removal.certifying import certify
 from fastif.removal.head import RetainedHead, check_settings
+from fastif.removal.losses import HeadLoss, output_loss
 from fastif.removal.network import RetainedNetwork
 from fastif.removal.newton import newton
 from fastif.removal.steps import Removal, Step
@@ -42,6 +43,7 @@ def remove(
     damping: float = 0.0,
     weight_decay: float = 5e-4,
     line_search: bool = True,
+    loss: HeadLoss = "cross_entropy",
     certificate: Certificate | None = None,
     head: str | None = None,
     extracted: Extracted | None = None,
@@ -53,7 +55,7 @@ def remove(
     """The model without the training examples `indices`: Newton steps on some layers. The model itself is not changed.
 
     Args:
-        model: a classifier trained with softmax cross-entropy whose last operation is an nn.Linear. One in 16 bits is
+        model: one whose last operation is an nn.Linear, trained with `loss`. One in 16 bits is
             computed with in float32, and what moved is rounded to its type.
         train: the data it was trained on with labels, as `fastif.data.as_loader` takes it.
         indices: int64 [r], the examples to remove, counted in the order of `train`.
@@ -81,6 +83,11 @@ def remove(
             −(G + (weight_decay + damping) I)⁻¹ (∇F(θ) − ∇F_all(θ̂)), where F_all is the objective with all data and θ̂
             the trained parameters, taken as its optimum. The first step is then docs/math.md (3) exactly, since
             ∇F_all(θ̂) − ∇F(θ̂) = (1/n) Σ_{i removed} ∇ℓ_i.
+        loss: that the head was trained with: softmax cross-entropy; for the head alone also "bce" and "mse" (summed
+            over the outputs of an example, as for `fastif.Influence`), `nn.CrossEntropyLoss(reduction="none")` with
+            class weights or label smoothing, or a function (outputs [m, c], targets) → [m] of your own that is convex
+            in the outputs. F sums the losses over n: where a mean was weighted, scale the weights to a mean of 1.
+            docs/math.md (29).
         certificate: of the head, which is then computed in float64: steps go on until it is within the certificate's
             distance of the head retrained to convergence, and Gaussian noise of its σ is added. (ε, δ) then hold
             between the removed and the retrained head, both with noise, as `Removal.certified` says in words; of the
@@ -94,12 +101,13 @@ def remove(
             the certificate's noise, default one that the operating system seeds. A seed that is known takes the noise
             away: keep it secret, or leave it out.
 
-    Raises ValueError for indices out of range, repeated or all there are, for missing labels, for damping > 0 beside an
-    "auto", for `extracted` of another number of examples, of a first batch that the model sees otherwise, or beside
-    layers that it cannot serve, for parameters that moved out of the range of the model's 16 bits, and what `extract`,
-    `Influence`, the sampler and the curvature raise; with a certificate, for more than the head, weight_decay = 0 or
-    line_search=False, for a head whose weight serves elsewhere in the model, and where the steps do not reach its
-    distance, with how far they came.
+    Raises ValueError for indices out of range, repeated or all there are, for missing labels, for a loss that is not
+    convex or, beside other layers than the head, not softmax cross-entropy, for damping > 0 beside an "auto", for
+    `extracted` of another number of examples, of a first batch that the model sees otherwise, or beside layers that it
+    cannot serve, for parameters that moved out of the range of the model's 16 bits, and what `extract`, `Influence`,
+    the sampler and the curvature raise; with a certificate, for more than the head, weight_decay = 0 or
+    line_search=False, for a loss that is not known to be convex, for a head whose weight serves elsewhere in the model,
+    and where the steps do not reach its distance, with how far they came.
     """
     check_settings(6 if steps is None else steps, damping)
     name, layer = find_head(model, head, op="remove")
@@ -111,14 +119,18 @@ def remove(
         "line_search": line_search,
         "generator": generator,
     }
+    softmax = loss == "cross_entropy"
     if curvature is None and (layers is None or list(Capture(model, layers).blocks) == [name or "model"]):
         if certificate is not None:
-            _check_certificate(certificate, model, layer, weight_decay, line_search)
+            _check_certificate(certificate, model, layer, weight_decay, line_search, loss)
         seen: dict[str, Any] = {"head": head, "batch_size": batch_size, "device": device}
         if extracted is None:
-            extracted = extract(model, train, **seen, progress=progress)
+            extracted = extract(model, train if softmax else _Inputs(train, batch_size), **seen, progress=progress)
         else:
-            _check_extracted(extracted, model, layer, train, **seen)
+            _check_extracted(extracted, model, layer, train if softmax else _Inputs(train, batch_size), **seen)
+        if not softmax:
+            extracted = extracted._replace(labels=_targets(train, batch_size))
+            settings["loss"] = loss
         problem = _head_problem(name, layer, extracted, indices, device, settings, exact=certificate is not None)
         if certificate is not None:
             before = problem.parameters
@@ -129,6 +141,10 @@ def remove(
             raise ValueError(
                 "remove: certificate= is for the head alone with its exact block, whose objective is strongly convex; "
                 "leave out layers= and curvature="
+            )
+        if not softmax:
+            raise ValueError(
+                "remove: loss= is for the head alone with its exact block; other layers move by softmax cross-entropy"
             )
         if extracted is not None:
             raise ValueError(
@@ -184,7 +200,12 @@ def _head_problem(
 
 
 def _check_certificate(
-    certificate: Certificate, model: nn.Module, layer: nn.Linear, weight_decay: float, line_search: bool
+    certificate: Certificate,
+    model: nn.Module,
+    layer: nn.Linear,
+    weight_decay: float,
+    line_search: bool,
+    loss: HeadLoss,
 ) -> None:
     if not isinstance(certificate, Certificate):
         raise TypeError(f"remove: certificate must be a fastif.Certificate, got {type(certificate).__name__}")
@@ -197,6 +218,11 @@ def _check_certificate(
         raise ValueError(
             "remove: a certificate needs line_search=True: full steps lead to where the training left the objective, "
             "not to the retrained head"
+        )
+    if output_loss(loss).smoothness is None:
+        raise ValueError(
+            "remove: a certificate needs a loss that is known to be convex: cross_entropy, bce, mse or "
+            "nn.CrossEntropyLoss with weights >= 0; of a function of your own nobody can tell"
         )
     own = {id(parameter) for parameter in layer.parameters()}
     if sum(id(value) in own for value in model.state_dict(keep_vars=True).values()) > len(own):
@@ -223,6 +249,23 @@ def _removal(
                 f"remove: {key!r} moved out of the range of {value.dtype}, to {largest:.3g}; pass model.float()"
             )
     return Removal({**state, **{key: value.clone() for key, value in moved[-1].items()}}, history, moved, certified)
+
+
+class _Inputs:
+    """Data without its targets, which need not be labels of classes."""
+
+    def __init__(self, train: Any, batch_size: int):
+        self._batches = as_loader(train, batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (x for x, _ in self._batches)
+
+
+def _targets(train: Any, batch_size: int) -> Tensor:
+    found = [y for _, y in as_loader(train, batch_size)]
+    if any(not isinstance(y, Tensor) for y in found):
+        raise ValueError("remove: the training data has no targets")
+    return torch.cat(found)
 
 
 def _check_extracted(
