@@ -3,11 +3,12 @@ r"""Removals beside what others do, judged as the field does, on the digits that
 python benchmarks/experiments/unlearning.py
 
 Three forget sets: a class, random 5 % and the 5 % that the head's self-influence says are most memorised. The head's
-and the last block's Newton steps stand beside fine-tuning, NegGrad+, random labels, SSD and one LiSSA step, each tuned
-by the tug-of-war on training data alone and on ANOTHER forget set of the same kind: another class, other random
-examples, the next most memorised. Resumable: what is finished stays in runs/unlearning-digits, and the same command
-goes on. The summary is written to benchmarks/results/unlearning-digits.json, from which
-`python -m benchmarks.figures.keep tables` makes the table of docs/removal.md.
+and the last block's Newton steps, and one influence step of all layers, stand beside fine-tuning, NegGrad+, random
+labels, SSD and one LiSSA step. What has settings is tuned by the tug-of-war on training data alone and on ANOTHER
+forget set of the same kind: another class, other random examples, the next most memorised. Resumable: what is finished
+stays in runs/unlearning-digits, and the same command goes on. The summary is written to
+benchmarks/results/unlearning-digits.json, from which `python -m benchmarks.figures.keep tables` makes the table of
+docs/removal.md.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastif import ExactBlock, Influence, samplers
+from fastif import EKFAC, ExactBlock, Influence, samplers
 from fastif.data import load
 from fastif.evaluation import baselines, train_halves, unlearning
 from fastif.evaluation.models import build
@@ -86,6 +88,24 @@ def candidates(k: int) -> dict[str, dict[str, UnlearnFn]]:
     }
 
 
+def whole_network() -> dict[str, dict[str, UnlearnFn]]:
+    """One influence step of all layers, formula (3), without a look at the objective; its damping is chosen."""
+    return {
+        "remove: all, one step": {
+            f"damping {damping:g}": partial(
+                baselines.newton_steps,
+                layers="*",
+                curvature={"head": ExactBlock(damping), "*": EKFAC(damping)},
+                steps=1,
+                line_search=False,
+                weight_decay=WEIGHT_DECAY,
+                batch_size=1024,
+            )
+            for damping in (0.03, 0.06, 0.1, 0.2)
+        }
+    }
+
+
 def forget_sets(y: Tensor, memorised: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """By name: what is removed, and what settings are chosen with."""
     size = round(SHARE * len(y))
@@ -121,18 +141,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if given.sets and name not in given.sets:
             continue
         folder = given.out / name.replace(" ", "-").replace("%", "percent")
-        methods, chosen[name] = ours(k), {}
-        for method, grid in candidates(k).items():
-            best = baselines.tune(
-                grid, network(), train_fn, (x, y), other, out=folder / f"tuning-{method}", resume=True
-            )
-            methods[method], chosen[name][method] = grid[best], best
-            print(f"{name}: {method}: {best}", flush=True)
-        held_out = images.x_test, images.y_test
-        tables[name] = unlearning(
-            network(), train_fn, (x, y), removed, held_out, methods,
-            seeds=given.seeds, networks=halves, out=folder / "table", resume=True,
+        tune = partial(baselines.tune, model=network(), train_fn=train_fn, train=(x, y), removed=other, resume=True)
+        table = partial(
+            unlearning, network(), train_fn, (x, y), removed, (images.x_test, images.y_test),
+            seeds=given.seeds, networks=halves, resume=True,
         )  # fmt: skip
+        chosen[name] = best_of({**candidates(k), **whole_network()}, tune, folder)
+        tuned = {method: grid[chosen[name][method]] for method, grid in candidates(k).items()}
+        whole = {method: grid[chosen[name][method]] for method, grid in whole_network().items()}
+        tables[name] = merged(
+            table({**ours(k), **tuned}, out=folder / "table"), table(whole, out=folder / "whole-network")
+        )
     shown = sys.argv[1:] if arguments is None else arguments
     meta = {
         "examples": len(y),
@@ -159,6 +178,26 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }
     write_whole(given.kept, json.dumps(results, indent=1, allow_nan=False) + "\n")
     return results
+
+
+def best_of(grids: dict[str, dict[str, UnlearnFn]], tune: Callable[..., str], folder: Path) -> dict[str, str]:
+    """By method, the name of its best settings."""
+    found: dict[str, str] = {}
+    for method, grid in grids.items():
+        found[method] = tune(grid, out=folder / f"tuning-{method.replace(': ', '-')}")
+        print(f"{folder.name}: {method}: {found[method]}", flush=True)
+    return found
+
+
+def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """One table of two whose networks are the same; the new methods of the second stand behind the first's removals."""
+    found = {**first}
+    for part in ("summary", "u_lira"):
+        known = {row["method"] for row in first[part]}
+        place = 1 + max(n for n, row in enumerate(first[part]) if row["method"].startswith("remove"))
+        new = [row for row in second[part] if row["method"] not in known]
+        found[part] = [*first[part][:place], *new, *first[part][place:]]
+    return found
 
 
 def _without_folders(arguments: list[str]) -> list[str]:

@@ -31,9 +31,10 @@ def test_it_runs_and_goes_on(tmp_path, monkeypatch, one_thread):
         "python benchmarks/experiments/unlearning.py --examples 160 --seeds 1 --pairs 2 --epochs 1 --sets 'random 5 %'"
     )
     found = first["sets"]["random 5 %"]
-    methods = ["nothing removed", "retrained", "remove: head", "remove: last block", "fine-tuning", "SSD"]
+    methods = ["nothing removed", "retrained", "remove: head", "remove: last block", "remove: all, one step"]
+    methods += ["fine-tuning", "SSD"]
     assert [entry["method"] for entry in found["summary"]] == methods
-    assert first["meta"]["chosen"]["random 5 %"].keys() == {"fine-tuning", "SSD"}
+    assert first["meta"]["chosen"]["random 5 %"].keys() == {"fine-tuning", "SSD", "remove: all, one step"}
     assert json.loads((tmp_path / "unlearning-small.json").read_text()) == first
     table = unlearning_table("unlearning-small")
     assert table.count("\n| ") == 1 + len(methods) - 1
