@@ -37,7 +37,7 @@ def membership(members: Tensor, others: Tensor) -> Membership:
         others: losses [m] of examples of the same kind that nobody trained on.
 
     >>> membership(torch.tensor([0.1, 0.2, 0.3, 0.1]), torch.tensor([0.9, 0.8, 0.3, 0.7]))
-    Membership(auc=0.96875, balanced_accuracy=0.875)
+    Membership(auc=0.96875, balanced_accuracy=0.75)
 
     Raises ValueError for fewer than two of either and for losses that are not finite.
     """
