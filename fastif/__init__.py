@@ -33,9 +33,10 @@ from fastif.influence.planning import Plan
 from fastif.influence.score_folder import ScoreFolder
 from fastif.model.features import Extracted, extract, find_head
 from fastif.ops import build_info
-from fastif.removal import Removal, Step, remove
+from fastif.removal import Certificate, Removal, Step, remove
 from fastif.renamed import find_renamed
 from fastif.replay import NotReproduced, Replay, Source, TrainingLog
+from fastif.report import verify_removal
 from fastif.samplers import CertifiedSubset, Subset
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "KFAC",
     "Arnoldi",
     "Automatic",
+    "Certificate",
     "CertifiedSubset",
     "DataInf",
     "Diagonal",
@@ -84,6 +86,7 @@ __all__ = [
     "remove",
     "samplers",
     "training_time",
+    "verify_removal",
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from . import faithfulness, index, readme, scale, tables
+from . import faithfulness, index, readme, scale, tables, unlearning
 
 
 def with_tables(page: str) -> str:
@@ -14,6 +14,8 @@ def with_tables(page: str) -> str:
         name = match[1]
         kinds = {
             "class-removal": tables.class_removal_table,
+            "certificate": unlearning.certificate_table,
+            "unlearning": unlearning.unlearning_table,
             "removal-layers": tables.removal_layers_table,
             "published": tables.published_table,
             "kcenter": tables.kcenter_table,

@@ -1,4 +1,4 @@
-"""The command line: `fastif scores`, `index`, `query`, `class-removal`, `sample`, `info`.
+"""The command line: `fastif scores`, `index`, `query`, `remove`, `class-removal`, `sample`, `info`.
 
 Whatever the user can get wrong ends in one line on stderr and exit code 2; an interrupted job in exit code 130; an
 error in a script of the user in its traceback and exit code 1.
@@ -22,6 +22,7 @@ from fastif._version import __version__
 from fastif.cli.arguments import Interrupted, ScriptError
 from fastif.cli.class_removal import class_removal_command
 from fastif.cli.index import index_command, print_index, query_command
+from fastif.cli.remove import remove_command
 from fastif.cli.sample import sample_command
 from fastif.cli.scores import scores_command
 from fastif.ops import build_info
@@ -94,6 +95,7 @@ def _common(
 app.command("scores")(scores_command)
 app.command("index")(index_command)
 app.command("query")(query_command)
+app.command("remove")(remove_command)
 app.command("class-removal")(class_removal_command)
 app.command("sample")(sample_command)
 

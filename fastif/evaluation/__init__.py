@@ -6,8 +6,10 @@ from fastif.evaluation.counterfactual import Brittleness, Counterfactual, brittl
 from fastif.evaluation.halves import train_halves
 from fastif.evaluation.lds import LDS, ceiling, linear_datamodeling_score, random_subsets
 from fastif.evaluation.leave_out import Agreement, LeftOut, agreement, leave_group_out, leave_one_out
+from fastif.evaluation.membership import Membership, ULiRA, membership, u_lira
 from fastif.evaluation.mislabel import Detection, mislabel_detection
 from fastif.evaluation.retraining import Retrained, retrain, without
+from fastif.evaluation.unlearning import unlearning
 
 __all__ = [
     "LDS",
@@ -17,7 +19,9 @@ __all__ = [
     "Detection",
     "Interval",
     "LeftOut",
+    "Membership",
     "Retrained",
+    "ULiRA",
     "agreement",
     "brittleness",
     "ceiling",
@@ -25,10 +29,13 @@ __all__ = [
     "leave_group_out",
     "leave_one_out",
     "linear_datamodeling_score",
+    "membership",
     "mislabel_detection",
     "random_subsets",
     "retrain",
     "subset_counterfactual",
     "train_halves",
+    "u_lira",
+    "unlearning",
     "without",
 ]

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load, save
-from torch import Tensor, nn
-from tqdm import tqdm
 
-from fastif.data.tensor_files import load_tensors, save_tensors
+from fastif.evaluation.network_files import packed, train_networks
 from fastif.evaluation.trainings import Task, TrainFn, Trainings
-from fastif.files import Damaged
 from fastif.fingerprints import VERSIONS, described
 from fastif.influence.networks import Networks
 from fastif.influence.shared_folder import held
-from fastif.journal import refuse_differences
 from fastif.ranks import find_ranks
 
 _SEEDS = 1 << 30, 1 << 31  # of the networks: far from the small numbers that an evaluation's seeds are
@@ -62,16 +56,14 @@ def train_halves(
         raise ValueError(f"train_halves: training_time must be a number > 0, got {training_time!r}")
     if key is not None and out is None:
         raise ValueError(f"train_halves: key={key!r} needs out=, the folder of the job")
-    trainings = Trainings("train_halves", train_fn, _packed, processes, threads)
+    trainings = Trainings("train_halves", train_fn, packed, processes, threads)
     trainings.check()
     tasks = draw_halves(n, pairs, seed)
-    states: dict[int, dict[str, Tensor]] = {}
     ranks = find_ranks()
-    progress = progress and ranks.rank == 0
     if out is None:
         with ranks.together("train_halves"):
             ranks.compare("train_halves", {"n": n, "pairs": pairs, "seed": seed, "threads": threads})
-            _train(trainings, tasks, states, progress)
+            states, _ = train_networks(trainings, tasks, "halves", progress)
     else:
         settings = {
             "train_fn": described(train_fn, "train_fn", key),
@@ -85,9 +77,7 @@ def train_halves(
         folder.mkdir(parents=True, exist_ok=True)
         with ranks.together("train_halves"), held(folder, ranks):
             ranks.compare("train_halves", settings)
-            _take_up(folder, settings, tasks, states, resume)
-            ranks.meet("what is trained", sorted(states))
-            _train(trainings, tasks, states, progress, folder if ranks.rank == 0 else None, settings)  # one writes
+            states, _ = train_networks(trainings, tasks, "halves", progress, folder, settings, resume)
     return Networks([states[task.number] for task in tasks], [task.kept for task in tasks], training_time)
 
 
@@ -101,55 +91,8 @@ def draw_halves(n: int, pairs: int, seed: int) -> list[Task]:
         for half, own in zip((order[: n // 2], order[n // 2 :]), seeds, strict=True):
             tasks.append(Task(len(tasks), half.sort().values, own))
     return tasks
-
-
-def _packed(model: nn.Module) -> bytes:
-    """The model's state as a safetensors file."""
-    return save({name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()})
-
-
-def _train(
-    trainings: Trainings,
-    tasks: list[Task],
-    states: dict[int, dict[str, Tensor]],
-    progress: bool,
-    folder: Path | None = None,
-    settings: Any = None,
-) -> None:
-    """Adds the states that are missing, and keeps each in the folder."""
-    todo = [task for task in tasks if task.number not in states]
-    bar = tqdm(total=len(tasks), initial=len(states), desc="halves", unit="network", disable=not progress)
-    with bar:
-        for task, data, _ in trainings.run(todo):
-            state = load(data)
-            broken = [name for name, value in state.items() if not value.isfinite().all()]
-            if broken:
-                raise ValueError(
-                    f"train_halves: {broken[0]} of network {task.number} (seed {task.seed}) is not finite: its "
-                    "training diverged"
-                )
-            if folder is not None:
-                save_tensors(_path(folder, task), state, {"network": task.number, "settings": settings})
-            states[task.number] = state
-            bar.update()
-
-
-def _take_up(
-    folder: Path, settings: Any, tasks: list[Task], states: dict[int, dict[str, Tensor]], resume: bool
-) -> None:
-    """Takes the networks that are in the folder."""
-    for task in tasks:
-        path = _path(folder, task)
-        if not path.exists():
-            continue
-        if not resume:
-            raise ValueError(f"{folder} holds networks already; resume the job, or remove the folder")
-        about, state = load_tensors(path)
-        if about.get("network") != task.number:
-            raise Damaged(path, f"it is network {about.get('network')}'s")
-        refuse_differences(folder, about["settings"], settings)
-        states[task.number] = state
-
-
-def _path(folder: Path, task: Task) -> Path:
-    return folder / f"network-{task.number:03d}.safetensors"
+    ranks = find_ranks()
+    if out is None:
+        with ranks.together("train_halves"):
+            ranks.compare("train_halves", {"n": n, "pairs": pairs, "seed": seed, "threads": threads})
+            states, _ = train_networks(trainings, tasks, "halves", progress)

@@ -5,12 +5,13 @@
 
 from typing import Any
 
+from fastif.removal.certificate import Certificate, Certified
 from fastif.removal.head import head_steps, optimal_head
 from fastif.removal.removal import remove
 from fastif.removal.steps import Removal, Step
 from fastif.renamed import find_renamed
 
-__all__ = ["Removal", "Step", "head_steps", "optimal_head", "remove"]
+__all__ = ["Certificate", "Certified", "Removal", "Step", "head_steps", "optimal_head", "remove"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """The retained objective F (docs/math.md (13)) of a linear head, as a problem for `fastif.removal.newton`; its steps.
 
-The losses are functions of the head's features, so that every step is a few matrix products.
+The losses (`fastif.removal.losses`) are functions of the head's features, so that every step is a few matrix products.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from fastif import ops
 from fastif.curvature import ExactBlock
 from fastif.curvature.damping import check_damping
-from fastif.curvature.exact.softmax import check_labels, output_grads
+from fastif.removal.losses import HeadLoss, Solver, output_loss
 from fastif.removal.newton import newton
 from fastif.removal.retained import SMALLEST_STEP, STEP_SIZES, Picks, check_removed, check_weight_decay
 from fastif.removal.steps import Step
@@ -44,10 +44,13 @@ class RetainedHead:
         generator: Generator | None = None,
         name: str = "head",
         keys: tuple[str, str] = ("weight", "bias"),
-        curvature_of: Callable[[RetainedHead], ExactBlock] | None = None,
+        curvature_of: Callable[[RetainedHead], Solver] | None = None,
+        loss: HeadLoss = "cross_entropy",
     ):
         n = len(features)
-        _check_head(features, labels, weight, bias)
+        self.loss = output_loss(loss)
+        _check_head(features, weight, bias)
+        self.loss.check(labels, n, len(weight))
         check_removed(removed, n)
         check_weight_decay(weight_decay)
         kept = torch.ones(n, dtype=torch.bool, device=features.device)
@@ -74,26 +77,49 @@ class RetainedHead:
     @property
     def parameters(self) -> dict[str, Tensor]:
         """Weight [c, d] and, where there is one, bias [c], by their keys."""
-        theta = self.theta.to(self.dtype, copy=True)
+        return self._named(self.theta.to(self.dtype, copy=True))
+
+    def _named(self, theta: Tensor) -> dict[str, Tensor]:
         return dict(zip(self._keys, (theta[:, :-1], theta[:, -1]) if self.has_bias else (theta,), strict=False))
+
+    def with_noise(self, noise: Tensor) -> dict[str, Tensor]:
+        """`parameters`, with noise [c, d (+1)] added before they are rounded to the head's type."""
+        return self._named((self.theta + noise).to(self.dtype))
 
     def gradient(self) -> float:
         self._gradient = self._gradient_at(self.theta, self.logits)
         return self._gradient.norm().item()
+
+    def gradient_error(self) -> float:
+        """A bound on the rounding error of ‖∇F‖ at the parameters, computed in float64, to first order in its unit u.
+
+        Logits of d products, the loss's gradient in them (whose Jacobian's norm is at most its smoothness s), and a sum
+        over the m retained: each example adds at most u ‖a‖ (2s ((d + 8) ‖θ‖ ‖a‖ + c + 8) + (m + 4) ‖r‖), where r is
+        its residual. docs/math.md (28).
+        """
+        assert self.loss.smoothness is not None
+        lengths = self.inputs.norm(dim=1)
+        residuals = self.loss.residuals(self.logits, self.labels).norm(dim=1)
+        (m, d), c, size = self.inputs.shape, len(self.theta), self.theta.norm()
+        each = lengths * (2 * self.loss.smoothness * ((d + 8) * size * lengths + c + 8) + (m + 4) * residuals)
+        total = each.sum() / self.n + 8 * self.weight_decay * size + self.theta.numel() * self._gradient.norm()
+        return torch.finfo(torch.float64).eps * total.item()
 
     def curvature(self) -> int:
         if self._curvature_of is not None:
             self._block = self._curvature_of(self)
             return len(self.logits)
         picks = self._picks.take({"features": self.features, "logits": self.logits, "labels": self.labels})
-        name = "head (damping here: weight_decay + damping)"
-        self._block = ExactBlock(self.weight_decay + self.damping, name=name)
         weights = picks.weights.to(self.inputs)
-        if self._picks.all:
-            self._block.fit(self.inputs, self.logits, weights=weights)
-        else:
-            rows = picks.indices.to(self.device)
-            self._block.fit(self.inputs[rows], self.logits[rows], weights=weights)
+        rows = slice(None) if self._picks.all else picks.indices.to(self.device)
+        self._block = self.loss.curvature(
+            self.inputs[rows],
+            self.logits[rows],
+            self.labels[rows],
+            weights,
+            self.weight_decay + self.damping,
+            "head (damping here: weight_decay + damping)",
+        )
         return len(weights)
 
     def step(self) -> bool:
@@ -114,17 +140,17 @@ class RetainedHead:
         return self.inputs @ theta.to(self.inputs.dtype).T
 
     def _objective(self, logits: Tensor, theta: Tensor) -> float:
-        losses = logits.logsumexp(1) - logits.gather(1, self.labels[:, None])[:, 0]
+        losses = self.loss.values(logits, self.labels)
         return (losses.double().sum() / self.n + 0.5 * self.weight_decay * theta.square().sum()).item()
 
     def _gradient_at(self, theta: Tensor, logits: Tensor) -> Tensor:
-        residuals = output_grads(logits.softmax(1), self.labels)
+        residuals = self.loss.residuals(logits, self.labels)
         return ops.per_sample_grad.accumulate(self.inputs, residuals)[0].double() / self.n + self.weight_decay * theta
 
     def _full_gradient(self) -> Tensor:
         """∇F_all at the trained parameters: with the removed examples."""
         inputs, labels = self._removed
-        residuals = output_grads((inputs @ self.theta.to(inputs.dtype).T).softmax(1), labels)
+        residuals = self.loss.residuals(inputs @ self.theta.to(inputs.dtype).T, labels)
         removed = ops.per_sample_grad.accumulate(inputs, residuals)[0].double() / self.n
         return self._gradient_at(self.theta, self.logits) + removed
 
@@ -160,6 +186,7 @@ def head_steps(
     weight_decay: float = 5e-4,
     line_search: bool = True,
     generator: Generator | None = None,
+    loss: HeadLoss = "cross_entropy",
 ) -> Iterator[Step]:
     """The steps of `remove` one by one, on features [n, d] and labels [n] that were extracted before.
 
@@ -178,6 +205,7 @@ def head_steps(
         damping=damping,
         line_search=line_search,
         generator=generator,
+        loss=loss,
     )
     yield from newton(problem, steps)
 
@@ -192,6 +220,7 @@ def optimal_head(
     weight_decay: float,
     tolerance: float = 1e-9,
     max_steps: int = 100,
+    loss: HeadLoss = "cross_entropy",
 ) -> Step:
     """The head retrained to convergence on the retained data: the minimum of F, in float64, with its certificate.
 
@@ -202,7 +231,7 @@ def optimal_head(
     if not weight_decay > 0:
         raise ValueError(f"optimal_head: weight_decay must be > 0 for a finite optimum, got {weight_decay}")
 
-    def single(problem: RetainedHead) -> ExactBlock:
+    def single(problem: RetainedHead) -> Solver:
         # Built in float32: an inexact curvature slows the last steps a little and moves their limit not at all.
         block = ExactBlock(weight_decay).fit(problem.inputs.float(), problem.logits.float())
         block.block.mul_(problem.share)
@@ -210,7 +239,14 @@ def optimal_head(
 
     bias = None if bias is None else bias.double()
     problem = RetainedHead(
-        features.double(), labels, weight.double(), bias, removed, weight_decay=weight_decay, curvature_of=single
+        features.double(),
+        labels,
+        weight.double(),
+        bias,
+        removed,
+        weight_decay=weight_decay,
+        curvature_of=single if loss == "cross_entropy" else None,
+        loss=loss,
     )
     steps, seconds = 0, 0.0
     for step in newton(problem, max_steps, tolerance):
@@ -221,14 +257,13 @@ def optimal_head(
     return Step(steps, problem.parameters, problem.objective, norm, {"head": 1.0}, len(problem.labels), seconds, None)
 
 
-def _check_head(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_head(features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if features.dim() != 2 or weight.dim() != 2 or features.shape[1] != weight.shape[1]:
         raise ValueError(
             f"remove: features must be [n, d] and weight [c, d], got {list(features.shape)} and {list(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"remove: bias must be [c={len(weight)}], got {list(bias.shape)}")
-    check_labels("remove", labels, len(features), len(weight))
 
 
 def check_settings(steps: int, damping: float) -> None:

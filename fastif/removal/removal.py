@@ -10,7 +10,7 @@ a search on F itself. θ is the head or any layers. No held-out example takes pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ from fastif.data.batches import as_loader, count
 from fastif.model.capture import Capture
 from fastif.model.features import Extracted, extract, find_head
 from fastif.model.forward import computable
+from fastif.removal.certificate import Certificate, Certified
+from fastif.removal.certifying import certify
 from fastif.removal.head import RetainedHead, check_settings
+from fastif.removal.losses import HeadLoss, output_loss
 from fastif.removal.network import RetainedNetwork
 from fastif.removal.newton import newton
 from fastif.removal.steps import Removal, Step
@@ -36,10 +39,12 @@ def remove(
     layers: str | Sequence[str] | None = None,
     curvature: Any | Mapping[str, Any] | None = None,
     subset: Any | Sampler | None = None,
-    steps: int = 6,
+    steps: int | None = None,
     damping: float = 0.0,
     weight_decay: float = 5e-4,
     line_search: bool = True,
+    loss: HeadLoss = "cross_entropy",
+    certificate: Certificate | None = None,
     head: str | None = None,
     extracted: Extracted | None = None,
     batch_size: int = 256,
@@ -50,7 +55,7 @@ def remove(
     """The model without the training examples `indices`: Newton steps on some layers. The model itself is not changed.
 
     Args:
-        model: a classifier trained with softmax cross-entropy whose last operation is an nn.Linear. One in 16 bits is
+        model: one whose last operation is an nn.Linear, trained with `loss`. One in 16 bits is
             computed with in float32, and what moved is rounded to its type.
         train: the data it was trained on with labels, as `fastif.data.as_loader` takes it.
         indices: int64 [r], the examples to remove, counted in the order of `train`.
@@ -67,7 +72,8 @@ def remove(
             `functools.partial(samplers.logit, k=500)`, drawn afresh from the retained data in each step; or anything
             with `indices` (counted in `train`) and `weights`: its removed examples are left out, the other weights
             unchanged.
-        steps: at most so many; fewer where F stops falling.
+        steps: at most so many, default 6; fewer where F stops falling. With a certificate as many as it takes, default
+            at most 100.
         damping: absolute λ >= 0, added to the diagonal of the curvature beside weight_decay, not to F.
         weight_decay: of the training; it also makes F's optimum finite where a whole class is removed.
         line_search: of the head, take the best of the steps ⅛, ¼, ½, 1, 2, 4 by F; where none lowers F (a small subset
@@ -77,17 +83,33 @@ def remove(
             −(G + (weight_decay + damping) I)⁻¹ (∇F(θ) − ∇F_all(θ̂)), where F_all is the objective with all data and θ̂
             the trained parameters, taken as its optimum. The first step is then docs/math.md (3) exactly, since
             ∇F_all(θ̂) − ∇F(θ̂) = (1/n) Σ_{i removed} ∇ℓ_i.
+        loss: that the head was trained with: softmax cross-entropy; for the head alone also "bce" and "mse" (summed
+            over the outputs of an example, as for `fastif.Influence`), `nn.CrossEntropyLoss(reduction="none")` with
+            class weights or label smoothing, or a function (outputs [m, c], targets) → [m] of your own that is convex
+            in the outputs. F sums the losses over n: where a mean was weighted, scale the weights to a mean of 1.
+            docs/math.md (30).
+        certificate: of the head, which is then computed in float64: steps go on until it is within the certificate's
+            distance of the head retrained to convergence, and Gaussian noise of its σ is added. (ε, δ) then hold
+            between the removed and the retrained head, both with noise, as `Removal.certified` says in words; of the
+            features nothing is certified. The last of `Removal.moved` has the noise; the others must not be released.
+            Of several removals one after another, each takes ALL indices removed so far, with noise of its own;
+            `Certificate.delta_after` says what they cost together. docs/math.md (28).
         head, batch_size, device, progress: as in `fastif.extract`.
         extracted: what `fastif.extract(model, train)` returned, for the head's steps: the pass over the data is then
             not made again, but for its first batch, which is compared. Several removals from one model need one pass.
-        generator: for samplers that draw; default torch's global one, so that runs differ unless it is seeded.
+        generator: for samplers that draw, default torch's global one, so that runs differ unless it is seeded; and for
+            the certificate's noise, default one that the operating system seeds. A seed that is known takes the noise
+            away: keep it secret, or leave it out.
 
-    Raises ValueError for indices out of range, repeated or all there are, for missing labels, for damping > 0 beside an
-    "auto", for `extracted` of another number of examples, of a first batch that the model sees otherwise, or beside
-    layers that it cannot serve, for parameters that moved out of the range of the model's 16 bits, and what `extract`,
-    `Influence`, the sampler and the curvature raise.
+    Raises ValueError for indices out of range, repeated or all there are, for missing labels, for a loss that is not
+    convex or, beside other layers than the head, not softmax cross-entropy, for damping > 0 beside an "auto", for
+    `extracted` of another number of examples, of a first batch that the model sees otherwise, or beside layers that it
+    cannot serve, for parameters that moved out of the range of the model's 16 bits, and what `extract`, `Influence`,
+    the sampler and the curvature raise; with a certificate, for more than the head, weight_decay = 0 or
+    line_search=False, for a loss that is not known to be convex, for a head whose weight serves elsewhere in the model,
+    and where the steps do not reach its distance, with how far they came.
     """
-    check_settings(steps, damping)
+    check_settings(6 if steps is None else steps, damping)
     name, layer = find_head(model, head, op="remove")
     indices = torch.as_tensor(indices)
     settings: dict[str, Any] = {
@@ -97,14 +119,33 @@ def remove(
         "line_search": line_search,
         "generator": generator,
     }
+    softmax = loss == "cross_entropy"
     if curvature is None and (layers is None or list(Capture(model, layers).blocks) == [name or "model"]):
+        if certificate is not None:
+            _check_certificate(certificate, model, layer, weight_decay, line_search, loss)
         seen: dict[str, Any] = {"head": head, "batch_size": batch_size, "device": device}
         if extracted is None:
-            extracted = extract(model, train, **seen, progress=progress)
+            extracted = extract(model, train if softmax else _Inputs(train, batch_size), **seen, progress=progress)
         else:
-            _check_extracted(extracted, model, layer, train, **seen)
-        problem = _head_problem(name, layer, extracted, indices, device, settings)
+            _check_extracted(extracted, model, layer, train if softmax else _Inputs(train, batch_size), **seen)
+        if not softmax:
+            extracted = extracted._replace(labels=_targets(train, batch_size))
+            settings["loss"] = loss
+        problem = _head_problem(name, layer, extracted, indices, device, settings, exact=certificate is not None)
+        if certificate is not None:
+            before = problem.parameters
+            history, released, certified = certify(problem, certificate, steps, generator, progress)
+            return _removal(model, history, [before, *(step.parameters for step in history), released], certified)
     else:
+        if certificate is not None:
+            raise ValueError(
+                "remove: certificate= is for the head alone with its exact block, whose objective is strongly convex; "
+                "leave out layers= and curvature="
+            )
+        if not softmax:
+            raise ValueError(
+                "remove: loss= is for the head alone with its exact block; other layers move by softmax cross-entropy"
+            )
         if extracted is not None:
             raise ValueError(
                 "remove: extracted serves the steps of the head alone with its exact block; leave it out where other "
@@ -122,7 +163,8 @@ def remove(
             **settings,
         )
     before = problem.parameters
-    history = list(tqdm(newton(problem, steps), "remove", total=steps, disable=not progress))
+    most = 6 if steps is None else steps
+    history = list(tqdm(newton(problem, most), "remove", total=most, disable=not progress))
     return _removal(model, history, [before, *(step.parameters for step in history)])
 
 
@@ -133,16 +175,23 @@ def _head_problem(
     removed: Tensor,
     device: torch.device | str | None,
     settings: dict[str, Any],
+    exact: bool,
 ) -> RetainedHead:
+    """The head's problem, in float32 or the head's own type; `exact`: in float64."""
     place = layer.weight.device if device is None else torch.device(device)
     if extracted.labels is None:
         raise ValueError("remove: the training data has no labels")
     prefix = f"{name}." if name else ""
+
+    def seen(values: Tensor) -> Tensor:
+        values = computable(values.detach().to(place))
+        return values.double() if exact else values
+
     return RetainedHead(
-        computable(extracted.features.to(place)),
+        seen(extracted.features),
         extracted.labels.to(place),
-        computable(layer.weight.detach().to(place)),
-        None if layer.bias is None else computable(layer.bias.detach().to(place)),
+        seen(layer.weight),
+        None if layer.bias is None else seen(layer.bias),
         removed.to(place),
         name=name or "model",
         keys=(f"{prefix}weight", f"{prefix}bias"),
@@ -150,7 +199,42 @@ def _head_problem(
     )
 
 
-def _removal(model: nn.Module, history: list[Step], parameters: list[dict[str, Tensor]]) -> Removal:
+def _check_certificate(
+    certificate: Certificate,
+    model: nn.Module,
+    layer: nn.Linear,
+    weight_decay: float,
+    line_search: bool,
+    loss: HeadLoss,
+) -> None:
+    if not isinstance(certificate, Certificate):
+        raise TypeError(f"remove: certificate must be a fastif.Certificate, got {type(certificate).__name__}")
+    if not weight_decay > 0:
+        raise ValueError(
+            f"remove: a certificate needs weight_decay > 0, got {weight_decay}: without it the objective is not "
+            "strongly convex, and a small gradient says nothing of the distance to the retrained head"
+        )
+    if not line_search:
+        raise ValueError(
+            "remove: a certificate needs line_search=True: full steps lead to where the training left the objective, "
+            "not to the retrained head"
+        )
+    if output_loss(loss).smoothness is None:
+        raise ValueError(
+            "remove: a certificate needs a loss that is known to be convex: cross_entropy, bce, mse or "
+            "nn.CrossEntropyLoss with weights >= 0; of a function of your own nobody can tell"
+        )
+    own = {id(parameter) for parameter in layer.parameters()}
+    if sum(id(value) in own for value in model.state_dict(keep_vars=True).values()) > len(own):
+        raise ValueError("remove: a certificate needs a head of its own; its weight serves elsewhere in the model, too")
+
+
+def _removal(
+    model: nn.Module,
+    history: list[Step],
+    parameters: list[dict[str, Tensor]],
+    certified: Certified | None = None,
+) -> Removal:
     """What `remove` returns; a parameter that moved stands under each of its keys in state_dict: some have two."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     keys = {key: names.get(value) for key, value in model.state_dict(keep_vars=True).items()}
@@ -164,7 +248,24 @@ def _removal(model: nn.Module, history: list[Step], parameters: list[dict[str, T
             raise ValueError(
                 f"remove: {key!r} moved out of the range of {value.dtype}, to {largest:.3g}; pass model.float()"
             )
-    return Removal({**state, **{key: value.clone() for key, value in moved[-1].items()}}, history, moved)
+    return Removal({**state, **{key: value.clone() for key, value in moved[-1].items()}}, history, moved, certified)
+
+
+class _Inputs:
+    """Data without its targets, which need not be labels of classes."""
+
+    def __init__(self, train: Any, batch_size: int):
+        self._batches = as_loader(train, batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (x for x, _ in self._batches)
+
+
+def _targets(train: Any, batch_size: int) -> Tensor:
+    found = [y for _, y in as_loader(train, batch_size)]
+    if any(not isinstance(y, Tensor) for y in found):
+        raise ValueError("remove: the training data has no targets")
+    return torch.cat(found)
 
 
 def _check_extracted(

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastif.removal.certificate import Certified
 from fastif.renamed import find_renamed, warn_renamed
 
 
@@ -44,7 +45,8 @@ class Removal(NamedTuple):
 
     state_dict: dict[str, Tensor]  # of the whole model: load_state_dict takes it
     history: list[Step]  # one entry per step taken; empty if none would have lowered F
-    moved: list[dict[str, Tensor]]  # the part of state_dict that moved: before the first step and after each
+    moved: list[dict[str, Tensor]]  # the part of state_dict that moved: before the first step, after each, after noise
+    certified: Certified | None = None  # with a certificate: what of the state dict is certified, in words by str()
 
     def after(self, step: int) -> dict[str, Tensor]:
         """The state dict after so many steps: after(0) undoes the removal.

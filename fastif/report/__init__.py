@@ -2,5 +2,6 @@
 
 from fastif.report.class_removal import write_report
 from fastif.report.evaluations import write_evaluations
+from fastif.report.verification import verify_removal
 
-__all__ = ["write_evaluations", "write_report"]
+__all__ = ["verify_removal", "write_evaluations", "write_report"]

@@ -1,0 +1,95 @@
+"""`fastif remove` on a user's own script: what it writes is what Python gives."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastif import remove, verify_removal
+from tests.helpers.user_script import files, returned
+
+GONE = [1, 4, 9, 30]
+
+
+@pytest.fixture(autouse=True)
+def indices(script):
+    (script / "gone.txt").write_text("30\n4\n1\n9\n4\n")
+    return script / "gone.txt"
+
+
+def test_it_removes_and_verifies(run, script):
+    code, printed, error = run("remove", "ownscript:problem", "--indices", "gone.txt", "--verify", "--out", "out")
+    assert (code, error.count("error")) == (0, 0)
+    model, train, query = returned()
+    want = remove(model, train, torch.tensor(GONE), progress=False)
+    found = load_file("out/removed.safetensors")
+    assert found.keys() == want.state_dict.keys()
+    assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in want.state_dict.items())
+    record = json.loads((script / "out" / "removal.json").read_text())
+    assert record["removed"] == GONE
+    assert [step["objective"] for step in record["steps"]] == pytest.approx([s.objective for s in want.history])
+    assert files(script / "out") == ["removal.json", "removed.safetensors", "verification.html", "verification.json"]
+    assert str(verify_removal(model, want, train, torch.tensor(GONE), query))[:60] in printed
+    assert "4 of 40 examples" in printed
+
+
+def test_a_query_s_best_can_be_removed_and_layers_samplers_and_certificates_chosen(run, script):
+    (script / "best.csv").write_text("query,rank,train,score\n0,1,9,0.5\n1,1,30,0.4\n1,2,9,0.3\n")
+    np.save("gone.npy", np.array(GONE))
+    code, _, _ = run(
+        *("remove", "ownscript:problem", "--indices", "best.csv", "--out", "all", "--layers", "*"),
+        *("--sampler", "random", "--k", "50%", "--steps", "1", "--quiet"),
+    )
+    assert code == 0
+    record = json.loads((script / "all" / "removal.json").read_text())
+    assert record["removed"] == [9, 30]
+    assert record["steps"][0]["subset_size"] == 20
+    assert files(script / "all") == ["removal.json", "removed.safetensors"]
+    certified = ("remove", "ownscript:problem", "--indices", "gone.npy", "--epsilon", "1", "--noise", "0.1")
+    code, printed, _ = run(*certified, "--out", "first")
+    assert code == 0
+    assert "Not certified: the features" in printed
+    run(*certified, "--out", "second")
+    first, second = (load_file(f"{name}/removed.safetensors")["2.weight"] for name in ("first", "second"))
+    assert 0.05 < float((first - second).std()) < 0.3  # noise of its own each time, whatever --seed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--indices", "none.txt"], "no file none.txt for --indices"),
+        (["--indices", "words.txt"], "words.txt holds no indices: invalid literal"),
+        (["--indices", "empty.txt"], "empty.txt holds no indices: it is empty"),
+        (["--indices", "other.csv"], "none of the columns train, index, indices"),
+        (["--indices", "floats.npy"], "its numbers are float64"),
+        (["--indices", "far.txt"], "indices must be in [0, n=40), got 40"),
+        (["--indices", "gone.txt", "--epsilon", "1"], "--epsilon and --noise make a certificate together"),
+        (["--indices", "gone.txt", "--epsilon", "0", "--noise", "1"], "epsilon must be a finite number > 0, got 0"),
+        (
+            ["--indices", "gone.txt", "--epsilon", "1", "--noise", "1", "--weight-decay", "0"],
+            "a certificate needs weight_decay > 0",
+        ),
+        (["--indices", "gone.txt", "--steps", "0"], "--steps must be >= 1, got 0"),
+        (["--indices", "gone.txt", "--sampler", "best"], "sampler must be one of"),
+    ],
+)
+def test_bad_input_is_one_line(run, script, arguments, message):
+    (script / "words.txt").write_text("three\n")
+    (script / "empty.txt").write_text("")
+    (script / "far.txt").write_text("3\n40\n")
+    (script / "other.csv").write_text("a,b\n1,2\n")
+    np.save("floats.npy", np.ones(3))
+    code, _, error = run("remove", "ownscript:problem", "--out", "out", "--quiet", *arguments)
+    assert code == 2
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (script / "out").exists()
+
+
+def test_a_folder_with_a_removal_is_refused(run, script):
+    for want in (0, 2):
+        code, _, error = run("remove", "ownscript:problem", "--indices", "gone.txt", "--out", "out", "-q")
+        assert code == want
+    assert "out holds a removal already" in error
