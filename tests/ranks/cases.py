@@ -74,7 +74,7 @@ def answers(name: str, kind: str = "mlp", batch_size: int = 5, of: Any = None, *
     influence.fit(data)
     query = data[0][:3], data[1][:3]
     if influence.setup.estimators.needs_data:  # every right-hand side takes many products: few of them
-        data = data[0][:11], data[1][:11]
+        data = data[0][:7], data[1][:7]
     groups = torch.arange(len(data[1])) % 4
     scores = influence.scores(query, data)
     values, indices = influence.top(query, data, 5)
