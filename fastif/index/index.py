@@ -24,6 +24,7 @@ from fastif.influence.fitted import Fitted
 from fastif.influence.influence import Influence
 from fastif.influence.scoring import compute_scores
 from fastif.influence.tiles import best_of, check_groups
+from fastif.ranks import ALONE
 
 
 class Top(NamedTuple):
@@ -351,9 +352,11 @@ def sum_of(parts: Mapping[str, Tensor]) -> Tensor:
 
 
 def ready(influence: Influence) -> Fitted:
-    """What was fitted, at the weights that the model still has."""
-    influence.fitted.check_weights()
-    return influence.fitted
+    """What was fitted, at the weights that the model still has; of several ranks each works on its own."""
+    fitted = influence.fitted
+    fitted.check_weights()
+    alone = influence.ranks.world == 1
+    return fitted if alone else fitted._replace(setup=fitted.setup._replace(ranks=ALONE))
 
 
 def walkable(influence: Influence, data: Any) -> Walked:

@@ -23,6 +23,7 @@ from fastif import (
     Diagonal,
     ExactBlock,
     Identity,
+    Index,
     Influence,
     LiSSA,
     Networks,
@@ -73,7 +74,7 @@ def answers(name: str, kind: str = "mlp", batch_size: int = 5, of: Any = None, *
     influence.fit(data)
     query = data[0][:3], data[1][:3]
     if influence.setup.estimators.needs_data:  # every right-hand side takes many products: few of them
-        data = data[0][:11], data[1][:11]
+        data = data[0][:7], data[1][:7]
     groups = torch.arange(len(data[1])) % 4
     scores = influence.scores(query, data)
     values, indices = influence.top(query, data, 5)
@@ -355,3 +356,14 @@ def bad_centres(rank: int) -> Any:
     if find_ranks().rank == rank:
         points[2, 1] = float("nan")
     return samplers.k_center_of_ranks(points, 2, start=0)
+
+
+def index(folder: str) -> Any:
+    """An index that the first rank builds on its own, of a fit of all."""
+    model, data, _ = problem("mlp")
+    influence = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=5).fit(data)
+    query = data[0][:3], data[1][:3]
+    if influence.ranks.rank == 0:
+        made = Index.build(influence, data, folder, share=1.0, dtype="float32")
+        return made.scores(query), influence.ranks.world
+    return None
