@@ -91,8 +91,3 @@ def draw_halves(n: int, pairs: int, seed: int) -> list[Task]:
         for half, own in zip((order[: n // 2], order[n // 2 :]), seeds, strict=True):
             tasks.append(Task(len(tasks), half.sort().values, own))
     return tasks
-    ranks = find_ranks()
-    if out is None:
-        with ranks.together("train_halves"):
-            ranks.compare("train_halves", {"n": n, "pairs": pairs, "seed": seed, "threads": threads})
-            states, _ = train_networks(trainings, tasks, "halves", progress)
