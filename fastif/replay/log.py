@@ -92,6 +92,14 @@ class TrainingLog:
             rows: the places in the training data of the batch's examples: int64 [b], as a tensor, array or list.
             weights: of the examples' losses, [b], where the gradients are those of the mean of weights × losses.
         """
+        self.note(optimizer, rows, weights)
+        optimizer.step()
+
+    def note(self, optimizer: torch.optim.Optimizer, rows: Any, weights: Any = None) -> None:
+        """Notes the step that the optimizer takes next: for loops of others, which call `optimizer.step()` themselves.
+
+        The arguments are those of `step`; the gradients are in place, and nothing changes them before the step.
+        """
         rows, weights = _checked_rows(rows), None if weights is None else _checked_weights(weights, len(rows))
         if self._model is None:
             raise ValueError("TrainingLog: a log that was loaded is complete; record a new one")
@@ -110,7 +118,6 @@ class TrainingLog:
         norm = nn.utils.get_total_norm([p.grad for p in self._moved if p.grad is not None]).double()
         self.steps.append(Step(rows, weights, tuple(map(tuple, numbers)), norm))
         self._final = None
-        optimizer.step()
 
     def _begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.rule, self._optimizer = rule_of(optimizer), optimizer
