@@ -31,6 +31,7 @@ from fastif.influence.choosing import choose
 from fastif.influence.networks import Networks
 from fastif.influence.planning import Plan
 from fastif.influence.score_folder import ScoreFolder
+from fastif.model.captured import Captured, capture
 from fastif.model.features import Extracted, extract, find_head
 from fastif.ops import build_info
 from fastif.removal import Removal, Step, remove
@@ -44,6 +45,7 @@ __all__ = [
     "KFAC",
     "Arnoldi",
     "Automatic",
+    "Captured",
     "CertifiedSubset",
     "DataInf",
     "Diagonal",
@@ -74,6 +76,7 @@ __all__ = [
     "__version__",
     "answer",
     "build_info",
+    "capture",
     "choose",
     "curvature",
     "data",
