@@ -1,10 +1,11 @@
 """fastif where people already work: a Trainer of transformers, k-center in the place of others'.
 
-Nothing of a third party is imported before it is asked for.
+Nothing of a third party is imported before it is asked for: `anomalib` and `sklearn` are modules of this package.
 """
 
 from typing import Any
 
+from fastif.integrations.active import next_batch
 from fastif.integrations.trainer import data_of, influence_of, loss_of
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "data_of",
     "influence_of",
     "loss_of",
+    "next_batch",
 ]
 
 
