@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastif.data.checksums import checksum
 from fastif.evaluation.trainings import Task, TrainFn, Trainings
@@ -19,6 +18,7 @@ from fastif.fingerprints import VERSIONS, described
 from fastif.folder_lock import locked
 from fastif.influence.networks import Networks
 from fastif.journal import refuse_differences
+from fastif.progress import tqdm
 
 _SEEDS = 1 << 30, 1 << 31  # of the networks: far from the small numbers that an evaluation's seeds are
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastif.evaluation.models import ARCHITECTURES, build
 from fastif.files import whole
+from fastif.progress import tqdm
 
 
 class Recipe(NamedTuple):

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastif.data.batches import as_loader, batch_length, moved_to
 from fastif.model.calls import call, placed
 from fastif.model.losses import IGNORED
 from fastif.ops._checks import first_nonfinite_row
+from fastif.progress import tqdm
 
 
 class Extracted(NamedTuple):

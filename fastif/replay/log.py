@@ -83,6 +83,15 @@ class TrainingLog:
     rule: Rule
     dtype: torch.dtype
 
+    def __repr__(self) -> str:
+        if not self.steps:
+            return f"TrainingLog(no steps yet, a checkpoint every {self.every})"
+        where = "in memory" if self._folder is None else f"in {str(self._folder.path)!r}"
+        return (
+            f"TrainingLog({len(self.steps):,} steps of {self.rule.name}, {len(self.kept):,} examples, "
+            f"{self.layout.size:,} parameters, {len(self.starts)} checkpoints {where})"
+        )
+
     # ------------------------------------------------------------------------------------------------------- recording
 
     def step(self, optimizer: torch.optim.Optimizer, rows: Any, weights: Any = None) -> None:
