@@ -30,9 +30,12 @@ from fastif.influence import Influence
 from fastif.influence.choosing import choose
 from fastif.influence.networks import Networks
 from fastif.influence.planning import Plan
+from fastif.influence.rows import top_rows, write_rows
 from fastif.influence.score_folder import ScoreFolder
+from fastif.model.captured import Captured, capture
 from fastif.model.features import Extracted, extract, find_head
 from fastif.ops import build_info
+from fastif.progress import set_progress
 from fastif.removal import Certificate, Removal, Step, remove
 from fastif.renamed import find_renamed
 from fastif.replay import NotReproduced, Replay, Source, TrainingLog
@@ -45,6 +48,7 @@ __all__ = [
     "KFAC",
     "Arnoldi",
     "Automatic",
+    "Captured",
     "Certificate",
     "CertifiedSubset",
     "DataInf",
@@ -76,6 +80,7 @@ __all__ = [
     "__version__",
     "answer",
     "build_info",
+    "capture",
     "choose",
     "curvature",
     "data",
@@ -85,8 +90,11 @@ __all__ = [
     "ops",
     "remove",
     "samplers",
+    "set_progress",
+    "top_rows",
     "training_time",
     "verify_removal",
+    "write_rows",
 ]
 
 

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastif.evaluation.lissa_step import Removed
 from fastif.evaluation.metrics import DEFINITIONS, measure, summarise
@@ -41,6 +40,7 @@ from fastif.folder_lock import locked
 from fastif.journal import Journal, refuse_differences
 from fastif.measure import environment
 from fastif.model.features import Extracted, extract, find_head
+from fastif.progress import tqdm
 from fastif.removal import head_steps, optimal_head
 
 

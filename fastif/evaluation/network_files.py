@@ -7,12 +7,12 @@ from typing import Any
 
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastif.data.tensor_files import load_tensors, save_tensors
 from fastif.evaluation.trainings import Task, Trainings
 from fastif.files import Damaged
 from fastif.journal import refuse_differences
+from fastif.progress import tqdm
 from fastif.ranks import find_ranks
 
 

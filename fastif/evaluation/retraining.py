@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastif.data.batches import as_loader, batch_length, moved_to
 from fastif.evaluation.settings import check_seeds
@@ -21,6 +20,7 @@ from fastif.influence.shared_folder import held
 from fastif.journal import Journal, Key, refuse_differences
 from fastif.model.calls import call
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement, labels_in, measured
+from fastif.progress import tqdm
 from fastif.ranks import find_ranks
 
 

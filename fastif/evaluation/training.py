@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastif.data.checksums import checksum as checksum_of
 from fastif.evaluation.models import ARCHITECTURES, build
 from fastif.files import Damaged, canonical, checksum, whole
+from fastif.progress import tqdm
 
 
 class Recipe(NamedTuple):

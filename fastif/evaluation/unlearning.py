@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastif.evaluation.membership import u_lira
 from fastif.evaluation.network_files import packed, train_networks
@@ -38,6 +37,7 @@ from fastif.folder_lock import locked
 from fastif.influence.networks import Networks, are_halves
 from fastif.journal import Journal, refuse_differences
 from fastif.measure import Measure, environment
+from fastif.progress import tqdm
 
 UnlearnFn = Callable[[nn.Module, Data, Tensor, int], "nn.Module | Mapping[str, Tensor]"]
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastif.curvature.network import NetworkCurvature, prepare
 from fastif.curvature.protocol import FitData, JointCurvature, SeenBatch
@@ -20,6 +19,7 @@ from fastif.influence.sharing import Draws, compare_setups, end_pass
 from fastif.model.capture import LateLayer
 from fastif.model.losses import IGNORED, labels_in, labels_of, output_columns, per_sample
 from fastif.model.passes import Passes, counted_from
+from fastif.progress import tqdm
 from fastif.ranks import Ranks
 from fastif.samplers.subset import Subset
 

@@ -7,6 +7,7 @@ removed; positive means that the example helps the query. docs/math.md (1), (2).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, overload
@@ -156,6 +157,16 @@ class Influence:
         self._warned = False  # of parameters that are not covered
         self.bound: float | None = None  # of the last fit's subset, where it has one
         self.low_rank_error = 0.0  # of the last scores with low_rank=
+
+    def __repr__(self) -> str:
+        loss, blocks = self.passes.loss, self.capture.blocks
+        size = sum(math.prod(shape) for shape in self.capture.covered.values())
+        named = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
+        state = "not fitted" if self._fitted is None else f"fitted on n={self._fitted.n:,}"
+        return (
+            f"Influence({type(self.model).__name__}, loss={named!r}, curvature={self.setup.given!r}, "
+            f"{size:,} parameters in {len(blocks)} blocks, {state})"
+        )
 
     @property
     def model(self) -> nn.Module:

@@ -35,6 +35,12 @@ class Networks(NamedTuple):
     kept: Sequence[Tensor]  # int64 [k] each: the training examples that each network was trained on
     training_time: float | None = None  # τ of each training, for `TrainingDamping`; None where nobody said
 
+    def __repr__(self) -> str:
+        sizes = sorted({len(kept) for kept in self.kept})
+        trained = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}" if sizes else "no"
+        time = "unknown" if self.training_time is None else f"{self.training_time:g}"
+        return f"Networks({len(self.states)}, trained on {trained} examples each, training_time={time})"
+
     def first(self, number: int) -> Networks:
         """The first so many of them."""
         if not 1 <= number <= len(self.states):

@@ -48,6 +48,14 @@ class Plan(NamedTuple):
     score_passes: int | None = None  # of scores over the training data; None where products are made
     ranks: tuple[RankPlan, ...] = ()  # by rank, where plans for several were asked for
 
+    def __repr__(self) -> str:
+        size = sum(math.prod(shape) for shape in self.covered.values())
+        peak = "unknown" if self.fit_bytes is None else f"{self.fit_bytes / 2**20:.1f} MiB"
+        return (
+            f"Plan({size:,} parameters in {len(self.layers)} blocks, {len(self.skipped)} parameters skipped, "
+            f"n={self.n:,}, fit: {self.fit_flops / 1e9:.1f} GFLOP, peak {peak}; print it for all)"
+        )
+
     def __str__(self) -> str:
         covered = "\n".join(f"  {name} {list(shape)}" for name, shape in self.covered.items()) or "  none"
         skipped = "\n".join(f"  {name}: {reason}" for name, reason in self.skipped.items()) or "  none"

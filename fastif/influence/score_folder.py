@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastif.files import Damaged, canonical, checksum, load_array, save_array, sealed, unsealed, write_whole
+from fastif.influence.rows import Row, frame_of, top_rows, write_rows
 from fastif.influence.tiles import best_of
 from fastif.renamed import warn_renamed
 
@@ -154,6 +155,19 @@ class ScoreFolder:
             best.append(held)
         values, indices = zip(*best, strict=True)
         return torch.cat(values), torch.cat(indices)
+
+    def rows(self, top: int = 10, *, largest: bool = True, **columns: Any) -> list[Row]:
+        """The `top` training examples of each query, at most all, as rows; ids=, query_ids= and columns= are those of
+        `top_rows`."""
+        return top_rows(*self.top(min(top, self.shape[1]), largest=largest), **columns)
+
+    def to_pandas(self, top: int = 10, *, largest: bool = True, **columns: Any) -> Any:
+        """The same as a DataFrame of pandas, which has to be installed."""
+        return frame_of(self.rows(top, largest=largest, **columns))
+
+    def write(self, path: Path | str, top: int = 10, *, largest: bool = True, **columns: Any) -> Path:
+        """The same as a file, .csv or .jsonl."""
+        return write_rows(self.rows(top, largest=largest, **columns), path)
 
     # ----------------------------------------------------------------------------------------------------------- files
 

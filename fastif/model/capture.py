@@ -260,6 +260,14 @@ class Capture:
         if not self._attached:
             return
         undo = self._undo
+        self._hook(undo)
+        used = self.used
+        for parameter in self.model.parameters():  # no graph is built below the first covered layer
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(parameter in used)
+
+    def _hook(self, undo: ExitStack) -> None:
+        """Hooks on the modules that blocks read from."""
         wanted = {use.source for block in self.blocks.values() for use in block.uses}
         for name, module in self.modules.items():
             if not any(source == name or source.startswith(f"{name}.") for source in wanted):
@@ -275,10 +283,6 @@ class Capture:
             module.forward = forward
         for name in self.uncalled:
             undo.callback(self.modules[name].register_forward_hook(self._late(name)).remove)
-        used = self.used
-        for parameter in self.model.parameters():  # no graph is built below the first covered layer
-            undo.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(parameter in used)
 
     def forward(self, x: Any) -> Forward:
         """Runs the model on a batch: its one argument, or a mapping of keyword arguments."""

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastif.data.batches import as_loader, batch_length, moved_to, walked
 from fastif.data.checksums import checksum
@@ -17,6 +16,7 @@ from fastif.data.dealing import Part, deal, tell_data
 from fastif.model.calls import call, placed
 from fastif.model.losses import IGNORED
 from fastif.ops._checks import first_nonfinite_row
+from fastif.progress import tqdm
 from fastif.ranks import find_ranks
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastif.data.batches import as_loader, batch_length, moved_to, rows_of
 from fastif.model.calls import dtype_of, fleeting_buffers, placed
@@ -18,6 +17,7 @@ from fastif.model.check import settle
 from fastif.model.forward import Forward
 from fastif.model.gradients import Gradients
 from fastif.model.losses import IGNORED, Loss, Measurement, labels_in, measured
+from fastif.progress import tqdm
 
 _TOGETHER = 1 << 24  # bytes of inputs and outputs of covered layers that one forward pass brings on a CPU, at most
 _LEAST = 1 << 20  # so little memory, and passes of fewer examples would only be slower

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from tqdm import tqdm
 
 from fastif._version import __version__
+from fastif.progress import tqdm
 
 # As in csrc/ops.cpp; needed here only where the extension is absent (a test holds the two against each other).
 SCHEMAS = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Generator, Tensor
-from tqdm import tqdm
 
+from fastif.progress import tqdm
 from fastif.removal.certificate import Certificate, Certified
 from fastif.removal.head import RetainedHead
 from fastif.removal.newton import newton

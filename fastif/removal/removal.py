@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
-from tqdm import tqdm
 
 from fastif.data.batches import as_loader, count
 from fastif.model.capture import Capture
 from fastif.model.features import Extracted, extract, find_head
 from fastif.model.forward import computable
+from fastif.progress import tqdm
 from fastif.removal.certificate import Certificate, Certified
 from fastif.removal.certifying import certify
 from fastif.removal.head import RetainedHead, check_settings

@@ -83,6 +83,15 @@ class TrainingLog:
     rule: Rule
     dtype: torch.dtype
 
+    def __repr__(self) -> str:
+        if not self.steps:
+            return f"TrainingLog(no steps yet, a checkpoint every {self.every})"
+        where = "in memory" if self._folder is None else f"in {str(self._folder.path)!r}"
+        return (
+            f"TrainingLog({len(self.steps):,} steps of {self.rule.name}, {len(self.kept):,} examples, "
+            f"{self.layout.size:,} parameters, {len(self.starts)} checkpoints {where})"
+        )
+
     # ------------------------------------------------------------------------------------------------------- recording
 
     def step(self, optimizer: torch.optim.Optimizer, rows: Any, weights: Any = None) -> None:
@@ -91,6 +100,14 @@ class TrainingLog:
         Args:
             rows: the places in the training data of the batch's examples: int64 [b], as a tensor, array or list.
             weights: of the examples' losses, [b], where the gradients are those of the mean of weights × losses.
+        """
+        self.note(optimizer, rows, weights)
+        optimizer.step()
+
+    def note(self, optimizer: torch.optim.Optimizer, rows: Any, weights: Any = None) -> None:
+        """Notes the step that the optimizer takes next: for loops of others, which call `optimizer.step()` themselves.
+
+        The arguments are those of `step`; the gradients are in place, and nothing changes them before the step.
         """
         rows, weights = _checked_rows(rows), None if weights is None else _checked_weights(weights, len(rows))
         if self._model is None:
@@ -110,7 +127,6 @@ class TrainingLog:
         norm = nn.utils.get_total_norm([p.grad for p in self._moved if p.grad is not None]).double()
         self.steps.append(Step(rows, weights, tuple(map(tuple, numbers)), norm))
         self._final = None
-        optimizer.step()
 
     def _begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.rule, self._optimizer = rule_of(optimizer), optimizer

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastif.curvature.limits import MEMORY
 from fastif.curvature.matrix_free.lissa import Diverged
@@ -18,6 +17,7 @@ from fastif.data.batches import moved_to, rows_of, walked
 from fastif.influence.networks import average_rows
 from fastif.influence.tiles import check_groups
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement
+from fastif.progress import tqdm
 from fastif.replay.agreement import check_logs
 from fastif.replay.log import Point, TrainingLog
 from fastif.replay.network import Matrix

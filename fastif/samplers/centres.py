@@ -8,10 +8,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Generator, Tensor
-from tqdm import tqdm
 
 from fastif import ops
 from fastif.ops import _checks as check
+from fastif.progress import tqdm
 from fastif.ranks import find_ranks
 from fastif.samplers.subset import (
     Subset,

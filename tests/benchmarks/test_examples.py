@@ -47,6 +47,18 @@ def test_find_mislabelled_in_cifar10n(run, tmp_path):
     assert re.search("of the 5 wrong labels are among the 4 most suspicious of 38", said)
 
 
+def test_find_mislabelled_lora(monkeypatch, capsys):
+    pytest.importorskip("peft", reason="the example's adapters are peft's")
+    pytest.importorskip("accelerate", reason="peft needs accelerate")
+    monkeypatch.setattr(sys, "argv", ["find_mislabelled_lora.py", "--epochs", "10"])
+    runpy.run_path(str(EXAMPLES / "find_mislabelled_lora.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "6 matrices of the adapters, 1,320 of 10,290 parameters" in said
+    found, wrong, checked = map(int, re.search(r"(\d+) of the (\d+) wrong labels are among the (\d+)", said).groups())
+    assert (wrong, checked) == (68, 114)
+    assert found >= 60  # by chance: 7
+
+
 def test_explain_prediction(run):
     said = run("explain_prediction.py", "--query", "330")
     before = float(re.search(r"is a 9, called 3: loss ([\d.]+)", said)[1])

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tqdm import tqdm
-
 from fastif.curvature.protocol import FitData
+from fastif.progress import tqdm
 
 
 class NotConverged(UserWarning):
