@@ -51,7 +51,7 @@ def lds_table(name: str) -> str:
         f"{facts['fresh']} sets that keep 80 %. {sizes}. LDS ± half of its 95 % interval over the queries. Rows with "
         "damping from the training chose nothing; in the others each figure is that of the best of the dampings 0.001, "
         "0.01 and 0.1, contender by contender. CPU seconds: fit and scores, of the best LDS on halves; the training of "
-        "the networks that are explained comes on top. –: not run, too large. "
+        "the networks that are explained comes on top. –: not run. "
         f"{meta['device']}, {tables.threads_of(meta['threads'])}, torch {meta['versions']['torch']}. "
         "Made by `python benchmarks/experiments/lds.py`.",
     ]
