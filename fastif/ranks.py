@@ -7,7 +7,7 @@ Sums over ranks are taken in the order of the ranks, each chunk by one of them, 
 they are the same from run to run, and rounding to float32 once is all that they add to the error of the terms. Beside
 every exchange the ranks tell one another, through the store that the process group was started with, what they are
 about to do or what went wrong: an error on one rank is raised on all, with its number, in the place of a hang.
-docs/scale.md.
+docs/math.md (27), docs/scale.md.
 """
 
 from __future__ import annotations

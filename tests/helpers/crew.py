@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -37,7 +38,9 @@ class Crew:
         context = multiprocessing.get_context("spawn")
         pipes = [context.Pipe() for _ in range(world)]
         self.processes = [
-            context.Process(target=_work, args=(rank, world, self._store.port, timeout, theirs), daemon=True)
+            context.Process(
+                target=_work, args=(rank, world, self._store.port, timeout, theirs, _covering()), daemon=True
+            )
             for rank, (_, theirs) in enumerate(pipes)
         ]
         self._pipes = [ours for ours, _ in pipes]
@@ -86,7 +89,19 @@ class Crew:
                 process.join()
 
 
-def _work(rank: int, world: int, port: int, timeout: float, pipe: Any) -> None:
+def _covering() -> bool:
+    """Whether this process counts the lines that it runs."""
+    coverage = sys.modules.get("coverage")
+    return coverage is not None and coverage.Coverage.current() is not None
+
+
+def _work(rank: int, world: int, port: int, timeout: float, pipe: Any, covering: bool) -> None:
+    count = None
+    if covering:  # what ranks run is run nowhere else
+        import coverage
+
+        count = coverage.Coverage(data_suffix=True, source_pkgs=["fastif"])
+        count.start()
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     limit = timedelta(seconds=timeout)
@@ -96,6 +111,9 @@ def _work(rank: int, world: int, port: int, timeout: float, pipe: Any) -> None:
         try:
             function, args = pickle.loads(pipe.recv_bytes())
         except EOFError:
+            if count is not None:
+                count.stop()
+                count.save()
             os._exit(0)  # no goodbyes: others may be gone
         try:
             answer = function(*args)

@@ -39,7 +39,7 @@ from fastif import (
 from fastif.influence import score_job, shared_folder
 from fastif.ranks import find_ranks
 from tests.helpers.by_hand import problem
-from tests.helpers.problems import trained
+from tests.helpers.problems import Problem
 
 ESTIMATORS: dict[str, Any] = {
     "kfac": KFAC(1e-2),
@@ -283,9 +283,9 @@ def features(n: int) -> Any:
     return extract(model, (x[:n], y[:n]), batch_size=5, progress=False)._asdict()
 
 
-def removal() -> Any:
+def removal(problem: Problem) -> Any:
     """What is left of the parameters after a removal from the head, and from all layers; with samplers."""
-    model, x, y = trained()
+    model, x, y = problem  # one that was trained in one place: the bits of a training need not be another's
     removed = torch.arange(9) * 3
     how: dict[str, Any] = dict(progress=False, weight_decay=5e-3, steps=2)
     sampler = partial(samplers.logit, k=30)

@@ -7,6 +7,7 @@ import torch
 
 from fastif.samplers import k_center
 from tests.helpers.crew import Crew
+from tests.helpers.problems import trained
 from tests.ranks.cases import (
     bad_centres,
     centres,
@@ -33,11 +34,11 @@ def test_features_stand_in_the_order_of_the_examples(two, n):
 
 
 def test_samplers_draw_the_same_and_removals_agree(two):
-    (indices, weights), want = subset_of_sampler(), removal()
+    (indices, weights), want = subset_of_sampler(), removal(trained())
     for got in two(subset_of_sampler):
         assert torch.equal(got[0], indices)
         assert torch.allclose(got[1], weights, rtol=1e-12)
-    first, second = two(removal)
+    first, second = two(removal, trained())
     assert torch.equal(first, second)
     assert torch.allclose(first, want, rtol=0, atol=1e-8 * float(want.abs().max()))
 
