@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fastif.data.tensor_files import load_tensors, save_tensors
@@ -18,6 +17,8 @@ from fastif.ranks import find_ranks
 
 def packed(model: nn.Module) -> bytes:
     """The model's state as a safetensors file."""
+    from safetensors.torch import save
+
     return save({name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()})
 
 
@@ -42,6 +43,8 @@ def train_networks(
     Raises ValueError for a weight that is not finite, for networks that are there without `resume` and for other
     settings; `Damaged` for a file that has changed.
     """
+    from safetensors.torch import load
+
     states: dict[int, dict[str, Tensor]] = {}
     took: dict[int, float] = {}
     if folder is not None:
