@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ class Candidate(NamedTuple):
 
     name: str
     curvature: Any
-    layers: str | None  # as for `Influence`
+    layers: str | Sequence[str] | None  # as for `Influence`
     share: float | None  # of the data that carry the curvature, drawn by `samplers.logit`; None: all
     networks: Networks | None
     seconds: float = math.nan
@@ -135,7 +135,8 @@ def _estimate(
     candidate: Candidate, model: nn.Module, train: Any, query: Any, loss: Loss, rate: float, options: dict[str, Any]
 ) -> Candidate:
     plan = _plan(candidate, model, train, query, loss, options)
-    one_pass = _plan(candidate._replace(curvature=Diagonal(fisher="empirical")), model, train, query, loss, options)
+    walk = candidate._replace(curvature=Diagonal(fisher="empirical"), layers=[*plan.layers])
+    one_pass = _plan(walk, model, train, query, loss, options)
     parameters = sum(math.prod(shape) for shape in plan.covered.values())
     networks = 1 if candidate.networks is None else len(candidate.networks.states)
     passes = max(plan.score_passes or networks, networks)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastif.curvature.network import NetworkCurvature, prepare
 from fastif.curvature.protocol import Estimator
 from fastif.data.batches import Walked, walked
+from fastif.influence.networks import Networks
 from fastif.influence.origin import Buffers, buffers_of, changed_buffers, check_fit, checksums_of, describe_fit
 from fastif.model.capture import Capture
 from fastif.model.losses import Measurement
@@ -32,7 +33,7 @@ class Setup(NamedTuple):
     checkpoints: Sequence[Mapping[str, Tensor]] | None
     memory: int  # bytes, as for `Influence`
     seed: int
-    kept: Sequence[Tensor] | None = None  # by checkpoint, where they are networks: the examples it was trained on
+    networks: Networks | None = None  # whose states the checkpoints are, where they were trained on parts of the data
     ranks: Ranks = ALONE  # among which passes over data are divided
 
     @property
@@ -51,6 +52,11 @@ class Setup(NamedTuple):
     def states(self) -> list[Checkpoint]:
         """The checkpoints over which influence is averaged."""
         return list(self.checkpoints) if self.checkpoints is not None else [None]
+
+    @property
+    def kept(self) -> Sequence[Tensor] | None:
+        """By checkpoint, where these are networks: the examples that it was trained on."""
+        return None if self.networks is None else self.networks.kept
 
     def describes(self, blocks: Tensor) -> bool:
         """Whether a state's blocks are those that are covered."""

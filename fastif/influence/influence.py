@@ -20,16 +20,11 @@ from fastif.curvature.exact.block import ExactBlock
 from fastif.curvature.limits import MEMORY
 from fastif.curvature.protocol import Estimator
 from fastif.data.batches import count, walked
+from fastif.influence.averaging import average_scores, average_self_influence, write_averaged_scores
 from fastif.influence.coverage import assign, cover_head, look_at, restore_coverage, warn_of_lost
 from fastif.influence.fitted import Fitted, Setup, load_fitted
 from fastif.influence.fitting import fit
-from fastif.influence.networks import (
-    Networks,
-    average_scores,
-    average_self_influence,
-    check_networks,
-    write_averaged_scores,
-)
+from fastif.influence.networks import Networks, check_networks
 from fastif.influence.origin import check_picklable
 from fastif.influence.parameters import move_parameters, solve
 from fastif.influence.planning import Plan, make_plan
@@ -119,12 +114,11 @@ class Influence:
         check_measurement(measurement, loss)
         if checkpoints is not None and not len(checkpoints):
             raise ValueError("Influence: checkpoints must not be empty")
-        kept = None
         if networks is not None:
             check_networks(networks)
             if checkpoints is not None:
                 raise ValueError("Influence: checkpoints= and networks= exclude each other")
-            checkpoints, kept = networks.states, networks.kept
+            checkpoints = networks.states
         if memory < 1:
             raise ValueError(f"Influence: memory must be at least 1 byte, got {memory}")
         if curvature is None:
@@ -152,7 +146,7 @@ class Influence:
         )
         given = copy.deepcopy(dict(curvature) if isinstance(curvature, Mapping) else curvature)
         estimators = assign(passes.capture, given, memory)
-        self.setup = Setup(passes, given, of_head, estimators, measurement, checkpoints, memory, seed, kept, ranks)
+        self.setup = Setup(passes, given, of_head, estimators, measurement, checkpoints, memory, seed, networks, ranks)
         self._fitted: Fitted | None = None
         self._warned = False  # of parameters that are not covered
         self.bound: float | None = None  # of the last fit's subset, where it has one
@@ -518,8 +512,9 @@ class Influence:
         return {
             "arguments": {
                 "model": setup.model, "loss": setup.passes.loss, "curvature": setup.given,
-                "measurement": setup.measurement, "checkpoints": setup.checkpoints, "memory": setup.memory,
-                "seed": setup.seed, **self._arguments,
+                "measurement": setup.measurement, "memory": setup.memory, "seed": setup.seed,
+                "networks": setup.networks, "checkpoints": None if setup.networks else setup.checkpoints,
+                **self._arguments,
             },
             "state": None if fitted is None else fitted.state_dict(),
             "subset": self.subset,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastif.curvature.limits import MEMORY
 from fastif.curvature.matrix_free.lissa import Diverged
 from fastif.data.batches import moved_to, rows_of, walked
-from fastif.influence.networks import average_rows
+from fastif.influence.averaging import average_rows
 from fastif.influence.tiles import check_groups
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement
 from fastif.progress import tqdm

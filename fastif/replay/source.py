@@ -16,8 +16,8 @@ from fastif.curvature.limits import MEMORY
 from fastif.curvature.network import NetworkCurvature
 from fastif.curvature.protocol import Estimator
 from fastif.data.batches import Walked, walked
+from fastif.influence.averaging import average_rows
 from fastif.influence.influence import Influence
-from fastif.influence.networks import average_rows
 from fastif.influence.tiles import check_groups
 from fastif.model.losses import Loss, Measurement
 from fastif.model.passes import Passes

@@ -1,6 +1,8 @@
 """Networks trained on halves: scores of each are brought to one scale and averaged, with an error bar."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -145,6 +147,15 @@ def test_a_folder_holds_the_mean_and_each_network(tmp_path, by):
         influence_of(others, batch_size=16).fit(TRAIN).scores(QUERY, TRAIN, by=by, out=tmp_path / "scores", resume=True)
     settings = json.loads((tmp_path / "scores" / "manifest.json").read_text())["settings"]
     assert settings["what"] == "scores"
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda influence: pickle.loads(pickle.dumps(influence))])
+def test_a_copy_is_of_the_networks_too(again):
+    influence = influence_of(halves(2)).fit(TRAIN)
+    scores, errors = influence.scores(QUERY, TRAIN, spread=True)
+    copied = again(influence).scores(QUERY, TRAIN, spread=True)
+    assert torch.equal(copied[0], scores)
+    assert torch.equal(copied[1], errors)
 
 
 def test_plans_count_every_network():
