@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastif import samplers as sampling
 from fastif.cli.arguments import check, device_named, interruptible, split, terminal, writable
+from fastif.cli.options import Device, Quiet
 from fastif.data import NAMES, Data, load
 from fastif.evaluation.class_removal import class_removal
 from fastif.evaluation.lissa_step import LiSSAStep, Removed
@@ -79,9 +80,9 @@ def class_removal_command(
             show_default="with digits, as it is slow on more data",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads; default 1 for digits, else torch's.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Remove classes from a trained classifier and compare samplers with retraining."""
     began = time.perf_counter()

@@ -1,6 +1,5 @@
 """What the commands that fit a curvature share: their estimators, a fit that is kept in a file, tables of the best."""
 
-import csv
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,8 +24,8 @@ from fastif.curvature import (
     TrainingDamping,
 )
 from fastif.data.tensor_files import load_tensors, save_tensors
-from fastif.files import whole
 from fastif.influence.influence import Influence
+from fastif.influence.rows import top_rows, write_rows
 from fastif.influence.score_job import fit_settings
 from fastif.journal import refuse_differences
 
@@ -112,13 +111,9 @@ def fit_or_load(
 
 
 def write_top(path: Path, row: str, values: Tensor, indices: Tensor, k: int) -> None:
-    with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow((row, "rank", "train", "score"))
-        for query, (scores, places) in enumerate(zip(values[:, :k].tolist(), indices[:, :k].tolist(), strict=True)):
-            writer.writerows(
-                (query, rank, t, value) for rank, (t, value) in enumerate(zip(places, scores, strict=True), 1)
-            )
+    """The k best of each row, whose name stands in the place of "query"."""
+    found = top_rows(values[:, :k], indices[:, :k])
+    write_rows([{row if name == "query" else name: value for name, value in one.items()} for one in found], path)
 
 
 def top_table(row: str, rows: str, values: Tensor, indices: Tensor, n: int, what: str = "help") -> Table:

@@ -1,8 +1,8 @@
 """`fastif index`, `fastif query`, and what `fastif info` says of an index."""
 
-import csv
 import json
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -11,29 +11,38 @@ import typer
 
 from fastif.cli.arguments import check, device_named, interruptible, split, terminal, writable
 from fastif.cli.fitting import FISHERS, damping_of, estimator_of, top_table
+from fastif.cli.options import (
+    Asked,
+    BatchSize,
+    Device,
+    Key,
+    Loss,
+    Memory,
+    Quiet,
+    Resume,
+    Script,
+    TrainingTime,
+    WeightDecay,
+)
 from fastif.cli.script import function_named, returned
 from fastif.curvature.limits import MEMORY
 from fastif.data.batches import count
-from fastif.files import Damaged, sealed, unsealed, whole, write_whole
+from fastif.files import Damaged, sealed, unsealed, write_whole
 from fastif.folder_lock import locked
 from fastif.index.building import load_state
 from fastif.index.factors import Stored
 from fastif.index.folder import MANIFEST, Folder
 from fastif.index.index import Index, Top
 from fastif.influence.influence import Influence
+from fastif.influence.rows import top_rows, write_rows
 from fastif.model.losses import LOSSES, MEASUREMENTS
 
 OPTIONS = "options.json"  # in the folder of an index: those of the command, with which a query finds the same curvature
 INDEXED = ("ekfac", "kfac", "diagonal", "identity")  # those with eigenvalues of single blocks
-_SCRIPT = typer.Argument(
-    metavar="MODULE:FUNCTION",
-    help="A function of yours, also as path/to/file.py:FUNCTION. It takes nothing and returns (model, train, query).",
-)
-_MEMORY = typer.Option(help="MiB for query gradients, a quarter of it for slices of a batch.")
 
 
 def index_command(
-    script: Annotated[str, _SCRIPT],
+    script: Script,
     out: Annotated[Path, typer.Option(help="Folder for the index.")],
     share: Annotated[float, typer.Option(help="Of the gradients' numbers, what is kept, in (0, 1].")] = 0.04,
     dtype: Annotated[str, typer.Option(help=f"Of what is kept: one of {', '.join(get_args(Stored))}.")] = "int8",
@@ -45,12 +54,8 @@ def index_command(
             show_default="1e-3",
         ),
     ] = None,
-    training_time: Annotated[
-        float | None, typer.Option(help="For --damping training, as for `scores`.", show_default=False)
-    ] = None,
-    weight_decay: Annotated[
-        float | None, typer.Option(help="For --damping training: that of the training.", show_default="0")
-    ] = None,
+    training_time: TrainingTime = None,
+    weight_decay: WeightDecay = None,
     fisher: Annotated[
         str | None, typer.Option(help=f"Gradients for it: one of {', '.join(FISHERS)}.", show_default="exact")
     ] = None,
@@ -58,19 +63,17 @@ def index_command(
         list[str] | None,
         typer.Option(help="Names or patterns of layers, comma separated or repeated.", show_default="all"),
     ] = None,
-    loss: Annotated[str, typer.Option(help=f"One of {', '.join(LOSSES)}.")] = "cross_entropy",
+    loss: Loss = "cross_entropy",
     self_influence: Annotated[
         bool, typer.Option("--self-influence", help="Keep each example's exact score on itself, too.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(help="For data without batches of its own.")] = 256,
-    memory: Annotated[int, _MEMORY] = MEMORY >> 20,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    batch_size: BatchSize = 256,
+    memory: Memory = MEMORY >> 20,
+    device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="For what is drawn, and torch in your function.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a job in the same folder.")] = False,
-    key: Annotated[
-        str | None, typer.Option(help="A name of your own for what of your code cannot be fingerprinted.")
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    resume: Resume = False,
+    key: Key = None,
+    quiet: Quiet = False,
 ) -> None:
     """An index of the training gradients of a model of your own, for any number of queries.
 
@@ -115,17 +118,17 @@ def index_command(
 
 def query_command(
     folder: Annotated[Path, typer.Argument(help="Folder of the index.")],
-    script: Annotated[str, _SCRIPT],
+    script: Script,
     top: Annotated[int, typer.Option(help="Training examples per query.")] = 10,
     harmful: Annotated[bool, typer.Option("--harmful", help="Those that harm the query most, instead.")] = False,
     rerank: Annotated[
         int, typer.Option(help="Compute the scores of so many of each query's best exactly; takes the training data.")
     ] = 0,
-    measurement: Annotated[str, typer.Option(help=f"Asked of queries: one of {', '.join(MEASUREMENTS)}.")] = "loss",
+    measurement: Asked = "loss",
     out: Annotated[Path | None, typer.Option(help="A file for the result, .csv or .jsonl.")] = None,
-    memory: Annotated[int, _MEMORY] = MEMORY >> 20,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    memory: Memory = MEMORY >> 20,
+    device: Device = "cpu",
+    quiet: Quiet = False,
 ) -> None:
     """The training examples that help the queries of your function most, from an index."""
     check("measurement", measurement, measurement in MEASUREMENTS, f"one of {', '.join(MEASUREMENTS)}")
@@ -208,16 +211,8 @@ def _read_options(folder: Path) -> dict[str, Any]:
 
 def _write(path: Path, found: Top) -> None:
     """A row for each query and training example, the best first."""
-    rows = [
-        {"query": query, "rank": rank, "train": int(found.indices[query, rank - 1]), "score": value}
-        | ({} if found.ids is None else {"id": found.ids[query][rank - 1]})
-        for query, values in enumerate(found.values.tolist())
-        for rank, value in enumerate(values, 1)
-    ]
-    with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
-        if path.suffix == ".jsonl":
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        else:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+    rows = top_rows(found.values, found.indices)
+    if found.ids is not None:
+        for row, name in zip(rows, chain.from_iterable(found.ids), strict=True):
+            row["id"] = name
+    write_rows(rows, path)

@@ -11,6 +11,7 @@ import torch
 import typer
 
 from fastif.cli.arguments import check, device_named, split, writable
+from fastif.cli.options import BatchSize, Device, Quiet
 from fastif.cli.script import function_named, returned
 from fastif.data.batches import count
 from fastif.evaluation.settings import SAMPLERS, check_budgets, choose_samplers
@@ -71,10 +72,10 @@ def remove_command(
             show_default=False,
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="For data without batches of its own.")] = 256,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    batch_size: BatchSize = 256,
+    device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="For what a sampler draws, and torch in your function.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Remove training examples from a model of your own, and verify that they are gone."""
     check("batch-size", batch_size, batch_size >= 1, ">= 1")

@@ -19,6 +19,19 @@ from fastif.cli.fitting import (
     top_table,
     write_top,
 )
+from fastif.cli.options import (
+    Asked,
+    BatchSize,
+    Device,
+    Key,
+    Loss,
+    Memory,
+    Quiet,
+    Resume,
+    Script,
+    TrainingTime,
+    WeightDecay,
+)
 from fastif.cli.sample import read_array
 from fastif.cli.script import function_named, returned
 from fastif.curvature.limits import MEMORY
@@ -36,14 +49,7 @@ from fastif.model.losses import LOSSES, MEASUREMENTS
 
 
 def scores_command(
-    script: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODULE:FUNCTION",
-            help="A function of yours, also as path/to/file.py:FUNCTION. It takes nothing and returns "
-            "(model, train, query): a trained torch.nn.Module in eval mode, and data with labels.",
-        ),
-    ],
+    script: Script,
     out: Annotated[Path, typer.Option(help="Folder for the scores.")],
     curvature: Annotated[str, typer.Option(help=f"One of {', '.join(CURVATURES)}.")] = "ekfac",
     damping: Annotated[
@@ -53,16 +59,8 @@ def scores_command(
             show_default="1e-3; lissa 1e-2, data-inf auto",
         ),
     ] = None,
-    training_time: Annotated[
-        float | None,
-        typer.Option(
-            help="For --damping training: learning rates of all steps of SGD, summed, over 1 - momentum.",
-            show_default=False,
-        ),
-    ] = None,
-    weight_decay: Annotated[
-        float | None, typer.Option(help="For --damping training: that of the training.", show_default="0")
-    ] = None,
+    training_time: TrainingTime = None,
+    weight_decay: WeightDecay = None,
     fisher: Annotated[
         str | None,
         typer.Option(
@@ -76,8 +74,8 @@ def scores_command(
             help="Names or patterns of layers, comma separated or repeated.", show_default="all; for exact the head"
         ),
     ] = None,
-    loss: Annotated[str, typer.Option(help=f"One of {', '.join(LOSSES)}.")] = "cross_entropy",
-    measurement: Annotated[str, typer.Option(help=f"Asked of queries: one of {', '.join(MEASUREMENTS)}.")] = "loss",
+    loss: Loss = "cross_entropy",
+    measurement: Asked = "loss",
     sampler: Annotated[
         str | None,
         typer.Option(
@@ -103,21 +101,17 @@ def scores_command(
         ),
     ] = None,
     rank: Annotated[int | None, typer.Option(hidden=True)] = None,
-    batch_size: Annotated[int, typer.Option(help="For data without batches of its own.")] = 256,
-    memory: Annotated[
-        int, typer.Option(help="MiB for query gradients, a quarter of it for slices of a batch.")
-    ] = MEMORY >> 20,
+    batch_size: BatchSize = 256,
+    memory: Memory = MEMORY >> 20,
     top: Annotated[int, typer.Option(help="Training examples per query in top.csv, the most helpful first.")] = 10,
     self_influence: Annotated[
         bool, typer.Option("--self-influence", help="Write self_influence.npy, too: each example's score on itself.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="For samplers, what the curvature draws, and torch in your function.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a job in the same folder.")] = False,
-    key: Annotated[
-        str | None, typer.Option(help="A name of your own for what of your code cannot be fingerprinted.")
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    resume: Resume = False,
+    key: Key = None,
+    quiet: Quiet = False,
 ) -> None:
     """Scores of training examples for queries, for a model of your own.
 
