@@ -533,6 +533,8 @@ class Influence:
         self.bound, self.low_rank_error, self._warned = kept["bound"], kept["low_rank_error"], kept["warned"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Influence:
+        kept = copy.deepcopy(self._kept(), memo)
+        kept["arguments"]["group"] = self.ranks.group  # processes cannot be copied; a file leaves them out
         made = object.__new__(type(self))
-        made.__setstate__(copy.deepcopy(self._kept(), memo))
+        made.__setstate__(kept)
         return made

@@ -44,7 +44,8 @@ def test_samplers_draw_the_same_and_removals_agree(two):
 
 
 def test_a_group_narrows_the_ranks(two):
-    (scores, world), other = two(groups)
+    (scores, world, alike), other = two(groups)
+    assert alike
     assert scores.shape == (2, 24)
     assert world == 1
     assert other is None
