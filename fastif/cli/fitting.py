@@ -35,7 +35,7 @@ CURVATURES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {  # the est
     "kfac": (KFAC, FISHERS),
     "diagonal": (Diagonal, FISHERS),
     "identity": (Identity, ()),
-    "exact": (ExactBlock, ("exact", "empirical")),
+    "exact": (ExactBlock, FISHERS),
     "cg": (CG, ("exact",)),
     "lissa": (LiSSA, ("exact",)),
     "arnoldi": (Arnoldi, ("exact",)),

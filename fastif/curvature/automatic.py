@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 from torch import Tensor
 
 from fastif.curvature.damping import AUTO, Damping, RelativeDamping, TrainingDamping, check_damping
 from fastif.curvature.ekfac import EKFAC
 from fastif.curvature.exact.block import ExactBlock
-from fastif.curvature.protocol import Estimator, JointCurvature, Shape
+from fastif.curvature.protocol import Estimator, JointCurvature, Shape, check_fisher
+from fastif.model.losses import Fisher
 
 _BYTES = 8  # of a number in the factor of an exact block, which is float64
 
@@ -28,22 +28,22 @@ class Automatic(Estimator):
         damping: of both: a number > 0, "auto", `RelativeDamping` or `TrainingDamping`, which is the better choice
             wherever it is known how long the model was trained.
         share: of `memory`, in (0, 1].
-        fisher: "exact" or "empirical", as for `EKFAC`.
+        fisher: as for `EKFAC`. The default, "auto", is "exact" where an example has one label, and "monte_carlo" where
+            it has several, as texts have: a backward pass for each class of each of them would be too many. The plan
+            says to what it comes, and `Influence(seed=)` sets the labels that are drawn.
     """
 
-    def __init__(self, damping: Damping = "auto", share: float = 0.5, fisher: Literal["exact", "empirical"] = "exact"):
+    def __init__(self, damping: Damping = "auto", share: float = 0.5, fisher: Fisher = "auto"):
         check_damping(damping, RelativeDamping, TrainingDamping)
         if not 0 < share <= 1:
             raise ValueError(f"Automatic: share must be a number in (0, 1], got {share!r}")
-        if fisher not in ("exact", "empirical"):
-            raise ValueError(f"Automatic: fisher must be 'exact' or 'empirical', got {fisher!r}")
+        check_fisher("Automatic", fisher)
         self.damping: Damping = damping
         self.share = share
-        self._fisher: Literal["exact", "empirical"] = fisher
-        self.fisher = fisher
+        self.fisher: Fisher = fisher
 
     def assign(self, shapes: Mapping[str, Shape], memory: int) -> dict[tuple[str, ...], JointCurvature]:
-        exact = ExactBlock(AUTO if self.damping == "auto" else self.damping, fisher=self._fisher)
+        exact = ExactBlock(AUTO if self.damping == "auto" else self.damping, fisher=self.fisher)
         below = EKFAC(self.damping, self.fisher)
         room = self.share * memory
         small: set[str] = set()

@@ -38,7 +38,8 @@ class KFAC(Curvature):
             In the eigenbasis a λ > 0 suffices however small it is; `rounding` says what is left of it in the flattest
             direction.
         fisher: "exact": the GGN, by one backward pass per output; "monte_carlo": by one pass with labels drawn from the
-            model's prediction; "empirical": the gradients of the data's own labels, another matrix.
+            model's prediction; "empirical": the gradients of the data's own labels, another matrix; "auto":
+            "monte_carlo" where an example has several labels, as texts have, and "exact" where it has one.
         separable: in pairwise scores of layers with one position per example, replace 1/(λ_od + damping) by a sum of
             products, as few as keep the relative error (in the Frobenius norm) of the scores of up to 64 queries with
             up to 64 training examples within this tolerance; where that would cost more than the exact form, the exact

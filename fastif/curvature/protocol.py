@@ -453,5 +453,5 @@ def check_estimator(rule: str, estimator: Any) -> None:
 
 
 def check_fisher(op: str, fisher: Any) -> None:
-    if fisher not in ("exact", "monte_carlo", "empirical"):
-        raise ValueError(f"{op}: fisher must be 'exact', 'monte_carlo' or 'empirical', got {fisher!r}")
+    if fisher not in ("auto", "exact", "monte_carlo", "empirical"):
+        raise ValueError(f"{op}: fisher must be 'auto', 'exact', 'monte_carlo' or 'empirical', got {fisher!r}")

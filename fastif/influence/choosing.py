@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastif.curvature.automatic import Automatic
 from fastif.curvature.damping import RelativeDamping, TrainingDamping
@@ -21,15 +21,17 @@ from fastif.curvature.diagonal import Diagonal
 from fastif.curvature.ekfac import EKFAC
 from fastif.curvature.exact.block import ExactBlock
 from fastif.curvature.matrix_free.cg import CG
-from fastif.data.batches import walked
+from fastif.data.batches import as_loader, walked
 from fastif.influence.influence import Influence
 from fastif.influence.networks import Networks
 from fastif.influence.planning import Plan
 from fastif.model.calls import dtype_of
 from fastif.model.losses import Loss
+from fastif.samplers.draw import Sampler
 from fastif.samplers.importance import logit
+from fastif.samplers.uniform import random
 
-_SHARE = 0.1  # of the data, by `logit`: in docs/evaluation.md networks lose up to 0.04 of their score with it
+_SHARE = 0.1  # of the data: in docs/evaluation.md networks lose up to 0.04 of their score with it, drawn by `logit`
 _SIDE = 1024  # of the matrix product that is timed
 
 
@@ -39,7 +41,7 @@ class Candidate(NamedTuple):
     name: str
     curvature: Any
     layers: str | Sequence[str] | None  # as for `Influence`
-    share: float | None  # of the data that carry the curvature, drawn by `samplers.logit`; None: all
+    share: float | None  # of the data that carry the curvature, drawn by `Choice.sampler`; None: all
     networks: Networks | None
     seconds: float = math.nan
     bytes: int | None = None  # the highest peak; None where nothing counts allocations
@@ -51,6 +53,7 @@ class Choice(NamedTuple):
     chosen: Candidate
     reason: str
     considered: list[Candidate]  # all, the most faithful first
+    sampler: Sampler = logit  # `samplers.random` where examples have more than one label, or none
 
     def influence(self, model: nn.Module, loss: Loss = "cross_entropy", **options: Any) -> Influence:
         """An Influence of the choice; `subset` of its fit is `choice.subset(n)`."""
@@ -60,7 +63,7 @@ class Choice(NamedTuple):
 
     def subset(self, n: int) -> Any:
         """The sampler for `Influence.fit`, or None for all n examples."""
-        return None if self.chosen.share is None else partial(logit, k=max(1, round(self.chosen.share * n)))
+        return None if self.chosen.share is None else partial(self.sampler, k=max(1, round(self.chosen.share * n)))
 
 
 def choose(
@@ -79,7 +82,8 @@ def choose(
     """The most faithful way to `scores(query, train)` that fits a budget, and why.
 
     Candidates are ordered by the linear datamodeling score that they have in docs/evaluation.md, on its networks; the
-    first that fits is chosen. With `networks` of which the budget does not allow all, fewer are tried.
+    first that fits is chosen. With `networks` of which the budget does not allow all, fewer are tried. Curvatures are
+    made with fisher="auto": of drawn labels where an example has several, as texts have.
 
     Args:
         model, train, query, loss: as for `Influence`.
@@ -110,7 +114,15 @@ def choose(
     reason = f"{_words(chosen)}: the most faithful within the budget" + (
         f"; above it: {'; '.join(over)}" if over else ""
     )
-    return Choice(chosen, reason, considered)
+    return Choice(chosen, reason, considered, _sampler_of(loss, train, options.get("batch_size", 256)))
+
+
+def _sampler_of(loss: Loss, train: Any, batch_size: int) -> Sampler:
+    """What draws a share of the data: the uncertainty of a prediction is told of examples with one label each."""
+    x, y = next(iter(as_loader(train, batch_size)))
+    labels = x.get("labels") if y is None and isinstance(x, Mapping) else y
+    one = isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
+    return logit if one and loss not in ("bce", "mse") else random
 
 
 def _candidates(networks: Networks | None, damping: RelativeDamping | TrainingDamping | None) -> Iterator[Candidate]:
@@ -125,10 +137,11 @@ def _candidates(networks: Networks | None, damping: RelativeDamping | TrainingDa
     yield Candidate("CG over the whole network", CG(rule, tolerance=1e-2), "*", None, None)
     yield Candidate("exact blocks and EK-FAC", Automatic(rule), "*", None, None)
     yield Candidate("exact blocks and EK-FAC from a tenth of the data", Automatic(rule), "*", _SHARE, None)
-    yield Candidate("EK-FAC", EKFAC(rule), "*", None, None)
-    yield Candidate("EK-FAC from a tenth of the data", EKFAC(rule), "*", _SHARE, None)
-    yield Candidate("the exact block of the head", ExactBlock(rule), None, None, None)
-    yield Candidate("the exact block of the head, from a tenth of the data", ExactBlock(rule), None, _SHARE, None)
+    kronecker, head = EKFAC(rule, "auto"), ExactBlock(rule, fisher="auto")
+    yield Candidate("EK-FAC", kronecker, "*", None, None)
+    yield Candidate("EK-FAC from a tenth of the data", kronecker, "*", _SHARE, None)
+    yield Candidate("the exact block of the head", head, None, None, None)
+    yield Candidate("the exact block of the head, from a tenth of the data", head, None, _SHARE, None)
 
 
 def _estimate(

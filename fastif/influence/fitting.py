@@ -17,7 +17,7 @@ from fastif.influence.coverage import cover_head, look_at
 from fastif.influence.fitted import Fitted, Setup, checksums_of_buffers, checksums_of_state, restrict
 from fastif.influence.sharing import Draws, compare_setups, end_pass
 from fastif.model.capture import LateLayer
-from fastif.model.losses import IGNORED, labels_in, labels_of, output_columns, per_sample
+from fastif.model.losses import IGNORED, Fisher, labels_in, labels_of, output_columns, per_sample, settle_fisher
 from fastif.model.passes import Passes, counted_from
 from fastif.progress import tqdm
 from fastif.ranks import Ranks
@@ -127,13 +127,15 @@ def observe(
     seen = SeenBatch(forward, losses, weights, passes.capture.blocks, softmax, counted)
     rest = {names: part for names, part in curvature.parts.items() if not part.observe_batch(seen)}
     del seen
-    by_fisher: dict[str, dict[tuple[str, ...], JointCurvature]] = {"empirical": {}}
+    by_fisher: dict[Fisher, dict[tuple[str, ...], JointCurvature]] = {"empirical": {}}
     for names, part in rest.items():
-        by_fisher.setdefault(part.fisher, {})[names] = part
+        fisher = settle_fisher(part.fisher, passes.loss, forward.outputs, batch, forward.n)
+        by_fisher.setdefault(fisher, {})[names] = part
+    drawing = draws is not None and any(part.fisher in ("auto", "monte_carlo") for part in rest.values())
+    if draws is not None and drawing:
+        draws.begin(forward.outputs, batch, forward.n, "monte_carlo" if "monte_carlo" in by_fisher else "exact")
     empirical = NetworkCurvature(by_fisher.pop("empirical"))
     for fisher, parts in by_fisher.items():
-        if draws is not None and fisher == "monte_carlo":
-            draws.begin(forward.outputs, batch, forward.n)
         columns = output_columns(passes.loss, forward.outputs, batch, forward.n, fisher, generator)
         for column, (scores, s) in enumerate(islice(columns, most_columns)):
             gradients = forward.gradients(scores, s, keep=True)

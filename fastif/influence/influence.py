@@ -61,7 +61,8 @@ class Influence:
         curvature: an estimator of single layers (`ExactBlock`, `KFAC`, `EKFAC`, `Diagonal`, `DataInf`, `Identity`) or
             of all together (`CG`, `LiSSA`, `Arnoldi`, `RandomProjection`, `ExactBlock` with joint=True), or a mapping
             from patterns of layer names to estimators, the first match counts. They are copied. "auto" is
-            `Automatic()`: exact blocks where they fit `memory`, EK-FAC for the rest. Default ExactBlock(), of the head.
+            `Automatic()`: exact blocks where they fit `memory`, EK-FAC for the rest; of drawn labels where an example
+            has several, as texts have. Default ExactBlock(), of the head.
         layers: which parameters may move (see `Capture`): "trained" (the default: those that require gradients, all
             where none does), "all", or names and patterns of layers, "!pattern" for what is left out. For a lone
             ExactBlock, which holds the square of what it covers, the default is the head: the last nn.Linear that is

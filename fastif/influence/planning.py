@@ -7,6 +7,7 @@ found the passes through the model to take.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any, NamedTuple
 
 from fastif.curvature.protocol import STANDING, Cost, Products
@@ -16,6 +17,7 @@ from fastif.influence.queries import MADE, query_bytes_of
 from fastif.influence.rank_plans import PartWork, RankPlan, plan_ranks
 from fastif.influence.rehearsal import Rehearsal, rehearse, rehearse_scores
 from fastif.model.calls import dtype_of
+from fastif.model.losses import Fisher
 from fastif.ranks import ALONE
 
 
@@ -26,6 +28,7 @@ class LayerPlan(NamedTuple):
     positions: int  # t
     curvature: str
     bytes: int  # held of its curvature, once fitted
+    fisher: Fisher | None = None  # of which gradients its curvature is made; None where it is made of none
 
 
 class Plan(NamedTuple):
@@ -71,8 +74,13 @@ class Plan(NamedTuple):
         solve = "" if self.solve_bytes is None else f" and {self.solve_bytes / 2**20:.2f} MiB"
         solve = f", solved for with at most {self.solve_flops / 1e9:.1f} GFLOP{solve}" if self.solve_flops else ""
         products = f"; products with the curvature: {', '.join(self.multiplying)}" if self.multiplying else ""
+        kinds = Counter((layer.curvature, layer.fisher) for layer in self.layers.values())
+        made = ", ".join(
+            f"{kind} of {number:,} block{'s' * (number > 1)}" + (f" (fisher={fisher!r})" if fisher else "")
+            for (kind, fisher), number in kinds.items()
+        )
         return (
-            f"covered: {size:,} parameters\n{covered}\nskipped (taken as fixed):\n{skipped}\n"
+            f"covered: {size:,} parameters\n{covered}\nskipped (taken as fixed):\n{skipped}\ncurvature: {made}\n"
             f"{self.n:,} training examples; fit: {most}{self.fit_flops / 1e9:.1f} GFLOP on all of them, peak {peak}, "
             f"of which {self.curvature_bytes / 2**20:.1f} MiB stay; each query {self.query_bytes / 2**20:.2f} MiB"
             f"{solve}{products}{queries}" + "".join(f"\nrank {rank}: {one}" for rank, one in enumerate(self.ranks))
@@ -126,9 +134,10 @@ def _make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | N
         solve_flops += n * products.solve_flops
         if products.solve_flops:
             solving = max(solving, STANDING * size * item + (products.solve_bytes or 0))
-        kind = type(part.given).__name__
+        kind, fisher = type(part.given).__name__, seen.fishers[names] if part.passes else None
         for name, block in blocks.items():
-            layers[name] = LayerPlan(block.shape, block.positions, kind, states * cost.held * block.size // size)
+            held = states * cost.held * block.size // size
+            layers[name] = LayerPlan(block.shape, block.positions, kind, held, fisher)
     fit_bytes = None
     if seen.first_pass is not None:
         second = total.held + seen.second_pass if seen.second_pass else 0

@@ -29,7 +29,7 @@ from fastif.influence.scoring import compute_self_influence, make_tiles
 from fastif.measure import Measure
 from fastif.model.calls import dtype_of
 from fastif.model.gradients import of_table
-from fastif.model.losses import Fisher, labels_in, output_columns, per_sample
+from fastif.model.losses import Fisher, labels_in, output_columns, per_sample, settle_fisher
 from fastif.samplers.subset import Subset
 
 REHEARSED = 32 << 20  # bytes of what estimators learn or hold that a rehearsal may allocate, with one copy of it
@@ -43,6 +43,7 @@ class Rehearsal(NamedTuple):
     blocks: dict[str, BlockWork]
     costs: dict[tuple[str, ...], Cost]
     works: dict[tuple[str, ...], FitWork]
+    fishers: dict[tuple[str, ...], Fisher]  # of which gradients each is made, what "auto" came to
     products: dict[tuple[str, ...], ProductsTaken]
     flops: float  # per example, of all passes through the model
     batch_bytes: int  # of a batch of the data
@@ -113,11 +114,15 @@ def rehearse(setup: Setup, train: Walked, n: int) -> Rehearsal:
     with _counter() as counter, Measure(setup.device) as passed:
         forward = capture.forward(x)
         gradients = forward.gradients(per_sample(passes.loss, forward.outputs, labels, each), keep=True)
+    fishers: dict[tuple[str, ...], Fisher] = {
+        names: settle_fisher(part.fisher, passes.loss, forward.outputs, labels, each)
+        for names, part in setup.estimators.parts.items()
+    }
     columns = {
         fisher: 1
         if fisher == "empirical"
         else sum(1 for _ in output_columns(passes.loss, forward.outputs, labels, each, fisher, Generator()))
-        for fisher in {part.fisher for part in setup.estimators.parts.values()}
+        for fisher in {*fishers.values()}
     }
     blocks = {name: BlockWork(capture.blocks[name].shape, g.positions, of_table(g)) for name, g in gradients.items()}
     softmax = passes.loss == "cross_entropy"
@@ -129,7 +134,7 @@ def rehearse(setup: Setup, train: Walked, n: int) -> Rehearsal:
     taking: dict[tuple[str, ...], Cost] = {}  # what a rehearsal would
     products: dict[tuple[str, ...], ProductsTaken] = {}
     for names, part in setup.estimators.parts.items():
-        work = FitWork(n, columns[part.fisher], item, all(name in heads for name in names), setup.device)
+        work = FitWork(n, columns[fishers[names]], item, all(name in heads for name in names), setup.device)
         works[names] = work
         cost = costs[names] = part.cost({name: blocks[name] for name in names}, work)
         taking[names] = part.cost({name: blocks[name] for name in names}, work._replace(n=2 * each))  # two slices
@@ -139,7 +144,9 @@ def rehearse(setup: Setup, train: Walked, n: int) -> Rehearsal:
     curvature, first, second = _observe_some(setup, x, y, costs, taking)
     flops = setup.estimators.passes * counter.get_total_flops() * (1 + 2 * max(columns.values())) / 3 / each
     batch_bytes = _bytes_of(batch[0])
-    return Rehearsal(blocks, costs, works, products, flops, batch_bytes, first, second, passed.peak_bytes, curvature)
+    return Rehearsal(
+        blocks, costs, works, fishers, products, flops, batch_bytes, first, second, passed.peak_bytes, curvature
+    )
 
 
 def _observe_some(

@@ -14,7 +14,7 @@ from fastif.data.batches import Walked
 from fastif.data.dealing import tell_data
 from fastif.fingerprints import VERSIONS, fingerprint, tensors_in
 from fastif.influence.fitted import Setup, checksums_of_state
-from fastif.model.losses import count_draws, skip_draws
+from fastif.model.losses import Fisher, count_draws, skip_draws
 from fastif.ranks import Ranks, divide
 
 
@@ -106,9 +106,9 @@ class Draws:
         self.loss, self.generator, self.before = loss, generator, before
         self.each: int | None = None  # numbers that an example takes
 
-    def begin(self, outputs: Any, batch: Any, n: int) -> None:
+    def begin(self, outputs: Any, batch: Any, n: int, fisher: Fisher) -> None:
         """Before the numbers of a batch are drawn. Raises ValueError where its examples take other numbers."""
-        each = count_draws(self.loss, outputs, batch, n)
+        each = count_draws(self.loss, outputs, batch, n) if fisher == "monte_carlo" else 0
         if self.each is None:
             skip_draws(self.loss, self.before * each, self.generator)
         self._check({self.each, each})

@@ -17,7 +17,7 @@ from fastif.data.batch import whole
 
 Loss = Literal["cross_entropy", "token_cross_entropy", "causal_lm", "bce", "mse"] | Callable[[Any, Any], Tensor]
 Measurement = Literal["loss", "margin", "log_odds"] | Callable[[Any, Any], Tensor]
-Fisher = Literal["exact", "monte_carlo", "empirical"]
+Fisher = Literal["auto", "exact", "monte_carlo", "empirical"]
 
 LOSSES = ("cross_entropy", "token_cross_entropy", "causal_lm", "bce", "mse")
 MEASUREMENTS = ("loss", "margin", "log_odds")
@@ -104,6 +104,20 @@ def measured(measurement: Any, loss: Any, outputs: Any, batch: Any, n: int) -> T
     return own - (others.amax(1) if measurement == "margin" else others.logsumexp(1))
 
 
+def settle_fisher(fisher: Fisher, loss: Any, outputs: Any, batch: Any, n: int) -> Fisher:
+    """What "auto" comes to for a batch: "monte_carlo" where an example has several labels, else "exact".
+
+    Several labels are those of a text's words or of the parts of an image; of "causal_lm" there always are. "exact"
+    would take a backward pass for each of their classes.
+    """
+    if fisher != "auto":
+        return fisher
+    if loss == "causal_lm":
+        return "monte_carlo"
+    several = loss in _SOFTMAX and _class_axis_last(loss, outputs, labels_of(batch), n)[1].shape[1] > 1
+    return "monte_carlo" if several else "exact"
+
+
 def output_columns(
     loss: Any, outputs: Any, batch: Any, n: int, fisher: str, generator: Generator | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -128,7 +142,7 @@ def output_columns(
         if scores.shape[1] > 1:
             raise ValueError(
                 f"fisher='exact' with loss={loss!r} would need {scores.shape[1]} x {c} backward passes per batch: "
-                "choose fisher='monte_carlo' or 'empirical'"
+                "choose fisher='auto', 'monte_carlo' or 'empirical'"
             )
         roots = probs.sqrt()
         for k in range(c):

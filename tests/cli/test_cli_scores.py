@@ -75,6 +75,7 @@ def test_it_writes_the_scores_of_the_script(run, script):
         (["--curvature", "identity"], Identity()),
         (["--curvature", "exact", "--damping", "auto"], ExactBlock("auto")),
         (["--curvature", "exact", "--fisher", "empirical"], ExactBlock(matrix="empirical_fisher")),
+        (["--curvature", "exact", "--fisher", "monte_carlo"], ExactBlock(fisher="monte_carlo")),
         (["--curvature", "ekfac", "--damping", "auto", "--fisher", "monte_carlo"], EKFAC("auto", "monte_carlo")),
         (["--curvature", "kfac"], KFAC()),
         (

@@ -31,10 +31,6 @@ from tests.helpers.user_script import files
         (["ownscript:problem", "--damping", "training", "--training-time", "0"], "TrainingDamping: time must be"),
         (["ownscript:problem", "--damping", "-1"], "damping must be"),
         (["ownscript:problem", "--fisher", "true"], "--fisher must be one of exact, monte_carlo, empirical, got true"),
-        (
-            ["ownscript:problem", "--curvature", "exact", "--fisher", "monte_carlo"],
-            "--fisher must be exact or empirical",
-        ),
         (["ownscript:problem", "--curvature", "identity", "--damping", "1"], "--damping must be left out with"),
         (
             ["ownscript:problem", "--curvature", "identity", "--fisher", "exact"],

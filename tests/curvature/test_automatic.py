@@ -52,7 +52,7 @@ def test_auto_and_patterns():
     [
         ({"share": 0.0}, r"share must be a number in \(0, 1\]"),
         ({"share": 1.5}, "got 1.5"),
-        ({"fisher": "monte_carlo"}, "fisher must be 'exact' or 'empirical'"),
+        ({"fisher": "true"}, "Automatic: fisher must be 'auto', 'exact', 'monte_carlo' or 'empirical', got 'true'"),
         ({"damping": -1.0}, "damping must be"),
     ],
 )

@@ -455,8 +455,27 @@ def test_fisher_is_the_word_that_other_estimators_have():
     assert ExactBlock(fisher="empirical").fisher == ExactBlock(matrix="empirical_fisher", fisher="empirical").fisher
     assert repr(ExactBlock(fisher="exact")) == repr(ExactBlock())
     assert ExactBlock(matrix="hessian", fisher="exact").matrix == "hessian"
-    with pytest.raises(ValueError, match="ExactBlock: fisher must be 'exact' or 'empirical', got 'monte_carlo'"):
-        ExactBlock(fisher="monte_carlo")
-    for fisher, matrix in (("empirical", "hessian"), ("exact", "empirical_fisher")):
+    assert "fisher='monte_carlo'" in repr(ExactBlock(fisher="monte_carlo"))
+    with pytest.raises(
+        ValueError, match="ExactBlock: fisher must be 'auto', 'exact', 'monte_carlo' or 'empirical', got"
+    ):
+        ExactBlock(fisher="drawn")
+    for fisher, matrix in (("empirical", "hessian"), ("exact", "empirical_fisher"), ("auto", "empirical_fisher")):
         with pytest.raises(ValueError, match=f"fisher='{fisher}' and matrix='{matrix}' are two matrices"):
             ExactBlock(matrix=matrix, fisher=fisher)
+    for fisher in ("monte_carlo", "auto"):
+        with pytest.raises(ValueError, match=f"fisher='{fisher}' goes with matrix='ggn', got 'hessian'"):
+            ExactBlock(matrix="hessian", fisher=fisher)
+
+
+def test_drawn_labels_are_told_apart_in_a_state():
+    model = nn.Linear(3, 2).double()
+    data = torch.randn(9, 3, dtype=torch.float64, generator=G), torch.arange(9) % 2
+    exact, drawn = (
+        Influence(model, curvature=ExactBlock(1e-2, fisher=fisher), progress=False).fit(data)
+        for fisher in ("exact", "monte_carlo")
+    )
+    with pytest.raises(ValueError, match=r"fitted by ExactBlock\(matrix='ggn', fisher='monte_carlo'\), not by"):
+        exact.load_state_dict(drawn.state_dict())
+    again = Influence(model, curvature=ExactBlock(1e-2, fisher="monte_carlo"), progress=False)
+    assert torch.equal(again.load_state_dict(drawn.state_dict()).scores(data, data), drawn.scores(data, data))

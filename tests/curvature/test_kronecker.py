@@ -195,7 +195,10 @@ def test_a_singular_layer_is_named_when_it_is_fitted(estimator, message):
     ("call", "message"),
     [
         (lambda: KFAC(-1.0), "damping must be a finite number >= 0, .* or 'auto', got -1.0"),
-        (lambda: EKFAC(1e-3, "true"), "EKFAC: fisher must be 'exact', 'monte_carlo' or 'empirical', got 'true'"),
+        (
+            lambda: EKFAC(1e-3, "true"),
+            "EKFAC: fisher must be 'auto', 'exact', 'monte_carlo' or 'empirical', got 'true'",
+        ),
         (lambda: KFAC(1e-3, separable=2), r"KFAC: separable must be a tolerance in \(0, 1\) or None, got 2"),
         (lambda: Diagonal("auto"), "Diagonal: damping must be a number, got 'auto'"),
         (lambda: Diagonal(1e-3, "true"), "Diagonal: fisher must be"),

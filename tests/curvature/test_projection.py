@@ -125,7 +125,7 @@ def test_a_mapping_shares_a_projection_among_its_layers():
         (lambda: RandomProjection(8, -1), "damping must be a finite number >= 0"),
         (
             lambda: RandomProjection(8, fisher="true"),
-            "fisher must be 'exact', 'monte_carlo' or 'empirical', got 'true'",
+            "fisher must be 'auto', 'exact', 'monte_carlo' or 'empirical', got 'true'",
         ),
         (lambda: RandomProjection().factor, "RandomProjection: not fitted; call Influence.fit first"),
     ],

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastif import EKFAC, Arnoldi, DataInf, ExactBlock
+from fastif import EKFAC, Arnoldi, Automatic, DataInf, ExactBlock
+from tests.curvature.test_language_models import tagger
 from tests.helpers.by_hand import problem
 from tests.helpers.crew import Crew
 from tests.ranks.cases import ESTIMATORS, answers, fit_answers, fit_late, parts_of_data
@@ -56,6 +57,16 @@ def test_positions_float32_and_other_kinds_of_data_come_to_the_same(two):
                 got = two(fit_answers, source, net, estimator, (data[0][:4], data[1][:4]))[0]
                 for key in ("scores", "self"):
                     assert torch.allclose(got[key], want[key], rtol=0, atol=rounding * float(want[key].abs().max()))
+
+
+def test_labels_drawn_for_texts_are_those_of_one_process(two):
+    model, data = tagger()
+    for curvature in (Automatic(1e-2, share=1e-5), ExactBlock(1e-2, fisher="monte_carlo")):
+        how = dict(query=(data[0][:3], data[1][:3]), loss="causal_lm", batch_size=5)
+        want = fit_answers(data, model, curvature, **how)
+        for got in two(partial(fit_answers, **how), data, model, curvature):
+            for key in ("scores", "self"):
+                assert torch.allclose(got[key], want[key], rtol=0, atol=ROUNDING * float(want[key].abs().max()))
 
 
 def test_weighted_subsets_networks_and_checkpoints(two):

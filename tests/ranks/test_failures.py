@@ -4,11 +4,13 @@ import copy
 import pickle
 import re
 import time
+from functools import partial
 
 import pytest
 import torch
 
-from fastif import Influence, ranks
+from fastif import Automatic, Influence, ranks
+from tests.curvature.test_language_models import tagger
 from tests.helpers.by_hand import problem
 from tests.helpers.crew import Crew, Failed
 from tests.ranks.cases import (
@@ -44,6 +46,13 @@ def test_exchanges(two):
         assert ("odd", 1) not in got[0]
         assert got[1]["odd", 1].dtype == torch.float64
     assert torch.equal(first["joined"], second["x"][:1])
+
+
+def test_texts_of_one_label_among_others(two):
+    model, (x, y) = tagger()
+    texts = [(x[:6], y[:6]), (x[6:, :1], y[6:, :1])]
+    for one in failures(two, partial(fit_answers, loss="token_cross_entropy"), texts, model, Automatic(1e-2)):
+        assert "some examples take 0 drawn numbers and others 6" in one.text
 
 
 def test_what_is_divided():

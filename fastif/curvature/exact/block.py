@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from fastif.curvature.exact.building import BlockSum, Matrix
 from fastif.curvature.exact.factor import Factor
 from fastif.curvature.exact.room import Form, InPlace, Place
 from fastif.curvature.exact.solving import BlockSolver, columns_of, estimate_condition, place_of, sq_norms
-from fastif.curvature.protocol import BlockWork, Cost, Curvature, Exchanged, FitWork, SeenBatch
+from fastif.curvature.protocol import BlockWork, Cost, Curvature, Exchanged, FitWork, SeenBatch, check_fisher
 from fastif.model.gradients import Gradients
 from fastif.model.layers import Block
 from fastif.model.losses import Fisher
@@ -48,8 +48,10 @@ class ExactBlock(Curvature):
         joint: in `Influence`, one block over all the layers that it is chosen for, with what they have in common.
         in_place: whether the factor stands in the block's own square, or "auto": where no other fits into memory when
             it is made (see `in_place_used`). Scores of the two agree to 1e-5 up to a condition of 1e6, not to the bit.
-        fisher: "empirical" is another way to ask for `matrix="empirical_fisher"`, and "exact" for what other estimators
-            call so: "ggn" or "hessian".
+        fisher: "empirical" is another way to ask for `matrix="empirical_fisher"`, and "exact", the default, for what
+            other estimators call so: "ggn" or "hessian". "monte_carlo" is an estimate of "ggn" by one backward pass:
+            Σ_i w_i vec(g_i) vec(g_i)ᵀ, g_i the gradient at labels drawn from the model's prediction; G is its
+            expectation. "auto": "monte_carlo" where an example has several labels, as texts have, else "exact".
 
     Raises MemoryError, with the bytes and the estimator that would do, before a block is allocated that does not fit.
     """
@@ -61,7 +63,7 @@ class ExactBlock(Curvature):
         name: str = "head",
         joint: bool = False,
         in_place: InPlace = "auto",
-        fisher: Literal["exact", "empirical"] | None = None,
+        fisher: Fisher | None = None,
     ):
         check_damping(damping, RelativeDamping, TrainingDamping)
         if matrix not in ("ggn", "hessian", "empirical_fisher"):
@@ -73,24 +75,27 @@ class ExactBlock(Curvature):
                 "ExactBlock: in_place=True is of a Cholesky factor, and a TrainingDamping needs eigenvectors beside "
                 "the block"
             )
-        if fisher not in ("exact", "empirical", None):
-            raise ValueError(f"ExactBlock: fisher must be 'exact' or 'empirical', got {fisher!r}")
+        if fisher is not None:
+            check_fisher("ExactBlock", fisher)
         if fisher == "empirical" and matrix == "ggn":
             matrix = "empirical_fisher"
         if fisher is not None and (fisher == "empirical") != (matrix == "empirical_fisher"):
             raise ValueError(f"ExactBlock: fisher={fisher!r} and matrix={matrix!r} are two matrices; give one of them")
+        sampled = fisher in ("auto", "monte_carlo")
+        if sampled and matrix != "ggn":
+            raise ValueError(f"ExactBlock: fisher={fisher!r} goes with matrix='ggn', got {matrix!r}")
         self.damping: Damping = damping
         self.matrix: Matrix = matrix
         self.in_place: InPlace = in_place
         self.name, self.joint = name, joint
-        self.fisher: Fisher = "empirical" if matrix == "empirical_fisher" else "exact"  # unused where it is a head
+        self.fisher: Fisher = "empirical" if matrix == "empirical_fisher" else "exact" if fisher is None else fisher
+        self.synonyms = () if sampled else ("fisher",)
+        self.learned_by = ("matrix", "fisher") if sampled else ("matrix",)  # as older states have it
         self._shape = 0, 0, 0  # g, o, d of a layer that is given by its gradients
         self._forget()
 
     passes = 1
     prefers_head = True
-    synonyms = ("fisher",)
-    learned_by = ("matrix",)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A factor in place stands in the block again, of which a pickle holds two."""
@@ -114,7 +119,7 @@ class ExactBlock(Curvature):
 
     def observe_batch(self, seen: SeenBatch, names: Sequence[str]) -> bool:
         """The closed form of a layer whose outputs are the logits of a softmax; and a Hessian, by differentiation."""
-        if self.fisher != "exact":
+        if self.fisher not in ("exact", "auto"):
             return False
         head = seen.forward.head(names[0]) if seen.softmax else None
         if head is not None:

@@ -48,7 +48,8 @@ class CG(JointCurvature):
 
     Args:
         damping: absolute λ >= 0; a `TrainingDamping`, its γ + 1/τ; or a `RelativeDamping`, for each layer a share of
-            its mean eigenvalue, which takes a pass over the data (see `damping_used`).
+            its mean eigenvalue, which takes a pass over the data (see `damping_used`), of drawn labels where an
+            example has several, as texts have.
         matrix: "ggn" or "hessian"; a Hessian that λ does not make positive definite is refused when a direction shows
             it.
         tolerance: of the residual, relative to the right-hand side.

@@ -37,7 +37,7 @@ class PerLayer:
         self.op, self.damping, self.preconditioner = op, damping, preconditioner
         self.relative = isinstance(damping, RelativeDamping)
         self.passes = max(int(self.relative), 0 if preconditioner is None else preconditioner.passes)
-        self.fisher: Fisher = "exact" if self.relative else "empirical"
+        self.fisher: Fisher = "auto" if self.relative else "empirical"
         if preconditioner is not None:
             self.fisher = preconditioner.fisher
         self._layout = Layout({})
