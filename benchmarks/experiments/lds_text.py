@@ -203,6 +203,8 @@ CONTENDERS: dict[str, Contender] = {
     "fastif, EK-FAC": partial(ours, make=EK),
     "fastif, EK-FAC from a random 10 %": partial(ours, make=EK, share=0.1),
     **{f"fastif, EK-FAC, {k} half networks": partial(ours, make=EK, halves=k) for k in (2, 4, HALVES)},
+    'fastif, "auto"': partial(ours, make=fastif.Automatic),
+    f'fastif, "auto", {HALVES} half networks': partial(ours, make=fastif.Automatic, halves=HALVES),
     "fastif, replay": partial(replayed, halves=0),
     f"fastif, replay, {HALVES} half networks": partial(replayed, halves=HALVES),
     "kronfluence, EK-FAC, its own damping": kronfluence,
