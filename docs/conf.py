@@ -32,7 +32,7 @@ myst_heading_anchors = 3
 
 autodoc_class_signature = "mixed"
 autodoc_inherit_docstrings = False
-autodoc_mock_imports = [name for name in ("transformers",) if importlib.util.find_spec(name) is None]
+autodoc_mock_imports = [name for name in ("transformers", "lightning") if importlib.util.find_spec(name) is None]
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_default_options = {"members": True}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,9 @@ from transformers import TrainerCallback  # pyright: ignore[reportMissingImports
 
 from fastif.integrations.trainer import data_of, match_loss
 from fastif.integrations.trainer_loss import items_of
+from fastif.integrations.watching import SAME, Order, watch
 from fastif.model.losses import Loss
 from fastif.replay import TrainingLog
-
-_SAME = 1e-12  # weights of 1 that are not written down
 
 
 class TrainerLog(TrainerCallback):
@@ -49,10 +48,10 @@ class TrainerLog(TrainerCallback):
         self._matched = match_loss(trainer, loss)
         self.loss: Loss = self._matched.loss
         self._log: TrainingLog | None = None
-        self._order: _Order | None = None
+        self._order: Order | None = None
         self._parts: list[tuple[Tensor, Tensor]] = []  # of the batches since the last step: rows, weights over b
         self._clipped = 1.0
-        self._undo: list[Any] = []
+        self._undo: list[Callable[[], None]] = []
         data_of(trainer)  # refuses what it refuses now, not after the training
         trainer.add_callback(self)
 
@@ -74,10 +73,14 @@ class TrainerLog(TrainerCallback):
                 "not recorded: train from the beginning"
             )
         self._log = TrainingLog(self._trainer.model, self._every, self._out)
-        self._order = _Order.of(kwargs["train_dataloader"])
+        self._order = Order.of(
+            kwargs["train_dataloader"], "TrainerLog", "train_sampling_strategy='random' or 'sequential' will do"
+        )
         self._parts = []
-        self._watch(self._trainer, "training_step", self._training_step)
-        self._watch(self._trainer.accelerator, "clip_grad_norm_", self._clip)
+        self._undo = [
+            watch(self._trainer, "training_step", self._training_step),
+            watch(self._trainer.accelerator, "clip_grad_norm_", self._clip),
+        ]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An epoch's order begins anew; what the one before left out is forgotten."""
@@ -92,7 +95,7 @@ class TrainerLog(TrainerCallback):
         weights = torch.cat([weights for _, weights in self._parts]) * len(rows) * self._clipped
         self._parts, self._clipped = [], 1.0
         optimizer = kwargs["optimizer"]
-        same = float((weights - 1).abs().max()) < _SAME
+        same = float((weights - 1).abs().max()) < SAME
         self.log.note(getattr(optimizer, "optimizer", optimizer), rows, None if same else weights)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -109,13 +112,6 @@ class TrainerLog(TrainerCallback):
             self._undo.pop()()
 
     # --------------------------------------------------------------------------------------------------------- watching
-
-    def _watch(self, owner: Any, name: str, around: Any) -> None:
-        """Puts a method of one object in the place of its own, which it gets first, until the training ends."""
-        own = getattr(owner, name)
-        before = vars(owner).get(name)
-        setattr(owner, name, lambda *args, **kwargs: around(own, *args, **kwargs))
-        self._undo.append(lambda: delattr(owner, name) if before is None else setattr(owner, name, before))
 
     def _training_step(self, own: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         assert self._order is not None
@@ -139,49 +135,6 @@ class TrainerLog(TrainerCallback):
         if max_norm < float("inf"):
             self._clipped = min(1.0, max_norm / (float(norm) + 1e-6))
         return norm
-
-
-class _Order:
-    """The places that a DataLoader's sampler gives, noted as they are drawn."""
-
-    def __init__(self, sampler: Any):
-        self.sampler, self.drawn = sampler, []
-
-    def __iter__(self) -> Iterator[Any]:
-        for place in self.sampler:
-            self.drawn.append(int(place))
-            yield place
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("sampler", "drawn"):
-            raise AttributeError(name)
-        return getattr(self.sampler, name)
-
-    def take(self, n: int) -> Tensor:
-        """The next n places: workers load batches ahead, and they come in the order in which they were drawn."""
-        taken, self.drawn[:n] = self.drawn[:n], []
-        if len(taken) < n:
-            raise ValueError(
-                f"TrainerLog: a batch of {n} examples came of which the sampler gave {len(taken)}: a loader that makes "
-                "its own batches cannot be recorded"
-            )
-        return torch.tensor(taken)
-
-    @classmethod
-    def of(cls, loader: Any) -> _Order:
-        batches = getattr(loader, "batch_sampler", None)
-        sampler = getattr(batches, "sampler", None)
-        if sampler is None or type(batches) is not torch.utils.data.BatchSampler:
-            raise ValueError(
-                f"TrainerLog: the Trainer's loader draws batches with {type(batches).__name__}, and which examples are "
-                "in one is not seen: train_sampling_strategy='random' or 'sequential' will do"
-            )
-        order = cls(sampler.sampler if isinstance(sampler, cls) else sampler)
-        batches.sampler = order
-        return order
 
 
 def _check_arguments(trainer: Any) -> None:
