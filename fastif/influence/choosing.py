@@ -26,6 +26,7 @@ from fastif.influence.influence import Influence
 from fastif.influence.networks import Networks
 from fastif.influence.planning import Plan
 from fastif.model.calls import dtype_of
+from fastif.model.features import find_head
 from fastif.model.losses import Loss
 from fastif.samplers.draw import Sampler
 from fastif.samplers.importance import logit
@@ -83,7 +84,8 @@ def choose(
 
     Candidates are ordered by the linear datamodeling score that they have in docs/evaluation.md, on its networks; the
     first that fits is chosen. With `networks` of which the budget does not allow all, fewer are tried. Curvatures are
-    made with fisher="auto": of drawn labels where an example has several, as texts have.
+    made with fisher="auto": of drawn labels where an example has several, as texts have. The head alone is a candidate
+    where no other layer shares its weight.
 
     Args:
         model, train, query, loss: as for `Influence`.
@@ -102,7 +104,7 @@ def choose(
     rate = measure_rate(model) if operations is None else operations
     train, query = (walked(data, options.get("batch_size", 256)) for data in (train, query))
     considered: list[Candidate] = []
-    for candidate in _candidates(networks, damping):
+    for candidate in _candidates(networks, damping, _has_head_of_its_own(model)):
         estimated = _estimate(candidate, model, train, query, loss, rate, options)
         considered.append(estimated)
     fitting = [one for one in considered if one.seconds <= seconds and (bytes is None or (one.bytes or 0) <= bytes)]
@@ -125,7 +127,16 @@ def _sampler_of(loss: Loss, train: Any, batch_size: int) -> Sampler:
     return logit if one and loss not in ("bce", "mse") else random
 
 
-def _candidates(networks: Networks | None, damping: RelativeDamping | TrainingDamping | None) -> Iterator[Candidate]:
+def _has_head_of_its_own(model: nn.Module) -> bool:
+    """Whether the last linear layer can be covered alone: that of many language models is their table of words."""
+    _, head = find_head(model, op="choose")
+    elsewhere = [p for module in model.modules() if module is not head for p in module.parameters(recurse=False)]
+    return not any(p is other for p in head.parameters() for other in elsewhere)
+
+
+def _candidates(
+    networks: Networks | None, damping: RelativeDamping | TrainingDamping | None, head_too: bool
+) -> Iterator[Candidate]:
     """From the most faithful on."""
     rule = RelativeDamping(0.1) if damping is None else damping
     number = 0 if networks is None else len(networks.states)
@@ -140,8 +151,9 @@ def _candidates(networks: Networks | None, damping: RelativeDamping | TrainingDa
     kronecker, head = EKFAC(rule, "auto"), ExactBlock(rule, fisher="auto")
     yield Candidate("EK-FAC", kronecker, "*", None, None)
     yield Candidate("EK-FAC from a tenth of the data", kronecker, "*", _SHARE, None)
-    yield Candidate("the exact block of the head", head, None, None, None)
-    yield Candidate("the exact block of the head, from a tenth of the data", head, None, _SHARE, None)
+    if head_too:
+        yield Candidate("the exact block of the head", head, None, None, None)
+        yield Candidate("the exact block of the head, from a tenth of the data", head, None, _SHARE, None)
 
 
 def _estimate(

@@ -243,3 +243,17 @@ def test_no_labels_and_no_data(tmp_path):
         data_of(trainer)
     with pytest.raises(ValueError, match="no examples"):
         data_of(trainer, [])
+
+
+def test_auto_takes_a_trainers_language_model(tmp_path):
+    """Of labels drawn for each word; what `choose` considers can be planned, too."""
+    trainer = language_trainer(tmp_path)
+    train = data_of(trainer)
+    influence = influence_of(trainer, "auto", progress=False).fit(train)
+    scores = influence.scores(train, train)
+    want = influence_of(trainer, fastif.Automatic(fisher="monte_carlo"), progress=False).fit(train)
+    assert torch.equal(scores, want.scores(train, train))
+    assert {layer.fisher for layer in influence.plan(train).layers.values()} == {"monte_carlo"}
+    choice = fastif.choose(trainer.model, train, train, loss=loss_of(trainer), operations=1e9)
+    assert choice.subset(18) is None
+    assert choice._replace(chosen=choice.considered[-1]).subset(18).func is fastif.samplers.random
