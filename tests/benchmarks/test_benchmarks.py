@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.experiments import lds, mislabel_detection
+from benchmarks.experiments import lds, lds_text, mislabel_detection
 from benchmarks.figures import faithfulness, keep, pages, tables
 from benchmarks.influence import operations
 from fastif import evaluation
@@ -61,6 +61,38 @@ def test_lds_runs_and_its_table_is_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "KEPT", tmp_path)
     keep.keep(tmp_path / "a" / "results.json", "lds")
     assert faithfulness.lds_table("lds").count("\n| fastif") == len(ours)
+
+
+def test_the_language_models_lds_runs_resumes_and_its_table_is_whole(tmp_path, monkeypatch):
+    draw = np.random.default_rng(0)
+    words = [" ".join(draw.choice(["my", "card", "was", "not", "there", "today", "why"], 5)) for _ in range(40)]
+    (tmp_path / "train.csv").write_text("text,category\n" + "\n".join(f"{text},none" for text in words))
+    monkeypatch.setattr(lds_text, "EPOCHS", 2)
+    options = dict(root=tmp_path, n=32, queries=4, subsets=3, qld=2, out=tmp_path / "a")
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    arguments += ["--contenders", "BM25", "cosine", "10 %"]
+    made = lds_text.main(arguments)
+    names = [row["contender"] for row in made["rows"]]
+    assert names == [name for name in lds_text.CONTENDERS if any(part in name for part in arguments[-3:])]
+    assert all(-1 <= row[what]["mean"] <= 1 for row in made["rows"] for what in ("halves", "without 5 %"))
+    settings = {"n": 32, "queries": 4, "subsets": 3, "seeds": 2, "qld": 2, "contenders": arguments[-3:]}
+    journal = Journal(tmp_path / "a" / "rows.jsonl", settings, resume=False)
+    journal.append("row", {**made["rows"][0], "cpu_seconds": -1})  # cut off after the first
+    resumed = lds_text.main(arguments)["rows"]
+    assert [row["cpu_seconds"] == -1 for row in resumed] == [True, False, False]
+    assert [row["qld"] for row in resumed] == [row["qld"] for row in made["rows"]]
+    monkeypatch.setattr(tables, "KEPT", tmp_path)
+    keep.keep(tmp_path / "a" / "results.json", "lds-text")
+    assert faithfulness.lds_text_table("lds-text").count("\n| ") == len(names) + 1
+
+
+def test_bm25_by_hand():
+    """Two words in two of three texts: idf log(1 + 1.5/2.5), tf 2.2·f/(f + 1.2·(0.25 + 0.75·length/mean))."""
+    texts = lds_text.Texts(torch.zeros(4, 3, dtype=torch.int64), 0, [["a", "b"], ["a", "a", "c"], ["b"], ["a", "d"]])
+    given = lds_text.Given(texts, 3, None, None, [], None)
+    rarity = np.log(1 + 1.5 / 2.5)
+    want = [rarity * f * 2.2 / (f + 1.2 * (0.25 + 0.75 * length / 2)) for f, length in ((1, 2), (2, 3))]
+    assert lds_text.bm25(given)[0].tolist() == pytest.approx([*want, 0.0])
 
 
 def test_rows_of_another_run_are_added_to_those_that_are_kept(tmp_path, monkeypatch):
