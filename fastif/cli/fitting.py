@@ -7,9 +7,11 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from fastif.cli.arguments import check
+from fastif.cli.problem import Given
 from fastif.curvature import (
     CG,
     EKFAC,
@@ -27,6 +29,7 @@ from fastif.data.tensor_files import load_tensors, save_tensors
 from fastif.influence.influence import Influence
 from fastif.influence.rows import top_rows, write_rows
 from fastif.influence.score_job import fit_settings
+from fastif.integrations.files import Examples
 from fastif.journal import refuse_differences
 
 FISHERS = ("exact", "monte_carlo", "empirical")
@@ -78,6 +81,12 @@ def estimator_of(curvature: str, damping: Any, fisher: str | None, seed: int) ->
     return make(**options)
 
 
+def fisher_of(fisher: str | None, curvature: str, loss: str) -> str | None:
+    """--fisher, where nothing was said and the exact one of a loss of tokens would take a pass for each of them."""
+    tokens = loss == "causal_lm" and curvature in ("ekfac", "kfac", "diagonal")
+    return "monte_carlo" if fisher is None and tokens else fisher
+
+
 # ----------------------------------------------------------------------------------------------------------- curvature
 
 
@@ -110,14 +119,24 @@ def fit_or_load(
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def write_top(path: Path, row: str, values: Tensor, indices: Tensor, k: int) -> None:
-    """The k best of each row, whose name stands in the place of "query"."""
-    found = top_rows(values[:, :k], indices[:, :k])
+def write_top(path: Path, row: str, values: Tensor, indices: Tensor, k: int, given: Given) -> None:
+    """The k best of each row, whose name stands in the place of "query"; of examples of files with their texts."""
+    train, query = given.train_examples, given.query_examples
+    how: dict[str, Any] = {}
+    if train is not None:
+        columns = {"text": train.texts, "label": train.labels}
+        how = {"ids": train.ids, "columns": {name: column for name, column in columns.items() if column is not None}}
+        how["query_ids"] = query.ids if query is not None and row == "query" else None
+    found = top_rows(values[:, :k], indices[:, :k], **how)
     write_rows([{row if name == "query" else name: value for name, value in one.items()} for one in found], path)
 
 
-def top_table(row: str, rows: str, values: Tensor, indices: Tensor, n: int, what: str = "help") -> Table:
+def top_table(
+    row: str, rows: str, values: Tensor, indices: Tensor, n: int, what: str = "help", given: Given | None = None
+) -> Table:
     """The most helpful training examples of the first queries, or groups of them, or those that harm them."""
+    if given is not None and given.train_examples is not None:
+        return _text_table(row, rows, values, indices, n, what, given.train_examples, given.query_examples)
     k = min(SHOWN, indices.shape[1])
     table = Table(
         title=f"training examples that {what} the first {rows} most (of {n:,}): index and score",
@@ -130,4 +149,41 @@ def top_table(row: str, rows: str, values: Tensor, indices: Tensor, n: int, what
     for query in range(min(SHOWN, len(values))):
         hits = zip(indices[query, :k].tolist(), values[query, :k].tolist(), strict=True)
         table.add_row(str(query), *(f"{index}  {value:.2e}" for index, value in hits))
+    return table
+
+
+def _text_table(
+    row: str,
+    rows: str,
+    values: Tensor,
+    indices: Tensor,
+    n: int,
+    what: str,
+    train: Examples,
+    query: Examples | None,
+) -> Table:
+    """The same with what people read: below each query its training examples, cut to the width of the terminal."""
+    table = Table(
+        title=f"training examples that {what} the first {rows} most (of {n:,})",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column(row, justify="right", no_wrap=True)
+    table.add_column("score", justify="right", no_wrap=True)
+    if train.labels is not None:
+        table.add_column("label", no_wrap=True, max_width=28)
+    table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
+    labelled = train.labels is not None
+    for place in range(min(SHOWN, len(values))):
+        if query is not None and row == "query":
+            name = str(place if query.ids is None else query.ids[place])
+            label = [] if not labelled else [Text((query.labels or [""] * (place + 1))[place], "bold")]
+            table.add_row(name, "", *label, Text(query.texts[place], "bold"))
+        else:
+            table.add_row(str(place))
+        for score, example in zip(values[place, :SHOWN].tolist(), indices[place, :SHOWN].tolist(), strict=True):
+            label = [] if train.labels is None else [Text(train.labels[example])]
+            table.add_row("", f"{score:+.2e}", *label, Text(train.texts[example]))
+        table.add_section()
     return table

@@ -151,9 +151,10 @@ def _best(scores: Any, spread: Any, row: int, k: int) -> tuple[list[_Hit], list[
 def _parts(by_token: Any, row: int, indices: Tensor) -> dict[int, list[float]]:
     if not len(indices):
         return {}
-    parts: Any = by_token(row, indices) if callable(by_token) else None
-    if parts is None:
-        parts = torch.stack([by_token[row, int(place)] for place in indices])
+    if callable(by_token):
+        parts: Any = by_token(row, indices)
+    else:
+        parts = torch.stack([by_token[row, place] for place in indices.tolist()])
     if parts.shape[:1] != indices.shape or parts.dim() != 2 or not bool(parts.isfinite().all()):
         raise ValueError(f"explain: by_token must give finite parts [{len(indices)}, t], got {list(parts.shape)}")
     return dict(zip(indices.tolist(), parts.tolist(), strict=True))
@@ -176,14 +177,13 @@ def _page(
     texts = _is_texts(train)
     every = [hit for hits in found for hit in hits]
     reach = max((abs(hit.score) + (hit.error or 0.0) for hit in every), default=1.0)
-    strengths = [abs(part) for hit in every for part in ([hit.score] if parts is None else parts[hit.place])]
-    strongest = max(strengths, default=0.0)
+    largest = max((abs(hit.score) for hit in every), default=0.0)
     sides = ""
     for title, hits in zip(("help", "harm"), found, strict=True):
         items = ""
         for hit in hits:
             score = _score(hit, reach)
-            shown = _shown(train, hit, None if parts is None else parts[hit.place], strongest)
+            shown = _shown(train, hit, None if parts is None else parts[hit.place], largest)
             name = f"<div class=name>{hit.place:,}{_apart(_name(names[1], hit.place))}</div>"
             items += (
                 f"<li class=row><div>{score}{name}</div>{shown}</li>" if texts else f"<li>{shown}{score}{name}</li>"
@@ -212,7 +212,7 @@ def _note(texts: bool, by_token: bool, errors: bool) -> str:
     )
     note = ""
     if texts and by_token:
-        note = f"{blue} tokens add to a score, {orange} ones take from it; the stronger, the more."
+        note = f"{blue} tokens add to their text's score, {orange} ones take from it; the stronger, the more."
     elif texts:
         note = f"{blue} texts help, {orange} ones harm; the stronger, the more."
     return note + (
@@ -270,11 +270,12 @@ def _is_tokens(data: Any) -> bool:
     return _is_texts(data) and not isinstance(data[0], str)
 
 
-def _shown(data: Any, hit: _Hit, parts: Sequence[float] | None, strongest: float) -> str:
+def _shown(data: Any, hit: _Hit, parts: Sequence[float] | None, largest: float) -> str:
     """A text, coloured where it has a score, or a picture."""
     if not _is_texts(data):
         return f'<img alt="example {hit.place}" src="data:image/png;base64,{_png(data[hit.place], hit.place)}">'
     text = data[hit.place]
+    strongest = largest if parts is None else max(map(abs, parts[: len(text)]), default=0.0)
     if strongest == 0:  # a query, or a text of which no token has a part
         return f"<div class=shown>{text_of(''.join(text))}</div>"
     tokens, parts = (["".join(text)], [hit.score]) if parts is None else (text, parts)
