@@ -125,7 +125,7 @@ def _examples(
     prompts: list[str] | None = values.get("prompt")
     whole = texts if prompts is None else [a + b for a, b in zip(prompts, texts, strict=True)]
     found = tokenise(given, whole, file, max_length)
-    own = next_tokens(found, prompts, file) if given.kind == "causal_lm" else labels
+    own = next_tokens(found, texts, prompts, file) if given.kind == "causal_lm" else labels
     examples = [{**example, "labels": torch.as_tensor(y)} for example, y in zip(found.examples, own, strict=True)]
     length = max(len(tokens) for tokens in found.tokens) if one_length else None
     loader = DataLoader(examples, batch_size=batch_size, collate_fn=Padding(given, length))  # pyright: ignore[reportArgumentType]  a list will do
@@ -142,10 +142,9 @@ def _label(given: ModelFolder, value: Any, where: str) -> int | float:
     classes = given.labels
     if isinstance(value, str) and value in classes:
         return classes[value]
-    if isinstance(value, str) and value.strip().isdecimal() and value.isascii():
-        value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(classes):
-        return value
+    number = int(value) if isinstance(value, str) and value.isdecimal() and value.isascii() else value
+    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(classes):
+        return number
     known: Sequence[str] = list(classes)
     few = ", ".join(map(repr, known[:5])) + (f" and {len(known) - 5} more" if len(known) > 5 else "")
     raise ValueError(f"{where}: the label {value!r} is none of the model's {len(known)}: {few}")

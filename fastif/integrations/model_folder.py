@@ -100,6 +100,10 @@ def load_model_folder(folder: str | Path) -> ModelFolder:
         if hasattr(module, "name_or_path"):
             module.name_or_path = ""
     model.config._name_or_path = ""
+    if kind != "images":
+        files = {"tokenizer.json", *getattr(processor, "vocab_files_names", {}).values()}
+        if not any((path / name).is_file() for name in files):  # transformers makes an empty one up
+            raise ValueError(f"{path} has no tokenizer ({', '.join(sorted(files))}): save_pretrained writes it")
     loss = "causal_lm" if kind == "causal_lm" else "mse" if config.num_labels == 1 else "cross_entropy"
     return ModelFolder(model.eval(), kind, loss, processor, _longest(config, processor), path)
 

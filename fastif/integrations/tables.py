@@ -57,7 +57,7 @@ def _csv(path: Path) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"{path}, line {reader.line_num} has more values than the header has columns")
             yield row
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num} is no CSV: {error}") from None
+        raise ValueError(f"{path} is no CSV after line {reader.line_num}: {error}") from None
 
 
 def _text(path: Path) -> str:

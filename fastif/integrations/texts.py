@@ -48,18 +48,19 @@ def tokenise(given: ModelFolder, texts: Sequence[str], file: Path, max_length: i
             raise ValueError(f"{file}, row {row}: the text has no token")
         names = tokenizer.convert_ids_to_tokens(ids)
         spans = found["offset_mapping"][row] if tokenizer.is_fast else None
-        tokens.append([f"{name} " for name in names] if spans is None else _read(texts[row], names, spans))
+        special = [one in tokenizer.all_special_ids for one in ids]
+        tokens.append([f"{name} " for name in names] if spans is None else _read(texts[row], names, spans, special))
     examples = [{key: torch.tensor(found[key][row], dtype=torch.int64) for key in keys} for row in range(len(texts))]
     return Tokenised(
         examples, tokens, [list(map(tuple, s)) for s in found["offset_mapping"]] if tokenizer.is_fast else None
     )
 
 
-def _read(text: str, names: Sequence[str], spans: Sequence[_SPAN]) -> list[str]:
-    """Each token's stretch of the text, with the blanks before it."""
+def _read(text: str, names: Sequence[str], spans: Sequence[_SPAN], special: Sequence[bool]) -> list[str]:
+    """Each token's stretch of the text, with the blanks before it; some tokenizers leave blanks out of spans."""
     read, end = [], 0
-    for name, (start, stop) in zip(names, spans, strict=True):
-        if start == stop:  # a special token
+    for name, (start, stop), added in zip(names, spans, special, strict=True):
+        if added and start == stop:
             read.append(f"{name} " if end == 0 else f" {name}")
         else:
             read.append(text[end : max(end, stop)])
@@ -69,7 +70,7 @@ def _read(text: str, names: Sequence[str], spans: Sequence[_SPAN]) -> list[str]:
     return read
 
 
-def next_tokens(tokenised: Tokenised, prompts: Sequence[str] | None, file: Path) -> list[Tensor]:
+def next_tokens(tokenised: Tokenised, texts: Sequence[str], prompts: Sequence[str] | None, file: Path) -> list[Tensor]:
     """The labels of a causal language model, [t] each: its own tokens, −100 where they are a prompt's.
 
     Raises ValueError, naming the row, for a token that is half of the prompt's and half of the text's, and where no
@@ -81,7 +82,7 @@ def next_tokens(tokenised: Tokenised, prompts: Sequence[str] | None, file: Path)
         if prompts is not None:
             if tokenised.spans is None:
                 raise ValueError("prompts need a tokenizer that says where tokens stand (tokenizer.json)")
-            own[: _prompt_tokens(tokenised.spans[row], len(prompts[row]), f"{file}, row {row}")] = IGNORED
+            own[: _prompt_tokens(tokenised.spans[row], prompts[row], texts[row], f"{file}, row {row}")] = IGNORED
         if not bool((own[1:] != IGNORED).any()):
             what = "one token alone, and the first" if prompts is None else "no token after the prompt"
             raise ValueError(f"{file}, row {row}: the text has {what}{' is predicted by none' * (prompts is None)}")
@@ -89,16 +90,19 @@ def next_tokens(tokenised: Tokenised, prompts: Sequence[str] | None, file: Path)
     return labels
 
 
-def _prompt_tokens(spans: Sequence[_SPAN], end: int, where: str) -> int:
-    for place, (start, stop) in enumerate(spans):
-        if start < end < stop:
-            raise ValueError(
-                f"{where}: a token stands across the end of the prompt, and is half of either: end the prompt with a "
-                "blank or a line, or begin the text with one"
-            )
-        if stop > end and start >= end:
-            return place
-    return len(spans)
+def _prompt_tokens(spans: Sequence[_SPAN], prompt: str, text: str, where: str) -> int:
+    """How many tokens a prompt has. Tokens of blanks may have empty spans, and the strings must tell whose they are."""
+    end = len(prompt)
+    last = max((place + 1 for place, (start, stop) in enumerate(spans) if start < stop <= end), default=0)
+    first = next((place for place, (start, stop) in enumerate(spans) if end <= start < stop), len(spans))
+    across = any(start < end < stop for start, stop in spans)
+    blanks = first > last and prompt[-1:].isspace() and text[:1].isspace()
+    if across or blanks:
+        raise ValueError(
+            f"{where}: a token stands across the end of the prompt, or cannot be told to be on one side: the blank "
+            "between prompt and text belongs to the beginning of the text alone"
+        )
+    return last if text[:1].isspace() else first
 
 
 class Padding:
