@@ -173,17 +173,17 @@ def _text_table(
     table.add_column("score", justify="right", no_wrap=True)
     if train.labels is not None:
         table.add_column("label", no_wrap=True, max_width=28)
-    table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
-    labelled = train.labels is not None
+    table.add_column("text")  # the one that is made narrower where the terminal is: a line each, cut off
+    labelled, line = train.labels is not None, dict[str, Any](no_wrap=True, overflow="ellipsis")
     for place in range(min(SHOWN, len(values))):
         if query is not None and row == "query":
             name = str(place if query.ids is None else query.ids[place])
             label = [] if not labelled else [Text((query.labels or [""] * (place + 1))[place], "bold")]
-            table.add_row(name, "", *label, Text(query.texts[place], "bold"))
+            table.add_row(name, "", *label, Text(query.texts[place], "bold", **line))
         else:
             table.add_row(str(place))
         for score, example in zip(values[place, :SHOWN].tolist(), indices[place, :SHOWN].tolist(), strict=True):
             label = [] if train.labels is None else [Text(train.labels[example])]
-            table.add_row("", f"{score:+.2e}", *label, Text(train.texts[example]))
+            table.add_row("", f"{score:+.2e}", *label, Text(train.texts[example], **line))
         table.add_section()
     return table

@@ -73,7 +73,7 @@ def index_command(
         str | None,
         typer.Option(
             help="Added to the curvature's diagonal: a number, auto, or training (see --training-time).",
-            show_default="1e-3",
+            show_default="auto; diagonal 1e-3",
         ),
     ] = None,
     training_time: TrainingTime = None,

@@ -79,7 +79,7 @@ def scores_command(
         str | None,
         typer.Option(
             help="Added to the curvature's diagonal: a number, auto, or training (see --training-time).",
-            show_default="1e-3; lissa 1e-2, data-inf auto",
+            show_default="ekfac, kfac, data-inf auto; lissa 1e-2; others 1e-3",
         ),
     ] = None,
     training_time: TrainingTime = None,
@@ -229,7 +229,7 @@ def scores_command(
             else:
                 save_array(paths[-1], influence.self_influence(given.train).numpy(), about)
         if given.train_examples is not None and by == "all" and groups is None:
-            paths += write_pages(influence.fitted, scores, given, out / PAGES, min(pages, q))
+            paths += write_pages(influence.fitted, scores, given, out / PAGES, min(pages, q))[:1]
     if best is not None and not quiet:
         console = terminal()
         console.print(top_table(row, rows, *best, n, given=given))

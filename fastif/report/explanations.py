@@ -212,7 +212,8 @@ def _note(texts: bool, by_token: bool, errors: bool) -> str:
     )
     note = ""
     if texts and by_token:
-        note = f"{blue} tokens add to their text's score, {orange} ones take from it; the stronger, the more."
+        note = f"{blue} tokens add to their text's score, {orange} ones take from it; the stronger, the more. "
+        note += "What layers add that do not see single tokens is in the score alone."
     elif texts:
         note = f"{blue} texts help, {orange} ones harm; the stronger, the more."
     return note + (

@@ -237,6 +237,20 @@ def test_an_index_is_asked_with_a_file_alone(run, folder):
     assert (code, "it takes --query and no script, got own:script" in error) == (2, True)
 
 
+def test_long_texts_are_cut_and_leave_the_scores_their_place(run, folder):
+    save_language_model(Path("model"))
+    words = [f"{text} " + "never" * 40 for text in SAID[:6]]
+    write_file(Path("train.csv"), text=words)
+    job = ["scores", "--model", "model", "--train", "train.csv", "--query", "train.csv", "--fisher", "empirical"]
+    code, printed, error = run(*job, "--layers", "*.mlp.*", "--top", "1", "--out", "out")
+    assert code == 0, error
+    best = ScoreFolder("out").load()[0].max()
+    table = printed.split("help the first queries most")[1].splitlines()
+    assert any(line.strip().startswith(f"{float(best):+.2e}  ") for line in table)
+    assert any(re.search(r"^ +0 +" + SAID[0] + r" never\w+…", line) for line in table)
+    assert max(map(len, table)) <= 120
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -288,6 +302,7 @@ def test_questions_to_a_bank(run, tmp_path, monkeypatch):
     scores = ScoreFolder("out").load()
     assert scores.argmax(1).tolist() == [0, 1, 2, 3]
     assert rows[0]["text"][:40] in printed
+    assert f"{signed(float(scores[0, 0]))}  {rows[0]['category']}" in printed  # long texts make way for the rest
     page = Path("out/explain/query-3.html").read_text()
     assert rows[3]["category"] in page
     assert page.count("<li") <= 16
