@@ -324,3 +324,11 @@ def test_ctrl_c_in_a_real_process(script):
     done = subprocess.run([*job, "--resume", "--quiet"], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert ScoreFolder("out").finished
+
+
+def test_run_toml_names_the_script(run, script):
+    job = ["scores", "ownscript:problem", "--curvature", "diagonal", "--damping", "0.1", "--layers", "0,2", "--quiet"]
+    assert run(*job, "--out", "out") == (0, "", "")
+    assert run("scores", "--config", "out/run.toml", "--out", "again", "--quiet") == (0, "", "")
+    assert torch.equal(ScoreFolder("out").load(), ScoreFolder("again").load())
+    assert ScoreFolder("out").settings == ScoreFolder("again").settings
