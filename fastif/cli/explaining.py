@@ -24,7 +24,10 @@ def write_pages(fitted: Fitted, scores: ScoreFolder, given: Given, out: Path, qu
         return []
 
     def parts(row: int, indices: Tensor) -> Tensor:
-        return split_by_token(fitted, query.picked(torch.tensor([row])), train.picked(indices))[0][0]
+        picked = train.picked(indices)
+        (batch,) = picked
+        length = batch["input_ids"].shape[1]
+        return split_by_token(fitted, query.picked(torch.tensor([row])), picked, length)[0][0]
 
     images, passes, measurement = isinstance(train.shown[0], Path), fitted.passes, fitted.setup.measurement
     shown, passes.progress = passes.progress, False  # a bar for each of a few examples says nothing

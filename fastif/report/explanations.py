@@ -79,8 +79,8 @@ def explain(
         spread: standard errors [q, n] of the scores (`Influence.scores(..., spread=True)`), shown as error bars.
         by_token: the tokens' parts in the scores [q, n, t] (`Influence.scores(by="token")`), or a function of a query
             and int64 [m] indices of training examples that gives [m, t]. Tokens are coloured by them, blue for those
-            that help and orange for those that harm. Default: all of a text by the sign of its score. `train` must be
-            lists of tokens; tokens beyond t stay without colour.
+            that help and orange for those that harm. Default, and where no token has a part: all of a text by
+            the sign of its score. `train` must be lists of tokens; tokens beyond t stay without colour.
         query_names, train_names: a line for each, such as a label or an id, beside its number.
         measurement: what the scores are of, in words.
 
@@ -148,16 +148,17 @@ def _best(scores: Any, spread: Any, row: int, k: int) -> tuple[list[_Hit], list[
     return sides[0], sides[1]
 
 
-def _parts(by_token: Any, row: int, indices: Tensor) -> dict[int, list[float]]:
+def _parts(by_token: Any, row: int, indices: Tensor) -> dict[int, list[float]] | None:
+    """By example; None where no token has a part, as with layers that do not see single tokens."""
     if not len(indices):
-        return {}
+        return None
     if callable(by_token):
         parts: Any = by_token(row, indices)
     else:
         parts = torch.stack([by_token[row, place] for place in indices.tolist()])
     if parts.shape[:1] != indices.shape or parts.dim() != 2 or not bool(parts.isfinite().all()):
         raise ValueError(f"explain: by_token must give finite parts [{len(indices)}, t], got {list(parts.shape)}")
-    return dict(zip(indices.tolist(), parts.tolist(), strict=True))
+    return dict(zip(indices.tolist(), parts.tolist(), strict=True)) if bool(parts.any()) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- page
@@ -212,8 +213,11 @@ def _note(texts: bool, by_token: bool, errors: bool) -> str:
     )
     note = ""
     if texts and by_token:
-        note = f"{blue} tokens add to their text's score, {orange} ones take from it; the stronger, the more. "
-        note += "What layers add that do not see single tokens is in the score alone."
+        note = (
+            f"{blue} tokens add to their text's score, {orange} ones take from it; the stronger, the more of it within "
+            "a text. A token's part is what was learned at its place: in a language model, to predict what follows. "
+            "What layers add that do not see single tokens is in the score alone."
+        )
     elif texts:
         note = f"{blue} texts help, {orange} ones harm; the stronger, the more."
     return note + (
