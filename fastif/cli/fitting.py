@@ -1,6 +1,6 @@
 """What the commands that fit a curvature share: their estimators, a fit that is kept in a file, tables of the best."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ CURVATURES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {  # the est
     "data-inf": (DataInf, ("empirical",)),
     "random-projection": (RandomProjection, FISHERS),
 }
+TOP = 10  # training examples for each query, where nothing was said and there are so many
 CURVATURE = "curvature.safetensors"  # in the folder of the scores
 SHOWN = 5  # queries, and training examples of each, in the table
 
@@ -122,12 +123,13 @@ def fit_or_load(
 def write_top(path: Path, row: str, values: Tensor, indices: Tensor, k: int, given: Given) -> None:
     """The k best of each row, whose name stands in the place of "query"; of examples of files with their texts."""
     train, query = given.train_examples, given.query_examples
-    how: dict[str, Any] = {}
-    if train is not None:
-        columns = {"text": train.texts, "label": train.labels}
-        how = {"ids": train.ids, "columns": {name: column for name, column in columns.items() if column is not None}}
-        how["query_ids"] = query.ids if query is not None and row == "query" else None
-    found = top_rows(values[:, :k], indices[:, :k], **how)
+    found = top_rows(
+        values[:, :k],
+        indices[:, :k],
+        ids=None if train is None else train.ids,
+        query_ids=query.ids if query is not None and row == "query" else None,
+        columns=None if train is None else train.columns,
+    )
     write_rows([{row if name == "query" else name: value for name, value in one.items()} for one in found], path)
 
 
@@ -169,21 +171,27 @@ def _text_table(
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    table.add_column(row, justify="right", no_wrap=True)
-    table.add_column("score", justify="right", no_wrap=True)
+    for name in (row, "train"):
+        table.add_column(name, justify="right", no_wrap=True, max_width=16)
+    table.add_column("score", justify="right", no_wrap=True, min_width=9)
     if train.labels is not None:
         table.add_column("label", no_wrap=True, max_width=28)
     table.add_column("text")  # the one that is made narrower where the terminal is: a line each, cut off
-    labelled, line = train.labels is not None, dict[str, Any](no_wrap=True, overflow="ellipsis")
+
+    def add(cells: Sequence[str], examples: Examples | None, place: int, style: str) -> None:
+        read = [] if examples is None else [column[place] for column in reversed(examples.columns.values())]
+        cut = [Text(words, style, no_wrap=True, overflow="ellipsis") for words in read]
+        table.add_row(*(Text(cell, style) for cell in cells), *cut)
+
     for place in range(min(SHOWN, len(values))):
-        if query is not None and row == "query":
-            name = str(place if query.ids is None else query.ids[place])
-            label = [] if not labelled else [Text((query.labels or [""] * (place + 1))[place], "bold")]
-            table.add_row(name, "", *label, Text(query.texts[place], "bold", **line))
-        else:
-            table.add_row(str(place))
+        asked = query if row == "query" else None
+        add([_named(asked, place), "", ""], asked, place, "bold")
         for score, example in zip(values[place, :SHOWN].tolist(), indices[place, :SHOWN].tolist(), strict=True):
-            label = [] if train.labels is None else [Text(train.labels[example])]
-            table.add_row("", f"{score:+.2e}", *label, Text(train.texts[example], **line))
+            add(["", _named(train, example), f"{score:+.2e}"], train, example, "")
         table.add_section()
     return table
+
+
+def _named(examples: Examples | None, place: int) -> str:
+    """An example's id, or its number."""
+    return str(place) if examples is None or examples.ids is None else examples.ids[place]

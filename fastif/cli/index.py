@@ -12,7 +12,7 @@ import typer
 
 from fastif.cli.arguments import check, device_named, interruptible, split, terminal, writable
 from fastif.cli.config import write_config
-from fastif.cli.fitting import FISHERS, damping_of, estimator_of, fisher_of, top_table
+from fastif.cli.fitting import FISHERS, TOP, damping_of, estimator_of, fisher_of, top_table
 from fastif.cli.options import (
     FOLDER,
     Asked,
@@ -26,12 +26,12 @@ from fastif.cli.options import (
     MaxLength,
     Memory,
     Model,
+    OwnBatchSize,
     Prompt,
     Query,
     Quiet,
     Resume,
     Script,
-    Slices,
     Text,
     Train,
     TrainingTime,
@@ -92,7 +92,7 @@ def index_command(
     self_influence: Annotated[
         bool, typer.Option("--self-influence", help="Keep each example's exact score on itself, too.")
     ] = False,
-    batch_size: Slices = None,
+    batch_size: OwnBatchSize = None,
     memory: Memory = MEMORY >> 20,
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="For what is drawn, and torch in your function.")] = 0,
@@ -111,14 +111,15 @@ def index_command(
     check("share", share, 0 < share <= 1, "in (0, 1]")
     check("curvature", curvature, curvature in INDEXED, f"one of {', '.join(INDEXED)}")
     check("dtype", dtype, dtype in get_args(Stored), f"one of {', '.join(get_args(Stored))}")
-    options: dict[str, Any] = {
-        **{"curvature": curvature, "damping": damping, "training_time": training_time, "weight_decay": weight_decay},
-        **{
-            "layers": None if layers is None else split(layers),
-            "batch_size": batch_of(batch_size, model),
-            "seed": seed,
-        },
-    }
+    options: dict[str, Any] = dict(
+        curvature=curvature,
+        damping=damping,
+        training_time=training_time,
+        weight_decay=weight_decay,
+        layers=None if layers is None else split(layers),
+        batch_size=batch_of(batch_size, model),
+        seed=seed,
+    )
     columns: dict[str, Any] = dict(text=text, label=label, prompt=prompt, image=image, id=id, max_length=max_length)
     check_given(script, loss, model=model, train=train, **columns)
     estimator_of(curvature, damping_of(damping, training_time, weight_decay), fisher, seed)
@@ -179,7 +180,7 @@ def query_command(
         Path | None,
         typer.Option(help="The training file, if it was moved.", rich_help_panel=FOLDER, show_default=False),
     ] = None,
-    top: Annotated[int, typer.Option(help="Training examples per query.")] = 10,
+    top: Annotated[int | None, typer.Option(help="Training examples per query.", show_default=str(TOP))] = None,
     harmful: Annotated[bool, typer.Option("--harmful", help="Those that harm the query most, instead.")] = False,
     rerank: Annotated[
         int, typer.Option(help="Compute the scores of so many of each query's best exactly; takes the training data.")
@@ -198,6 +199,7 @@ def query_command(
     check("out", out, out is None or out.suffix in (".csv", ".jsonl"), "a .csv or .jsonl file")
     check("memory", memory, memory >= 1, ">= 1")
     held = Index(folder).n
+    top = min(TOP, held) if top is None else top
     check("top", top, 1 <= top <= held, f"in [1, {held}], the training examples of the index")
     check("rerank", rerank, rerank == 0 or top <= rerank <= held, f"0, or in [--top {top}, {held}]")
     options, where = _read_options(folder), device_named(device)
@@ -298,8 +300,8 @@ def _read_options(folder: Path) -> dict[str, Any]:
 def _write(path: Path, found: Top, given: Given) -> None:
     """A row for each query and training example, the best first; of examples of files with their texts."""
     train, query = given.train_examples, given.query_examples
-    columns = {} if train is None else {"text": train.texts, **({"label": train.labels} if train.labels else {})}
-    rows = top_rows(found.values, found.indices, query_ids=None if query is None else query.ids, columns=columns)
+    ids, columns = None if query is None else query.ids, None if train is None else train.columns
+    rows = top_rows(found.values, found.indices, query_ids=ids, columns=columns)
     if found.ids is not None:
         for row, name in zip(rows, chain.from_iterable(found.ids), strict=True):
             row["id"] = name

@@ -87,7 +87,7 @@ Loss = Annotated[
 ]
 Asked = Annotated[str, typer.Option(help=f"Asked of queries: one of {', '.join(MEASUREMENTS)}.")]
 BatchSize = Annotated[int, typer.Option(help="For data without batches of its own.")]
-Slices = Annotated[
+OwnBatchSize = Annotated[
     int | None, typer.Option(help="For data without batches of its own.", show_default="256; with --model 16")
 ]
 Memory = Annotated[int, typer.Option(help="MiB for query gradients, a quarter of it for slices of a batch.")]

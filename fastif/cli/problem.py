@@ -45,7 +45,7 @@ def given_by(
         return Given(made, loss or "cross_entropy", first, second)
     for name, file in (("train", train), ("query", query)):
         if name in needs and file is None:
-            raise ValueError(f"--model needs --{name}, a .jsonl or .csv file")
+            raise ValueError(f"--{name} is needed with a model's folder: a .jsonl or .csv file")
     problem = problem_of(model, train, query, batch_size=batch_size, one_length=one_length, **columns)
     first, second = (None if part is None else part.loader for part in (problem.train, problem.query))
     return Given(problem.model, problem.loss, first, second, problem.train, problem.query)

@@ -15,6 +15,7 @@ from fastif.cli.fitting import (
     CURVATURES,
     FISHERS,
     SHOWN,
+    TOP,
     damping_of,
     estimator_of,
     fisher_of,
@@ -34,12 +35,12 @@ from fastif.cli.options import (
     MaxLength,
     Memory,
     Model,
+    OwnBatchSize,
     Prompt,
     Query,
     Quiet,
     Resume,
     Script,
-    Slices,
     Text,
     Train,
     TrainingTime,
@@ -124,9 +125,12 @@ def scores_command(
         ),
     ] = None,
     rank: Annotated[int | None, typer.Option(hidden=True)] = None,
-    batch_size: Slices = None,
+    batch_size: OwnBatchSize = None,
     memory: Memory = MEMORY >> 20,
-    top: Annotated[int, typer.Option(help="Training examples per query in top.csv, the most helpful first.")] = 10,
+    top: Annotated[
+        int | None,
+        typer.Option(help="Training examples per query in top.csv, the most helpful first.", show_default=str(TOP)),
+    ] = None,
     self_influence: Annotated[
         bool, typer.Option("--self-influence", help="Write self_influence.npy, too: each example's score on itself.")
     ] = False,
@@ -156,7 +160,7 @@ def scores_command(
     check_given(script, loss, model=model, train=train, query=query, **files)
     size = batch_of(batch_size, model)
     check("memory", memory, memory >= 1, ">= 1")
-    check("top", top, top >= 0, ">= 0")
+    check("top", top, top is None or top >= 0, ">= 0")
     check("pages", pages, pages >= 0, ">= 0")
     check("seed", seed, 0 <= seed < 2**63, "in [0, 2^63)")
     check("measurement", measurement, measurement in MEASUREMENTS, f"one of {', '.join(MEASUREMENTS)}")
@@ -191,6 +195,7 @@ def scores_command(
         progress=not quiet,
     )
     n, q = count(given.train, size), count(given.query, size)
+    top = min(TOP, n) if top is None else top
     check("top", top, top <= n, f"at most the {n} training examples")
     budget = None if k is None else check_budgets([k], n)[0]
     row, rows = "query", "queries"
@@ -228,16 +233,19 @@ def scores_command(
                 load_array(paths[-1], str(dtype_of(given.model)).removeprefix("torch."), (n,), about)
             else:
                 save_array(paths[-1], influence.self_influence(given.train).numpy(), about)
+        told: list[Path] = []
         if given.train_examples is not None and by == "all" and groups is None:
-            paths += write_pages(influence.fitted, scores, given, out / PAGES, min(pages, q))[:1]
+            told = write_pages(influence.fitted, scores, given, out / PAGES, min(pages, q))
     if best is not None and not quiet:
         console = terminal()
         console.print(top_table(row, rows, *best, n, given=given))
         if low_rank is not None:
             error = f"at most {scores.low_rank_error:.1e}"
             console.print(f"relative error of the queries' gradients at rank {low_rank}: {error}")
-        names = ", ".join(str(path.relative_to(out)) for path in (out / MANIFEST, *paths))
+        names = ", ".join(path.name for path in (out / MANIFEST, *paths))
         console.print(f"[bold]{out}[/bold]: the scores, as fastif.ScoreFolder reads them; {names}", soft_wrap=True)
+        if told:
+            console.print(f"[bold]{told[0]}[/bold] and so on: the first {len(told)} queries, explained", soft_wrap=True)
         console.print(f"{time.perf_counter() - began:.1f} s in all")
 
 

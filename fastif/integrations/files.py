@@ -24,6 +24,11 @@ class Examples(NamedTuple):
     labels: list[str] | None  # as the file has them
     ids: list[str] | None  # from their column
 
+    @property
+    def columns(self) -> dict[str, list[str]]:
+        """What people read of them, for `fastif.influence.rows.top_rows`."""
+        return {"text": self.texts, **({} if self.labels is None else {"label": self.labels})}
+
     def picked(self, indices: Tensor) -> DataLoader:
         """Some of the examples, all in one batch."""
         chosen = [self.loader.dataset[i] for i in indices.tolist()]
@@ -142,6 +147,11 @@ def _label(given: ModelFolder, value: Any, where: str) -> int | float:
     classes = given.labels
     if isinstance(value, str) and value in classes:
         return classes[value]
+    if isinstance(value, int) and not isinstance(value, bool) and classes.get(str(value), value) != value:
+        raise ValueError(
+            f"{where}: the label {value!r} is the number of a class, and {str(value)!r} the name of number "
+            f"{classes[str(value)]}: write names as strings"
+        )
     number = int(value) if isinstance(value, str) and value.isdecimal() and value.isascii() else value
     if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(classes):
         return number

@@ -88,24 +88,13 @@ def load_model_folder(folder: str | Path) -> ModelFolder:
                 f"{path}: its weights lack {missing[0]} ({len(missing)} of {name}'s), which would be drawn at random: "
                 "train the model first, and save it with save_pretrained"
             )
-        auto = transformers.AutoImageProcessor if kind == "images" else transformers.AutoTokenizer
-        try:
-            processor: Any = auto.from_pretrained(path, **known)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            what = "image processor" if kind == "images" else "tokenizer"
-            raise ValueError(
-                f"{path} has no {what} that transformers reads ({_first_line(error)}): save_pretrained writes it"
-            ) from error
+        processor = _processor_of(path, kind, known)
     for module in model.modules():  # a job goes on wherever its model's folder is
         if hasattr(module, "name_or_path"):
             module.name_or_path = ""
     model.config._name_or_path = ""
-    if kind != "images":
-        files = {"tokenizer.json", *getattr(processor, "vocab_files_names", {}).values()}
-        if not any((path / name).is_file() for name in files):  # transformers makes an empty one up
-            raise ValueError(f"{path} has no tokenizer ({', '.join(sorted(files))}): save_pretrained writes it")
     loss = "causal_lm" if kind == "causal_lm" else "mse" if config.num_labels == 1 else "cross_entropy"
-    return ModelFolder(model.eval(), kind, loss, processor, _longest(config, processor), path)
+    return ModelFolder(model.eval(), kind, loss, processor, _longest(model, processor), path)
 
 
 def _check_files(path: Path) -> None:
@@ -144,12 +133,33 @@ def _kind_of(path: Path, config: Any) -> tuple[Kind, str]:
     )
 
 
-def _longest(config: Any, processor: Any) -> int | None:
+def _processor_of(path: Path, kind: Kind, known: dict[str, Any]) -> Any:
+    import transformers
+
+    auto = transformers.AutoImageProcessor if kind == "images" else transformers.AutoTokenizer
+    try:
+        processor: Any = auto.from_pretrained(path, **known)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        what = "image processor" if kind == "images" else "tokenizer"
+        raise ValueError(
+            f"{path} has no {what} that transformers reads ({_first_line(error)}): save_pretrained writes it"
+        ) from error
+    files = {"tokenizer.json", *getattr(processor, "vocab_files_names", {}).values()}
+    if kind != "images" and not any((path / name).is_file() for name in files):  # transformers makes an empty one up
+        raise ValueError(f"{path} has no tokenizer ({', '.join(sorted(files))}): save_pretrained writes it")
+    return processor
+
+
+def _longest(model: nn.Module, processor: Any) -> int | None:
+    config: Any = model.config
     limits = [
         getattr(processor, "model_max_length", None),
         getattr(config, "max_position_embeddings", None),
         getattr(config, "n_positions", None),
     ]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)  # RoBERTa counts from behind the padding's
     return min((int(limit) for limit in limits if limit is not None and 0 < limit < _UNBOUNDED), default=None)
 
 

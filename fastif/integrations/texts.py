@@ -95,12 +95,17 @@ def _prompt_tokens(spans: Sequence[_SPAN], prompt: str, text: str, where: str) -
     end = len(prompt)
     last = max((place + 1 for place, (start, stop) in enumerate(spans) if start < stop <= end), default=0)
     first = next((place for place, (start, stop) in enumerate(spans) if end <= start < stop), len(spans))
-    across = any(start < end < stop for start, stop in spans)
-    blanks = first > last and prompt[-1:].isspace() and text[:1].isspace()
-    if across or blanks:
+    across = next(((start, stop) for start, stop in spans if start < end < stop), None)
+    if across is not None:
+        token = (prompt + text)[slice(*across)]
         raise ValueError(
-            f"{where}: a token stands across the end of the prompt, or cannot be told to be on one side: the blank "
-            "between prompt and text belongs to the beginning of the text alone"
+            f"{where}: the token {token!r} is half of the prompt's and half of the text's: move one of them, such as "
+            "the blank between prompt and text to the beginning of the text"
+        )
+    if first > last and prompt[-1:].isspace() and text[:1].isspace():
+        raise ValueError(
+            f"{where}: the prompt ends and the text begins with a blank, whose tokens cannot be told apart: leave the "
+            "blank to the beginning of the text alone"
         )
     return last if text[:1].isspace() else first
 

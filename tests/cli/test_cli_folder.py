@@ -44,15 +44,11 @@ def padded(rows, value, length=None):
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
 
-def by_hand(texts, labels=None, prompts=None, pad=2):
-    """The tensors of texts, one batch; labels of classes, or the texts' own tokens without those of the prompts."""
-    ids = numbers(texts if prompts is None else [p + t for p, t in zip(prompts, texts, strict=True)])
+def by_hand(texts, labels=None, pad=2):
+    """The tensors of texts, one batch; labels of classes, or the texts' own tokens."""
+    ids = numbers(texts)
     batch = {"input_ids": padded(ids, pad), "attention_mask": padded([[1] * len(row) for row in ids], 0)}
-    if labels is not None:
-        return {**batch, "labels": torch.tensor(labels)}
-    skipped = [0] * len(ids) if prompts is None else [len(prompt.split()) for prompt in prompts]
-    own = [[-100] * skip + row[skip:] for row, skip in zip(ids, skipped, strict=True)]
-    return {**batch, "labels": padded(own, -100)}
+    return {**batch, "labels": padded(ids, -100) if labels is None else torch.tensor(labels)}
 
 
 def rows_of(path):
@@ -172,6 +168,35 @@ def test_tokens_of_the_pages_have_their_parts(run, folder):
         assert f'title="{signed(float(part))}"' in page
 
 
+def test_texts_of_a_head_alone_are_coloured_whole(run, folder):
+    """It sees one position, which is no token of the text."""
+    save_classifier(Path("model"))
+    job = ["scores", "--model", "model", "--train", "train.jsonl", "--query", "query.csv", "--label", "label"]
+    assert run(*job, "--layers", "classifier", "--quiet", "--out", "out") == (0, "", "")
+    whole = ScoreFolder("out").load()[0]
+    page = Path("out/explain/query-0.html").read_text()
+    assert "</span> texts help" in page
+    best = int(whole.argmax())
+    assert re.search(rf'title="{re.escape(signed(float(whole[best])))}">{SAID[best]}</span>', page)
+
+
+def test_fewer_examples_than_are_named_without_a_word(run, folder):
+    save_classifier(Path("model"))
+    write_file(Path("train.csv"), text=SAID[:4], label=LABELS[:4], code=["w" * 40, "x", "y", "z"])
+    files = ["--model", "model", "--train", "train.csv", "--label", "label", "--id", "code"]
+    code, printed, error = run("scores", *files, "--query", "query.csv", "--layers", "classifier", "--out", "out")
+    assert code == 0, error
+    assert len(rows_of("out/top.csv")) == 3 * 4
+    assert " " + "w" * 15 + "…  " in printed  # long ids leave the scores their place
+    scores = ScoreFolder("out").load()
+    assert f"{float(scores[0, 0]):+.2e}" in printed
+    assert run("index", *files, "--layers", "classifier", "--share", "1", "--out", "index", "--quiet") == (0, "", "")
+    assert run("query", "index", "--query", "query.csv", "--out", "best.csv", "--quiet") == (0, "", "")
+    assert len(rows_of("best.csv")) == 3 * 4
+    code, _, error = run("query", "index")
+    assert (code, "--query is needed with a model's folder" in error) == (2, True)
+
+
 def test_images(run, folder):
     from PIL import Image
 
@@ -244,9 +269,10 @@ def test_long_texts_are_cut_and_leave_the_scores_their_place(run, folder):
     job = ["scores", "--model", "model", "--train", "train.csv", "--query", "train.csv", "--fisher", "empirical"]
     code, printed, error = run(*job, "--layers", "*.mlp.*", "--top", "1", "--out", "out")
     assert code == 0, error
-    best = ScoreFolder("out").load()[0].max()
+    best, index = ScoreFolder("out").load()[0].max(0)
     table = printed.split("help the first queries most")[1].splitlines()
-    assert any(line.strip().startswith(f"{float(best):+.2e}  ") for line in table)
+    score = re.escape(f"{float(best):+.2e}")
+    assert any(re.search(rf"^ +{int(index)}  {score}  {SAID[int(index)]}", line) for line in table)
     assert any(re.search(r"^ +0 +" + SAID[0] + r" never\w+…", line) for line in table)
     assert max(map(len, table)) <= 120
 

@@ -23,6 +23,7 @@ from tests.helpers.folders import (  # noqa: E402
     save_classifier,
     save_image_classifier,
     save_language_model,
+    tokenizer,
     write_file,
 )
 
@@ -100,6 +101,32 @@ def test_labels_are_names_or_numbers(saved, tmp_path):
             problem_of(saved / "classifier", file, None, label="label")
 
 
+def test_a_number_that_is_the_name_of_another_class_is_refused(tmp_path):
+    stars = dict(id2label={0: "1", 1: "2"}, label2id={"1": 0, "2": 1})
+    save_classifier(tmp_path / "model", num_labels=2, **stars)
+    file = write_file(tmp_path / "a.jsonl", text=SAID[:3], label=["1", "2", 0])
+    train = problem_of(tmp_path / "model", file, None, label="label").train
+    assert batches(train)[0]["labels"].tolist() == [0, 1, 0]
+    write_file(file, text=SAID[:1], label=[1])
+    with pytest.raises(ValueError, match="row 0: the label 1 is the number of a class, and '1' the name of number 0"):
+        problem_of(tmp_path / "model", file, None, label="label")
+
+
+def test_positions_that_are_counted_from_behind_the_padding_are_fewer(tmp_path):
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    size = dict(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    config = RobertaConfig(**size, max_position_embeddings=8, type_vocab_size=1)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    tokenizer(pad_token="<pad>").save_pretrained(tmp_path / "model")
+    file = write_file(tmp_path / "a.csv", text=["the card was lost today is", SAID[0]], label=[0, 1])
+    problem = problem_of(tmp_path / "model", file, None, label="label", max_length=6)
+    assert len(problem.model(**batches(problem.train)[0]).logits) == 2
+    write_file(file, text=["the card was lost today is my"], label=[0])
+    with pytest.raises(ValueError, match="row 0: the text has 7 tokens, and the model takes 6"):
+        problem_of(tmp_path / "model", file, None, label="label")
+
+
 def test_a_model_of_one_number_has_squared_errors(tmp_path):
     save_classifier(tmp_path / "model", num_labels=1)
     file = write_file(tmp_path / "a.csv", text=SAID[:3], label=[0.5, -2, "3e-1"])
@@ -128,9 +155,12 @@ def test_prompts_of_pairs_of_bytes(tmp_path):
         assert words.decode(counted).strip(" ") == text.strip(" ")
         assert words.decode(own[: len(own) - len(counted)]).strip(" ") == prompt.strip(" ")
         assert torch.equal(own[len(own) - len(counted) :], counted)
-    for prompt, text in (("where is my mon", "ey"), ("where is my ", "  money")):
+    for prompt, text, said in (
+        ("where is my mon", "ey", "row 0: the token 'money' is half of the prompt's"),
+        ("where is my ", "  money", "row 0: the prompt ends and the text begins with a blank"),
+    ):
         write_file(file, asked=[prompt], said=[text])
-        with pytest.raises(ValueError, match="row 0: a token stands across the end of the prompt"):
+        with pytest.raises(ValueError, match=said):
             problem_of(tmp_path / "model", file, None, prompt="asked", text="said")
 
 
