@@ -37,6 +37,16 @@ def name_of(requirement: str) -> str:
     return found[0]
 
 
+def applies(requirement: str) -> bool:
+    """Whether it is meant for this Python."""
+    marker = requirement.partition(";")[2]
+    if not marker:
+        return True
+    from pip._vendor.packaging.markers import Marker
+
+    return Marker(marker).evaluate()
+
+
 def main(arguments: list[str]) -> None:
     options, extras = [a for a in arguments if a.startswith("--")], [a for a in arguments if not a.startswith("--")]
     wanted = [] if "--alone" in options else list(PROJECT["dependencies"])
@@ -44,7 +54,8 @@ def main(arguments: list[str]) -> None:
     if "--have" in options:
         for requirement in wanted:
             try:
-                version(name_of(requirement))
+                if applies(requirement):
+                    version(name_of(requirement))
             except PackageNotFoundError:
                 sys.exit(1)
         return

@@ -1,5 +1,6 @@
 """`fastif index`, `fastif query`, and what `fastif info` says of an index."""
 
+import hashlib
 import json
 import time
 from itertools import chain
@@ -10,21 +11,33 @@ import torch
 import typer
 
 from fastif.cli.arguments import check, device_named, interruptible, split, terminal, writable
-from fastif.cli.fitting import FISHERS, damping_of, estimator_of, top_table
+from fastif.cli.config import write_config
+from fastif.cli.fitting import FISHERS, TOP, damping_of, estimator_of, fisher_of, top_table
 from fastif.cli.options import (
+    FOLDER,
     Asked,
-    BatchSize,
+    Config,
     Device,
+    Id,
+    Image,
     Key,
+    Label,
     Loss,
+    MaxLength,
     Memory,
+    Model,
+    OwnBatchSize,
+    Prompt,
+    Query,
     Quiet,
     Resume,
     Script,
+    Text,
+    Train,
     TrainingTime,
     WeightDecay,
 )
-from fastif.cli.script import function_named, returned
+from fastif.cli.problem import Given, batch_of, check_given, given_by
 from fastif.curvature.limits import MEMORY
 from fastif.data.batches import count
 from fastif.files import Damaged, sealed, unsealed, write_whole
@@ -35,15 +48,24 @@ from fastif.index.folder import MANIFEST, Folder
 from fastif.index.index import Index, Top
 from fastif.influence.influence import Influence
 from fastif.influence.rows import top_rows, write_rows
-from fastif.model.losses import LOSSES, MEASUREMENTS
+from fastif.model.losses import MEASUREMENTS
 
 OPTIONS = "options.json"  # in the folder of an index: those of the command, with which a query finds the same curvature
 INDEXED = ("ekfac", "kfac", "diagonal", "identity")  # those with eigenvalues of single blocks
 
 
 def index_command(
-    script: Script,
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the index.")],
+    script: Script = None,
+    model: Model = None,
+    train: Train = None,
+    text: Text = None,
+    label: Label = None,
+    prompt: Prompt = None,
+    image: Image = None,
+    id: Id = None,
+    max_length: MaxLength = None,
     share: Annotated[float, typer.Option(help="Of the gradients' numbers, what is kept, in (0, 1].")] = 0.04,
     dtype: Annotated[str, typer.Option(help=f"Of what is kept: one of {', '.join(get_args(Stored))}.")] = "int8",
     curvature: Annotated[str, typer.Option(help=f"One of {', '.join(INDEXED)}.")] = "ekfac",
@@ -51,31 +73,37 @@ def index_command(
         str | None,
         typer.Option(
             help="Added to the curvature's diagonal: a number, auto, or training (see --training-time).",
-            show_default="1e-3",
+            show_default="auto; diagonal 1e-3",
         ),
     ] = None,
     training_time: TrainingTime = None,
     weight_decay: WeightDecay = None,
     fisher: Annotated[
-        str | None, typer.Option(help=f"Gradients for it: one of {', '.join(FISHERS)}.", show_default="exact")
+        str | None,
+        typer.Option(
+            help=f"Gradients for it: one of {', '.join(FISHERS)}.", show_default="exact; of language models monte_carlo"
+        ),
     ] = None,
     layers: Annotated[
         list[str] | None,
         typer.Option(help="Names or patterns of layers, comma separated or repeated.", show_default="all"),
     ] = None,
-    loss: Loss = "cross_entropy",
+    loss: Loss = None,
     self_influence: Annotated[
         bool, typer.Option("--self-influence", help="Keep each example's exact score on itself, too.")
     ] = False,
-    batch_size: BatchSize = 256,
+    batch_size: OwnBatchSize = None,
     memory: Memory = MEMORY >> 20,
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="For what is drawn, and torch in your function.")] = 0,
     resume: Resume = False,
     key: Key = None,
+    config: Config = None,
     quiet: Quiet = False,
 ) -> None:
-    """An index of the training gradients of a model of your own, for any number of queries.
+    """An index of the training gradients of a model of your own, for any number of queries: of a script, or a folder.
+
+    fastif index --model FOLDER --train train.jsonl --text text --label label --out index
 
     `fastif query` asks it, and fastif.Index(FOLDER, influence) in Python.
     """
@@ -83,28 +111,52 @@ def index_command(
     check("share", share, 0 < share <= 1, "in (0, 1]")
     check("curvature", curvature, curvature in INDEXED, f"one of {', '.join(INDEXED)}")
     check("dtype", dtype, dtype in get_args(Stored), f"one of {', '.join(get_args(Stored))}")
-    options: dict[str, Any] = {
-        **{"curvature": curvature, "damping": damping, "training_time": training_time, "weight_decay": weight_decay},
-        **{"fisher": fisher, "layers": None if layers is None else split(layers), "loss": loss},
-        **{"batch_size": batch_size, "seed": seed},
-    }
-    _check_options(options, memory)
+    options: dict[str, Any] = dict(
+        curvature=curvature,
+        damping=damping,
+        training_time=training_time,
+        weight_decay=weight_decay,
+        layers=None if layers is None else split(layers),
+        batch_size=batch_of(batch_size, model),
+        seed=seed,
+    )
+    columns: dict[str, Any] = dict(text=text, label=label, prompt=prompt, image=image, id=id, max_length=max_length)
+    check_given(script, loss, model=model, train=train, **columns)
+    estimator_of(curvature, damping_of(damping, training_time, weight_decay), fisher, seed)
+    check("memory", memory, memory >= 1, ">= 1")
+    check("seed", seed, 0 <= seed < 2**63, "in [0, 2^63)")
     where = device_named(device)
     if not resume and (out / MANIFEST).exists():
         raise ValueError(f"{out} holds an index already: go on with --resume, or choose another folder")
     torch.manual_seed(seed)
-    model, train, _ = returned(script, function_named(script))
-    influence = _influence(model, options, "loss", memory, where, not quiet)
+    given = given_by(
+        script,
+        loss,
+        model=model,
+        train=train,
+        query=None,
+        batch_size=options["batch_size"],
+        needs=("train",),
+        **columns,
+    )
+    options |= {"loss": given.loss, "fisher": fisher_of(fisher, curvature, given.loss)}
+    if model is not None:
+        assert train is not None
+        files = {"model": str(model.resolve()), "train": str(train.resolve()), "train_checksum": _checksum(train)}
+        options |= {"files": {**files, **columns}}
+    influence = _influence(given.model, options, "loss", memory, where, not quiet)
     with interruptible(out, (MANIFEST,)), writable(out), locked(out):
         if (out / MANIFEST).exists():
             influence.load_state_dict(load_state(Folder(out)))
         else:
-            influence.fit(train)
+            influence.fit(given.train)
+            write_config(context, out)
             write_whole(out / OPTIONS, json.dumps(sealed(options), indent=1) + "\n")
         index = Index.build(
             influence,
-            train,
+            given.train,
             out,
+            ids=None if given.train_examples is None else given.train_examples.ids,
             share=share,
             dtype=dtype,  # pyright: ignore[reportArgumentType]
             self_influence=self_influence,
@@ -118,8 +170,17 @@ def index_command(
 
 def query_command(
     folder: Annotated[Path, typer.Argument(help="Folder of the index.")],
-    script: Script,
-    top: Annotated[int, typer.Option(help="Training examples per query.")] = 10,
+    script: Script = None,
+    query: Query = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="The model's folder, if it was moved.", rich_help_panel=FOLDER, show_default=False),
+    ] = None,
+    train: Annotated[
+        Path | None,
+        typer.Option(help="The training file, if it was moved.", rich_help_panel=FOLDER, show_default=False),
+    ] = None,
+    top: Annotated[int | None, typer.Option(help="Training examples per query.", show_default=str(TOP))] = None,
     harmful: Annotated[bool, typer.Option("--harmful", help="Those that harm the query most, instead.")] = False,
     rerank: Annotated[
         int, typer.Option(help="Compute the scores of so many of each query's best exactly; takes the training data.")
@@ -130,26 +191,30 @@ def query_command(
     device: Device = "cpu",
     quiet: Quiet = False,
 ) -> None:
-    """The training examples that help the queries of your function most, from an index."""
+    """The training examples that help queries most, from an index: those of your function, or of a file.
+
+    fastif query INDEX --query query.jsonl
+    """
     check("measurement", measurement, measurement in MEASUREMENTS, f"one of {', '.join(MEASUREMENTS)}")
     check("out", out, out is None or out.suffix in (".csv", ".jsonl"), "a .csv or .jsonl file")
     check("memory", memory, memory >= 1, ">= 1")
     held = Index(folder).n
+    top = min(TOP, held) if top is None else top
     check("top", top, 1 <= top <= held, f"in [1, {held}], the training examples of the index")
     check("rerank", rerank, rerank == 0 or top <= rerank <= held, f"0, or in [--top {top}, {held}]")
     options, where = _read_options(folder), device_named(device)
     torch.manual_seed(options["seed"])
-    model, train, query = returned(script, function_named(script))
-    index = Index(folder, _influence(model, options, measurement, memory, where, not quiet))
-    found = index.top(query, top, largest=not harmful, rerank=rerank, train=train if rerank else None)
+    given = _asked(folder, options, script, query, model, train, bool(rerank))
+    index = Index(folder, _influence(given.model, options, measurement, memory, where, not quiet))
+    found = index.top(given.query, top, largest=not harmful, rerank=rerank, train=given.train if rerank else None)
     if out is not None:
-        _write(out, found)
+        _write(out, found, given)
     if not quiet:
         what = "harm" if harmful else "help"
-        terminal().print(top_table("query", "queries", found.values, found.indices, index.n, what))
+        terminal().print(top_table("query", "queries", found.values, found.indices, index.n, what, given))
         print(f"of an index of {index.n:,} examples; its error as measured while building: {index.measured}")
         if out is not None:
-            print(f"{count(query, options['batch_size']):,} queries: {out}")
+            print(f"{count(given.query, options['batch_size']):,} queries: {out}")
 
 
 def print_index(folder: Path) -> None:
@@ -174,11 +239,34 @@ def _print_facts(index: Index) -> None:
         print(f"{name:<10} {value}")
 
 
-def _check_options(options: dict[str, Any], memory: int) -> None:
-    check("batch-size", options["batch_size"], options["batch_size"] >= 1, ">= 1")
-    check("memory", memory, memory >= 1, ">= 1")
-    check("seed", options["seed"], 0 <= options["seed"] < 2**63, "in [0, 2^63)")
-    check("loss", options["loss"], options["loss"] in LOSSES, f"one of {', '.join(LOSSES)}")
+def _asked(
+    folder: Path,
+    options: dict[str, Any],
+    script: str | None,
+    query: Path | None,
+    model: Path | None,
+    train: Path | None,
+    rerank: bool,
+) -> Given:
+    """What an index is asked with. Its training file is read to be shown, where it still is there, and to rerank."""
+    size, files = options["batch_size"], options.get("files")
+    if files is None:
+        for name, value in (("query", query), ("model", model), ("train", train)):
+            check(name, value, value is None, f"left out: {folder} was made from a script")
+        return given_by(script, options["loss"], model=None, train=None, query=None, batch_size=size)
+    if script is not None:
+        raise ValueError(f"{folder} was made from a folder with a model: it takes --query and no script, got {script}")
+    kept = Path(files["train"]) if train is None else train
+    if kept.is_file() and _checksum(kept) != files["train_checksum"]:
+        raise ValueError(f"{kept} is not as it was when {folder} was built: give that file with --train, or build anew")
+    there = kept if kept.is_file() or rerank or train is not None else None
+    columns = {name: value for name, value in files.items() if name not in ("model", "train", "train_checksum")}
+    where = Path(files["model"]) if model is None else model
+    return given_by(None, None, model=where, train=there, query=query, batch_size=size, needs=("query",), **columns)
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _influence(
@@ -209,9 +297,11 @@ def _read_options(folder: Path) -> dict[str, Any]:
         raise Damaged(path, str(error), "build the index anew") from error
 
 
-def _write(path: Path, found: Top) -> None:
-    """A row for each query and training example, the best first."""
-    rows = top_rows(found.values, found.indices)
+def _write(path: Path, found: Top, given: Given) -> None:
+    """A row for each query and training example, the best first; of examples of files with their texts."""
+    train, query = given.train_examples, given.query_examples
+    ids, columns = None if query is None else query.ids, None if train is None else train.columns
+    rows = top_rows(found.values, found.indices, query_ids=ids, columns=columns)
     if found.ids is not None:
         for row, name in zip(rows, chain.from_iterable(found.ids), strict=True):
             row["id"] = name

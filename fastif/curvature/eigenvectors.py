@@ -31,14 +31,16 @@ def find_eigenvectors(moments: Tensor, name: str) -> tuple[Tensor, Tensor]:
 def _solve(moments: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """All eigenvectors in float64, found in the place of a copy: what LAPACK takes beside it is twice its size.
 
-    The moments themselves are kept meanwhile, for another try where LAPACK gives up.
+    The moments themselves are kept meanwhile, for another try where LAPACK gives up. LAPACK leaves eigenvectors column
+    by column. They are returned row by row, as files hold them: the last bits of products depend on the layout, and a
+    job that takes the curvature from its folder has to go on with the same.
     """
     try:
         matrix = torch.empty(moments.shape, dtype=torch.float64, device=moments.device).mT.copy_(moments)
         values = matrix.new_empty(moments.shape[:-1])
         torch.linalg.eigh(matrix, out=(values, matrix))
         if bool(values.isfinite().all()):
-            return values, matrix.to(moments.dtype)
+            return values, matrix.to(moments.dtype).contiguous()
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         pass
     return _solve_by_svd(moments, name)
@@ -53,4 +55,4 @@ def _solve_by_svd(moments: Tensor, name: str) -> tuple[Tensor, Tensor]:
         raise NotPositiveDefinite(
             f"the second moment of {name} has no eigenvectors that LAPACK finds: {error}"
         ) from error
-    return values, vectors.to(moments.dtype)
+    return values, vectors.to(moments.dtype).contiguous()

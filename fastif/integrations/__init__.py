@@ -1,4 +1,5 @@
-"""fastif where people already work: a Trainer of transformers or Lightning, k-center in the place of others'.
+"""fastif where people already work: a Trainer of transformers or Lightning, models in a folder, k-center in the place of
+others'.
 
 Nothing of a third party is imported before it is asked for: `anomalib` and `sklearn` are modules of this package.
 """
@@ -6,15 +7,19 @@ Nothing of a third party is imported before it is asked for: `anomalib` and `skl
 from typing import Any
 
 from fastif.integrations.active import next_batch
+from fastif.integrations.files import Examples, Problem, problem_of
 from fastif.integrations.trainer import data_of, influence_of, loss_of
 
 __all__ = [
+    "Examples",
     "LightningLog",  # pyright: ignore[reportUnsupportedDunderAll]  both are imported when they are asked for
+    "Problem",
     "TrainerLog",  # pyright: ignore[reportUnsupportedDunderAll]
     "data_of",
     "influence_of",
     "loss_of",
     "next_batch",
+    "problem_of",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from fastif.report.class_removal import write_report
 from fastif.report.evaluations import write_evaluations
+from fastif.report.explanations import explain
 from fastif.report.verification import verify_removal
 
-__all__ = ["verify_removal", "write_evaluations", "write_report"]
+__all__ = ["explain", "verify_removal", "write_evaluations", "write_report"]

@@ -37,7 +37,7 @@ from fastif.influence import score_job
 from tests.helpers.user_script import files, returned
 
 REPOSITORY = Path(__file__).parents[2]
-WRITTEN = ["curvature.safetensors", "manifest.json", "scores-000000000-000000000.npy", "top.csv"]
+WRITTEN = ["curvature.safetensors", "manifest.json", "run.toml", "scores-000000000-000000000.npy", "top.csv"]
 
 
 def test_it_writes_the_scores_of_the_script(run, script):
@@ -200,7 +200,7 @@ def test_resume(run, script, monkeypatch):
     job = ["scores", "ownscript:problem", "--out", "out", "--quiet", "--batch-size", "8", "--top", "2"]
     assert run(*job)[0] == 0
     before = {path.name: path.read_bytes() for path in (script / "out").iterdir()}
-    assert len(before) == 5 + 3
+    assert len(before) == 5 + 4
     code, printed, error = run(*job)
     assert (code, printed) == (2, "")
     assert error == "error: out holds scores already: go on with --resume, or choose another folder\n"
@@ -233,7 +233,7 @@ def test_a_curvature_of_other_code_is_refused(run, script):
 def test_a_curvature_or_a_result_with_a_flipped_bit_is_refused(run, script):
     job = ["scores", "ownscript:problem", "--out", "out", "--quiet", "--resume", "--self-influence"]
     assert run(*job) == (0, "", "")
-    for name in ("curvature.safetensors", "self_influence.npy", "manifest.json", WRITTEN[2]):
+    for name in ("curvature.safetensors", "self_influence.npy", "manifest.json", WRITTEN[3]):
         path = script / "out" / name
         before = path.read_bytes()
         path.write_bytes(before[:-40] + bytes([before[-40] ^ 4]) + before[-39:])
@@ -301,7 +301,7 @@ def test_a_full_disk_ends_in_one_line_that_says_what_is_kept(run, script, monkey
     assert (code, printed, error.count("\n")) == (2, "", 1)
     assert re.search(r"No space left on device: out/scores-0+-0+.npy needs 960 bytes and finds [0-9,]+ free; ", error)
     assert "0 of 1 blocks are kept in out, and the same job goes on" in error
-    assert files(script / "out") == ["curvature.safetensors", "manifest.json"]
+    assert files(script / "out") == ["curvature.safetensors", "manifest.json", "run.toml"]
     assert run(*job, "--resume") == (0, "", "")
     assert files(script / "out") == WRITTEN
 
@@ -321,7 +321,15 @@ def test_ctrl_c_in_a_real_process(script):
     assert process.returncode == 130, error
     assert "the same command with --resume continues" in error
     assert "Traceback" not in error
-    assert files(script / "out") == ["curvature.safetensors", "manifest.json"]
+    assert files(script / "out") == ["curvature.safetensors", "manifest.json", "run.toml"]
     done = subprocess.run([*job, "--resume", "--quiet"], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert ScoreFolder("out").finished
+
+
+def test_run_toml_names_the_script(run, script):
+    job = ["scores", "ownscript:problem", "--curvature", "diagonal", "--damping", "0.1", "--layers", "0,2", "--quiet"]
+    assert run(*job, "--out", "out") == (0, "", "")
+    assert run("scores", "--config", "out/run.toml", "--out", "again", "--quiet") == (0, "", "")
+    assert torch.equal(ScoreFolder("out").load(), ScoreFolder("again").load())
+    assert ScoreFolder("out").settings == ScoreFolder("again").settings

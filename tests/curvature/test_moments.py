@@ -30,6 +30,7 @@ def test_eigenvectors_are_found_in_the_place_of_the_matrix():
     values, vectors = find_eigenvectors(given + torch.ones(6, 6).triu(1), "x")  # what stands above does not count
     whole = (lower + lower.mT - torch.diag_embed(lower.diagonal(dim1=1, dim2=2))).double()
     assert (values.dtype, vectors.dtype) == (torch.float64, torch.float32)
+    assert vectors.is_contiguous()
     assert torch.allclose(values, torch.linalg.eigvalsh(whole), rtol=1e-12, atol=1e-12)
     assert torch.allclose((vectors.double() * values[:, None]) @ vectors.double().mT, whole, atol=1e-5)
 
@@ -61,7 +62,9 @@ def test_another_algorithm_takes_over_where_one_does_not_converge(monkeypatch):
         raise torch.linalg.LinAlgError("failed to converge")
 
     monkeypatch.setattr(torch.linalg, "eigh", fails)
-    assert decomposes(x.mT @ x, *find_eigenvectors(x.mT @ x, "x"))
+    values, vectors = find_eigenvectors(x.mT @ x, "x")
+    assert decomposes(x.mT @ x, values, vectors)
+    assert vectors.is_contiguous()
     monkeypatch.setattr(torch.linalg, "svd", fails)
     with pytest.raises(NotPositiveDefinite, match="the inputs of '0' has no eigenvectors that LAPACK finds"):
         find_eigenvectors(x.mT @ x, "the inputs of '0'")
