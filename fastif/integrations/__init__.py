@@ -1,5 +1,4 @@
-"""fastif where people already work: a Trainer of transformers or Lightning, models in a folder, k-center in the place of
-others'.
+"""fastif where people already work: Trainers of transformers and Lightning, models in a folder, k-center like others'.
 
 Nothing of a third party is imported before it is asked for: `anomalib` and `sklearn` are modules of this package.
 """
