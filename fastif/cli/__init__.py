@@ -22,10 +22,12 @@ from fastif._version import __version__
 from fastif.cli.arguments import Interrupted, ScriptError
 from fastif.cli.class_removal import class_removal_command
 from fastif.cli.index import index_command, print_index, query_command
+from fastif.cli.processes import check_divided, ranks_of_torchrun
 from fastif.cli.remove import remove_command
 from fastif.cli.sample import sample_command
 from fastif.cli.scores import scores_command
 from fastif.ops import build_info
+from fastif.ranks import RankFailed, Ranks
 
 app = typer.Typer(
     name="fastif",
@@ -39,28 +41,38 @@ _errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    with ranks_of_torchrun() as ranks:
+        # All are told of an error of one, and the first tells the user.
+        return _run(arguments, ranks, _errors if ranks.rank == 0 else Console(quiet=True))
+
+
+def _run(arguments: Sequence[str] | None, ranks: Ranks, errors: Console) -> int:
     try:
-        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
-        if code == 130:  # what typer makes of a KeyboardInterrupt
-            raise KeyboardInterrupt
+        with ranks.together("fastif"):
+            code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+            if code == 130:  # what typer makes of a KeyboardInterrupt
+                raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except typer.Exit as end:
         return end.exit_code
     except (KeyboardInterrupt, typer.Abort, Interrupted) as end:
-        _errors.print(f"interrupted: {end}" if isinstance(end, Interrupted) else "interrupted")
+        errors.print(f"interrupted: {end}" if isinstance(end, Interrupted) else "interrupted")
         return 130
     except ScriptError as error:
         _print_traceback(error.__cause__)
         return 1
     except (ValueError, OSError, ModuleNotFoundError, torch.OutOfMemoryError) as error:
-        _errors.print(f"error: {_one_line(str(error))}")
+        errors.print(f"error: {_one_line(str(error))}")
         return 2
+    except RankFailed as error:  # of the one that failed or is missing, whichever rank says so
+        _errors.print(f"error: {_one_line(str(error))}")
+        return 1
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's own errors: an unknown option, a value of the wrong type
             raise
         message = _one_line(error.format_message())  # pyright: ignore[reportAttributeAccessIssue]
         if message:  # `fastif` alone has printed its help, and has nothing to add
-            _errors.print(f"error: {message}")
+            errors.print(f"error: {message}")
         return 2
 
 
@@ -88,8 +100,10 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _common(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
-) -> None: ...
+) -> None:
+    check_divided(context.invoked_subcommand)
 
 
 app.command("scores")(scores_command)

@@ -99,7 +99,8 @@ def fit_or_load(
     """Fits the curvature and keeps it in a file, or takes it from there: whether it was there."""
     name = None if picker is None else picker[0]
     settings = {**fit_settings(influence.setup, train, key), "sampler": name, "k": k}
-    known = resume and stored.exists()
+    ranks = influence.ranks
+    known = ranks.meet("whether the curvature is kept", resume and stored.exists())[0]
     if known:
         found, state = load_tensors(stored)
         refuse_differences(stored, found, settings)
@@ -109,7 +110,8 @@ def fit_or_load(
     influence.fit(train, subset=None if picker is None else partial(picker[1], k=k))
     if known:
         return True
-    save_tensors(stored, influence.state_dict(), settings)
+    if ranks.rank == 0:
+        save_tensors(stored, influence.state_dict(), settings)
     return False
 
 

@@ -1,6 +1,7 @@
 """`fastif scores`."""
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -51,11 +52,11 @@ from fastif.curvature.limits import MEMORY
 from fastif.data.batches import count
 from fastif.evaluation.settings import check_budgets, choose_samplers
 from fastif.files import canonical, checksum, load_array, save_array
-from fastif.folder_lock import locked
 from fastif.influence.influence import Influence
 from fastif.influence.planning import Plan
 from fastif.influence.score_folder import MANIFEST
 from fastif.influence.score_job import BLOCK_BYTES, write_scores
+from fastif.influence.shared_folder import held
 from fastif.influence.tiles import By, check_groups, check_positions
 from fastif.model.calls import dtype_of
 from fastif.model.losses import MEASUREMENTS
@@ -201,15 +202,18 @@ def scores_command(
     if groups is not None:
         check_groups("query_groups", groups, q)
         row, rows, q = "group", "groups of queries", int(groups.max()) + 1
-    if not quiet or by == "token":
+    ranks = influence.ranks
+    first = ranks.rank == 0  # which alone plans, prints and writes what is no block of scores
+    if first and (not quiet or by == "token"):
         plan = influence.plan(given.train, given.query if by == "all" and groups is None else None, low_rank=low_rank)
         if by == "token":  # now, not after the fit
             check_positions({name: layer.positions for name, layer in plan.layers.items()})
         if not quiet:
             _print_plan(influence, plan, q, rows, by, out)
-    with interruptible(out, (MANIFEST, CURVATURE)), writable(out), locked(out):
+    with interruptible(out, (MANIFEST, CURVATURE)), writable(out) if first else nullcontext(), held(out, ranks):
         known = fit_or_load(influence, given.train, out / CURVATURE, resume, picker, budget, key)
-        write_config(context, out)
+        if first:
+            write_config(context, out)
         scores = write_scores(
             influence.fitted,
             given.query,
@@ -221,19 +225,21 @@ def scores_command(
             by=by,  # pyright: ignore[reportArgumentType]
             key=key,
         )
-        best = scores.top(min(n, max(top, SHOWN))) if top or not quiet else None
+        best = scores.top(min(n, max(top, SHOWN))) if first and (top or not quiet) else None
         paths = [path for path in (out / "top.csv",) if top]
         if best is not None and top:
             write_top(paths[0], row, *best, top, given)
         if self_influence:
             paths.append(out / "self_influence.npy")
             about = checksum(canonical(scores.settings))
-            if known and paths[-1].exists():
+            if ranks.meet("whether it is kept", known and paths[-1].exists())[0]:
                 load_array(paths[-1], str(dtype_of(given.model)).removeprefix("torch."), (n,), about)
             else:
-                save_array(paths[-1], influence.self_influence(given.train).numpy(), about)
+                own = influence.self_influence(given.train)
+                if first:
+                    save_array(paths[-1], own.numpy(), about)
         told: list[Path] = []
-        if given.train_examples is not None and by == "all" and groups is None:
+        if first and given.train_examples is not None and by == "all" and groups is None:
             told = write_pages(influence.fitted, scores, given, out / PAGES, min(pages, q))
     if best is not None and not quiet:
         console = terminal()

@@ -1,0 +1,79 @@
+"""`torchrun -m fastif scores` writes what one process writes, says it once, and refuses what it does not divide."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastif import ScoreFolder
+
+pytest.importorskip("typer", reason="the command line needs typer")
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import os
+import torch
+
+def problem():
+    torch.manual_seed(0)
+    if os.environ.get("RANK") == os.environ.get("FAILING", "none"):
+        raise RuntimeError("only on this rank")
+    x, y = torch.randn(61, 7, dtype=torch.float64), torch.randint(3, (61,))
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    return model, (x, y), (x[:4], y[:4])
+"""
+
+
+def run(folder, *arguments, ranks=1, **environment):
+    started = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
+    return subprocess.run(
+        [sys.executable, "-m", *started, "fastif", *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "own.py").write_text(SCRIPT)
+    return tmp_path
+
+
+def test_two_ranks_write_what_one_process_writes(folder):
+    asked = ("scores", "own.py:problem", "--batch-size", "10", "--self-influence", "--out")
+    alone, together = run(folder, *asked, "one"), run(folder, *asked, "two", ranks=2)
+    assert alone.returncode == 0, alone.stderr
+    assert together.returncode == 0, together.stderr
+    one, two = (ScoreFolder(folder / name).load() for name in ("one", "two"))
+    assert torch.allclose(one, two, rtol=1e-9, atol=1e-9 * float(one.abs().max()))
+    own = [torch.tensor(np.load(folder / name / "self_influence.npy")) for name in ("one", "two")]
+    assert torch.allclose(*own, rtol=1e-9)
+    assert sorted(file.name for file in (folder / "one").iterdir()) == sorted(
+        file.name for file in (folder / "two").iterdir()
+    )
+    assert together.stdout.count("two: the scores, as fastif.ScoreFolder reads them") == 1
+    again = run(folder, *asked, "two", "--resume")  # by another number of ranks
+    assert again.returncode == 0, again.stderr
+    assert torch.equal(ScoreFolder(folder / "two").load(), two)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "said"),
+    [
+        (("class-removal", "--out", "x"), {}, "fastif class-removal works in one process: run it without torchrun"),
+        (("scores", "own.py:absent", "--out", "x"), {}, "error: own.py has no function absent"),
+        (("scores", "own.py:problem", "--out", "x"), {"FAILING": "1"}, "RuntimeError: only on this rank"),
+    ],
+)
+def test_an_error_ends_all_ranks_and_is_said_once(folder, arguments, environment, said):
+    done = run(folder, *arguments, ranks=2, **environment)
+    assert done.returncode != 0
+    assert done.stderr.count(said) == 1, done.stderr
+    assert not (folder / "x").exists()
