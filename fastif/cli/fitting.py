@@ -79,9 +79,13 @@ def estimator_of(curvature: str, damping: Any, fisher: str | None, seed: int) ->
         options["seed"] = seed
     if len(fishers) > 1 and fisher is not None:
         options["fisher"] = fisher
-    elif make in (EKFAC, KFAC, Diagonal, ExactBlock):
-        options["fisher"] = "auto"  # of a language model the exact one takes a pass for each word that it knows
     return make(**options)
+
+
+def fisher_of(fisher: str | None, curvature: str, loss: str) -> str | None:
+    """--fisher, where nothing was said and the exact one of a loss of tokens would take a pass for each of them."""
+    tokens = loss == "causal_lm" and curvature in ("ekfac", "kfac", "diagonal", "exact")
+    return "monte_carlo" if fisher is None and tokens else fisher
 
 
 # ----------------------------------------------------------------------------------------------------------- curvature

@@ -12,7 +12,7 @@ import typer
 
 from fastif.cli.arguments import check, device_named, interruptible, split, terminal, writable
 from fastif.cli.config import write_config
-from fastif.cli.fitting import FISHERS, TOP, damping_of, estimator_of, top_table
+from fastif.cli.fitting import FISHERS, TOP, damping_of, estimator_of, fisher_of, top_table
 from fastif.cli.options import (
     FOLDER,
     Asked,
@@ -139,7 +139,7 @@ def index_command(
         needs=("train",),
         **columns,
     )
-    options |= {"loss": given.loss, "fisher": fisher}
+    options |= {"loss": given.loss, "fisher": fisher_of(fisher, curvature, given.loss)}
     if model is not None:
         assert train is not None
         files = {"model": str(model.resolve()), "train": str(train.resolve()), "train_checksum": _checksum(train)}

@@ -19,6 +19,7 @@ from fastif.cli.fitting import (
     TOP,
     damping_of,
     estimator_of,
+    fisher_of,
     fit_or_load,
     top_table,
     write_top,
@@ -185,7 +186,7 @@ def scores_command(
     influence = Influence(
         given.model,
         given.loss,  # pyright: ignore[reportArgumentType]
-        estimator_of(curvature, damping_, fisher, seed),
+        estimator_of(curvature, damping_, fisher_of(fisher, curvature, given.loss), seed),
         layers=patterns,
         measurement=measurement,  # pyright: ignore[reportArgumentType]
         batch_size=size,
