@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastif import build_info
-from fastif.measure import Measure
-from fastif.ops._library import extension
+from fastif.measure import MEMORY_BY, Measure, PeakMemory
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
+pytestmark = pytest.mark.skipif(MEMORY_BY != "allocations", reason="memory is counted by fastif._memory")
 
 
 def bytes_of(count):
@@ -75,7 +73,7 @@ def test_a_block_that_another_thread_frees_is_no_loss():
 
 
 def test_a_measure_may_end_in_another_thread_and_nothing_of_it_stays():
-    alive = extension.PeakMemory.alive()
+    alive = PeakMemory.alive()
     work, inner = Measure(), Measure()
     work.__enter__()
     first = bytes_of(1000)
@@ -88,13 +86,13 @@ def test_a_measure_may_end_in_another_thread_and_nothing_of_it_stays():
     inner.__exit__()
     assert work.peak_bytes == 1300  # of this thread, until the other ended it
     assert inner.peak_bytes == 9300
-    assert extension.PeakMemory.alive() == alive
+    assert PeakMemory.alive() == alive
     del first
 
 
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_measure_may_outlive_its_thread(ended):
-    alive = extension.PeakMemory.alive()
+    alive = PeakMemory.alive()
     work = [Measure()]
 
     def begin():
@@ -104,13 +102,13 @@ def test_a_measure_may_outlive_its_thread(ended):
     thread = threading.Thread(target=begin)
     thread.start()
     gone(thread)
-    assert extension.PeakMemory.alive() == alive + 1
+    assert PeakMemory.alive() == alive + 1
     bytes_of(5000)
     if ended:
         work[0].__exit__()
         assert work[0].peak_bytes == 700
     work.clear()
-    assert extension.PeakMemory.alive() == alive
+    assert PeakMemory.alive() == alive
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastif.ops._library import run
+
 _NAMES = {
     torch.float16: "Half",
     torch.bfloat16: "BFloat16",
@@ -81,7 +83,7 @@ def call(op: str, axes: str, shape: Sequence[int], dtype: torch.dtype, kernel: C
     reason = None
     if size < 2**63:
         try:
-            return kernel(*args)
+            return run(kernel, *args)
         except (MemoryError, RuntimeError) as error:
             if not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
                 raise
