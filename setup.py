@@ -112,9 +112,9 @@ from torch.utils import cpp_extension  # noqa: E402  (it reads CUDA_HOME when it
 
 # No contraction into fused multiply-adds: farthest_first defines its result to the last bit, and kernels that want them
 # say so. No debug information, which Python's own flags ask for: it would be nineteen twentieths of the library.
-CXX = ["-O3", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-g0"]
-# torch 2.11's stable ABI, and that of CPython 3.10.
-STABLE = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY", "-DPy_LIMITED_API=0x030a0000"]
+CXX = ["-O3", "-std=c++20", "-ffp-contract=off", "-g0"]
+# torch 2.11's stable ABI. (That of CPython 3.10 is torch's own flag, with py_limited_api.)
+STABLE = [flag for flag in (HERE / "csrc" / "stable_abi.flags").read_text().split() if "Py_LIMITED_API" not in flag]
 kernels = cpp_extension.CppExtension(
     "fastif._C",
     ["csrc/ops.cpp", *sources("csrc/*/cpu/*.cpp")],
@@ -145,7 +145,9 @@ else:
 
 if os.environ.get("FASTIF_MEMORY") != "0":
     extensions.append(
-        cpp_extension.CppExtension("fastif._memory", ["csrc/memory.cpp"], extra_compile_args={"cxx": CXX})
+        cpp_extension.CppExtension(
+            "fastif._memory", ["csrc/memory.cpp"], extra_compile_args={"cxx": [*CXX, "-fvisibility=hidden"]}
+        )
     )
 
 if os.environ.get("FASTIF_PLAIN") == "1":  # no compiler: every op runs as plain torch

@@ -1,5 +1,5 @@
-// The module of the library that holds the CUDA kernels (csrc/<op>/cuda): fastif._C loads it not, fastif/ops/_library.py
-// does where torch has CUDA of this major version.
+// The module of the library that holds the CUDA kernels (csrc/<op>/cuda): fastif._C loads it not,
+// fastif/ops/_library.py does where torch has CUDA of this major version.
 #include "common/python.h"
 
 #define FASTIF_TEXT_OF(number) #number

@@ -4,8 +4,8 @@
 // A CountingAllocator stands before torch's own. torch would also report to a profiler, but it has room for one alone,
 // and to stderr it reports every block that is freed and was there before.
 //
-// No stable ABI has allocators: this is a module of its own, fastif._memory, for the torch that it was built with and no
-// other. fastif works without it.
+// No stable ABI has allocators: this is a module of its own, fastif._memory, for the torch that it was built with and
+// no other. fastif works without it.
 #include <c10/core/CPUAllocator.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

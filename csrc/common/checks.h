@@ -70,11 +70,12 @@ inline Tensor no_entries(const Tensor& x) { return call("aten::narrow", "", x, i
 inline void check_out(const char* op, const Tensor& out,
                       std::initializer_list<std::pair<const char*, const Tensor&>> inputs) {
   check_memory(op, "out", out);
-  // A view of what requires grad has a history, where there is grad mode; where there is none, Python's functions check.
+  // A view of what requires grad has a history, where there is grad mode; where there is none, Python's functions
+  // check.
   CHECK_VALUE(ask("aten::is_leaf", no_entries(out)), op, ": out must not require grad (the op is not differentiable)");
   const bool conjugate = ask("aten::is_conj", out);
-  CHECK_VALUE(!conjugate && !ask("aten::is_neg", out), op, ": out must not be a ",
-              conjugate ? "conjugate" : "negative", " view, whose entries are not what its memory holds");
+  CHECK_VALUE(!conjugate && !ask("aten::is_neg", out), op, ": out must not be a ", conjugate ? "conjugate" : "negative",
+              " view, whose entries are not what its memory holds");
   // What is made in inference mode is an inference tensor: that tells whether this is inference mode.
   CHECK_VALUE(!ask("aten::is_inference", out) || ask("aten::is_inference", empty({0}, out)), op,
               ": out must not be an inference tensor outside inference mode");
@@ -89,9 +90,7 @@ inline void check_out(const char* op, const Tensor& out,
 
 // To be called once, before the first write to an `out`: what autograd has saved of it is no longer that. A write to
 // none of its entries counts as one.
-inline void begin_write(const Tensor& out) {
-  check_call(aoti_torch_zero_(no_entries(out).get()), "zero_");
-}
+inline void begin_write(const Tensor& out) { check_call(aoti_torch_zero_(no_entries(out).get()), "zero_"); }
 
 // x as raw pointers read it. A negative view can be contiguous, and contiguous() then returns it as it is.
 inline Tensor readable(const Tensor& x) { return Tensor(call("aten::resolve_neg", "", x)).contiguous(); }

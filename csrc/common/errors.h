@@ -40,8 +40,8 @@ class NoMemory : public std::bad_alloc {
 }  // namespace fastif
 
 // Every message names the op, the rule and the value.
-#define CHECK_VALUE(rule, ...)                                        \
-  do {                                                                \
+#define CHECK_VALUE(rule, ...)                                       \
+  do {                                                               \
     if (!(rule)) ::fastif::fail<std::invalid_argument>(__VA_ARGS__); \
   } while (false)
 #define CHECK_TYPE(rule, ...)                                                    \

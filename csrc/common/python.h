@@ -60,8 +60,8 @@ inline PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "Vector instructions in use on this processor: avx512, avx2 or generic."},
     {nullptr, nullptr, 0, nullptr}};
 
-inline PyModuleDef module = {PyModuleDef_HEAD_INIT, "fastif kernels", nullptr, -1, methods,
-                             nullptr,               nullptr,          nullptr, nullptr};
+inline PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "fastif kernels", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 inline PyObject* create() {
   poll_python = poll;

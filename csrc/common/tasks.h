@@ -50,9 +50,7 @@ class OneThread {
 
 // A single task gets two threads, of which one rests: outside a parallel region a matrix product would take them all,
 // and cut its sums accordingly.
-inline int64_t threads_for(int64_t tasks) {
-  return std::min<int64_t>(num_threads(), std::max<int64_t>(2, tasks));
-}
+inline int64_t threads_for(int64_t tasks) { return std::min<int64_t>(num_threads(), std::max<int64_t>(2, tasks)); }
 
 // Calls work(task, thread) for every task, thread < threads_for(tasks). Which thread takes which task is left to
 // chance.

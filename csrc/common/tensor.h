@@ -117,8 +117,8 @@ class Tensor : public torch::stable::Tensor {
   Tensor to(ScalarType type) const { return scalar_type() == type ? *this : Tensor(torch::stable::to(*this, type)); }
   Tensor to(Device device) const {
     if (device == this->device()) return *this;
-    const auto type = torch::stable::detail::to<torch::headeronly::DeviceType>(
-        torch::stable::detail::from(device.type));
+    const auto type =
+        torch::stable::detail::to<torch::headeronly::DeviceType>(torch::stable::detail::from(device.type));
     return torch::stable::to(*this, std::nullopt, std::nullopt, torch::stable::Device(type, device.index));
   }
   Tensor cpu() const { return to(Device{aoti_torch_device_type_cpu(), -1}); }
@@ -146,11 +146,12 @@ inline Tensor empty(const Sizes& sizes, ScalarType type, Device device = {aoti_t
   return Tensor(Tensor::Handle(made));
 }
 inline Tensor empty(const Sizes& sizes, const Tensor& as) { return empty(sizes, as.scalar_type(), as.device()); }
-inline Tensor zeros(const Sizes& sizes, const Tensor& as) {
-  auto made = empty(sizes, as);
+inline Tensor zeros(const Sizes& sizes, ScalarType type, Device device) {
+  auto made = empty(sizes, type, device);
   check_call(aoti_torch_zero_(made.get()), "zero_");
   return made;
 }
+inline Tensor zeros(const Sizes& sizes, const Tensor& as) { return zeros(sizes, as.scalar_type(), as.device()); }
 // Memory of the caller's, on the CPU and only to be read.
 template <typename T>
 Tensor tensor_at(const T* memory, const Sizes& sizes) {
@@ -256,9 +257,7 @@ struct Stable<kernel> {
   struct Handed<std::tuple<T...>> {
     using type = std::tuple<typename Handed<T>::type...>;
   };
-  static typename Handed<Result>::type call(typename Handed<Args>::type... args) {
-    return kernel(std::move(args)...);
-  }
+  static typename Handed<Result>::type call(typename Handed<Args>::type... args) { return kernel(std::move(args)...); }
 };
 
 }  // namespace fastif

@@ -19,17 +19,16 @@
 
 namespace fastif {
 
-// The type of each op's kernels, which every device's is held against where it is registered: torch would notice one that
-// does not fit the schema only when it is called.
-using GgnBlockOp = void(const Tensor& out, const Tensor& features, const Tensor& probs,
-                        const Tensor& weights);
+// The type of each op's kernels, which every device's is held against where it is registered: torch would notice one
+// that does not fit the schema only when it is called.
+using GgnBlockOp = void(const Tensor& out, const Tensor& features, const Tensor& probs, const Tensor& weights);
 using KroneckerBlockOp = void(const Tensor& out, const Tensor& features, const Tensor& outer);
 
 inline void check_block(const char* op, const Tensor& out, int64_t c, int64_t d,
                         std::initializer_list<std::pair<const char*, const Tensor&>> inputs) {
   CHECK_VALUE((out.sizes() == Sizes{c, d, c, d}) && out.is_contiguous(), op,
-                    ": out must be a contiguous [c, d, c, d] = [", c, ", ", d, ", ", c, ", ", d, "], got ", out.sizes(),
-                    " with strides ", out.strides());
+              ": out must be a contiguous [c, d, c, d] = [", c, ", ", d, ", ", c, ", ", d, "], got ", out.sizes(),
+              " with strides ", out.strides());
   check_out(op, out, inputs);
 }
 
@@ -46,9 +45,8 @@ template <typename... Others>
 void check_no_overflow(const char* op, const Tensor& out, double largest, double added, const Others&... others) {
   const double held = largest_entry(out), limit = overflow_limit(out);
   if (!std::isfinite(held)) check_finite_rows(op, "out", out);
-  CHECK_VALUE(largest * largest <= limit && added <= limit && held + added <= (limit == 1e38 ? 3e38 : 1.5e308),
-                    op, ": the result overflows: the largest |feature| is ", largest, others...,
-                    ", the largest |out| is ", held);
+  CHECK_VALUE(largest * largest <= limit && added <= limit && held + added <= (limit == 1e38 ? 3e38 : 1.5e308), op,
+              ": the result overflows: the largest |feature| is ", largest, others..., ", the largest |out| is ", held);
 }
 
 inline void check_ggn_block(const Tensor& out,        // [c, d, c, d], contiguous
@@ -65,7 +63,7 @@ inline void check_ggn_block(const Tensor& out,        // [c, d, c, d], contiguou
   check_same_type(op, "out", out, "features", features);
   const int64_t n = features.size(0), d = features.size(1), c = probs.size(1);
   CHECK_VALUE(n >= 1 && d >= 1 && c >= 1, op, ": features [n, d] and probs [n, c] must not be empty, got ",
-                    features.sizes(), " and ", probs.sizes());
+              features.sizes(), " and ", probs.sizes());
   CHECK_VALUE(probs.size(0) == n, op, ": probs must have n=", n, " rows, got ", probs.size(0));
   CHECK_VALUE(weights.size(0) == n, op, ": weights must have n=", n, " entries, got ", weights.size(0));
   check_block(op, out, c, d, {{"features", features}, {"probs", probs}, {"weights", weights}});
@@ -97,9 +95,9 @@ inline void check_kronecker_block(const Tensor& out,       // [c, d, c, d], cont
   check_same_type(op, "out", out, "features", features);
   const int64_t n = features.size(0), d = features.size(1), c = outer.size(1);
   CHECK_VALUE(n >= 1 && d >= 1 && c >= 1, op, ": features [n, d] and outer [n, c, c] must not be empty, got ",
-                    features.sizes(), " and ", outer.sizes());
+              features.sizes(), " and ", outer.sizes());
   CHECK_VALUE(outer.size(0) == n && outer.size(2) == c, op, ": outer must be [n, c, c] with n=", n, ", got ",
-                    outer.sizes());
+              outer.sizes());
   check_block(op, out, c, d, {{"features", features}, {"outer", outer}});
   check_finite_rows(op, "features", features);
   check_finite_rows(op, "outer", outer);

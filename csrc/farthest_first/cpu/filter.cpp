@@ -1,6 +1,5 @@
 #include "filter.h"
 
-
 #include <algorithm>
 #include <atomic>
 #include <bit>

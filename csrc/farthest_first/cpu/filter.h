@@ -122,8 +122,8 @@ class Filter {
   double slack_;       // lambda
   bool usable_ = true;
   double unit_ = 1, stretch_ = 1;
-  Tensor mu_;                                          // [d] float64
-  std::vector<Tensor> storage_;                        // of what follows
+  Tensor mu_;                                              // [d] float64
+  std::vector<Tensor> storage_;                            // of what follows
   char* codes_;                                            // [n, 4 steps]
   int32_t* offset_;                                        // [n]: -128 sum q
   float *scale_, *sq_norm_, *residual_;                    // [n]: s, Q, e, in units

@@ -133,9 +133,9 @@ Choice choose(int64_t d) {
   if (forced == "lazy") return {Choice::Kernel::lazy, best_filter(d)};
   const auto named = forced.starts_with("lazy:") ? filter_named(forced.substr(5)) : std::nullopt;
   CHECK_VALUE(named, "farthest_first: FASTIF_KCENTER must be plain, lazy or lazy:FILTER with a filter of this ",
-                    "processor (vnni, avxvnni, int8, avx512, avx2, generic, each also with +axes), got ", forced);
+              "processor (vnni, avxvnni, int8, avx512, avx2, generic, each also with +axes), got ", forced);
   CHECK_VALUE(!holds_int8(named->codes) || d <= Filter::kMaxDimInt8, "farthest_first: FASTIF_KCENTER=", forced,
-                    " holds int8 codes and needs d <= ", Filter::kMaxDimInt8, ", got d=", d);
+              " holds int8 codes and needs d <= ", Filter::kMaxDimInt8, ", got d=", d);
   return {Choice::Kernel::lazy, *named};
 }
 

@@ -99,9 +99,7 @@ Tensor accumulate_cpu(const Tensor& inputs, const Tensor& output_grads, const Te
   const auto out = zeros({num_groups, o, d}, weights);
   const auto order = sort_by_group(groups, num_groups), own_weights = weights.contiguous();
   const auto in_order = groups.contiguous();
-  const auto group = [&](int64_t i) {
-    return in_order.const_data_ptr<int64_t>()[order.const_data_ptr<int64_t>()[i]];
-  };
+  const auto group = [&](int64_t i) { return in_order.const_data_ptr<int64_t>()[order.const_data_ptr<int64_t>()[i]]; };
   const int64_t chunk = std::min(n, rows_in_scratch(t * (o + d) * static_cast<int64_t>(weights.element_size())));
   // Into the same scratch every time: fresh memory for every chunk costs as much as the product.
   const auto scratch_a = empty({chunk, t, d}, weights), scratch_u = empty({chunk, t, o}, weights);
@@ -197,8 +195,7 @@ T sq_norm_by_pairs(const T* a, const T* u, int64_t t, int64_t d, int64_t o) {
   return sum;
 }
 
-Tensor sq_norms_cpu(const Tensor& inputs, const Tensor& output_grads,
-                        const std::optional<Tensor>& scale) {
+Tensor sq_norms_cpu(const Tensor& inputs, const Tensor& output_grads, const std::optional<Tensor>& scale) {
   constexpr auto op = "per_sample_grad.sq_norms";
   check_sq_norms(inputs, output_grads, scale);
   const int64_t n = inputs.size(0), t = inputs.size(1), d = inputs.size(2), o = output_grads.size(2);
@@ -248,8 +245,7 @@ Tensor sq_norms_cpu(const Tensor& inputs, const Tensor& output_grads,
 
 // q t products for every entry of a gradient. One task is one direction and one block of rows: their product with the
 // direction stays in the thread's cache and is contracted at once, so neither [n, o, d] nor [q o, n] is ever formed.
-void dots_by_position(const Tensor& inputs, const Tensor& output_grads, const Tensor& directions,
-                      const Tensor& out) {
+void dots_by_position(const Tensor& inputs, const Tensor& output_grads, const Tensor& directions, const Tensor& out) {
   const int64_t n = inputs.size(0), t = inputs.size(1), q = directions.size(0);
   auto a = inputs, u = output_grads;
   auto v = directions.transpose(1, 2);  // [q, d, o]

@@ -281,8 +281,7 @@ void add_squares(const Tensor& inputs, const Tensor& output_grads, const T* weig
 
 // A task owns one region of a few neighbouring examples.
 template <typename T>
-void sq_norms(const Tensor& inputs, const Tensor& output_grads, const std::optional<Tensor>& scale,
-              T* out) {
+void sq_norms(const Tensor& inputs, const Tensor& output_grads, const std::optional<Tensor>& scale, T* out) {
   const Tiles<T> tiles(inputs, output_grads);
   const int64_t size = tiles.tile_size();
   const Tensor factors = zeros({scale ? tiles.x_panels * tiles.y_panels : 1, size}, inputs);
@@ -330,8 +329,7 @@ void sq_norms(const Tensor& inputs, const Tensor& output_grads, const std::optio
 
 }  // namespace
 
-void add_squares_by_tiles(const Tensor& inputs, const Tensor& output_grads, const Tensor& weights,
-                          const Tensor& out) {
+void add_squares_by_tiles(const Tensor& inputs, const Tensor& output_grads, const Tensor& weights, const Tensor& out) {
   with_type_of(out, [&]<typename T>(T) {
     add_squares<T>(inputs, output_grads, weights.const_data_ptr<T>(), out.mutable_data_ptr<T>());
   });
@@ -339,9 +337,7 @@ void add_squares_by_tiles(const Tensor& inputs, const Tensor& output_grads, cons
 
 void sq_norms_by_tiles(const Tensor& inputs, const Tensor& output_grads, const std::optional<Tensor>& scale,
                        const Tensor& out) {
-  with_type_of(out, [&]<typename T>(T) {
-    sq_norms<T>(inputs, output_grads, scale, out.mutable_data_ptr<T>());
-  });
+  with_type_of(out, [&]<typename T>(T) { sq_norms<T>(inputs, output_grads, scale, out.mutable_data_ptr<T>()); });
 }
 
 }  // namespace fastif
