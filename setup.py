@@ -150,11 +150,24 @@ if os.environ.get("FASTIF_MEMORY") != "0":
         )
     )
 
+
+class Build(cpp_extension.BuildExtension):
+    def run(self):
+        compiler = (os.environ.get("CXX") or "c++").split()[0]
+        if shutil.which(compiler) is None:
+            sys.exit(
+                f"fastif: no C++ compiler was found ({compiler}): install one (apt install g++) or name it in CXX; "
+                "FASTIF_PLAIN=1 installs fastif without one, with every op as plain torch, slower"
+            )
+        self.force = True  # a library that was half written is newer than all that it is made of; ninja keeps objects
+        super().run()
+
+
 if os.environ.get("FASTIF_PLAIN") == "1":  # no compiler: every op runs as plain torch
     setup()
 else:
     setup(
         ext_modules=extensions,
-        cmdclass={"build_ext": cpp_extension.BuildExtension},
+        cmdclass={"build_ext": Build},
         options={"bdist_wheel": {"py_limited_api": "cp310"}} if len(extensions) == 1 else {},
     )

@@ -39,7 +39,7 @@ for python in $TRY; do
   seconds=$(($(date +%s%N) - began))
   run -c 'import fastif; assert fastif.build_info()["compiled"], fastif.build_info()'
   # What those two ask about are the sources and how a library is loaded, which stand elsewhere.
-  run -m pytest -q -p no:cacheprovider -m "not slow" tests/ops --ignore tests/ops/test_plain.py \
+  run -m pytest -p no:cacheprovider -m "not slow" tests/ops --ignore tests/ops/test_plain.py \
     --ignore tests/ops/test_registration.py >tests.log 2>&1 || { tail -n 40 tests.log; exit 1; }
   rm -rf runs
   awk -v name="$name" -v ns="$seconds" -v tests="$(tail -n 1 tests.log)" \

@@ -179,6 +179,15 @@ def test_setup_builds_for_the_cpu_where_nvcc_has_another_major_version(machine, 
     assert "FASTIF_CUDA=1, but this machine lacks an nvcc of CUDA 13" in forced.stderr
 
 
+def test_a_build_without_a_compiler_says_what_to_install(source, tmp_path):
+    (tmp_path / "bin").mkdir()
+    environment = {"PATH": str(tmp_path / "bin"), "FASTIF_CUDA": "0", "CXX": ""}
+    done = run(sys.executable, "setup.py", "-q", "build_ext", "-b", tmp_path, cwd=source, **environment)
+    assert done.returncode == 1
+    assert done.stderr.count("no C++ compiler was found (c++): install one") == 1
+    assert "FASTIF_PLAIN=1" in done.stderr
+
+
 def test_setup_takes_the_toolkit_that_fits_among_several(machine, tmp_path):
     machine.add_toolkit(tmp_path / "old", "12.4", nvcc=machine.path / "nvcc")
     toolkit = machine.add_toolkit(machine.pip, "13.0")

@@ -146,6 +146,17 @@ def require(rule: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_of_sizes(rule: bool | torch.SymBool, message: str) -> None:
+    """The same for sizes, which a trace may not know yet.
+
+    torch's own check comes with sympy: a second of imports at the first call, which Ctrl-C breaks for good.
+    """
+    if isinstance(rule, bool):
+        require(rule, message)
+    else:
+        torch._check_value(rule, lambda: message)
+
+
 def _bytes(x: Tensor) -> int:
     """From the first entry to past the last."""
     if x.numel() == 0:
