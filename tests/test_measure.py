@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastif import measure
 from fastif.measure import MEMORY_BY, Measure, PeakMemory
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(MEMORY_BY != "allocations", reason="memory is counted by fastif._memory")
+counted = pytest.mark.skipif(MEMORY_BY != "allocations", reason="memory is counted by fastif._memory")
 
 
 def bytes_of(count):
@@ -28,6 +29,7 @@ def gone(thread):
         time.sleep(0.01)
 
 
+@counted
 def test_the_peak_is_of_what_stands_at_a_time():
     before = bytes_of(7000)
     with Measure() as work:
@@ -41,6 +43,7 @@ def test_the_peak_is_of_what_stands_at_a_time():
     del second, third
 
 
+@counted
 def test_measures_stand_within_one_another():
     with Measure() as outer:
         held = bytes_of(1000)
@@ -52,6 +55,7 @@ def test_measures_stand_within_one_another():
     assert (outer.peak_bytes, inner.peak_bytes, nothing.peak_bytes) == (1000, 300, 0)
 
 
+@counted
 def test_a_block_that_another_thread_frees_is_no_loss():
     passed = []
 
@@ -72,6 +76,7 @@ def test_a_block_that_another_thread_frees_is_no_loss():
     del again
 
 
+@counted
 def test_a_measure_may_end_in_another_thread_and_nothing_of_it_stays():
     alive = PeakMemory.alive()
     work, inner = Measure(), Measure()
@@ -90,6 +95,7 @@ def test_a_measure_may_end_in_another_thread_and_nothing_of_it_stays():
     del first
 
 
+@counted
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_measure_may_outlive_its_thread(ended):
     alive = PeakMemory.alive()
@@ -131,3 +137,19 @@ def test_nothing_is_said_on_stderr(work):
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
+
+
+def test_without_the_counter_the_resident_set_is_taken(monkeypatch):
+    """Two measures within one another share the process's one high-water mark."""
+    monkeypatch.setattr(measure, "PeakMemory", None)
+    assert Measure(exact=True)._cpu is None
+    with Measure() as outer:
+        touched = torch.ones(64 << 20, dtype=torch.uint8)
+        del touched
+        with Measure() as inner:
+            touched = torch.ones(16 << 20, dtype=torch.uint8)
+    if outer.peak_bytes is None:
+        pytest.skip("no high-water mark of the resident set here")
+    assert 60 << 20 <= outer.peak_bytes <= 96 << 20
+    assert 12 << 20 <= inner.peak_bytes <= 32 << 20
+    del touched

@@ -25,6 +25,7 @@ from fastif.cli.index import index_command, print_index, query_command
 from fastif.cli.remove import remove_command
 from fastif.cli.sample import sample_command
 from fastif.cli.scores import scores_command
+from fastif.measure import MEMORY_BY
 from fastif.ops import build_info
 
 app = typer.Typer(
@@ -112,6 +113,7 @@ def info_command(
         "fastif": __version__,
         "python": sys.version.split()[0],
         **build_info(),
+        "memory_by": MEMORY_BY,
     }
     for name, value in facts.items():
         print(f"{name:<10} {value}")
