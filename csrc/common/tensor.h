@@ -45,7 +45,7 @@ inline std::ostream& operator<<(std::ostream& out, const Device& device) {
 }
 
 inline void check_call(AOTITorchError error, const char* name) {
-  if (error != AOTI_TORCH_SUCCESS) fail<std::runtime_error>("torch: ", name, " failed");
+  if (error != AOTI_TORCH_SUCCESS) fail("RuntimeError", "torch: ", name, " failed");
 }
 
 class Tensor : public torch::stable::Tensor {
@@ -132,7 +132,7 @@ class Tensor : public torch::stable::Tensor {
 
  private:
   void check_contiguous() const {
-    if (!is_contiguous()) fail<std::runtime_error>("fastif: a view needs contiguous entries");
+    if (!is_contiguous()) fail("RuntimeError", "fastif: a view needs contiguous entries");
   }
 };
 
@@ -142,7 +142,7 @@ inline Tensor empty(const Sizes& sizes, ScalarType type, Device device = {aoti_t
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device.type,
                                device.index, &made) != AOTI_TORCH_SUCCESS)
-    fail<NoMemory>("fastif: cannot allocate a tensor of shape ", sizes);
+    fail("MemoryError", "fastif: cannot allocate a tensor of shape ", sizes);
   return Tensor(Tensor::Handle(made));
 }
 inline Tensor empty(const Sizes& sizes, const Tensor& as) { return empty(sizes, as.scalar_type(), as.device()); }

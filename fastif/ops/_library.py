@@ -87,15 +87,18 @@ compiled = _kernels is not None
 compiled_for_cuda = _cuda_kernels is not None
 
 
+_RAISED = {error.__name__: error for error in (ValueError, TypeError, MemoryError, RuntimeError)}
+
+
 def run(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """kernel(...), whose errors are those of Python: csrc/common/errors.h."""
     try:
         return kernel(*args, **kwargs)
     except RuntimeError as error:
-        text = str(error)
-        if text.startswith("TypeError: "):
-            raise TypeError(text.removeprefix("TypeError: ")) from None
-        if text.startswith("Raised: "):
+        kind, _, text = str(error).partition(": ")
+        if kind in _RAISED:
+            raise _RAISED[kind](text) from None
+        if kind == "Raised":  # by the progress callback or a signal handler
             for module in _modules:
                 module.raise_again()
         raise
