@@ -25,7 +25,7 @@ SPREAD  := $(subst loadfile,worksteal,$(TESTS))
 COVER   := $(if $(SETUP),--cov=fastif --cov-report=term:skip-covered --cov-fail-under=95)
 
 .PHONY: help demo test test-slow lint docs bench bench-kcenter bench-influence bench-index bench-ranks bench-blocks results cuda-check cuda-link arm-check \
-  gpu-check clean
+  gpu-check wheel clean
 
 help:  ## this list
 	@echo "make TARGET, each of which sets up what it needs:"
@@ -110,6 +110,10 @@ cuda-check: $(SETUP)  ## compile every CUDA source; needs nvcc, no GPU
 cuda-link:  ## before a release: build, link and import for CUDA without a GPU, several GB and minutes
 	PYTHON=$(PYTHON) bash csrc/link_cuda.sh
 
+wheel: .venv/test  ## the wheel for every torch from 2.11 on; TRY="python ..." to try it with others than the .venv
+	.venv/bin/pip install -q $$(.venv/bin/python .ci/requirements.py --alone wheel)
+	PY=.venv/bin/python bash csrc/build_wheel.sh
+
 arm-check: .venv/ready  ## compile every CPU source for 64-bit ARM
 	.venv/bin/pip install -q $$(.venv/bin/python .ci/requirements.py --alone arm)
 	PY=.venv/bin/python sh csrc/check_arm.sh
@@ -118,11 +122,12 @@ gpu-check: $(SETUP)  ## on a machine with a GPU: build, test, sanitize, benchmar
 	$(PY) benchmarks/gpu_check.py
 
 clean:  ## remove what was built, and the .venv
-	rm -rf build fastif/_C*.so .venv .venv-cuda
+	rm -rf build fastif/_C*.so fastif/_memory*.so .venv .venv-cuda
 
 build/ready: $(SOURCES) $(SETUP)
 	@mkdir -p build
-	@echo "compiling the extension, some minutes"
+	@echo "compiling the extension, a minute"
+	@rm -f fastif/_C*.so fastif/_memory*.so  # Python would take one that an older build named otherwise
 	$(PY) setup.py -q build_ext --inplace > build/log 2>&1 || { cat build/log; exit 1; }
 	@$(PY) -c "import fastif; print('built', fastif.build_info())"
 	@touch $@

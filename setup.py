@@ -1,4 +1,9 @@
-"""Builds fastif._C: for CUDA too when torch has it and a fitting nvcc is found; FASTIF_CUDA=0 or 1 overrides."""
+"""Builds what fastif compiles; each part may be absent, and fastif says what runs instead.
+
+fastif._C       the ops' CPU kernels, over torch's and CPython's stable ABIs: for every torch from 2.11, every Python
+fastif._C_cuda  their CUDA kernels, where torch has CUDA and a fitting nvcc is found; FASTIF_CUDA=0 or 1 overrides
+fastif._memory  counts the memory of CPU tensors, for the torch that is there alone; FASTIF_MEMORY=0 leaves it out
+"""
 
 import importlib.util
 import os
@@ -73,20 +78,27 @@ def find_cuda_home() -> str | None:
     return None
 
 
-def find_cudart(home: str) -> list[str]:
-    """The folder, if any has to be made, where the linker finds cudart: pip's toolkit has only libcudart.so.<major>."""
+def link_cudart(extension, home: str) -> None:
+    """Links the CUDA runtime in, so that none is looked for later; with pip's toolkit, which lacks that form, it is."""
     places = [Path(home, lib) for lib in ("lib64", "lib")]
+    static = next((place for place in places if (place / "libcudart_static.a").exists()), None)
+    if static is not None:
+        extension.libraries.remove("cudart")
+        extension.library_dirs.append(str(static))
+        extension.extra_link_args += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        return
     if any((place / "libcudart.so").exists() for place in places):
-        return []
+        return
     runtimes = sorted(file for place in places for file in place.glob("libcudart.so.*"))
     if not runtimes:
         sys.exit(f"fastif: {home} has nvcc but no libcudart.so*, install the CUDA runtime there or set FASTIF_CUDA=0")
+    # The linker asks for libcudart.so without a version.
     folder = HERE / "build" / "cudart"
     folder.mkdir(parents=True, exist_ok=True)
     link = folder / "libcudart.so"
     link.unlink(missing_ok=True)
     link.symlink_to(runtimes[0])
-    return [str(folder)]
+    extension.library_dirs.append(str(folder))
 
 
 def sources(pattern: str) -> list[str]:
@@ -100,31 +112,62 @@ from torch.utils import cpp_extension  # noqa: E402  (it reads CUDA_HOME when it
 
 # No contraction into fused multiply-adds: farthest_first defines its result to the last bit, and kernels that want them
 # say so. No debug information, which Python's own flags ask for: it would be nineteen twentieths of the library.
-CXX = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-g0"]
-cpu_sources = sources("csrc/*.cpp") + sources("csrc/*/cpu/*.cpp")
+CXX = ["-O3", "-std=c++20", "-ffp-contract=off", "-g0"]
+# torch 2.11's stable ABI. (That of CPython 3.10 is torch's own flag, with py_limited_api.)
+STABLE = [flag for flag in (HERE / "csrc" / "stable_abi.flags").read_text().split() if "Py_LIMITED_API" not in flag]
+kernels = cpp_extension.CppExtension(
+    "fastif._C",
+    ["csrc/ops.cpp", *sources("csrc/*/cpu/*.cpp")],
+    extra_compile_args={"cxx": [*CXX, *STABLE]},
+    py_limited_api=True,
+)
+extensions = [kernels]
 
-if cuda_home is not None:
+if cuda_home is None:
+    print(f"fastif: building for CPU, torch {torch.__version__}")
+else:
     if not torch.cuda.is_available():  # otherwise torch builds for the GPUs that it sees
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     target = os.environ.get("TORCH_CUDA_ARCH_LIST", "the GPUs here")
     print(f"fastif: building for CPU and CUDA ({target}), torch {torch.__version__}, toolkit {cuda_home}")
-    extension = cpp_extension.CUDAExtension(
-        "fastif._C",
-        cpu_sources + sources("csrc/*/cuda/*.cpp") + sources("csrc/*/cuda/*.cu"),
+    major = torch.version.cuda.split(".")[0]
+    cuda_kernels = cpp_extension.CUDAExtension(
+        "fastif._C_cuda",
+        ["csrc/cuda.cpp", *sources("csrc/*/cuda/*.cpp"), *sources("csrc/*/cuda/*.cu")],
         extra_compile_args={
-            "cxx": [*CXX, "-DFASTIF_CUDA"],
-            "nvcc": ["-O3", "-std=c++20", "-lineinfo", "-DFASTIF_CUDA"],
+            "cxx": [*CXX, *STABLE, "-DUSE_CUDA", f"-DFASTIF_CUDA_MAJOR={major}"],
+            "nvcc": ["-O3", "-std=c++20", "-lineinfo"],
         },
-        extra_link_args=["-fopenmp"],
-        library_dirs=find_cudart(cuda_home),
+        py_limited_api=True,
     )
-else:
-    print(f"fastif: building for CPU, torch {torch.__version__}")
-    extension = cpp_extension.CppExtension(
-        "fastif._C", cpu_sources, extra_compile_args={"cxx": CXX}, extra_link_args=["-fopenmp"]
+    link_cudart(cuda_kernels, cuda_home)
+    extensions.append(cuda_kernels)
+
+if os.environ.get("FASTIF_MEMORY") != "0":
+    extensions.append(
+        cpp_extension.CppExtension(
+            "fastif._memory", ["csrc/memory.cpp"], extra_compile_args={"cxx": [*CXX, "-fvisibility=hidden"]}
+        )
     )
+
+
+class Build(cpp_extension.BuildExtension):
+    def run(self):
+        compiler = (os.environ.get("CXX") or "c++").split()[0]
+        if shutil.which(compiler) is None:
+            sys.exit(
+                f"fastif: no C++ compiler was found ({compiler}): install one (apt install g++) or name it in CXX; "
+                "FASTIF_PLAIN=1 installs fastif without one, with every op as plain torch, slower"
+            )
+        self.force = True  # a library that was half written is newer than all that it is made of; ninja keeps objects
+        super().run()
+
 
 if os.environ.get("FASTIF_PLAIN") == "1":  # no compiler: every op runs as plain torch
     setup()
 else:
-    setup(ext_modules=[extension], cmdclass={"build_ext": cpp_extension.BuildExtension})
+    setup(
+        ext_modules=extensions,
+        cmdclass={"build_ext": Build},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if len(extensions) == 1 else {},
+    )

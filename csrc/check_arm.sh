@@ -11,7 +11,7 @@ mkdir -p "$out"
 failed=0
 for source in csrc/ops.cpp csrc/*/cpu/*.cpp; do
   # shellcheck disable=SC2086
-  "$PY" -m ziglang c++ -target aarch64-linux-gnu -std=c++20 -O2 -Wall -DTORCH_EXTENSION_NAME=_C $headers -c "$source" \
+  "$PY" -m ziglang c++ -target aarch64-linux-gnu -std=c++20 -O2 -Wall @csrc/stable_abi.flags $headers -c "$source" \
     -o "$out/$(echo "$source" | tr / _).o" || { echo "arm-check: FAILED: $source"; failed=1; }
 done
 [ "$failed" = 0 ] && echo "arm-check: all compiled for aarch64; nothing was run"

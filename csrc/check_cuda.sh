@@ -9,7 +9,7 @@ set -u
 kernels="csrc/*/cuda/*.cu"
 [ $# = 0 ] || kernels=
 cd "$(dirname "$0")/.." || exit 1
-[ $# != 0 ] || set -- csrc/*/cuda/*.cpp
+[ $# != 0 ] || set -- csrc/cuda.cpp csrc/*/cuda/*.cpp
 PY=${PY:-python3}
 ARCH=${ARCH:-sm_90}
 if [ -z "${NVCC:-}" ]; then
@@ -20,17 +20,18 @@ if [ -z "$NVCC" ]; then
   exit 0
 fi
 out=build/cuda_check
-mkdir -p "$out/include/c10/cuda/impl"
+mkdir -p "$out"
 # The wrappers are checked while nvcc is at work.
-printf '#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS\n' >"$out/include/c10/cuda/impl/cuda_cmake_macros.h"
-torch=$("$PY" -c 'import os, torch; print(os.path.dirname(torch.__file__))') || exit 1
+headers=$("$PY" -c 'import os, sysconfig, torch
+print("-isystem", os.path.dirname(torch.__file__) + "/include", "-isystem", sysconfig.get_paths()["include"])') || exit 1
 # The toolkit's headers: those that nvcc itself uses, whatever wraps it.
 top=$("$NVCC" --dryrun -E -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
 (
   failed=0
   for wrapper in "$@"; do
-    if ${CXX:-g++} -std=c++20 -fsyntax-only -Wall -isystem "$out/include" -isystem "$torch/include" \
-        -isystem "$torch/include/torch/csrc/api/include" -isystem "$top/include" "$wrapper"; then
+    # shellcheck disable=SC2086
+    if ${CXX:-g++} -std=c++20 -fsyntax-only -Wall @csrc/stable_abi.flags -DUSE_CUDA -DFASTIF_CUDA_MAJOR=13 $headers \
+        -isystem "$top/include" "$wrapper"; then
       echo "$wrapper: syntax correct"
     else
       echo "cuda-check: FAILED: $wrapper"

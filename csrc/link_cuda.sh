@@ -32,6 +32,6 @@ info = fastif.build_info()
 assert info["compiled"] and info["cuda"], info
 print("cuda-link: imported", info)
 '
-ls -l fastif/_C*.so | awk '{ printf "cuda-link: the library has %.1f MB\n", $5 / 1e6 }'
+ls -l fastif/_C*.so | awk '{ printf "cuda-link: %s has %.1f MB\n", $NF, $5 / 1e6 }'
 "$python" -m pytest -q -p no:cacheprovider tests/ops tests/influence/test_influence.py
 echo "cuda-link: built, linked, imported; no kernel was run"

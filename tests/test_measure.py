@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastif import build_info
-from fastif.measure import Measure
-from fastif.ops._library import extension
+from fastif import measure
+from fastif.measure import MEMORY_BY, Measure, PeakMemory
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
+counted = pytest.mark.skipif(MEMORY_BY != "allocations", reason="memory is counted by fastif._memory")
 
 
 def bytes_of(count):
@@ -30,6 +29,7 @@ def gone(thread):
         time.sleep(0.01)
 
 
+@counted
 def test_the_peak_is_of_what_stands_at_a_time():
     before = bytes_of(7000)
     with Measure() as work:
@@ -43,6 +43,7 @@ def test_the_peak_is_of_what_stands_at_a_time():
     del second, third
 
 
+@counted
 def test_measures_stand_within_one_another():
     with Measure() as outer:
         held = bytes_of(1000)
@@ -54,6 +55,7 @@ def test_measures_stand_within_one_another():
     assert (outer.peak_bytes, inner.peak_bytes, nothing.peak_bytes) == (1000, 300, 0)
 
 
+@counted
 def test_a_block_that_another_thread_frees_is_no_loss():
     passed = []
 
@@ -74,8 +76,9 @@ def test_a_block_that_another_thread_frees_is_no_loss():
     del again
 
 
+@counted
 def test_a_measure_may_end_in_another_thread_and_nothing_of_it_stays():
-    alive = extension.PeakMemory.alive()
+    alive = PeakMemory.alive()
     work, inner = Measure(), Measure()
     work.__enter__()
     first = bytes_of(1000)
@@ -88,13 +91,14 @@ def test_a_measure_may_end_in_another_thread_and_nothing_of_it_stays():
     inner.__exit__()
     assert work.peak_bytes == 1300  # of this thread, until the other ended it
     assert inner.peak_bytes == 9300
-    assert extension.PeakMemory.alive() == alive
+    assert PeakMemory.alive() == alive
     del first
 
 
+@counted
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_measure_may_outlive_its_thread(ended):
-    alive = extension.PeakMemory.alive()
+    alive = PeakMemory.alive()
     work = [Measure()]
 
     def begin():
@@ -104,13 +108,13 @@ def test_a_measure_may_outlive_its_thread(ended):
     thread = threading.Thread(target=begin)
     thread.start()
     gone(thread)
-    assert extension.PeakMemory.alive() == alive + 1
+    assert PeakMemory.alive() == alive + 1
     bytes_of(5000)
     if ended:
         work[0].__exit__()
         assert work[0].peak_bytes == 700
     work.clear()
-    assert extension.PeakMemory.alive() == alive
+    assert PeakMemory.alive() == alive
 
 
 @pytest.mark.parametrize(
@@ -133,3 +137,19 @@ def test_nothing_is_said_on_stderr(work):
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
+
+
+def test_without_the_counter_the_resident_set_is_taken(monkeypatch):
+    """Two measures within one another share the process's one high-water mark."""
+    monkeypatch.setattr(measure, "PeakMemory", None)
+    assert Measure(exact=True)._cpu is None
+    with Measure() as outer:
+        touched = torch.ones(128 << 20, dtype=torch.uint8)  # of more than 32 MiB, nothing is kept in reserve
+        del touched
+        with Measure() as inner:
+            touched = torch.ones(48 << 20, dtype=torch.uint8)
+    if outer.peak_bytes is None:
+        pytest.skip("no high-water mark of the resident set here")
+    assert 120 << 20 <= outer.peak_bytes <= 176 << 20
+    assert 44 << 20 <= inner.peak_bytes <= 80 << 20
+    del touched

@@ -31,7 +31,7 @@ def source(tmp_path_factory) -> Path:
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"):
         shutil.copy(ROOT / name, folder)
     for name in ("csrc", "fastif"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return folder
 
 
@@ -83,11 +83,13 @@ class cuda:
 
 CPP_EXTENSION = """
 import os
+from types import SimpleNamespace
 CUDA_HOME = os.environ.get("CUDA_HOME")
 def CppExtension(name, sources, **options):
-    print("CPU extension")
-def CUDAExtension(name, sources, library_dirs, **options):
-    print("CUDA extension", CUDA_HOME, os.environ["TORCH_CUDA_ARCH_LIST"], *library_dirs)
+    return SimpleNamespace(name=name)
+def CUDAExtension(name, sources, **options):
+    print("CUDA extension", CUDA_HOME, os.environ["TORCH_CUDA_ARCH_LIST"])
+    return SimpleNamespace(name=name, libraries=["cudart", "c10_cuda"], library_dirs=[], extra_link_args=[])
 class BuildExtension:
     pass
 """
@@ -122,7 +124,8 @@ def machine(source, tmp_path):
         def build(**environment: str) -> subprocess.CompletedProcess:
             # The choice is made before setup() is called; a toolkit of this machine must not be seen.
             code = (
-                "import pathlib, setuptools; setuptools.setup = lambda **_: None\n"
+                "import pathlib, setuptools\n"
+                "setuptools.setup = lambda ext_modules, **_: print(*map(vars, ext_modules), sep='\\n')\n"
                 "text = pathlib.Path('setup.py').read_text().replace('/usr/local/cuda/bin/nvcc', '/nowhere/nvcc')\n"
                 "exec(compile(text, str(pathlib.Path('setup.py').resolve()), 'exec'), {'__file__': 'setup.py'})"
             )
@@ -137,9 +140,25 @@ def test_setup_finds_pips_toolkit_and_lets_it_link(machine, source):
     toolkit = machine.add_toolkit(machine.pip, "13.0")
     said = machine.build()
     assert said.returncode == 0, said.stderr
-    link = source / "build" / "cudart"
-    assert f"CUDA extension {toolkit} 8.0;9.0;10.0+PTX {link}" in said.stdout.replace("build/cudart", str(link))
-    assert (link / "libcudart.so").resolve() == toolkit / "lib" / "libcudart.so.13"
+    assert f"CUDA extension {toolkit} 8.0;9.0;10.0+PTX" in said.stdout
+    assert "'libraries': ['cudart', 'c10_cuda'], 'library_dirs': ['" in said.stdout
+    assert (source / "build" / "cudart" / "libcudart.so").resolve() == toolkit / "lib" / "libcudart.so.13"
+
+
+def test_the_cuda_runtime_is_linked_in_where_the_toolkit_has_it(machine):
+    toolkit = machine.add_toolkit(machine.pip, "13.0")
+    (toolkit / "lib" / "libcudart_static.a").touch()
+    said = machine.build().stdout
+    assert f"'libraries': ['c10_cuda'], 'library_dirs': ['{toolkit / 'lib'}']" in said
+    assert "-lcudart_static" in said
+
+
+def test_what_is_built(machine):
+    machine.add_toolkit(machine.pip, "13.0")
+    names = [line.split("'")[3] for line in machine.build().stdout.splitlines() if line.startswith("{")]
+    assert names == ["fastif._C", "fastif._C_cuda", "fastif._memory"]
+    alone = machine.build(FASTIF_CUDA="0", FASTIF_MEMORY="0").stdout
+    assert [line for line in alone.splitlines() if line.startswith("{")] == ["{'name': 'fastif._C'}"]
 
 
 def test_setup_finds_the_toolkit_behind_a_script_on_path(machine, tmp_path):
@@ -151,7 +170,7 @@ def test_setup_builds_for_the_cpu_where_nvcc_has_another_major_version(machine, 
     machine.add_toolkit(tmp_path / "old", "12.4", nvcc=machine.path / "nvcc")
     said = machine.build()
     assert said.returncode == 0, said.stderr
-    assert "CPU extension" in said.stdout
+    assert "building for CPU, torch" in said.stdout
     assert said.stdout.count("no CUDA kernels will be built") == 1
     assert "CUDA 13" in said.stdout
     assert f"12.4 in {tmp_path / 'old'}" in said.stdout
@@ -160,10 +179,19 @@ def test_setup_builds_for_the_cpu_where_nvcc_has_another_major_version(machine, 
     assert "FASTIF_CUDA=1, but this machine lacks an nvcc of CUDA 13" in forced.stderr
 
 
+def test_a_build_without_a_compiler_says_what_to_install(source, tmp_path):
+    (tmp_path / "bin").mkdir()
+    environment = {"PATH": str(tmp_path / "bin"), "FASTIF_CUDA": "0", "CXX": ""}
+    done = run(sys.executable, "setup.py", "-q", "build_ext", "-b", tmp_path, cwd=source, **environment)
+    assert done.returncode == 1
+    assert done.stderr.count("no C++ compiler was found (c++): install one") == 1
+    assert "FASTIF_PLAIN=1" in done.stderr
+
+
 def test_setup_takes_the_toolkit_that_fits_among_several(machine, tmp_path):
     machine.add_toolkit(tmp_path / "old", "12.4", nvcc=machine.path / "nvcc")
     toolkit = machine.add_toolkit(machine.pip, "13.0")
     assert f"CUDA extension {toolkit}" in machine.build().stdout
-    assert "CPU extension" in machine.build(CUDA_HOME=str(tmp_path / "old")).stdout
-    assert "CPU extension" in machine.build(FASTIF_CUDA="0").stdout
+    assert "building for CPU, torch" in machine.build(CUDA_HOME=str(tmp_path / "old")).stdout
+    assert "building for CPU, torch" in machine.build(FASTIF_CUDA="0").stdout
     assert "must be 0, 1 or auto, got 'yes'" in machine.build(FASTIF_CUDA="yes").stderr

@@ -1,8 +1,6 @@
 // The progress of one run of an op on the CPU, whose threads all work for it.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -10,6 +8,7 @@
 #include <utility>
 
 #include "poll.h"
+#include "tasks.h"
 
 namespace fastif {
 
@@ -27,19 +26,19 @@ class Progress {
     mine_->look();
   }
 
-  // at::parallel_for in pieces of `grain`, with a look before each.
+  // parallel_for in pieces of `grain`, with a look before each.
   template <typename F>
   static void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& piece) {
     Progress* const run = mine_;
-    if (!run) return at::parallel_for(begin, end, grain, piece);
-    at::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
+    if (!run) return fastif::parallel_for(begin, end, grain, piece);
+    fastif::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
       const Work work(run);
       try {
         for (; first < last; first += grain) {
           run->look();
           piece(first, std::min(last, first + grain));
         }
-      } catch (const Stopped&) {  // another thread's exception is the reason, which at::parallel_for rethrows
+      } catch (const Stopped&) {  // another thread's exception is the reason, which parallel_for rethrows
       } catch (...) {
         run->stopped_ = true;
         throw;
@@ -56,7 +55,7 @@ class Progress {
       std::atomic<int64_t>& left;
       ~Taken() { --left; }
     };
-    parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    parallel_for(0, num_threads(), 1, [&](int64_t, int64_t) {
       for (int64_t i; (i = next++) < count;) {
         const Taken taken{left};
         task(i);

@@ -26,6 +26,7 @@ from fastif.cli.processes import check_divided, ranks_of_torchrun
 from fastif.cli.remove import remove_command
 from fastif.cli.sample import sample_command
 from fastif.cli.scores import scores_command
+from fastif.measure import MEMORY_BY
 from fastif.ops import build_info
 from fastif.ranks import RankFailed, Ranks
 
@@ -126,6 +127,7 @@ def info_command(
         "fastif": __version__,
         "python": sys.version.split()[0],
         **build_info(),
+        "memory_by": MEMORY_BY,
     }
     for name, value in facts.items():
         print(f"{name:<10} {value}")

@@ -111,7 +111,7 @@ def rehearse(setup: Setup, train: Walked, n: int) -> Rehearsal:
     batch = x, y, torch.full((size,), 1 / size, dtype=torch.float64, device=setup.device)
     _, x, y = next(passes.slices(x, y))
     each, labels = batch_length(x), labels_in(x, y)
-    with _counter() as counter, Measure(setup.device) as passed:
+    with _counter() as counter, Measure(setup.device, exact=True) as passed:
         forward = capture.forward(x)
         gradients = forward.gradients(per_sample(passes.loss, forward.outputs, labels, each), keep=True)
     fishers: dict[tuple[str, ...], Fisher] = {
@@ -171,13 +171,13 @@ def _observe_some(
     curvature = prepare(NetworkCurvature(shown), setup.capture.blocks, None, setup.memory)
     n = batch_length(x)
     weights = torch.full((n,), 1 / n, dtype=torch.float64, device=setup.device)
-    with Measure(setup.device) as observed:
+    with Measure(setup.device, exact=True) as observed:
         for _ in range(2):  # from the second batch on, what was learned is there beside what is being learned
             observe(setup.passes, curvature.open(0), x, y, weights, 0, Generator(), _COLUMNS)
     again = copy.deepcopy(curvature.open(1))
     for part in again.parts.values():
         part.stand_in()
-    with Measure(setup.device) as turned:
+    with Measure(setup.device, exact=True) as turned:
         if again.parts:
             observe(setup.passes, again, x, y, weights, 1, Generator(), _COLUMNS)
     if observed.peak_bytes is None or turned.peak_bytes is None:
@@ -206,14 +206,17 @@ def rehearse_scores(
         return Fitted(setup._replace(passes=quiet, checkpoints=states), (copy.deepcopy(curvature),), n)
 
     fitted, held = stand_in(), 0
-    with Measure(setup.device) as scoring, closing(make_tiles(fitted, query, first, low_rank=low_rank)) as tiles:
+    with (
+        Measure(setup.device, exact=True) as scoring,
+        closing(make_tiles(fitted, query, first, low_rank=low_rank)) as tiles,
+    ):
         for tile in tiles:
             if tile.query > 0:
                 break
             held = len(tile.values[""])
     del fitted
     fitted = stand_in()
-    with Measure(setup.device) as own:
+    with Measure(setup.device, exact=True) as own:
         compute_self_influence(fitted, first)
     return scoring.peak_bytes, own.peak_bytes, held
 
@@ -249,7 +252,7 @@ def _products_taken(data: FitData, products: Products, total: int) -> ProductsTa
     found = []
     for calls, together in ((products.fit, products.together), (products.solve, 1)):
         flops = made + calls * _flops(operator, together) / n if calls else 0.0
-        with Measure(operator.device) as work:
+        with Measure(operator.device, exact=True) as work:
             if calls:
                 operator(_zeros(operator, together))
         found += [flops, None if work.peak_bytes is None else work.peak_bytes + (graph if calls else 0)]

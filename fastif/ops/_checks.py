@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastif.ops._library import run
+
 _NAMES = {
     torch.float16: "Half",
     torch.bfloat16: "BFloat16",
@@ -81,9 +83,10 @@ def call(op: str, axes: str, shape: Sequence[int], dtype: torch.dtype, kernel: C
     reason = None
     if size < 2**63:
         try:
-            return kernel(*args)
+            return run(kernel, *args)
         except (MemoryError, RuntimeError) as error:
-            if not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+            words = "can't allocate memory", "std::bad_alloc"  # what a kernel of torch and the language say
+            if not (isinstance(error, MemoryError) or any(said in str(error) for said in words)):
                 raise
             reason = error
     raise MemoryError(
@@ -142,6 +145,17 @@ def same_type(op: str, name: str, x: Tensor, as_name: str, like: Tensor) -> None
 def require(rule: bool, message: str) -> None:
     if not rule:
         raise ValueError(message)
+
+
+def require_of_sizes(rule: bool | torch.SymBool, message: str) -> None:
+    """The same for sizes, which a trace may not know yet.
+
+    torch's own check comes with sympy: a second of imports at the first call, which Ctrl-C breaks for good.
+    """
+    if isinstance(rule, bool):
+        require(rule, message)
+    else:
+        torch._check_value(rule, lambda: message)
 
 
 def _bytes(x: Tensor) -> int:

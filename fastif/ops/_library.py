@@ -10,6 +10,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -30,56 +32,77 @@ SCHEMAS = {
 }
 
 
-_STAMP = b"fastif was built for torch "
 _BUILD = "pip install --no-build-isolation --no-deps --force-reinstall .   (in the folder of its source)"
 
 
-def _read_torch_built_for(library: str) -> str | None:
-    """The version of torch that the extension was built for, read from its bytes: csrc/ops.cpp has it."""
-    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        begin = mapped.find(_STAMP)
+def read_built_for(module: str, of: str) -> str | None:
+    """The version of torch or CUDA that a compiled module was built for, read from its bytes; None if there is none.
+
+    What is loaded for another version can end the process, so that to ask it afterwards would be too late.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return None
+    stamp = f"fastif was built for {of} ".encode()
+    with open(spec.origin, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        begin = mapped.find(stamp)
         if begin < 0:
             return None
-        begin += len(_STAMP)
+        begin += len(stamp)
         return mapped[begin : mapped.find(b"\0", begin)].decode()
 
 
-def _reason_to_refuse() -> str | None:
-    """Why the extension must not be loaded, if there is a reason.
-
-    Its kernels register themselves while it is loaded, by numbers that another torch gives to other devices: to ask it
-    afterwards would be too late.
-    """
-    spec = importlib.util.find_spec("fastif._C")
-    if spec is None or spec.origin is None:
-        return None  # the import says so in its own words
-    built_for = _read_torch_built_for(spec.origin)
-    if built_for is None:
-        return "the compiled extension does not say which torch it was built for"
-    if built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
-        return f"the compiled extension was built for torch {built_for}, and this is torch {torch.__version__}"
-    return None
-
-
-def _load():
-    if os.environ.get("FASTIF_PLAIN") == "1":
-        return None
-    reason = None
+def _load(module: str):
+    """The compiled module; None and one warning where it cannot be loaded."""
     try:
-        reason = _reason_to_refuse()
-        if reason is None:
-            return importlib.import_module("fastif._C")
+        return importlib.import_module(module)
     except (ImportError, OSError, ValueError) as error:
-        reason = f"the compiled extension could not be loaded ({error})"
-    warnings.warn(
-        f"fastif: {reason}; every op runs as plain torch, slower. Build it for this torch with: {_BUILD}", stacklevel=2
-    )
-    return None
+        runs = "every op runs as plain torch" if module == "fastif._C" else "ops on CUDA run as plain torch"
+        warnings.warn(
+            f"fastif: {module} could not be loaded ({error}); {runs}, slower. Build it with: {_BUILD}", stacklevel=3
+        )
+        return None
 
 
-extension = _load()
-compiled = extension is not None
-compiled_for_cuda = extension is not None and extension.built_with_cuda()
+def _load_kernels() -> tuple[ModuleType | None, ModuleType | None]:
+    """fastif._C and, where torch has CUDA of the major version that it was built for, fastif._C_cuda."""
+    if os.environ.get("FASTIF_PLAIN") == "1":
+        return None, None
+    kernels = _load("fastif._C")
+    if kernels is None or torch.version.cuda is None:
+        return kernels, None
+    built_for, there = read_built_for("fastif._C_cuda", "CUDA"), torch.version.cuda.split(".")[0]
+    if built_for is not None and built_for != there:
+        warnings.warn(
+            f"fastif: the CUDA kernels were built for CUDA {built_for}, and this torch has CUDA {there}; ops on CUDA "
+            f"run as plain torch, slower. Build them with: {_BUILD}",
+            stacklevel=2,
+        )
+    return kernels, _load("fastif._C_cuda") if built_for == there else None
+
+
+_kernels, _cuda_kernels = _load_kernels()
+_modules = [module for module in (_kernels, _cuda_kernels) if module is not None]
+compiled = _kernels is not None
+compiled_for_cuda = _cuda_kernels is not None
+
+
+_RAISED = {error.__name__: error for error in (ValueError, TypeError, MemoryError, RuntimeError)}
+
+
+def run(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """kernel(...), whose errors are those of Python: csrc/common/errors.h."""
+    try:
+        return kernel(*args, **kwargs)
+    except RuntimeError as error:
+        kind, _, text = str(error).partition(": ")
+        if kind in _RAISED:
+            raise _RAISED[kind](text) from None
+        if kind == "Raised":  # by the progress callback or a signal handler
+            for module in _modules:
+                module.raise_again()
+        raise
+
 
 _definitions = torch.library.Library("fastif", "FRAGMENT")
 if not compiled:
@@ -125,8 +148,8 @@ def poll(done: int, total: int) -> None:
 
 def _report_to(report: Callable[[int, int], object] | None) -> None:
     _thread.report = report
-    if extension is not None:
-        extension.set_progress(report)
+    for module in _modules:
+        module.set_progress(report)
 
 
 @contextmanager
@@ -147,7 +170,7 @@ def build_info() -> dict[str, object]:
         "fastif": __version__,
         "compiled": compiled,
         "cuda": compiled_for_cuda,
-        "isa": extension.isa() if extension is not None else "plain torch",
+        "isa": _kernels.isa() if _kernels is not None else "plain torch",
         "torch": torch.__version__,
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),

@@ -205,7 +205,7 @@ def _check_rules(points, k, start, picks, mask, until_radius):
     axes = "one cloud, one row" if batched else "one row"
     check.require(points.numel() > 0, f"{op}: points must have at least {axes} and one column, got shape {shape}")
     n = points.shape[-2]
-    torch._check_value(1 <= k <= n, lambda: f"{op}: k must be in [1, n={n}], got k={k}")
+    check.require_of_sizes(1 <= k <= n, f"{op}: k must be in [1, n={n}], got k={k}")
 
     check.tensor(op, "start", start)
     check.dtype(op, "start", start, torch.int64)
@@ -216,7 +216,7 @@ def _check_rules(points, k, start, picks, mask, until_radius):
     )
     check.device(op, "start", start, "points", points, or_cpu=True)
     s = start.shape[-1]
-    torch._check_value(s <= k, lambda: f"{op}: k must be at least the number of starts, {s}, got k={k}")
+    check.require_of_sizes(s <= k, f"{op}: k must be at least the number of starts, {s}, got k={k}")
     if mask is not None:
         check.tensor(op, "mask", mask)
         check.dtype(op, "mask", mask, torch.bool)

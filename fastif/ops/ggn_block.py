@@ -52,6 +52,8 @@ def _add_to(op: str, out: Tensor | None, c: int, inputs: tuple[Tensor, ...], ker
     block = "[c, d, c, d]", (c, features.shape[1]) * 2, features.dtype
     result: Tensor = check.call(op, *block, features.new_zeros, block[1]) if out is None else out
     check.tensor(op, "out", result)
+    # Here too: without grad mode the kernels cannot tell.
+    check.require(not result.requires_grad, f"{op}: out must not require grad (the op is not differentiable)")
     check.call(op, *block, kernel, result, *inputs)
     return result
 

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fastif.influence.queries
-from fastif import EKFAC, KFAC, Diagonal, Influence, build_info
+from fastif import EKFAC, KFAC, Diagonal, Influence
 from fastif.curvature import Explicit
 from fastif.curvature.directions import QueryFactors
-from fastif.measure import Measure
+from fastif.measure import MEMORY_BY, Measure
 from fastif.model.gradients import Dense
 from tests.helpers.captures import gradients_of
 from tests.helpers.problems import wide
@@ -176,7 +176,7 @@ def test_factors_suit_where_they_take_half(t, o, d):
     assert QueryFactors.size(Dense(torch.zeros(2, 2, t, d), torch.zeros(2, 2, t, o))) is None  # of groups
 
 
-@pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
+@pytest.mark.skipif(MEMORY_BY != "allocations", reason="memory is counted by fastif._memory")
 def test_factors_take_less_memory_than_matrices():
     g = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 256, 3))

@@ -22,7 +22,7 @@ from fastif import (
     build_info,
 )
 from fastif.curvature.matrix_free.operator import Operator
-from fastif.measure import Measure
+from fastif.measure import MEMORY_BY, Measure
 from fastif.model.capture import Forward
 
 
@@ -59,7 +59,7 @@ def gpt():
     return transformers.GPT2LMHeadModel(config).eval(), torch.randint(0, 300, (600, 16))
 
 
-@pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
+@pytest.mark.skipif(MEMORY_BY != "allocations", reason="memory is counted by fastif._memory")
 @pytest.mark.parametrize("batch_size", [64, 256])
 @pytest.mark.parametrize(
     "curvature",
@@ -78,7 +78,7 @@ def test_peak_memory_of_fit_is_predicted_within_a_fifth(make, curvature, batch_s
     assert 1 / 1.2 <= plan.fit_bytes / work.peak_bytes <= 1.2
 
 
-@pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
+@pytest.mark.skipif(MEMORY_BY != "allocations", reason="memory is counted by fastif._memory")
 @pytest.mark.parametrize("q", [5, 60])
 @pytest.mark.parametrize("form", [{}, {"rank": 2}, {"separable": 1e-2}, {"memory": 1 << 22}], ids=str)
 @pytest.mark.parametrize("make", [mlp, cnn, gpt])
@@ -87,7 +87,7 @@ def test_peak_memory_of_scores_is_predicted_within_a_fifth(make, form, q):
     _check_scores(make, curvature, q, form.get("rank"), memory=form.get("memory", 1 << 27))
 
 
-@pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
+@pytest.mark.skipif(MEMORY_BY != "allocations", reason="memory is counted by fastif._memory")
 @pytest.mark.parametrize(
     "curvature",
     [KFAC(1e-3), Diagonal(1e-3), ExactBlock(1e-3), DataInf(1e-3), RandomProjection(64), Identity()],
@@ -98,7 +98,7 @@ def test_peak_memory_of_scores_is_predicted_whatever_the_curvature(curvature):
     _check_scores(transformer, curvature, 50, None, layers=layers)
 
 
-@pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
+@pytest.mark.skipif(MEMORY_BY != "allocations", reason="memory is counted by fastif._memory")
 def test_peak_memory_of_scores_is_predicted_with_checkpoints():
     _check_scores(cnn, EKFAC(1e-3, "empirical"), 50, None, checkpoints=[cnn()[0].state_dict()] * 2)
 
@@ -124,7 +124,7 @@ def _check_scores(make, curvature, q, rank, **arguments):
     assert 1 / 1.2 <= plan.self_bytes / peaks[1] <= 1.2
 
 
-@pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
+@pytest.mark.skipif(MEMORY_BY != "allocations", reason="memory is counted by fastif._memory")
 @pytest.mark.parametrize(
     "curvature",
     [EKFAC(1e-2, "empirical"), KFAC(1e-2, "empirical"), Diagonal(1e-2, "empirical")],
@@ -146,7 +146,7 @@ def test_what_is_too_large_to_be_rehearsed_is_computed_within_a_fifth(curvature,
     assert 1 / 1.2 <= plan.score_bytes / scoring.peak_bytes <= 1.2
 
 
-@pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
+@pytest.mark.skipif(MEMORY_BY != "allocations", reason="memory is counted by fastif._memory")
 def test_a_plan_takes_little_of_what_it_warns_of(monkeypatch):
     """The head's block would take an eighth of a terabyte, and a thousand classes a thousand backward passes."""
     data, passes = (torch.randn(64, 512), torch.arange(64)), []
@@ -263,7 +263,7 @@ def test_products_take_at_most_the_operations_of_the_plan(make, made, monkeypatc
     assert sum(counted) <= 1.001 * plan.solve_flops <= 1.6 * sum(counted)
 
 
-@pytest.mark.skipif(not build_info()["compiled"], reason="memory is counted by the compiled extension")
+@pytest.mark.skipif(MEMORY_BY != "allocations", reason="memory is counted by fastif._memory")
 @pytest.mark.parametrize("made", MULTIPLYING, ids=lambda made: type(made).__name__)
 @pytest.mark.parametrize("make", [mlp, cnn])
 @pytest.mark.filterwarnings("ignore::fastif.NotConverged")

@@ -148,15 +148,14 @@ def test_farthest_first_polls_on_the_way_and_can_be_stopped(kernel):
         assert total == k
         seen.append(done)
 
-    extension = _library.extension
     try:
-        extension.set_progress(remember)
+        _library._report_to(remember)
         picks = farthest_first(x, k).indices
-        extension.set_progress(lambda done, total: 1 / 0)
+        _library._report_to(lambda done, total: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             farthest_first(x, k)
     finally:
-        extension.set_progress(None)
+        _library._report_to(None)
     assert seen == sorted(seen)
     assert torch.equal(picks[:300].cpu(), farthest_first(x.cpu(), 300).indices)
 

@@ -1,16 +1,10 @@
 #include "axes.h"
 
-#include <ATen/ops/arange.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/eye.h>
-#include <ATen/ops/linalg_qr.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
-
 #include <algorithm>
 #include <cmath>
 #include <numbers>
 
+#include "../../common/products.h"
 #include "../../common/simd.h"
 
 namespace fastif {
@@ -56,8 +50,8 @@ double centre(const double* x, const double* mu, double unit, int64_t d, float* 
 }
 
 // An orthogonal matrix that spreads the large coordinates over all: a row's code has one scale for all of them.
-at::Tensor cosines(int64_t a) {
-  const auto out = at::empty({a, a}, at::kFloat);
+Tensor cosines(int64_t a) {
+  const auto out = empty({a, a}, kFloat);
   float* to = out.mutable_data_ptr<float>();
   const auto size = static_cast<double>(a);
   for (int64_t i = 0; i < a; ++i) {
@@ -69,33 +63,41 @@ at::Tensor cosines(int64_t a) {
   return out;
 }
 
+// Columns that span what those of x [d, axes] do.
+Tensor orthonormal(const Tensor& x) { return call_for_two("aten::linalg_qr", "", x, std::string("reduced")).first; }
+
 }  // namespace
 
-Axes::Axes(const at::Tensor& points, const at::Tensor& mu, double unit)
+Axes::Axes(const Tensor& points, const Tensor& mu, double unit)
     : d_(points.size(1)), unit_(unit), codes_(best_codes(false)), mu_(mu) {
   const int64_t n = points.size(0), rows = std::min(n, kSample);
   axes_ = std::min({kAxes, d_, rows});
-  const auto sample = at::empty({rows, d_}, at::kFloat);
+  const auto sample = empty({rows, d_}, kFloat);
   for (int64_t i = 0; i < rows; ++i) {
     float* z = sample.mutable_data_ptr<float>() + i * d_;
     const int64_t offset = i * n / rows * d_;
-    if (points.scalar_type() == at::kFloat) {
+    if (points.scalar_type() == kFloat) {
       centre(points.const_data_ptr<float>() + offset, mu.const_data_ptr<double>(), unit, d_, z);
     } else {
       centre(points.const_data_ptr<double>() + offset, mu.const_data_ptr<double>(), unit, d_, z);
     }
   }
-  const auto starts = at::arange(axes_, at::kLong).mul(rows).floor_divide(axes_);
-  auto space = std::get<0>(at::linalg_qr(sample.index_select(0, starts).t()));  // [d, axes]
-  for (int i = 0; i < kIterations; ++i) {
-    space = std::get<0>(at::linalg_qr(at::mm(sample.t(), at::mm(sample, space))));
-  }
-  space = at::mm(space, cosines(axes_));
-  packed_ = at::zeros({d_, kGroup}, space.options());
+  const auto starts = empty({axes_, d_}, sample);
+  for (int64_t i = 0; i < axes_; ++i) starts[i].copy_(sample[i * rows / axes_]);
+  auto space = orthonormal(starts.t());  // [d, axes]
+  for (int i = 0; i < kIterations; ++i) space = orthonormal(mm(sample.t(), mm(sample, space)));
+  space = mm(space, cosines(axes_));
+  packed_ = zeros({d_, kGroup}, sample);
   packed_.narrow(1, 0, axes_).copy_(space);
-  const auto v = space.to(at::kDouble);
-  const double error = at::mm(v.t(), v).sub(at::eye(axes_, v.options())).norm().item<double>() +
-                       64 * static_cast<double>(d_ + 16) * 0x1p-53;
+  const auto v = space.to(kDouble), product = mm(v.t(), v);
+  double sq_error = 0;
+  for (int64_t i = 0; i < axes_; ++i) {
+    for (int64_t j = 0; j < axes_; ++j) {
+      const double entry = product.const_data_ptr<double>()[i * axes_ + j] - (i == j ? 1 : 0);
+      sq_error += entry * entry;
+    }
+  }
+  const double error = std::sqrt(sq_error) + 64 * static_cast<double>(d_ + 16) * 0x1p-53;
   usable_ = error <= 0x1p-10;
   delta_ = error * (1 + error);
   kappa_ = 2 * error + 2.2 * 8.1 * (kChain + 2) * 0x1p-24 + 64 * static_cast<double>(d_ + 64) * 0x1p-53;

@@ -17,10 +17,9 @@
 // costs.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 
+#include "../../common/tensor.h"
 #include "dots.h"
 
 namespace fastif {
@@ -31,7 +30,7 @@ class Axes {
   static constexpr int64_t kChain = 128;
 
   // Axes of points [n, d], contiguous float32 or float64, whose distances from mu [d] are at most 2 / unit.
-  Axes(const at::Tensor& points, const at::Tensor& mu, double unit);
+  Axes(const Tensor& points, const Tensor& mu, double unit);
   bool usable() const { return usable_; }
   int64_t coordinates() const { return axes_ + 1; }
   double unit() const { return unit_; }
@@ -49,8 +48,8 @@ class Axes {
   double unit_, delta_, kappa_;
   bool usable_;
   Codes codes_;
-  at::Tensor mu_;      // [d] float64
-  at::Tensor packed_;  // V, float32 [d, kGroup]: one group of centres, zeros past the last axis
+  Tensor mu_;      // [d] float64
+  Tensor packed_;  // V, float32 [d, kGroup]: one group of centres, zeros past the last axis
 };
 
 }  // namespace fastif

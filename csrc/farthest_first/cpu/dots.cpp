@@ -136,7 +136,7 @@ __attribute__((target("avx512f,avx512vnni"))) int32_t pair_vnni(const char* row,
 }
 #endif
 
-// Any processor. Not a call of at::mm: its precision is a setting that the user may lower.
+// Any processor. Not a call of torch's product: its precision is a setting that the user may lower.
 FASTIF_CLONES void dots_generic(const char* const* rows, const char* packed, int64_t steps, int vectors, char* out) {
   for (int v = 0; v < vectors; ++v) {
     float sum[kTileRows][kVector] = {};

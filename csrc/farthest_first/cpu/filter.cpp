@@ -1,7 +1,5 @@
 #include "filter.h"
 
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -218,19 +216,19 @@ std::optional<FilterKind> filter_named(const std::string& name) {
 
 FilterKind best_filter(int64_t d) { return {best_codes(d <= Filter::kMaxDimInt8), FilterKind::Stage::sampled}; }
 
-Filter::Filter(const at::Tensor& points, Codes codes) : kind_(codes), d_(points.size(1)) {
+Filter::Filter(const Tensor& points, Codes codes) : kind_(codes), d_(points.size(1)) {
   allocate(points.size(0));
-  if (points.scalar_type() == at::kFloat) {
+  if (points.scalar_type() == kFloat) {
     encode<float>(points);
   } else {
     encode<double>(points);
   }
 }
 
-Filter::Filter(const at::Tensor& points, Codes codes, const Axes& axes)
+Filter::Filter(const Tensor& points, Codes codes, const Axes& axes)
     : kind_(codes), d_(axes.coordinates()), unit_(axes.unit() / 32), stretch_(axes.stretch()) {
   allocate(points.size(0));
-  if (points.scalar_type() == at::kFloat) {
+  if (points.scalar_type() == kFloat) {
     encode<float>(points, axes);
   } else {
     encode<double>(points, axes);
@@ -241,11 +239,11 @@ void Filter::allocate(int64_t n) {
   const bool integer = holds_int8(kind_);
   steps_ = integer ? (d_ + 3) / 4 : d_;
   slack_ = 0x1p-20 + (integer ? 0 : 1.25 * static_cast<double>(d_ + 1) * 0x1p-24);
-  mu_ = at::empty({d_}, at::kDouble);
+  mu_ = empty({d_}, kDouble);
   const auto take = [&](int64_t count, auto example) {
     using E = decltype(example);
     const auto bytes = count * static_cast<int64_t>(sizeof(E));
-    storage_.push_back(at::empty({bytes}, at::kByte));
+    storage_.push_back(empty({bytes}, kByte));
     return reinterpret_cast<E*>(storage_.back().mutable_data_ptr<uint8_t>());
   };
   codes_ = take(n * kUnit * steps_, char{});
@@ -272,7 +270,7 @@ void Filter::encode_row(int64_t i, const T* row, double error) {
 }
 
 template <typename T>
-void Filter::encode(const at::Tensor& points) {
+void Filter::encode(const Tensor& points) {
   const T* x = points.const_data_ptr<T>();
   const int64_t n = points.size(0), grain = std::max<int64_t>(1, 65536 / d_);
   const double* mu = mu_.const_data_ptr<double>();
@@ -292,7 +290,7 @@ void Filter::encode(const at::Tensor& points) {
 }
 
 template <typename T>
-void Filter::encode(const at::Tensor& points, const Axes& axes) {
+void Filter::encode(const Tensor& points, const Axes& axes) {
   const T* x = points.const_data_ptr<T>();
   const int64_t n = points.size(0), d = points.size(1), sample = std::min(n, kMiddleRows);
   std::vector<float> room(kRows * d);

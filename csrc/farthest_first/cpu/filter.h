@@ -41,8 +41,6 @@
 // the axes at most 64 + 16 bytes a row more for int8 codes, 256 + 12 for float32.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <optional>
@@ -73,10 +71,10 @@ class Filter {
   static constexpr int64_t kMinBlock = 256, kMaxBlock = 1024;
 
   // Encodes points [n, d], contiguous float32 or float64, or their coordinates along the axes.
-  Filter(const at::Tensor& points, Codes codes);
-  Filter(const at::Tensor& points, Codes codes, const Axes& axes);
+  Filter(const Tensor& points, Codes codes);
+  Filter(const Tensor& points, Codes codes, const Axes& axes);
   bool usable() const { return usable_; }
-  const at::Tensor& mu() const { return mu_; }
+  const Tensor& mu() const { return mu_; }
   double length_unit() const { return unit_; }
 
   // Centres packed at a time: more where codes are short, as they should stay in the second-level cache.
@@ -112,9 +110,9 @@ class Filter {
   }
   void allocate(int64_t n);
   template <typename T>
-  void encode(const at::Tensor& points);
+  void encode(const Tensor& points);
   template <typename T>
-  void encode(const at::Tensor& points, const Axes& axes);
+  void encode(const Tensor& points, const Axes& axes);
   template <typename T>
   void encode_row(int64_t i, const T* row, double error);
   double beta(int64_t pick) const;
@@ -124,8 +122,8 @@ class Filter {
   double slack_;       // lambda
   bool usable_ = true;
   double unit_ = 1, stretch_ = 1;
-  at::Tensor mu_;                                          // [d] float64
-  std::vector<at::Tensor> storage_;                        // of what follows
+  Tensor mu_;                                              // [d] float64
+  std::vector<Tensor> storage_;                            // of what follows
   char* codes_;                                            // [n, 4 steps]
   int32_t* offset_;                                        // [n]: -128 sum q
   float *scale_, *sq_norm_, *residual_;                    // [n]: s, Q, e, in units

@@ -1,8 +1,4 @@
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <atomic>
@@ -136,10 +132,10 @@ Choice choose(int64_t d) {
   if (forced == "plain") return {Choice::Kernel::plain, best_filter(d)};
   if (forced == "lazy") return {Choice::Kernel::lazy, best_filter(d)};
   const auto named = forced.starts_with("lazy:") ? filter_named(forced.substr(5)) : std::nullopt;
-  TORCH_CHECK_VALUE(named, "farthest_first: FASTIF_KCENTER must be plain, lazy or lazy:FILTER with a filter of this ",
-                    "processor (vnni, avxvnni, int8, avx512, avx2, generic, each also with +axes), got ", forced);
-  TORCH_CHECK_VALUE(!holds_int8(named->codes) || d <= Filter::kMaxDimInt8, "farthest_first: FASTIF_KCENTER=", forced,
-                    " holds int8 codes and needs d <= ", Filter::kMaxDimInt8, ", got d=", d);
+  CHECK_VALUE(named, "farthest_first: FASTIF_KCENTER must be plain, lazy or lazy:FILTER with a filter of this ",
+              "processor (vnni, avxvnni, int8, avx512, avx2, generic, each also with +axes), got ", forced);
+  CHECK_VALUE(!holds_int8(named->codes) || d <= Filter::kMaxDimInt8, "farthest_first: FASTIF_KCENTER=", forced,
+              " holds int8 codes and needs d <= ", Filter::kMaxDimInt8, ", got d=", d);
   return {Choice::Kernel::lazy, *named};
 }
 
@@ -150,7 +146,7 @@ void run_cloud(const FarthestFirstArguments& arguments, const Choice& choice, in
                const FarthestFirstResults& results) {
   const int64_t n = arguments.n(), d = arguments.d(), k = arguments.k, count = arguments.counts[j];
   const int64_t* start = arguments.start.const_data_ptr<int64_t>() + j * arguments.starts();
-  const bool* mask = arguments.mask.defined() ? arguments.mask.const_data_ptr<bool>() + j * n : nullptr;
+  const bool* mask = arguments.mask ? arguments.mask->const_data_ptr<bool>() + j * n : nullptr;
   const auto& [indices_tensor, sq_radii_tensor, sq_dists_tensor, nearest_tensor] = results;
   int64_t* indices = indices_tensor.mutable_data_ptr<int64_t>() + j * k;
   double* sq_radii = sq_radii_tensor.mutable_data_ptr<double>() + j * k;
@@ -159,12 +155,12 @@ void run_cloud(const FarthestFirstArguments& arguments, const Choice& choice, in
   const T* points = arguments.points.const_data_ptr<T>() + j * n * d;
 
   std::vector<int64_t> rows, start_there;  // the points' rows, where they do not stand first
-  at::Tensor copy;
+  Tensor copy;
   if (mask && !std::all_of(mask, mask + count, [](bool is_point) { return is_point; })) {
     for (int64_t i = 0; i < n; ++i) {
       if (mask[i]) rows.push_back(i);
     }
-    copy = at::empty({count, d}, arguments.points.options());
+    copy = empty({count, d}, arguments.points);
     T* to = copy.mutable_data_ptr<T>();
     Progress::parallel_for(0, count, std::max<int64_t>(1, 65536 / d), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) std::copy_n(points + rows[i] * d, d, to + i * d);
@@ -201,25 +197,22 @@ void run_cloud(const FarthestFirstArguments& arguments, const Choice& choice, in
   }
 }
 
-FarthestFirstResults farthest_first_cpu(const at::Tensor& points, int64_t k, const at::Tensor& start,
-                                        const std::optional<at::Tensor>& picks, const std::optional<at::Tensor>& mask,
+FarthestFirstResults farthest_first_cpu(const Tensor& points, int64_t k, const Tensor& start,
+                                        const std::optional<Tensor>& picks, const std::optional<Tensor>& mask,
                                         std::optional<double> until_radius) {
-  // The axes are found by tensor operations, which the caller's autograd and autocast are no part of.
-  const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto arguments = check_farthest_first(points, k, start, picks, mask, until_radius);
   const Choice choice = choose(arguments.d());
-  const bool is_float = arguments.points.scalar_type() == at::kFloat;
-  const auto i64 = arguments.points.options().dtype(at::kLong), f64 = arguments.points.options().dtype(at::kDouble);
+  const bool is_float = arguments.points.scalar_type() == kFloat;
   const auto per_pick = arguments.shape(k), per_point = arguments.shape(arguments.n());
-  FarthestFirstResults results{at::empty(per_pick, i64), at::empty(per_pick, f64), at::empty(per_point, f64),
-                               at::zeros(per_point, i64)};
+  FarthestFirstResults results{empty(per_pick, kLong), empty(per_pick, kDouble), empty(per_point, kDouble),
+                               empty(per_point, kLong)};
+  std::fill_n(std::get<3>(results).mutable_data_ptr<int64_t>(), std::get<3>(results).numel(), 0);
 
   const Progress progress(std::accumulate(arguments.picks.begin(), arguments.picks.end(), int64_t{0}));
   const auto run = [&](int64_t j) {
     is_float ? run_cloud<float>(arguments, choice, j, results) : run_cloud<double>(arguments, choice, j, results);
   };
-  if (arguments.clouds() >= at::get_num_threads()) {
+  if (arguments.clouds() >= num_threads()) {
     Progress::for_each(arguments.clouds(), run);
   } else {  // the threads share the rows of each
     for (int64_t j = 0; j < arguments.clouds(); ++j) run(j);
@@ -231,6 +224,6 @@ FarthestFirstResults farthest_first_cpu(const at::Tensor& points, int64_t k, con
 
 static_assert(std::is_same_v<decltype(farthest_first_cpu), FarthestFirstOp>);
 
-TORCH_LIBRARY_IMPL(fastif, CPU, m) { m.impl("farthest_first", farthest_first_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(fastif, CPU, m) { m.impl("farthest_first", TORCH_BOX(&Stable<farthest_first_cpu>::call)); }
 
 }  // namespace fastif

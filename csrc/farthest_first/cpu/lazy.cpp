@@ -14,9 +14,6 @@
 // Threads share out the rows of a pass, and a row's result depends on nothing else: no bit depends on their number.
 #include "lazy.h"
 
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/tensor.h>
-
 #include <algorithm>
 #include <bit>
 #include <iterator>
@@ -78,7 +75,7 @@ bool settled(const double*, const double*, int64_t, double) { return false; }
 template <typename T>
 class Traversal {
  public:
-  Traversal(Cloud<T>& cloud, const at::Tensor& points, Filter& filter, FilterKind kind)
+  Traversal(Cloud<T>& cloud, const Tensor& points, Filter& filter, FilterKind kind)
       : cloud_(cloud),
         points_(points),
         x_(cloud.points),
@@ -116,7 +113,7 @@ class Traversal {
   // The point farthest from picks 0..t: one is left, as t + 1 < picks <= n.
   Farthest next_after(int64_t t) {
     const T* centre = x_ + indices_[t] * d_;
-    at::parallel_for(0, std::ssize(pool_), std::max<int64_t>(8, 262144 / d_), [&](int64_t begin, int64_t end) {
+    parallel_for(0, std::ssize(pool_), std::max<int64_t>(8, 262144 / d_), [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; ++m) compare(pool_[m].index, centre, t);
     });
     Farthest next = best_of_pool();
@@ -285,7 +282,11 @@ class Traversal {
     for (int64_t i = 0; i < kTrialRows; ++i) rows[i] = i * n_ / kTrialRows;
     std::copy_n(indices_ + last - kTrialPicks, kTrialPicks, rows.begin() + kTrialRows);
     std::iota(centres.begin(), centres.end(), kTrialRows);
-    Filter trial(points_.index_select(0, at::tensor(rows)), kind_.codes, axes());
+    const auto sample = empty({std::ssize(rows), d_}, points_);
+    for (int64_t i = 0; i < std::ssize(rows); ++i) {
+      std::copy_n(x_ + rows[i] * d_, d_, sample.template mutable_data_ptr<T>() + i * d_);
+    }
+    Filter trial(sample, kind_.codes, axes());
     trial.pack(centres.data(), kTrialPicks);
     int64_t undecided = 0;
     Dots dots;
@@ -306,7 +307,7 @@ class Traversal {
   }
 
   Cloud<T>& cloud_;
-  const at::Tensor& points_;
+  const Tensor& points_;
   const T* x_;
   int64_t n_, d_;
   Filter& filter_;
@@ -325,8 +326,7 @@ class Traversal {
 template <typename T>
 std::optional<int64_t> lazy(Cloud<T>& cloud, FilterKind kind) {
   if (cloud.d > Filter::kMaxDim) return std::nullopt;
-  const auto points =
-      at::from_blob(const_cast<T*>(cloud.points), {cloud.n, cloud.d}, c10::CppTypeToScalarType<T>::value);
+  const auto points = tensor_at(cloud.points, {cloud.n, cloud.d});
   Filter filter(points, kind.codes);
   if (!filter.usable()) return std::nullopt;
   return Traversal<T>(cloud, points, filter, kind).run();

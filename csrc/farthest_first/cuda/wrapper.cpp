@@ -1,9 +1,4 @@
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -14,6 +9,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "../../common/cuda.h"
 #include "../../common/poll.h"
 #include "../farthest_first.h"
 #include "launch.h"
@@ -35,8 +31,7 @@ std::optional<bool> forced_lazy() {
   const std::string forced = set ? set : "";
   if (forced.empty()) return std::nullopt;
   const bool lazy = forced == "lazy" || forced.starts_with("lazy:");
-  TORCH_CHECK_VALUE(forced == "plain" || lazy, "farthest_first: FASTIF_KCENTER must be plain or lazy on CUDA, got ",
-                    forced);
+  CHECK_VALUE(forced == "plain" || lazy, "farthest_first: FASTIF_KCENTER must be plain or lazy on CUDA, got ", forced);
   return lazy;
 }
 
@@ -47,21 +42,20 @@ bool lazy_pays(int64_t n, int64_t d, int64_t k) { return k >= 64 && d >= 16 && n
 template <typename T>
 class Run {
  public:
-  Run(const FarthestFirstArguments& arguments, at::Tensor& indices, at::Tensor& sq_radii, at::Tensor& sq_dists,
-      at::Tensor& nearest)
+  Run(const FarthestFirstArguments& arguments, Tensor& indices, Tensor& sq_radii, Tensor& sq_dists, Tensor& nearest)
       : a_(arguments),
         points_(a_.points.const_data_ptr<T>()),
         starts_(a_.start.to(a_.points.device())),
         progress_(bytes(a_.clouds() * static_cast<int64_t>(sizeof(CloudProgress)))),
         total_(std::accumulate(a_.picks.begin(), a_.picks.end(), int64_t{0})),
-        stream_(c10::cuda::getCurrentCUDAStream(a_.points.get_device())) {
+        stream_(stream_of(a_.points)) {
     clouds_ = {.n = a_.n(),
                .d = a_.d(),
                .k = a_.k,
                .given = a_.starts(),
                .starts = starts_.const_data_ptr<int64_t>(),
                .picks = nullptr,
-               .mask = a_.mask.defined() ? a_.mask.const_data_ptr<bool>() : nullptr,
+               .mask = a_.mask ? a_.mask->const_data_ptr<bool>() : nullptr,
                .stop = a_.until_sq_radius,
                .indices = indices.mutable_data_ptr<int64_t>(),
                .sq_radii = sq_radii.mutable_data_ptr<double>(),
@@ -72,12 +66,12 @@ class Run {
 
   void operator()(std::optional<bool> forced) {
     const int64_t b = a_.clouds(), most = *std::max_element(a_.picks.begin(), a_.picks.end());
-    C10_CUDA_CHECK(farthest_first_plan<T>(a_.n(), a_.d(), a_.points.get_device(), &plan_));
+    STD_CUDA_CHECK(farthest_first_plan<T>(a_.n(), a_.d(), a_.points.get_device(), &plan_));
     LazyPlan lazy;
     if (forced.value_or(lazy_pays(a_.n(), a_.d(), most)))
-      C10_CUDA_CHECK(farthest_first_lazy_plan<T>(a_.n(), a_.d(), a_.points.get_device(), &lazy));
+      STD_CUDA_CHECK(farthest_first_lazy_plan<T>(a_.n(), a_.d(), a_.points.get_device(), &lazy));
     farthest_first_begin(clouds_, b, stream_);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
     if (lazy.usable) {
       for (int64_t j = 0; j < b; ++j) run_lazy(j, lazy);
     } else if (block_pick_seconds() < static_cast<double>(b) * grid_pick_seconds()) {
@@ -86,11 +80,11 @@ class Run {
       for (int64_t j = 0; j < b; ++j) run_grid(j);
     }
     farthest_first_end(clouds_, b, stream_);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
  private:
-  at::Tensor bytes(int64_t count) const { return at::empty({count}, a_.points.options().dtype(at::kByte)); }
+  Tensor bytes(int64_t count) const { return empty({count}, kByte, a_.points.device()); }
 
   double cloud_bytes() const { return static_cast<double>(a_.n()) * static_cast<double>(a_.d()) * sizeof(T); }
   double grid_pick_seconds() const { return kGridPick + cloud_bytes() / kBandwidth; }
@@ -108,7 +102,7 @@ class Run {
     seconds_ += seconds;
     if (seconds_ < kPollSeconds) return false;
     seconds_ = 0;
-    const auto copy = progress_.to(at::kCPU);  // waits for the stream
+    const auto copy = progress_.cpu();  // waits for the stream
     const auto* progress = reinterpret_cast<const CloudProgress*>(copy.const_data_ptr<uint8_t>());
     int64_t made = 0;
     for (int64_t j = 0; j < a_.clouds(); ++j) made += progress[j].made;
@@ -129,32 +123,32 @@ class Run {
   }
 
   void run_grid(int64_t j) {
-    if (!slots_.defined()) slots_ = bytes(plan_.slot_bytes);
+    if (!slots_) slots_ = bytes(plan_.slot_bytes);
     in_parts(grid_pick_seconds(), a_.picks[j], j, j + 1, [&](int64_t last) {
-      C10_CUDA_CHECK(farthest_first_launch<T>(plan_, points(j), clouds_.one(j, a_.picks[j]), last,
-                                              slots_.mutable_data_ptr(), stream_));
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      STD_CUDA_CHECK(farthest_first_launch<T>(plan_, points(j), clouds_.one(j, a_.picks[j]), last,
+                                              slots_->mutable_data_ptr(), stream_));
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   }
 
   void run_blocks(int64_t most) {
-    const auto on_host = at::empty({a_.clouds()}, at::TensorOptions().dtype(at::kLong));
+    const auto on_host = empty({a_.clouds()}, kLong);
     std::copy(a_.picks.begin(), a_.picks.end(), on_host.mutable_data_ptr<int64_t>());
     const auto picks = on_host.to(a_.points.device());
     Clouds clouds = clouds_;
     clouds.picks = picks.const_data_ptr<int64_t>();
     in_parts(block_pick_seconds(), most, 0, a_.clouds(), [&](int64_t last) {
       farthest_first_launch_blocks<T>(points_, clouds, a_.clouds(), last, stream_);
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
   }
 
   void run_lazy(int64_t j, const LazyPlan& plan) {
-    if (!scratch_.defined()) scratch_ = bytes(plan.scratch_bytes);
-    void* const scratch = scratch_.mutable_data_ptr();
+    if (!scratch_) scratch_ = bytes(plan.scratch_bytes);
+    void* const scratch = scratch_->mutable_data_ptr();
     const Clouds cloud = clouds_.one(j, a_.picks[j]);
     farthest_first_lazy_begin<T>(plan, points(j), cloud, scratch, stream_);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
     // Where the filter settles nothing, the lazy kernel costs somewhat more than the plain one. If even so it is done
     // soon, it is left alone; else it is stopped in time to poll, until it says that it is done.
     const double seconds = 2 * grid_pick_seconds() * static_cast<double>(cloud.k);
@@ -162,14 +156,15 @@ class Run {
     const uint64_t budget =
         short_run ? std::numeric_limits<uint64_t>::max() : static_cast<uint64_t>(kPollSeconds * 1e9);
     do {
-      C10_CUDA_CHECK(farthest_first_lazy_launch<T>(plan, points(j), cloud, scratch, budget, stream_));
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
+      STD_CUDA_CHECK(farthest_first_lazy_launch<T>(plan, points(j), cloud, scratch, budget, stream_));
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
     } while (!queued(short_run ? seconds : kPollSeconds, j, j + 1) && !short_run);
   }
 
   const FarthestFirstArguments& a_;
   const T* points_;
-  at::Tensor starts_, progress_, slots_, scratch_;
+  Tensor starts_, progress_;
+  std::optional<Tensor> slots_, scratch_;
   int64_t total_;
   cudaStream_t stream_;
   Clouds clouds_;
@@ -177,17 +172,18 @@ class Run {
   double seconds_ = 0;  // of work queued since the last poll
 };
 
-FarthestFirstResults farthest_first_cuda(const at::Tensor& points, int64_t k, const at::Tensor& start,
-                                         const std::optional<at::Tensor>& picks, const std::optional<at::Tensor>& mask,
+FarthestFirstResults farthest_first_cuda(const Tensor& points, int64_t k, const Tensor& start,
+                                         const std::optional<Tensor>& picks, const std::optional<Tensor>& mask,
                                          std::optional<double> until_radius) {
   const auto arguments = check_farthest_first(points, k, start, picks, mask, until_radius);
   const auto forced = forced_lazy();
-  const c10::cuda::CUDAGuard guard(points.device());
+  const OnDeviceOf guard(points);
   check_farthest_first_points(arguments);
-  const auto i64 = points.options().dtype(at::kLong), f64 = points.options().dtype(at::kDouble);
-  auto indices = at::empty(arguments.shape(k), i64), nearest = at::empty(arguments.shape(arguments.n()), i64);
-  auto sq_radii = at::empty(arguments.shape(k), f64), sq_dists = at::empty(arguments.shape(arguments.n()), f64);
-  if (arguments.points.scalar_type() == at::kFloat) {
+  const auto per_pick = arguments.shape(k), per_point = arguments.shape(arguments.n());
+  const auto made = [&](const Sizes& sizes, ScalarType type) { return empty(sizes, type, points.device()); };
+  auto indices = made(per_pick, kLong), nearest = made(per_point, kLong);
+  auto sq_radii = made(per_pick, kDouble), sq_dists = made(per_point, kDouble);
+  if (arguments.points.scalar_type() == kFloat) {
     Run<float>(arguments, indices, sq_radii, sq_dists, nearest)(forced);
   } else {
     Run<double>(arguments, indices, sq_radii, sq_dists, nearest)(forced);
@@ -199,6 +195,6 @@ FarthestFirstResults farthest_first_cuda(const at::Tensor& points, int64_t k, co
 
 static_assert(std::is_same_v<decltype(farthest_first_cuda), FarthestFirstOp>);
 
-TORCH_LIBRARY_IMPL(fastif, CUDA, m) { m.impl("farthest_first", farthest_first_cuda); }
+STABLE_TORCH_LIBRARY_IMPL(fastif, CUDA, m) { m.impl("farthest_first", TORCH_BOX(&Stable<farthest_first_cuda>::call)); }
 
 }  // namespace fastif

@@ -340,7 +340,7 @@ void add_tile_of_few(const Problem& problem, const Tile& tile) {
 
 // The lower triangle in tiles: as tall as leaves every thread some of them.
 std::vector<Tile> tiles_of(int64_t d, int64_t width) {
-  const int64_t wanted = d * (d + 1) / 2 / (2 * width * at::get_num_threads());
+  const int64_t wanted = d * (d + 1) / 2 / (2 * width * num_threads());
   const int64_t most = std::clamp(wanted, kLeastRows, kMostRows);
   std::vector<Tile> tiles;
   for (int64_t k0 = 0; k0 < d; k0 += width) {

@@ -7,8 +7,6 @@
 // ever larger than a cache holds, and each product x_ij x_ik serves all pairs of classes.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 
 namespace fastif {

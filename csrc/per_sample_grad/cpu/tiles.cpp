@@ -1,9 +1,5 @@
 #include "tiles.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -159,7 +155,7 @@ void pack_columns(const T* x, int64_t t, int64_t columns, int64_t first, int64_t
 template <typename T>
 class Tiles {
  public:
-  Tiles(const at::Tensor& inputs, const at::Tensor& output_grads) : kernels_(best_kernels<T>()) {
+  Tiles(const Tensor& inputs, const Tensor& output_grads) : kernels_(best_kernels<T>()) {
     n = inputs.size(0), t = inputs.size(1);
     const T *a = inputs.const_data_ptr<T>(), *u = output_grads.const_data_ptr<T>();
     const int64_t d = inputs.size(2), o = output_grads.size(2);
@@ -230,19 +226,19 @@ class Tiles {
 // Calls work(task, scratch) for every task; the scratch is the thread's.
 template <typename T, typename Work>
 void for_tasks_with(int64_t scratch_size, int64_t tasks, Work work) {
-  const at::Tensor scratch = at::empty({threads_for(tasks), scratch_size}, c10::CppTypeToScalarType<T>::value);
+  const Tensor scratch = empty({threads_for(tasks), scratch_size}, type_of<T>);
   T* const memory = scratch.mutable_data_ptr<T>();
   for_tasks(tasks, [&](int64_t task, int64_t thread) { work(task, memory + thread * scratch_size); });
 }
 
 // A task owns one region over one of `slabs` equal ranges of the examples (several where regions alone are few).
 template <typename T>
-void add_squares(const at::Tensor& inputs, const at::Tensor& output_grads, const T* weights, T* out) {
+void add_squares(const Tensor& inputs, const Tensor& output_grads, const T* weights, T* out) {
   const Tiles<T> tiles(inputs, output_grads);
   const int64_t slabs =
       std::clamp<int64_t>(kTasks / tiles.regions(), 1, std::clamp<int64_t>(tiles.n * tiles.t / kSlabRows, 1, tiles.n));
   const int64_t size = tiles.tile_size(), all = tiles.x_panels * tiles.y_panels * size;
-  const at::Tensor sums = at::zeros({slabs, all}, inputs.options());  // tile after tile
+  const Tensor sums = zeros({slabs, all}, inputs);  // tile after tile
   T* const sum = sums.mutable_data_ptr<T>();
   const int64_t packed = tiles.packed_size(), own = tiles.region_rows * tiles.region_columns * size;
   for_tasks_with<T>(packed + own, slabs * tiles.regions(), [&](int64_t task, T* scratch) {
@@ -270,7 +266,7 @@ void add_squares(const at::Tensor& inputs, const at::Tensor& output_grads, const
     }
   });
   const int64_t d = inputs.size(2);
-  at::parallel_for(0, tiles.y_panels, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tiles.y_panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t q = begin; q < end; ++q) {
       for (int64_t p = 0; p < tiles.x_panels; ++p) {
         tiles.entries(p, q, [&](int64_t row, int64_t column, int64_t e) {
@@ -285,11 +281,10 @@ void add_squares(const at::Tensor& inputs, const at::Tensor& output_grads, const
 
 // A task owns one region of a few neighbouring examples.
 template <typename T>
-void sq_norms(const at::Tensor& inputs, const at::Tensor& output_grads, const std::optional<at::Tensor>& scale,
-              T* out) {
+void sq_norms(const Tensor& inputs, const Tensor& output_grads, const std::optional<Tensor>& scale, T* out) {
   const Tiles<T> tiles(inputs, output_grads);
   const int64_t size = tiles.tile_size();
-  const at::Tensor factors = at::zeros({scale ? tiles.x_panels * tiles.y_panels : 1, size}, inputs.options());
+  const Tensor factors = zeros({scale ? tiles.x_panels * tiles.y_panels : 1, size}, inputs);
   T* const factor = factors.mutable_data_ptr<T>();
   if (scale) {
     const T* const from = scale->const_data_ptr<T>();
@@ -305,7 +300,7 @@ void sq_norms(const at::Tensor& inputs, const at::Tensor& output_grads, const st
   }
   const int64_t group = std::max<int64_t>(1, (1 << 18) / (tiles.t * tiles.region_rows * tiles.region_columns * size));
   const int64_t groups = ceil_div(tiles.n, group);
-  const at::Tensor parts = at::empty({tiles.n, tiles.regions()}, inputs.options().dtype(at::kDouble));
+  const Tensor parts = empty({tiles.n, tiles.regions()}, kDouble);
   double* const part = parts.mutable_data_ptr<double>();
   const int64_t packed = tiles.packed_size();
   for_tasks_with<T>(packed + tiles.width(), groups * tiles.regions(), [&](int64_t task, T* scratch) {
@@ -334,18 +329,15 @@ void sq_norms(const at::Tensor& inputs, const at::Tensor& output_grads, const st
 
 }  // namespace
 
-void add_squares_by_tiles(const at::Tensor& inputs, const at::Tensor& output_grads, const at::Tensor& weights,
-                          const at::Tensor& out) {
-  AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "per_sample_grad_accumulate_squares", [&] {
-    add_squares<scalar_t>(inputs, output_grads, weights.const_data_ptr<scalar_t>(), out.mutable_data_ptr<scalar_t>());
+void add_squares_by_tiles(const Tensor& inputs, const Tensor& output_grads, const Tensor& weights, const Tensor& out) {
+  with_type_of(out, [&]<typename T>(T) {
+    add_squares<T>(inputs, output_grads, weights.const_data_ptr<T>(), out.mutable_data_ptr<T>());
   });
 }
 
-void sq_norms_by_tiles(const at::Tensor& inputs, const at::Tensor& output_grads, const std::optional<at::Tensor>& scale,
-                       const at::Tensor& out) {
-  AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "per_sample_grad_sq_norms", [&] {
-    sq_norms<scalar_t>(inputs, output_grads, scale, out.mutable_data_ptr<scalar_t>());
-  });
+void sq_norms_by_tiles(const Tensor& inputs, const Tensor& output_grads, const std::optional<Tensor>& scale,
+                       const Tensor& out) {
+  with_type_of(out, [&]<typename T>(T) { sq_norms<T>(inputs, output_grads, scale, out.mutable_data_ptr<T>()); });
 }
 
 }  // namespace fastif

@@ -3,9 +3,13 @@
 //
 // A CountingAllocator stands before torch's own. torch would also report to a profiler, but it has room for one alone,
 // and to stderr it reports every block that is freed and was there before.
-#pragma once
-
+//
+// No stable ABI has allocators: this is a module of its own, fastif._memory, for the torch that it was built with and
+// no other. fastif works without it.
 #include <c10/core/CPUAllocator.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <atomic>
@@ -13,7 +17,12 @@
 #include <unordered_map>
 #include <utility>
 
+// Read from the library's bytes before it is loaded (fastif/measure.py): its symbols are those of one torch.
+extern "C" __attribute__((used, visibility("default"))) const char fastif_built_for[] =
+    "fastif was built for torch " TORCH_VERSION;
+
 namespace fastif {
+namespace {
 
 // What one thread has allocated since a PeakMemory of it started: these blocks alone, so that one that was there
 // before, or that another thread frees, changes nothing. Its thread alone writes to it; the PeakMemory may be stopped
@@ -137,4 +146,14 @@ class PeakMemory {
   AllocationLog* log_ = nullptr;
 };
 
+}  // namespace
 }  // namespace fastif
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using fastif::PeakMemory;
+  pybind11::class_<PeakMemory>(m, "PeakMemory")
+      .def(pybind11::init<>())
+      .def("start", &PeakMemory::start)
+      .def("stop", &PeakMemory::stop, "Ends the measurement; returns the peak in bytes.")
+      .def_static("alive", &PeakMemory::alive, "Measurements whose memory is held, of all threads.");
+}
