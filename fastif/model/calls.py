@@ -88,6 +88,17 @@ def _taken(kind: type[nn.Module], keys: tuple[str, ...], types: tuple[type, ...]
     return tuple(key for key in keys if key != "labels" and key not in left_out)
 
 
+def check_whole(model: nn.Module) -> None:
+    """Raises ValueError for parameters of which this process has only a part."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor"):  # torch's DTensor, whose module is not imported for its name alone
+            raise ValueError(
+                f"capture: parameter {name!r} is a DTensor, of which each rank has a part (fully_shard, tensor "
+                "parallel), and whole parameters are needed: build the model again and load into it what "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict gives with full_state_dict=True"
+            )
+
+
 def dtype_of(model: nn.Module) -> torch.dtype:
     """Of a model's gradients as they are computed with: float64 for a float64 model, else float32."""
     double = any(parameter.dtype == torch.float64 for parameter in model.parameters())

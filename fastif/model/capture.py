@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastif.data.batches import batch_length
-from fastif.model.calls import call
+from fastif.model.calls import call, check_whole
 from fastif.model.forward import Forward, Seen, Sight
 from fastif.model.inner import inner_forward
 from fastif.model.layers import (
@@ -57,6 +57,7 @@ class Capture:
 
     def __init__(self, model: nn.Module, layers: str | Sequence[str] | None = None):
         self.model = model
+        check_whole(model)
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.blocks: dict[str, Block] = {}
         self.skipped: dict[str, str] = {}  # parameters that no block covers, and why

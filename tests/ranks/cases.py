@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, IterableDataset
 
 from fastif import (
@@ -162,7 +164,7 @@ class Stream(IterableDataset):
 def fit_with(options: dict[str, Any], given: dict[str, Any]) -> Any:
     """A fit where ranks may be given different things: the scale of the weights, of the data, or arguments."""
     model, (x, y), _ = problem("mlp")
-    model = copy.deepcopy(model)
+    model = copy.copy.deepcopy(model)
     with torch.no_grad():
         next(model.parameters()).mul_(given.get("weights", 1.0))
     x = x.clone()
@@ -187,7 +189,7 @@ def leave_out(rank: int) -> None:
 
 def fit_slowly() -> None:
     model, (x, y), _ = problem("mlp")
-    slow = nn.Sequential(Slow(), copy.deepcopy(model))
+    slow = nn.Sequential(Slow(), copy.copy.deepcopy(model))
     Influence(slow, curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=1).fit((x, y))
 
 
@@ -370,3 +372,26 @@ def index(folder: str) -> Any:
         made = Index.build(influence, data, folder, share=1.0, dtype="float32")
         return made.scores(query), influence.ranks.world
     return None
+
+
+def wrapped(how: str) -> Any:
+    """Scores of a model that torch wrapped for training on several ranks, or what is said of it; and of the model."""
+    torch.manual_seed(0)
+    x, y = torch.randn(21, 4, dtype=torch.float64), torch.arange(21) % 3
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+    def scores(of: nn.Module) -> Any:
+        made = Influence(of, curvature=EKFAC(damping=1e-3), batch_size=4, progress=False)
+        return made.fit((x, y)).scores((x[:3], y[:3]), (x, y))
+
+    want = scores(model)
+    if how == "data parallel":
+        return scores(nn.parallel.DistributedDataParallel(model)), want
+    parts = fully_shard(copy.deepcopy(model))
+    try:
+        scores(parts)
+    except ValueError as error:
+        said = str(error)
+    whole = copy.deepcopy(model).apply(lambda module: getattr(module, "reset_parameters", lambda: None)())
+    whole.load_state_dict(get_model_state_dict(parts, options=StateDictOptions(full_state_dict=True)))
+    return scores(whole), want, said

@@ -19,6 +19,7 @@ from tests.ranks.cases import (
     retrained,
     subset_of_sampler,
     train_and_end,
+    wrapped,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,3 +112,14 @@ def test_an_index_is_the_work_of_one_rank(two, tmp_path):
     (got, world), other = two(index, str(tmp_path / "two"))
     assert (world, other) == (2, None)
     assert torch.allclose(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+
+
+def test_a_data_parallel_model_scores_as_it_is(two):
+    for got, want in two(wrapped, "data parallel"):
+        assert torch.equal(got, want)
+
+
+def test_a_sharded_model_is_refused_with_the_way_to_a_whole_one(two):
+    for got, want, said in two(wrapped, "sharded"):
+        assert "'0.weight' is a DTensor, of which each rank has a part" in said
+        assert torch.equal(got, want)  # by what the message says
