@@ -38,7 +38,7 @@ def query_bytes_of(setup: Setup, query: Any, factored: set[str], low_rank: int |
     if factored:
         batch = next(iter(as_loader(query, passes.batch_size)))
         with passes.running(setup.states[0]):
-            _, _, gradients = next(passes.gradients([batch], "positions", setup.measurement))
+            _, _, gradients = next(passes.gradients([batch], None, setup.measurement))
         numbers.update({name: QueryFactors.size(gradients[name]) or numbers[name] for name in factored})
     return item * sum(numbers.values())
 

@@ -243,7 +243,7 @@ def _positions(fitted: Fitted, train: Any) -> int:
     checkpoint, _ = fitted.at_checkpoints()[0]
     batch = next(iter(as_loader(train, fitted.passes.batch_size)))
     with fitted.passes.running(checkpoint):
-        (_, _, gradients), *_ = fitted.passes.gradients([batch], "positions")
+        (_, _, gradients), *_ = fitted.passes.gradients([batch], None)
     return check_positions({name: g.positions for name, g in gradients.items()})
 
 

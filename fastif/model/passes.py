@@ -215,10 +215,15 @@ class Passes:
         for rows in torch.arange(n).split(each):
             yield slice(int(rows[0]), int(rows[-1]) + 1), rows_of(x, rows), None if y is None else rows_of(y, rows)
 
-    def gradients(self, data: Any, name: str, value: Any = "loss") -> Iterator[tuple[int, int, dict[str, Gradients]]]:
-        """First index, number of examples, and the gradients of every slice: of the loss or of a measurement."""
+    def gradients(
+        self, data: Any, name: str | None, value: Any = "loss"
+    ) -> Iterator[tuple[int, int, dict[str, Gradients]]]:
+        """First index, number of examples, and the gradients of every slice: of the loss or of a measurement.
+
+        `name` is that of the pass on its bar; a look at a batch has none.
+        """
         start = 0
-        with tqdm(as_loader(data, self.batch_size), name, disable=not self.progress) as batches:
+        with tqdm(as_loader(data, self.batch_size), name, disable=name is None or not self.progress) as batches:
             for number, (x, y) in enumerate(batches):
                 self.capture.batch = number
                 x, y = moved_to(x, self.device), moved_to(y, self.device)
