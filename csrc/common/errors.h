@@ -1,14 +1,11 @@
-// How an error reaches Python. An exception of the standard library crosses torch as it is, and becomes what pybind11
-// makes of it: ValueError and MemoryError. None becomes TypeError: that one's name stands before its text, and
-// fastif/ops/_library.py raises it.
+// How an error reaches Python. torch hands on its text alone (2.15 makes a RuntimeError of every exception, whatever it
+// was), so that its kind stands before the text, and fastif/ops/_library.py raises it.
 #pragma once
 
-#include <new>
 #include <ostream>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace fastif {
@@ -20,31 +17,23 @@ std::ostream& operator<<(std::ostream& out, const std::vector<T>& values) {
   return out << ']';
 }
 
-// The parts' text, as a ValueError (std::invalid_argument) or whatever else Exception becomes.
-template <typename Exception, typename... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
+// Ends the op. `kind` is the name of an exception of Python's.
+template <typename... Parts>
+[[noreturn]] void fail(const char* kind, const Parts&... parts) {
   std::ostringstream text;
+  text << kind << ": ";
   (text << ... << parts);
-  throw Exception(text.str());
+  throw std::runtime_error(text.str());
 }
-
-class NoMemory : public std::bad_alloc {
- public:
-  explicit NoMemory(std::string text) : text_(std::move(text)) {}
-  const char* what() const noexcept override { return text_.c_str(); }
-
- private:
-  std::string text_;
-};
 
 }  // namespace fastif
 
 // Every message names the op, the rule and the value.
-#define CHECK_VALUE(rule, ...)                                       \
-  do {                                                               \
-    if (!(rule)) ::fastif::fail<std::invalid_argument>(__VA_ARGS__); \
+#define CHECK_VALUE(rule, ...)                              \
+  do {                                                      \
+    if (!(rule)) ::fastif::fail("ValueError", __VA_ARGS__); \
   } while (false)
-#define CHECK_TYPE(rule, ...)                                                    \
-  do {                                                                           \
-    if (!(rule)) ::fastif::fail<std::runtime_error>("TypeError: ", __VA_ARGS__); \
+#define CHECK_TYPE(rule, ...)                              \
+  do {                                                     \
+    if (!(rule)) ::fastif::fail("TypeError", __VA_ARGS__); \
   } while (false)

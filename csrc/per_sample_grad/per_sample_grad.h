@@ -63,8 +63,7 @@ inline void check_finite_result(const char* op, const Tensor& result, const Tens
   if (std::isfinite(sum(result).item<double>()) || all(isfinite(result)).item<bool>()) return;
   check_finite_rows(op, "inputs", inputs);
   check_finite_rows(op, "output_grads", output_grads);
-  fail<std::invalid_argument>(op, ": the result overflows ", result.scalar_type(),
-                              "; pass float64 or scale the inputs");
+  fail("ValueError", op, ": the result overflows ", result.scalar_type(), "; pass float64 or scale the inputs");
 }
 
 inline void check_weights(const char* op, const Tensor& weights, const Tensor& inputs) {  // [n]

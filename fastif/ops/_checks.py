@@ -85,7 +85,8 @@ def call(op: str, axes: str, shape: Sequence[int], dtype: torch.dtype, kernel: C
         try:
             return run(kernel, *args)
         except (MemoryError, RuntimeError) as error:
-            if not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+            words = "can't allocate memory", "std::bad_alloc"  # of torch, and of what else C++ allocates
+            if not (isinstance(error, MemoryError) or any(said in str(error) for said in words)):
                 raise
             reason = error
     raise MemoryError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import mmap
 import os
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -43,13 +44,9 @@ def read_built_for(module: str, of: str) -> str | None:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         return None
-    stamp = f"fastif was built for {of} ".encode()
-    with open(spec.origin, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        begin = mapped.find(stamp)
-        if begin < 0:
-            return None
-        begin += len(stamp)
-        return mapped[begin : mapped.find(b"\0", begin)].decode()
+    stamp = rf"fastif was built for {of} ([\d.]+)".encode()
+    found = re.search(stamp, Path(spec.origin).read_bytes())
+    return found[1].decode() if found else None
 
 
 def _load(module: str):
@@ -87,15 +84,18 @@ compiled = _kernels is not None
 compiled_for_cuda = _cuda_kernels is not None
 
 
+_ERRORS = {kind.__name__: kind for kind in (ValueError, TypeError, MemoryError, RuntimeError)}
+
+
 def run(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """kernel(...), whose errors are those of Python: csrc/common/errors.h."""
     try:
         return kernel(*args, **kwargs)
     except RuntimeError as error:
-        text = str(error)
-        if text.startswith("TypeError: "):
-            raise TypeError(text.removeprefix("TypeError: ")) from None
-        if text.startswith("Raised: "):
+        kind, _, text = str(error).partition(": ")
+        if kind in _ERRORS:
+            raise _ERRORS[kind](text) from None
+        if kind == "Raised":
             for module in _modules:
                 module.raise_again()
         raise
