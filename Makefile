@@ -127,7 +127,6 @@ clean:  ## remove what was built, and the .venv
 build/ready: $(SOURCES) $(SETUP)
 	@mkdir -p build
 	@echo "compiling the extension, a minute"
-	@rm -f fastif/_C*.so fastif/_memory*.so  # Python would take one that an older build named otherwise
 	$(PY) setup.py -q build_ext --inplace > build/log 2>&1 || { cat build/log; exit 1; }
 	@$(PY) -c "import fastif; print('built', fastif.build_info())"
 	@touch $@

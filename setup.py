@@ -143,7 +143,8 @@ else:
     link_cudart(cuda_kernels, cuda_home)
     extensions.append(cuda_kernels)
 
-if os.environ.get("FASTIF_MEMORY") != "0":
+with_memory = os.environ.get("FASTIF_MEMORY") != "0"
+if with_memory:
     extensions.append(
         cpp_extension.CppExtension(
             "fastif._memory", ["csrc/memory.cpp"], extra_compile_args={"cxx": [*CXX, "-fvisibility=hidden"]}
@@ -159,6 +160,9 @@ class Build(cpp_extension.BuildExtension):
                 f"fastif: no C++ compiler was found ({compiler}): install one (apt install g++) or name it in CXX; "
                 "FASTIF_PLAIN=1 installs fastif without one, with every op as plain torch, slower"
             )
+        if self.inplace:  # Python would take one that an older build named otherwise
+            for built in [*HERE.glob("fastif/_C*.so"), *HERE.glob("fastif/_memory*.so")]:
+                built.unlink()
         self.force = True  # a library that was half written is newer than all that it is made of; ninja keeps objects
         super().run()
 
@@ -169,5 +173,5 @@ else:
     setup(
         ext_modules=extensions,
         cmdclass={"build_ext": Build},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}} if len(extensions) == 1 else {},
+        options={} if with_memory else {"bdist_wheel": {"py_limited_api": "cp310"}},
     )

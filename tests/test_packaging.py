@@ -125,7 +125,8 @@ def machine(source, tmp_path):
             # The choice is made before setup() is called; a toolkit of this machine must not be seen.
             code = (
                 "import pathlib, setuptools\n"
-                "setuptools.setup = lambda ext_modules, **_: print(*map(vars, ext_modules), sep='\\n')\n"
+                "setuptools.setup = lambda ext_modules, options, **_: "
+                "print(*map(vars, ext_modules), f'options {options}', sep='\\n')\n"
                 "text = pathlib.Path('setup.py').read_text().replace('/usr/local/cuda/bin/nvcc', '/nowhere/nvcc')\n"
                 "exec(compile(text, str(pathlib.Path('setup.py').resolve()), 'exec'), {'__file__': 'setup.py'})"
             )
@@ -157,6 +158,9 @@ def test_what_is_built(machine):
     machine.add_toolkit(machine.pip, "13.0")
     names = [line.split("'")[3] for line in machine.build().stdout.splitlines() if line.startswith("{")]
     assert names == ["fastif._C", "fastif._C_cuda", "fastif._memory"]
+    both = machine.build(FASTIF_MEMORY="0").stdout
+    assert "options {'bdist_wheel': {'py_limited_api': 'cp310'}}" in both
+    assert "_memory" not in both
     alone = machine.build(FASTIF_CUDA="0", FASTIF_MEMORY="0").stdout
     assert [line for line in alone.splitlines() if line.startswith("{")] == ["{'name': 'fastif._C'}"]
 
@@ -186,6 +190,14 @@ def test_a_build_without_a_compiler_says_what_to_install(source, tmp_path):
     assert done.returncode == 1
     assert done.stderr.count("no C++ compiler was found (c++): install one") == 1
     assert "FASTIF_PLAIN=1" in done.stderr
+
+
+def test_a_build_in_place_leaves_no_older_library(source, tmp_path):
+    """Python would take the one of the longer name, whatever it was built from."""
+    older = source / "fastif" / "_C.cpython-39-other.so"
+    older.touch()
+    run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=source, FASTIF_CUDA="0", CXX="false")
+    assert not older.exists()
 
 
 def test_setup_takes_the_toolkit_that_fits_among_several(machine, tmp_path):

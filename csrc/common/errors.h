@@ -1,11 +1,11 @@
-// How an error reaches Python. The stable ABI carries its text alone (torch 2.15 and later make a RuntimeError of
-// whatever a kernel throws): the exception that it is to become stands before it, and fastif/ops/_library.py raises
-// that one.
+// How an error reaches Python. torch hands on its text alone (2.15 makes a RuntimeError of every exception, whatever it
+// was), so that its kind stands before the text, and fastif/ops/_library.py raises it.
 #pragma once
 
 #include <ostream>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace fastif {
@@ -17,10 +17,11 @@ std::ostream& operator<<(std::ostream& out, const std::vector<T>& values) {
   return out << ']';
 }
 
+// Ends the op. `kind` is the name of an exception of Python's.
 template <typename... Parts>
-[[noreturn]] void fail(const char* exception, const Parts&... parts) {
+[[noreturn]] void fail(const char* kind, const Parts&... parts) {
   std::ostringstream text;
-  text << exception << ": ";
+  text << kind << ": ";
   (text << ... << parts);
   throw std::runtime_error(text.str());
 }

@@ -34,7 +34,7 @@ inline void poll(int64_t done, int64_t total) {
   }
   if (raised) PyErr_Fetch(&type, &value, &traceback);
   PyGILState_Release(state);
-  if (raised) fail("Raised", "by the progress callback or a signal handler");
+  if (raised) fail("Raised", "what the progress callback or a signal's handler raised ended the op");
 }
 
 inline PyObject* set_progress(PyObject*, PyObject* callback) {

@@ -4,6 +4,7 @@
 // may be made on any thread. Matrix products on the CPU likewise (products.h). What else calls the dispatcher.
 #pragma once
 
+#include <dlfcn.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -45,7 +46,11 @@ inline std::ostream& operator<<(std::ostream& out, const Device& device) {
 }
 
 inline void check_call(AOTITorchError error, const char* name) {
-  if (error != AOTI_TORCH_SUCCESS) fail("RuntimeError", "torch: ", name, " failed");
+  if (error == AOTI_TORCH_SUCCESS) return;
+  // Looked up, as torch has it from 2.13 on; an older one writes why to stderr.
+  const auto why =
+      reinterpret_cast<const char* (*)()>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  fail("RuntimeError", "torch: ", name, " failed: ", why ? why() : "see stderr");
 }
 
 class Tensor : public torch::stable::Tensor {
@@ -113,14 +118,9 @@ class Tensor : public torch::stable::Tensor {
     return steps;
   }
 
-  Tensor contiguous() const { return is_contiguous() ? *this : Tensor(torch::stable::contiguous(*this)); }
-  Tensor to(ScalarType type) const { return scalar_type() == type ? *this : Tensor(torch::stable::to(*this, type)); }
-  Tensor to(Device device) const {
-    if (device == this->device()) return *this;
-    const auto type =
-        torch::stable::detail::to<torch::headeronly::DeviceType>(torch::stable::detail::from(device.type));
-    return torch::stable::to(*this, std::nullopt, std::nullopt, torch::stable::Device(type, device.index));
-  }
+  Tensor contiguous() const { return is_contiguous() ? *this : copy(scalar_type(), device()); }
+  Tensor to(ScalarType type) const { return scalar_type() == type ? *this : copy(type, device()); }
+  Tensor to(Device device) const { return device == this->device() ? *this : copy(scalar_type(), device); }
   Tensor cpu() const { return to(Device{aoti_torch_device_type_cpu(), -1}); }
   const Tensor& copy_(const Tensor& from) const {
     check_call(aoti_torch_copy_(get(), from.get(), 0), "copy_");
@@ -131,10 +131,30 @@ class Tensor : public torch::stable::Tensor {
   T item() const;
 
  private:
+  // Into memory of our own: that it cannot be had is told from other errors (empty).
+  Tensor copy(ScalarType type, Device device) const;
   void check_contiguous() const {
     if (!is_contiguous()) fail("RuntimeError", "fastif: a view needs contiguous entries");
   }
 };
+
+}  // namespace fastif
+
+// As an argument and as a result, our tensor crosses torch's stable ABI as torch's own.
+template <>
+struct torch::stable::detail::FromImpl<fastif::Tensor> {
+  static StableIValue call(const fastif::Tensor& x, uint64_t version, bool internal) {
+    return FromImpl<torch::stable::Tensor>::call(x, version, internal);
+  }
+};
+template <>
+struct torch::stable::detail::ToImpl<fastif::Tensor> {
+  static fastif::Tensor call(StableIValue x, uint64_t version, bool internal) {
+    return ToImpl<torch::stable::Tensor>::call(x, version, internal);
+  }
+};
+
+namespace fastif {
 
 inline Tensor empty(const Sizes& sizes, ScalarType type, Device device = {aoti_torch_device_type_cpu(), -1}) {
   AtenTensorHandle made = nullptr;
@@ -146,6 +166,7 @@ inline Tensor empty(const Sizes& sizes, ScalarType type, Device device = {aoti_t
   return Tensor(Tensor::Handle(made));
 }
 inline Tensor empty(const Sizes& sizes, const Tensor& as) { return empty(sizes, as.scalar_type(), as.device()); }
+inline Tensor Tensor::copy(ScalarType type, Device device) const { return empty(sizes(), type, device).copy_(*this); }
 inline Tensor zeros(const Sizes& sizes, ScalarType type, Device device) {
   auto made = empty(sizes, type, device);
   check_call(aoti_torch_zero_(made.get()), "zero_");
@@ -163,17 +184,9 @@ Tensor tensor_at(const T* memory, const Sizes& sizes) {
 
 // aten::name of the dispatcher, whose results are `results` tensors or one number.
 namespace detail {
-template <typename T>
-StableIValue pack(const T& x) {
-  if constexpr (std::is_base_of_v<Tensor::Handle, T>) {
-    return torch::stable::detail::from(static_cast<const Tensor::Handle&>(x));
-  } else {
-    return torch::stable::detail::from(x);
-  }
-}
 template <size_t N, typename... Args>
 std::array<StableIValue, N> call(const char* name, const char* overload, const Args&... args) {
-  std::array<StableIValue, std::max(N, sizeof...(Args))> stack{pack(args)...};
+  std::array<StableIValue, std::max(N, sizeof...(Args))> stack{torch::stable::detail::from(args)...};
   check_call(torch_call_dispatcher(name, overload, stack.data(), TORCH_TARGET_VERSION), name);
   std::array<StableIValue, N> results;
   std::copy_n(stack.begin(), N, results.begin());
@@ -182,13 +195,12 @@ std::array<StableIValue, N> call(const char* name, const char* overload, const A
 }  // namespace detail
 template <typename... Args>
 Tensor call(const char* name, const char* overload, const Args&... args) {
-  return Tensor(torch::stable::detail::to<Tensor::Handle>(detail::call<1>(name, overload, args...)[0]));
+  return torch::stable::detail::to<Tensor>(detail::call<1>(name, overload, args...)[0]);
 }
 template <typename... Args>
 std::pair<Tensor, Tensor> call_for_two(const char* name, const char* overload, const Args&... args) {
   const auto results = detail::call<2>(name, overload, args...);
-  return {Tensor(torch::stable::detail::to<Tensor::Handle>(results[0])),
-          Tensor(torch::stable::detail::to<Tensor::Handle>(results[1]))};
+  return {torch::stable::detail::to<Tensor>(results[0]), torch::stable::detail::to<Tensor>(results[1])};
 }
 inline bool ask(const char* name, const Tensor& x) {
   return torch::stable::detail::to<bool>(detail::call<1>(name, "", x)[0]);
@@ -233,31 +245,5 @@ template <typename Work>
 decltype(auto) with_type_of(const Tensor& x, const Work& work) {
   return x.scalar_type() == kFloat ? work(float{}) : work(double{});
 }
-
-// An op's kernel as torch registers it.
-template <auto* kernel>
-struct Stable;
-template <typename Result, typename... Args, Result (*kernel)(Args...)>
-struct Stable<kernel> {
-  template <typename T>
-  struct Handed {
-    using type = std::remove_cvref_t<T>;
-  };
-  template <typename T>
-    requires std::is_same_v<std::remove_cvref_t<T>, Tensor>
-  struct Handed<T> {
-    using type = Tensor::Handle;
-  };
-  template <typename T>
-    requires std::is_same_v<std::remove_cvref_t<T>, std::optional<Tensor>>
-  struct Handed<T> {
-    using type = std::optional<Tensor::Handle>;
-  };
-  template <typename... T>
-  struct Handed<std::tuple<T...>> {
-    using type = std::tuple<typename Handed<T>::type...>;
-  };
-  static typename Handed<Result>::type call(typename Handed<Args>::type... args) { return kernel(std::move(args)...); }
-};
 
 }  // namespace fastif

@@ -85,7 +85,7 @@ def call(op: str, axes: str, shape: Sequence[int], dtype: torch.dtype, kernel: C
         try:
             return run(kernel, *args)
         except (MemoryError, RuntimeError) as error:
-            words = "can't allocate memory", "std::bad_alloc"  # what a kernel of torch and the language say
+            words = "can't allocate memory", "std::bad_alloc"  # of torch, and of what else C++ allocates
             if not (isinstance(error, MemoryError) or any(said in str(error) for said in words)):
                 raise
             reason = error

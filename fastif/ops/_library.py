@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import mmap
 import os
+import re
+import struct
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -43,18 +45,32 @@ def read_built_for(module: str, of: str) -> str | None:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         return None
-    stamp = f"fastif was built for {of} ".encode()
-    with open(spec.origin, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        begin = mapped.find(stamp)
-        if begin < 0:
-            return None
-        begin += len(stamp)
-        return mapped[begin : mapped.find(b"\0", begin)].decode()
+    stamp = rf"fastif was built for {of} ([\d.]+)".encode()
+    found = re.search(stamp, Path(spec.origin).read_bytes())
+    return found[1].decode() if found else None
+
+
+def _check_whole(module: str) -> None:
+    """Raises ImportError for a library that was cut off while it was written: loading it can end the process.
+
+    An ELF file ends with the table of its sections, of which its header says the place.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None or not os.path.isfile(spec.origin):
+        return
+    with open(spec.origin, "rb") as file:
+        header = file.read(64)
+        held = os.fstat(file.fileno()).st_size
+    if header[:6] == b"\x7fELF\x02\x01":  # of 64 bits, the least significant byte first
+        place, size, count = struct.unpack_from("<Q", header, 40)[0], *struct.unpack_from("<HH", header, 58)
+        if place + size * count > held:
+            raise ImportError(f"{spec.origin} is cut off: it has {held} of {place + size * count} bytes")
 
 
 def _load(module: str):
     """The compiled module; None and one warning where it cannot be loaded."""
     try:
+        _check_whole(module)
         return importlib.import_module(module)
     except (ImportError, OSError, ValueError) as error:
         runs = "every op runs as plain torch" if module == "fastif._C" else "ops on CUDA run as plain torch"
@@ -87,7 +103,7 @@ compiled = _kernels is not None
 compiled_for_cuda = _cuda_kernels is not None
 
 
-_RAISED = {error.__name__: error for error in (ValueError, TypeError, MemoryError, RuntimeError)}
+_ERRORS = {kind.__name__: kind for kind in (ValueError, TypeError, MemoryError, RuntimeError)}
 
 
 def run(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -96,9 +112,9 @@ def run(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return kernel(*args, **kwargs)
     except RuntimeError as error:
         kind, _, text = str(error).partition(": ")
-        if kind in _RAISED:
-            raise _RAISED[kind](text) from None
-        if kind == "Raised":  # by the progress callback or a signal handler
+        if kind in _ERRORS:
+            raise _ERRORS[kind](text) from None
+        if kind == "Raised":
             for module in _modules:
                 module.raise_again()
         raise

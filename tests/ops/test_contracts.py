@@ -424,6 +424,7 @@ def test_an_out_that_is_not_finite_is_refused(op, value):
         ),
         (lambda x: psg.accumulate_squares(x, x), rf"accumulate_squares: .* \[o, d\] = .* {2**48} bytes"),
         (lambda x: psg.dots(x.mT, x.mT, x.mT[:, :, None]), rf"dots: .* \[q, n\] = .* {2**48} bytes"),
+        (lambda x: farthest_first(x[:, :1].expand(2**46, 4), 1), f"farthest_first: .* {2**49} bytes"),  # a copy of x
     ],
 )
 def test_results_that_cannot_be_held(call, message):

@@ -3,6 +3,9 @@
 The tests whose names hold `small` are those that benchmarks/gpu_check.py runs under compute-sanitizer.
 """
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,7 +14,8 @@ from tests import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-ops = torch.ops.fastif
+# Errors of their kinds: csrc/common/errors.h.
+ops = SimpleNamespace(**{name: partial(_library.run, getattr(torch.ops.fastif, name)) for name in _library.SCHEMAS})
 DTYPES = (torch.float32, torch.float64)
 
 

@@ -189,7 +189,7 @@ def test_build_info_says_what_was_built():
 
 
 def import_with(modules: dict[str, bytes], tmp_path: Path, code: str) -> str:
-    """What `code` says where compiled modules are these bytes; others are as built."""
+    """What `code` says, which imports fastif, where compiled modules are these bytes; others are as built."""
     package = tmp_path / "fastif"
     shutil.copytree(ROOT / "fastif", package, ignore=shutil.ignore_patterns("__pycache__"))
     for module, content in modules.items():
@@ -197,7 +197,7 @@ def import_with(modules: dict[str, bytes], tmp_path: Path, code: str) -> str:
             built.unlink()
         (package / f"{module}{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_bytes(content)
     result = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", f"import torch\n{code}"],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         cwd=tmp_path,  # the folder of a command comes before PYTHONPATH
         capture_output=True,
@@ -209,9 +209,12 @@ def import_with(modules: dict[str, bytes], tmp_path: Path, code: str) -> str:
 
 
 @pytest.mark.skipif(not build_info()["compiled"], reason="the extension is not compiled")
-def test_a_broken_extension_is_named_and_plain_torch_runs(tmp_path):
-    code = "import fastif, torch; fastif.ops.farthest_first(torch.eye(3), 2); print(fastif.build_info()['compiled'])"
-    said = import_with({"_C": b"half a library"}, tmp_path, code)
+@pytest.mark.parametrize("kept", [None, 40, 100_000, -1])
+def test_a_broken_extension_is_named_and_plain_torch_runs(tmp_path, kept):
+    """Another file, or the first bytes of a whole one, which end the process where they are loaded."""
+    content = b"half a library" if kept is None else Path(_library._kernels.__file__).read_bytes()[:kept]
+    code = "import fastif; fastif.ops.farthest_first(torch.eye(3), 2); print(fastif.build_info()['compiled'])"
+    said = import_with({"_C": content}, tmp_path, code)
     assert said.endswith("False\n")
     assert said.count("UserWarning: fastif:") == 1
     assert "fastif._C could not be loaded" in said
@@ -219,10 +222,11 @@ def test_a_broken_extension_is_named_and_plain_torch_runs(tmp_path):
 
 
 @pytest.mark.skipif(not build_info()["compiled"], reason="the extension is not compiled")
-def test_a_counter_for_another_torch_is_left_alone(tmp_path):
+@pytest.mark.parametrize("content", [b"no library\0fastif was built for torch 2.5.1\0", b""], ids=["another", "empty"])
+def test_a_counter_for_another_torch_is_left_alone(tmp_path, content):
     """Loading it would end in "invalid ELF header"; with a real one, in the end of the process."""
     code = "import fastif; from fastif.measure import MEMORY_BY; print(fastif.build_info()['compiled'], MEMORY_BY)"
-    said = import_with({"_memory": b"no library\0fastif was built for torch 2.5.1\0"}, tmp_path, code)
+    said = import_with({"_memory": content}, tmp_path, code)
     assert said == "True resident set\n"
 
 
@@ -230,10 +234,24 @@ def test_a_counter_for_another_torch_is_left_alone(tmp_path):
 @pytest.mark.parametrize("there", ["13.0", None])
 def test_cuda_kernels_for_another_cuda_are_not_loaded(tmp_path, there):
     code = (
-        f"import torch\ntorch.version.cuda = {there!r}\nimport fastif\n"
-        "print(fastif.build_info()['compiled'], fastif.build_info()['cuda'])"
+        f"torch.version.cuda = {there!r}\nfrom fastif.ops import _library\n"
+        "print([module is not None for module in (_library._kernels, _library._cuda_kernels)])"
     )
     said = import_with({"_C_cuda": b"no library\0fastif was built for CUDA 12\0"}, tmp_path, code)
-    assert said.endswith("True False\n")
+    assert said.endswith("[True, False]\n")
     assert ("the CUDA kernels were built for CUDA 12, and this torch has CUDA 13" in said) == (there is not None)
     assert "ELF" not in said
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, MemoryError])
+def test_the_kind_of_an_error_stands_before_its_text(kind):
+    """torch 2.15 makes a RuntimeError of every exception of a kernel."""
+
+    def kernel(text):
+        raise RuntimeError(text)
+
+    with pytest.raises(kind) as caught:
+        _library.run(kernel, f"{kind.__name__}: op: rule: 3")
+    assert str(caught.value) == "op: rule: 3"
+    with pytest.raises(RuntimeError, match="^KeyError: of others$"):
+        _library.run(kernel, "KeyError: of others")

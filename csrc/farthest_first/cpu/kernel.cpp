@@ -224,6 +224,6 @@ FarthestFirstResults farthest_first_cpu(const Tensor& points, int64_t k, const T
 
 static_assert(std::is_same_v<decltype(farthest_first_cpu), FarthestFirstOp>);
 
-STABLE_TORCH_LIBRARY_IMPL(fastif, CPU, m) { m.impl("farthest_first", TORCH_BOX(&Stable<farthest_first_cpu>::call)); }
+STABLE_TORCH_LIBRARY_IMPL(fastif, CPU, m) { m.impl("farthest_first", TORCH_BOX(&farthest_first_cpu)); }
 
 }  // namespace fastif

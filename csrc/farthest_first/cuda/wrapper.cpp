@@ -195,6 +195,6 @@ FarthestFirstResults farthest_first_cuda(const Tensor& points, int64_t k, const 
 
 static_assert(std::is_same_v<decltype(farthest_first_cuda), FarthestFirstOp>);
 
-STABLE_TORCH_LIBRARY_IMPL(fastif, CUDA, m) { m.impl("farthest_first", TORCH_BOX(&Stable<farthest_first_cuda>::call)); }
+STABLE_TORCH_LIBRARY_IMPL(fastif, CUDA, m) { m.impl("farthest_first", TORCH_BOX(&farthest_first_cuda)); }
 
 }  // namespace fastif

@@ -129,8 +129,8 @@ static_assert(std::is_same_v<decltype(ggn_block_cpu), GgnBlockOp>);
 static_assert(std::is_same_v<decltype(kronecker_block_cpu), KroneckerBlockOp>);
 
 STABLE_TORCH_LIBRARY_IMPL(fastif, CPU, m) {
-  m.impl("ggn_block_", TORCH_BOX(&Stable<ggn_block_cpu>::call));
-  m.impl("kronecker_block_", TORCH_BOX(&Stable<kronecker_block_cpu>::call));
+  m.impl("ggn_block_", TORCH_BOX(&ggn_block_cpu));
+  m.impl("kronecker_block_", TORCH_BOX(&kronecker_block_cpu));
 }
 
 }  // namespace fastif

@@ -75,8 +75,8 @@ static_assert(std::is_same_v<decltype(ggn_block_cuda_), GgnBlockOp>);
 static_assert(std::is_same_v<decltype(kronecker_block_cuda_), KroneckerBlockOp>);
 
 STABLE_TORCH_LIBRARY_IMPL(fastif, CUDA, m) {
-  m.impl("ggn_block_", TORCH_BOX(&Stable<ggn_block_cuda_>::call));
-  m.impl("kronecker_block_", TORCH_BOX(&Stable<kronecker_block_cuda_>::call));
+  m.impl("ggn_block_", TORCH_BOX(&ggn_block_cuda_));
+  m.impl("kronecker_block_", TORCH_BOX(&kronecker_block_cuda_));
 }
 
 }  // namespace fastif

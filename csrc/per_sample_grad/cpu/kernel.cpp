@@ -330,10 +330,10 @@ static_assert(std::is_same_v<decltype(sq_norms_cpu), SqNormsOp>);
 static_assert(std::is_same_v<decltype(dots_cpu), DotsOp>);
 
 STABLE_TORCH_LIBRARY_IMPL(fastif, CPU, m) {
-  m.impl("per_sample_grad_accumulate", TORCH_BOX(&Stable<accumulate_cpu>::call));
-  m.impl("per_sample_grad_accumulate_squares", TORCH_BOX(&Stable<accumulate_squares_cpu>::call));
-  m.impl("per_sample_grad_sq_norms", TORCH_BOX(&Stable<sq_norms_cpu>::call));
-  m.impl("per_sample_grad_dots", TORCH_BOX(&Stable<dots_cpu>::call));
+  m.impl("per_sample_grad_accumulate", TORCH_BOX(&accumulate_cpu));
+  m.impl("per_sample_grad_accumulate_squares", TORCH_BOX(&accumulate_squares_cpu));
+  m.impl("per_sample_grad_sq_norms", TORCH_BOX(&sq_norms_cpu));
+  m.impl("per_sample_grad_dots", TORCH_BOX(&dots_cpu));
 }
 
 }  // namespace fastif

@@ -56,7 +56,7 @@ Tensor accumulate_by_group(const Tensor& a, const Tensor& u, const Tensor& weigh
   const auto bounds = empty({num_groups + 1}, kLong);
   std::iota(bounds.mutable_data_ptr<int64_t>(), bounds.mutable_data_ptr<int64_t>() + num_groups + 1, 0);
   const auto offsets = call("aten::searchsorted", "Tensor", sorted, bounds.to(groups.device()), false, false,
-                            std::optional<std::string>(), std::optional<Tensor::Handle>())
+                            std::optional<std::string>(), std::optional<Tensor>())
                            .contiguous();
   const auto w = weights.contiguous(), o = order.contiguous();
   return a.scalar_type() == kFloat ? accumulate<float>(a, u, w, o, offsets, num_groups)
@@ -195,10 +195,10 @@ static_assert(std::is_same_v<decltype(sq_norms_cuda), SqNormsOp>);
 static_assert(std::is_same_v<decltype(dots_cuda), DotsOp>);
 
 STABLE_TORCH_LIBRARY_IMPL(fastif, CUDA, m) {
-  m.impl("per_sample_grad_accumulate", TORCH_BOX(&Stable<accumulate_cuda>::call));
-  m.impl("per_sample_grad_accumulate_squares", TORCH_BOX(&Stable<accumulate_squares_cuda>::call));
-  m.impl("per_sample_grad_sq_norms", TORCH_BOX(&Stable<sq_norms_cuda>::call));
-  m.impl("per_sample_grad_dots", TORCH_BOX(&Stable<dots_cuda>::call));
+  m.impl("per_sample_grad_accumulate", TORCH_BOX(&accumulate_cuda));
+  m.impl("per_sample_grad_accumulate_squares", TORCH_BOX(&accumulate_squares_cuda));
+  m.impl("per_sample_grad_sq_norms", TORCH_BOX(&sq_norms_cuda));
+  m.impl("per_sample_grad_dots", TORCH_BOX(&dots_cuda));
 }
 
 }  // namespace fastif
