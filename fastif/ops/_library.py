@@ -59,7 +59,7 @@ def _check_whole(module: str) -> None:
     if spec is None or spec.origin is None or not os.path.isfile(spec.origin):
         return
     with open(spec.origin, "rb") as file:
-        header = file.read(64)
+        header = file.read(64).ljust(64, b"\0")
         held = os.fstat(file.fileno()).st_size
     if header[:6] == b"\x7fELF\x02\x01":  # of 64 bits, the least significant byte first
         place, size, count = struct.unpack_from("<Q", header, 40)[0], *struct.unpack_from("<HH", header, 58)
