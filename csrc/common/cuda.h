@@ -9,10 +9,13 @@
 
 namespace fastif {
 
-// While it lives, x's device is the current one.
+// While it lives, x's device is the current one: torch's guard sets it for torch's CUDA runtime, and ours, which may be
+// linked in, is told besides.
 class OnDeviceOf {
  public:
-  explicit OnDeviceOf(const Tensor& x) : guard_(x.get_device_index()) {}
+  explicit OnDeviceOf(const Tensor& x) : guard_(x.get_device_index()) {
+    STD_CUDA_CHECK(cudaSetDevice(x.get_device_index()));
+  }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
