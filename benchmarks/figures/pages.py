@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from . import faithfulness, index, readme, scale, tables, unlearning
+from . import faithfulness, index, libraries, readme, scale, tables, unlearning
 
 
 def with_tables(page: str) -> str:
@@ -34,6 +34,7 @@ def with_tables(page: str) -> str:
             "ranks": scale.ranks_table,
             "scale": scale.scale_table,
             "gpt2": tables.gpt2_table,
+            "libraries": libraries.libraries_table,
         }
         make = next((make for kind, make in kinds.items() if name.startswith(kind)), tables.benchmark_table)
         return f"<!-- table: {name} -->\n{make(name)}\n<!-- end -->"

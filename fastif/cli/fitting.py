@@ -123,14 +123,14 @@ def fit_or_load(
 
 
 def write_top(path: Path, row: str, values: Tensor, indices: Tensor, k: int, given: Given) -> None:
-    """The k best of each row, whose name stands in the place of "query"; of examples of files with their texts."""
+    """The k best of each row, whose name stands in the place of "query"; of examples of files with ids and texts."""
     train, query = given.train_examples, given.query_examples
+    ids = {} if train is None or train.ids is None else {"id": train.ids}
     found = top_rows(
         values[:, :k],
         indices[:, :k],
-        ids=None if train is None else train.ids,
         query_ids=query.ids if query is not None and row == "query" else None,
-        columns=None if train is None else train.columns,
+        columns=None if train is None else {**ids, **train.columns},
     )
     write_rows([{row if name == "query" else name: value for name, value in one.items()} for one in found], path)
 

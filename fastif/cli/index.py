@@ -16,6 +16,7 @@ from fastif.cli.fitting import FISHERS, TOP, damping_of, estimator_of, fisher_of
 from fastif.cli.options import (
     FOLDER,
     Asked,
+    AskingScript,
     Config,
     Device,
     Id,
@@ -170,7 +171,7 @@ def index_command(
 
 def query_command(
     folder: Annotated[Path, typer.Argument(help="Folder of the index.")],
-    script: Script = None,
+    script: AskingScript = None,
     query: Query = None,
     model: Annotated[
         Path | None,
@@ -298,11 +299,12 @@ def _read_options(folder: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, found: Top, given: Given) -> None:
-    """A row for each query and training example, the best first; of examples of files with their texts."""
+    """A row for each query and training example, the best first; of examples of files with ids and texts."""
     train, query = given.train_examples, given.query_examples
     ids, columns = None if query is None else query.ids, None if train is None else train.columns
     rows = top_rows(found.values, found.indices, query_ids=ids, columns=columns)
     if found.ids is not None:
         for row, name in zip(rows, chain.from_iterable(found.ids), strict=True):
-            row["id"] = name
+            shown = {column: row.pop(column) for column in columns or ()}  # ids stand before texts, as in top.csv
+            row.update({"id": name, **shown})
     write_rows(rows, path)

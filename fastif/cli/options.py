@@ -8,15 +8,13 @@ import typer
 from fastif.cli.config import read_config
 from fastif.model.losses import LOSSES, MEASUREMENTS
 
-Script = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="MODULE:FUNCTION",
-        help="A function of yours, also as path/to/file.py:FUNCTION. It takes nothing and returns "
-        "(model, train, query): a trained torch.nn.Module in eval mode, and data with labels. Or --model.",
-        show_default=False,
-    ),
-]
+METAVAR = "MODULE:FUNCTION"
+FUNCTION = (
+    "A function of yours, also as path/to/file.py:FUNCTION. It takes nothing and returns "
+    "(model, train, query): a trained torch.nn.Module in eval mode, and data with labels. Or "
+)
+Script = Annotated[str | None, typer.Argument(metavar=METAVAR, help=FUNCTION + "--model.", show_default=False)]
+AskingScript = Annotated[str | None, typer.Argument(metavar=METAVAR, help=FUNCTION + "--query.", show_default=False)]
 FOLDER = "Instead of a script"
 Model = Annotated[
     Path | None,

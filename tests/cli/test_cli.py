@@ -354,6 +354,12 @@ def test_help_lists_the_commands():
         assert command in shown.output
 
 
+@pytest.mark.parametrize(("command", "instead"), [("scores", "--model"), ("index", "--model"), ("query", "--query")])
+def test_help_names_what_stands_for_a_script(command, instead):
+    shown = CliRunner().invoke(cli.app, [command, "--help"], terminal_width=200)
+    assert f"Or {instead}." in " ".join(shown.stdout.replace("│", " ").split())
+
+
 def test_help_of_sample_tells_shapes():
     shown = CliRunner().invoke(cli.app, ["sample", "--help"])  # square brackets would be taken for markup
     assert all(shape in shown.output for shape in ("n × d, .npy", "n × c, .npy", "n numbers, .npy"))

@@ -60,6 +60,7 @@ def signed(value):
     return ("−" if value < 0 else "+") + f"{abs(value):.2e}"
 
 
+ROW = ["query", "rank", "train", "score", "id", "text", "label"]  # of `scores` and of `query`, files with ids
 CLASSIFY = ["--train", "train.jsonl", "--query", "query.csv", "--label", "label"]
 
 
@@ -79,7 +80,9 @@ def test_scores_of_a_classifier_are_those_by_hand(run, folder):
     assert [row["query"] for row in rows] == list("aaabbbccc")
     assert [row["text"] for row in rows] == [SAID[i] for i in order[:, :3].flatten()]
     assert [row["label"] for row in rows] == [LABELS[i] for i in order[:, :3].flatten()]
-    assert [row["train"] for row in rows] == [f"t{i}" for i in order[:, :3].flatten()]
+    assert list(rows[0]) == ROW
+    assert [int(row["train"]) for row in rows] == order[:, :3].flatten().tolist()
+    assert [row["id"] for row in rows] == [f"t{i}" for i in order[:, :3].flatten()]
     for text in (*ASKED, SAID[int(order[0, 0])], SAID[int(order[2, 4])]):
         assert text in printed
     assert sorted(path.name for path in Path("out/explain").iterdir()) == ["query-0.html", "query-1.html"]
@@ -242,6 +245,8 @@ def test_an_index_is_asked_with_a_file_alone(run, folder):
     code, printed, error = run(*query)
     assert code == 0, error
     rows = rows_of(folder / "best.jsonl")
+    assert list(rows[0]) == ROW
+    assert [row["train"] for row in rows] == indices.flatten().tolist()
     assert [row["id"] for row in rows] == [f"t{i}" for i in indices.flatten()]
     assert [row["text"] for row in rows] == [SAID[i] for i in indices.flatten()]
     assert [row["score"] for row in rows] == pytest.approx(values.flatten().tolist(), rel=1e-2)
