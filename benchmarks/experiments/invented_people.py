@@ -135,9 +135,10 @@ def invent(people: int, strangers: int = 20, facts: int = 30, seed: int = 0) -> 
     groups.append([(FACT, (village,)) for village in pools["village"][:facts]])
     # 0 is where a text has ended.
     vocabulary = {word: number for number, word in enumerate(sorted(_all_words(pools)), 1)}
-    parts = [_part([_write(*about, pools, draw) for about in group], vocabulary, draw) for group in groups]
-    parts[2] = parts[2]._replace(owner=torch.arange(facts))
-    return World(*parts, len(vocabulary) + 1)
+    own, others, villages = (
+        _part([_write(*about, pools, draw) for about in group], vocabulary, draw) for group in groups
+    )
+    return World(own, others, villages._replace(owner=torch.arange(facts)), len(vocabulary) + 1)
 
 
 def _pools() -> dict[str, list[str]]:

@@ -104,17 +104,10 @@ def npo(model: nn.Module, data: Data, removed: Tensor, seed: int, *, lr: float, 
     return _descended(model, losses(), lr)
 
 
-def one_step(
-    model: nn.Module, data: Data, removed: Tensor, seed: int, *, damping: float, then: float | None = None
-) -> State:
-    """Formula (3) over all layers with EK-FAC, and then, where a rate is given, an epoch of fine-tuning."""
-    found = _newton(
-        model, data, removed, seed, steps=1, line_search=False, curvature=EKFAC(damping, fisher="monte_carlo")
-    )
-    if then is None:
-        return found
-    model.load_state_dict(found)
-    return fine_tuning(model, data, removed, seed, lr=then, epochs=1)
+def one_step(model: nn.Module, data: Data, removed: Tensor, seed: int, *, damping: float) -> State:
+    """Formula (3) over all layers with EK-FAC."""
+    curvature = EKFAC(damping, fisher="monte_carlo")
+    return _newton(model, data, removed, seed, steps=1, line_search=False, curvature=curvature)
 
 
 def with_search(model: nn.Module, data: Data, removed: Tensor, seed: int, *, steps: int) -> State:
@@ -129,11 +122,17 @@ def _newton(model: nn.Module, data: Data, removed: Tensor, seed: int, **how: Any
     return baselines.newton_steps(model, data, removed, seed, **how)
 
 
+def mended(model: nn.Module, data: Data, removed: Tensor, seed: int, *, method: Method, lr: float) -> State:
+    """Another method, and an epoch of fine-tuning on the retained after it."""
+    model.load_state_dict(method(model, data, removed, seed))
+    return fine_tuning(model, data, removed, seed, lr=lr, epochs=1)
+
+
 METHODS: dict[str, dict[str, Method]] = {
     "remove: with search": {"3 steps": partial(with_search, steps=3)},
     "remove: one step": {f"damping {d:g}": partial(one_step, damping=d) for d in (0.003, 0.01, 0.03, 0.1)},
     "remove: one step, then fine-tuning": {
-        f"damping {d:g}, lr {lr:g}": partial(one_step, damping=d, then=lr)
+        f"damping {d:g}, lr {lr:g}": partial(mended, method=partial(one_step, damping=d), lr=lr)
         for d in (0.001, 0.002, 0.004, 0.008)
         for lr in (1e-3, 2e-3)
     },
@@ -151,6 +150,17 @@ METHODS: dict[str, dict[str, Method]] = {
         f"lr {lr:g}, {epochs} epochs": partial(npo, lr=lr, epochs=epochs)
         for lr in (1e-4, 3e-4, 1e-3)
         for epochs in (5, 10, 20)
+    },
+    **{
+        f"{name}, then fine-tuning": {
+            f"lr {lr:g}, {epochs} epochs, lr {last:g}": partial(
+                mended, method=partial(method, lr=lr, epochs=epochs), lr=last
+            )
+            for lr in (1e-4, 3e-4, 1e-3)
+            for epochs in (10, 20)
+            for last in (1e-3, 2e-3)
+        }
+        for name, method in (("GradDiff", grad_diff), ("NPO", npo))
     },
 }
 
