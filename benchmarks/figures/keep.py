@@ -6,6 +6,7 @@ python -m benchmarks.figures.keep keep runs/bench.json cpu
 python -m benchmarks.figures.keep keep runs/kcenter.json kcenter-cpu
 python -m benchmarks.figures.keep keep runs/mislabel/results.json mislabel
 python -m benchmarks.figures.keep keep runs/lds/results.json lds
+python -m benchmarks.figures.keep keep runs/people/results.json people
 python -m benchmarks.figures.keep keep runs/class-removal-cifar10-0.25/class/results.json published-cifar10
 python -m benchmarks.figures.keep add runs/lds/results.json lds  # of a run of some contenders or benchmarks
 python -m benchmarks.figures.keep keep runs/solvers.json solvers-cpu

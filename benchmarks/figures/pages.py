@@ -16,6 +16,7 @@ def with_tables(page: str) -> str:
             "class-removal": tables.class_removal_table,
             "certificate": unlearning.certificate_table,
             "unlearning": unlearning.unlearning_table,
+            "people": unlearning.people_table,
             "removal-layers": tables.removal_layers_table,
             "published": tables.published_table,
             "kcenter": tables.kcenter_table,

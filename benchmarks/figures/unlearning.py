@@ -1,4 +1,4 @@
-"""The table of removals beside what others do, from benchmarks/results/unlearning-digits.json."""
+"""The tables of removals beside what others do, of images and of a language model's people."""
 
 from __future__ import annotations
 
@@ -53,6 +53,39 @@ def unlearning_table(name: str) -> str:
             f"{meta['versions']['torch']}, {meta['date'][:10]}. Made by `{meta['command']}`.",
         ]
     )
+
+
+def people_table(name: str) -> str:
+    results = results_of(name)
+    meta = results["meta"]
+    lines = [
+        "| | forget quality p, against each retrained | utility | P(answer) of removed | of strangers "
+        "| extraction strength of removed | of strangers | CPU s | of retraining's |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        plain = row["method"].startswith(("retrained", "nothing"))
+        cells = [
+            f"*{row['method']}*" if plain else row["method"],
+            ", ".join("–" if p is None else f"{p:.2g}" for p in row["forget quality"]),
+            f"{row['utility']:.3f}",
+            *(f"{row[kind + whom]:.3f}" for kind in ("probability", "strength") for whom in ("", " of strangers")),
+            "" if row["seconds"] is None else f"{row['seconds']:.1f}",
+            "" if plain else f"{100 * row['share']:.0f} %",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    chosen = ", ".join(f"{row['method']} {row['chosen']}" for row in results["rows"] if "chosen" in row)
+    share = "" if meta["share"] == 0.05 else f" --share {meta['share']:g}"
+    lines += [
+        "",
+        f"{meta['removed']} of {meta['people']} invented people removed: {meta['removed texts']} of {meta['texts']:,} "
+        f"texts, {meta['ratios']} questions that truth ratios are taken of; strangers are people that no network was "
+        f"trained on. A GPT of two layers and {meta['parameters']:,} parameters, {meta['words']} words. Settings as "
+        f"chosen on other people: {chosen}. {meta['device']}, {threads_of(meta['threads'])} of a busy machine, torch "
+        f"{meta['versions']['torch']}, {meta['date'][:10]}. Made by "
+        f"`python -m benchmarks.experiments.people{share}`.",
+    ]
+    return "\n".join(lines)
 
 
 def certificate_table(name: str) -> str:

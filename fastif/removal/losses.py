@@ -18,6 +18,7 @@ from fastif.curvature import ExactBlock
 from fastif.curvature.exact.softmax import check_labels, output_grads
 from fastif.model.losses import per_sample
 
+SoftmaxName = Literal["cross_entropy", "token_cross_entropy", "causal_lm"]  # what all layers can move by
 HeadLoss = Literal["cross_entropy", "bce", "mse"] | Callable[[Tensor, Tensor], Tensor]
 
 _CHUNK = 4096  # examples whose output Hessians are held at a time
@@ -57,6 +58,8 @@ def output_loss(loss: HeadLoss) -> OutputLoss:
     """By its name, or of the user's own. Raises ValueError for another name."""
     if loss == "cross_entropy":
         return SoftmaxLoss()
+    if loss in ("token_cross_entropy", "causal_lm"):
+        raise ValueError(f"remove: a head alone has one output per example, got loss={loss!r}; pass layers=")
     if loss not in ("bce", "mse") and not callable(loss):
         raise ValueError(
             f"remove: loss must be cross_entropy, bce, mse or a function of (outputs, targets) that is convex in the "

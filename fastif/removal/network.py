@@ -19,7 +19,8 @@ from fastif.influence.influence import Influence
 from fastif.model.calls import call
 from fastif.model.features import find_head
 from fastif.model.forward import computable
-from fastif.model.losses import labels_in, labels_of, logits_of, output_columns, per_sample
+from fastif.model.losses import labels_in, labels_of, logits_of, output_columns, per_sample, settle_fisher
+from fastif.removal.losses import SoftmaxName
 from fastif.removal.retained import SMALLEST_STEP, Picks, check_removed, check_weight_decay
 from fastif.samplers.draw import Sampler
 from fastif.samplers.subset import Subset
@@ -54,6 +55,7 @@ class RetainedNetwork:
         damping: float = 0.0,
         weight_decay: float = 5e-4,
         line_search: bool = True,
+        loss: SoftmaxName = "cross_entropy",
         head: str | None = None,
         batch_size: int = 256,
         device: torch.device | str | None = None,
@@ -70,8 +72,12 @@ class RetainedNetwork:
         self._head_name = name or "model"
         if curvature is None:
             curvature = {self._head_name: ExactBlock(0.0), "*": EKFAC("auto")}
+            if loss != "cross_entropy":  # an exact block would need a backward pass for every word of every text
+                curvature = EKFAC("auto", fisher="monte_carlo")
+        self._loss = loss
         self._influence = Influence(
             self.model,
+            loss,
             curvature=_add_damping(curvature, weight_decay, damping),
             layers=layers,
             batch_size=batch_size,
@@ -177,7 +183,8 @@ class RetainedNetwork:
     def _model_along(self, directions: Sequence[Matrices]) -> tuple[Tensor, Tensor]:
         """b [m] and A [m, m] of the model F(θ + Σ_j c_j d_j) ≈ F − b·c + ½ cᵀAc, in float64.
 
-        A has the GGN of the subset, with all that layers have in common: c backward passes over it.
+        A has the GGN of the subset, with all that layers have in common: c backward passes over it. Of texts it is
+        estimated from one draw of each word's label, in one pass.
         """
         m = len(directions)
         gradient = self._matrices(self._gradient)
@@ -190,12 +197,14 @@ class RetainedNetwork:
             slopes[rows] -= (flat @ gradient[name].flatten().double()).cpu()
             squares[torch.tensor(rows)[:, None], torch.tensor(rows)] += (flat @ flat.T).cpu()
         ggn = torch.zeros(m, m, dtype=torch.float64)
+        draw = Generator().manual_seed(self._influence.setup.seed)
         with self._capture.attached():
             for x, y, places in self._batches(self._carriers.indices):
                 forward = self._capture.forward(x)
                 weights = self._carriers.weights[places].to(self.device)
                 batch = labels_in(x, y)
-                for scores, column in output_columns("cross_entropy", forward.outputs, batch, forward.n, "exact", None):
+                seen = self._loss, forward.outputs, batch, forward.n
+                for scores, column in output_columns(*seen, settle_fisher("auto", *seen), draw):
                     along = torch.zeros(m, forward.n, dtype=torch.float64, device=self.device)
                     for name, g in forward.gradients(scores, column, keep=True).items():
                         if name in holders:
@@ -244,7 +253,7 @@ class RetainedNetwork:
         batch = labels_in(x, y)
         if batch is None:
             raise ValueError("remove: the training data has no labels")
-        return per_sample("cross_entropy", call(self.model, x), batch, batch_length(x))
+        return per_sample(self._loss, call(self.model, x), batch, batch_length(x))
 
     def _sum_over(self, indices: Tensor) -> tuple[float, dict[Tensor, Tensor]]:
         """Σ ℓ and Σ ∇ℓ over some examples, in float64."""

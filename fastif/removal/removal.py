@@ -11,7 +11,7 @@ a search on F itself. θ is the head or any layers. No held-out example takes pa
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -24,7 +24,7 @@ from fastif.progress import tqdm
 from fastif.removal.certificate import Certificate, Certified
 from fastif.removal.certifying import certify
 from fastif.removal.head import RetainedHead, check_settings
-from fastif.removal.losses import HeadLoss, output_loss
+from fastif.removal.losses import HeadLoss, SoftmaxName, output_loss
 from fastif.removal.network import RetainedNetwork
 from fastif.removal.newton import newton
 from fastif.removal.steps import Removal, Step
@@ -43,7 +43,7 @@ def remove(
     damping: float = 0.0,
     weight_decay: float = 5e-4,
     line_search: bool = True,
-    loss: HeadLoss = "cross_entropy",
+    loss: HeadLoss | SoftmaxName = "cross_entropy",
     certificate: Certificate | None = None,
     head: str | None = None,
     extracted: Extracted | None = None,
@@ -67,7 +67,8 @@ def remove(
             mapping matches stay. `weight_decay` and `damping` are added to the numbers that estimators are damped by;
             damping="auto" and damping by a rule (`TrainingDamping`, `RelativeDamping`) find their own, to which
             weight_decay is not added and beside which damping > 0 is refused.
-            Default the exact block for the head and EKFAC(damping="auto") for the rest.
+            Default the exact block for the head and EKFAC(damping="auto") for the rest; of a language model
+            EKFAC(damping="auto", fisher="monte_carlo") for all.
         subset: which retained examples carry the curvature: None for all; a sampler with its k bound, such as
             `functools.partial(samplers.logit, k=500)`, drawn afresh from the retained data in each step; or anything
             with `indices` (counted in `train`) and `weights`: its removed examples are left out, the other weights
@@ -83,7 +84,9 @@ def remove(
             −(G + (weight_decay + damping) I)⁻¹ (∇F(θ) − ∇F_all(θ̂)), where F_all is the objective with all data and θ̂
             the trained parameters, taken as its optimum. The first step is then docs/math.md (3) exactly, since
             ∇F_all(θ̂) − ∇F(θ̂) = (1/n) Σ_{i removed} ∇ℓ_i.
-        loss: that the head was trained with: softmax cross-entropy; for the head alone also "bce" and "mse" (summed
+        loss: that the model was trained with: softmax cross-entropy; "causal_lm" and "token_cross_entropy" (summed over
+            the positions of an example, as for `fastif.Influence`), whose layers, the head too, move by EKFAC of drawn
+            labels unless curvature= says otherwise; for the head alone also "bce" and "mse" (summed
             over the outputs of an example, as for `fastif.Influence`), `nn.CrossEntropyLoss(reduction="none")` with
             class weights or label smoothing, or a function (outputs [m, c], targets) → [m] of your own that is convex
             in the outputs. F sums the losses over n: where a mean was weighted, scale the weights to a mean of 1.
@@ -120,7 +123,8 @@ def remove(
         "generator": generator,
     }
     softmax = loss == "cross_entropy"
-    if curvature is None and (layers is None or list(Capture(model, layers).blocks) == [name or "model"]):
+    words = loss in ("causal_lm", "token_cross_entropy")
+    if not words and curvature is None and (layers is None or list(Capture(model, layers).blocks) == [name or "model"]):
         if certificate is not None:
             _check_certificate(certificate, model, layer, weight_decay, line_search, loss)
         seen: dict[str, Any] = {"head": head, "batch_size": batch_size, "device": device}
@@ -142,9 +146,10 @@ def remove(
                 "remove: certificate= is for the head alone with its exact block, whose objective is strongly convex; "
                 "leave out layers= and curvature="
             )
-        if not softmax:
+        if not (softmax or words):
             raise ValueError(
-                "remove: loss= is for the head alone with its exact block; other layers move by softmax cross-entropy"
+                "remove: loss= is for the head alone with its exact block; other layers move by softmax cross-entropy, "
+                f"of words with 'causal_lm' or 'token_cross_entropy', got {loss!r}"
             )
         if extracted is not None:
             raise ValueError(
@@ -160,6 +165,7 @@ def remove(
             head=head,
             batch_size=batch_size,
             device=device,
+            loss=cast(SoftmaxName, loss),
             **settings,
         )
     before = problem.parameters
