@@ -307,9 +307,12 @@ class Ranks:
                     self._count(*((self.world - 1, 0) if rank == self.rank else (0, 1)), flat.nbytes)
                     with self._exchanging(what):
                         dist.broadcast(_sendable(flat), group_src=rank, group=self.group)
-                out[-1].update({n: p.view(theirs[n][0]) for n, p in zip(names, flat.split(sizes), strict=True)})
+                if rank != self.rank:
+                    out[-1].update(
+                        {n: _aligned(p.view(theirs[n][0])) for n, p in zip(names, flat.split(sizes), strict=True)}
+                    )
             if rank == self.rank:
-                out[-1] = dict(tensors)
+                out[-1] = {name: _aligned(tensor.detach()) for name, tensor in tensors.items()}
         return out
 
     def join(self, what: str, rows: Tensor | None, device: torch.device, dim: int = 0) -> Tensor:
@@ -437,6 +440,13 @@ def _buckets(
             some.append(name)
             nbytes += size
         yield some
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """As torch allocates tensors: products round by how their operands lie in memory, and all ranks are to get the same
+    bits of what one of them made and the others received."""
+    own = tensor.is_contiguous() and tensor.data_ptr() % 64 == 0
+    return tensor if own else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _sendable(flat: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ class Stream(IterableDataset):
 def fit_with(options: dict[str, Any], given: dict[str, Any]) -> Any:
     """A fit where ranks may be given different things: the scale of the weights, of the data, or arguments."""
     model, (x, y), _ = problem("mlp")
-    model = copy.copy.deepcopy(model)
+    model = copy.deepcopy(model)
     with torch.no_grad():
         next(model.parameters()).mul_(given.get("weights", 1.0))
     x = x.clone()
@@ -189,7 +189,7 @@ def leave_out(rank: int) -> None:
 
 def fit_slowly() -> None:
     model, (x, y), _ = problem("mlp")
-    slow = nn.Sequential(Slow(), copy.copy.deepcopy(model))
+    slow = nn.Sequential(Slow(), copy.deepcopy(model))
     Influence(slow, curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=1).fit((x, y))
 
 
