@@ -4,7 +4,6 @@
 // may be made on any thread. Matrix products on the CPU likewise (products.h). What else calls the dispatcher.
 #pragma once
 
-#include <dlfcn.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -45,12 +44,14 @@ inline std::ostream& operator<<(std::ostream& out, const Device& device) {
   return out << (device.type == aoti_torch_device_type_cuda() ? "cuda:" : "device:") << device.index;
 }
 
+// torch's own words for what failed, from 2.13 on; an older one has no such function and writes them to stderr. Weak,
+// and not looked up by dlsym, which newer headers ask of glibc 2.34.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 inline void check_call(AOTITorchError error, const char* name) {
   if (error == AOTI_TORCH_SUCCESS) return;
-  // Looked up, as torch has it from 2.13 on; an older one writes why to stderr.
-  const auto why =
-      reinterpret_cast<const char* (*)()>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
-  fail("RuntimeError", "torch: ", name, " failed: ", why ? why() : "see stderr");
+  fail("RuntimeError", "torch: ", name, " failed: ",
+       torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : "see stderr");
 }
 
 class Tensor : public torch::stable::Tensor {
