@@ -22,15 +22,16 @@ from torch import Tensor, nn
 from fastif._version import __version__
 from fastif.files import canonical, checksum
 from fastif.loaded_code import code_text, global_paths, imported, is_installed, named
+from fastif.sharded import gathered
 
 VERSIONS = {"fastif": __version__, "torch": torch.__version__, "python": platform.python_version()}
 _MOST_ENTRIES = 100  # of a container that is described one by one: the rest is a digest
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Of the tensors' types, shapes and bits: 16 digits of their SHA-256."""
+    """Of the tensors' types, shapes and bits: 16 digits of their SHA-256. Parts on ranks are gathered one by one."""
     digest = hashlib.sha256()
-    for tensor in tensors:
+    for tensor in map(gathered, tensors):
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
         values = dense.cpu().resolve_conj().resolve_neg().contiguous()

@@ -72,6 +72,11 @@ class Ranks:
     def __reduce__(self) -> Any:  # where it is read again, the group that is there counts
         return find_ranks, ()
 
+    @property
+    def members(self) -> list[int]:
+        """Every rank's number as torchrun counts them."""
+        return self._names
+
     def check_device(self, device: torch.device) -> None:
         """Raises ValueError where the process group cannot send what is on the device."""
         if self.world > 1 and device.type == "cuda" and "nccl" not in str(dist.get_backend_config(self.group)):

@@ -13,6 +13,10 @@ from fastif.data.orders import check_order, is_pair, is_table
 Held = dict[str, str]
 
 
+class NoExamples(ValueError):
+    """Data without examples."""
+
+
 def loader_of(data: Any, batch_size: int, held: Held | None = None) -> Iterable[Batch]:
     """As `fastif.data.as_loader`; `held` is what `read_batch` is told of the parts of batches before."""
     held = {} if held is None else held
@@ -28,7 +32,7 @@ def loader_of(data: Any, batch_size: int, held: Held | None = None) -> Iterable[
         raise TypeError(f"a tuple of data must be two tensors (x, y), got ({kinds})")
     if isinstance(data, Dataset) or is_table(data):
         if not isinstance(data, IterableDataset) and len(data) == 0:  # pyright: ignore[reportArgumentType]
-            raise ValueError("data holds no examples")
+            raise NoExamples("data holds no examples")
         return _Batches(DataLoader(as_tensors(data), batch_size=batch_size, shuffle=False), held)
     if isinstance(data, Iterable) and not isinstance(data, str | bytes):
         return _Batches(data, held)
@@ -52,7 +56,7 @@ class _Rows:
         self.x, self.y = read_batch(data, 0, held)
         self.n, self.batch_size = batch_length(self.x), batch_size
         if self.n == 0:
-            raise ValueError("data holds no examples")
+            raise NoExamples("data holds no examples")
 
     def __len__(self) -> int:
         return -(-self.n // self.batch_size)

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from fastif.curvature.network import NetworkCurvature
 from fastif.curvature.protocol import Estimator, JointCurvature, check_estimator
-from fastif.data.batches import batch_length, moved_to, picked, rows_of
+from fastif.data.batches import batch_length, moved_to, rows_of
+from fastif.data.dealing import first_batch
 from fastif.influence.fitted import Setup
 from fastif.model.capture import Capture
 from fastif.model.features import called_head
+from fastif.model.passes import choose_rows
 
 
 def assign(capture: Capture, curvature: Estimator | Mapping[str, Estimator], memory: int) -> NetworkCurvature:
@@ -51,7 +53,7 @@ def cover_head(setup: Setup, train: Any, indices: Tensor) -> Setup:
         name = called_head(setup.model, rows_of(x, torch.arange(min(2, batch_length(x)))))
     if name is None or (name or "model") in setup.capture.blocks:
         return setup
-    setup.passes.capture = Capture(setup.model, name or "*")
+    setup.passes.capture = Capture(setup.model, name or "*", setup.passes.sharding)
     return setup._replace(estimators=assign(setup.capture, setup.given, setup.memory))
 
 
@@ -70,7 +72,7 @@ def restore_coverage(setup: Setup, described: Tensor) -> Setup:
     text = bytes(described.tolist()).decode()
     names = [block.rpartition(" [")[0] for block in text.split("; ")]
     if setup.of_head and set(names) <= dict(setup.model.named_modules()).keys():
-        setup.passes.capture = Capture(setup.model, names)
+        setup.passes.capture = Capture(setup.model, names, setup.passes.sharding)
     setup.capture.restore(names)
     return setup._replace(estimators=assign(setup.capture, setup.given, setup.memory))
 
@@ -92,5 +94,5 @@ def warn_of_lost(capture: Capture, stacklevel: int) -> bool:
 
 
 def _first_batch(setup: Setup, train: Any, indices: Tensor) -> tuple[Any, Any]:
-    ((x, y), _) = next(iter(picked(train, setup.passes.batch_size, indices)))
+    x, y = first_batch(train, setup.passes.batch_size, indices, choose_rows)
     return moved_to(x, setup.device), moved_to(y, setup.device)

@@ -144,6 +144,7 @@ class Influence:
             autocast=autocast,
             allow_train_mode=allow_train_mode,
             progress=progress and ranks.rank == 0,
+            ranks=ranks,
         )
         given = copy.deepcopy(dict(curvature) if isinstance(curvature, Mapping) else curvature)
         estimators = assign(passes.capture, given, memory)

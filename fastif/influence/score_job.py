@@ -85,13 +85,14 @@ def _share_of(missing: list[range], fitted: Fitted) -> list[list[range]]:
     """The runs that this rank computes at a time.
 
     All checkpoints are in a block before the next one begins; with one alone, the queries are seen to once. Where
-    solving for queries takes all ranks, those that have nothing to compute take part for as often as the others.
+    solving for queries, or a pass of the model, takes all ranks, those that have nothing to compute take part for as often as the others.
     """
     ranks, alone = fitted.setup.ranks, len(fitted.curvatures) == 1
     by_rank = [share_of_all(missing, ranks, rank) for rank in range(ranks.world)]
     turns = [[[*mine]] if alone and mine else [[run] for run in mine] for mine in by_rank]
     own = turns[ranks.rank]
-    most = max(map(len, turns)) if fitted.setup.estimators.needs_data else len(own)
+    together = fitted.setup.estimators.needs_data or fitted.passes.sharding is not None
+    most = max(map(len, turns)) if together else len(own)
     return own + [[]] * (most - len(own))
 
 

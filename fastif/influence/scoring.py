@@ -49,7 +49,7 @@ def make_tiles(
         with passes.running(checkpoint):
             for first, held in query_blocks(fitted, query, total, curvature, query_groups, low_rank, by == "token"):
                 low_rank_error = max(part.error for parts in held.values() for part in parts)
-                batches = () if train is None else passes.gradients(train, _of_queries(first, held, total))
+                batches = passes.gradients(train, _of_queries(first, held, total))
                 for start, _, gradients in batches:
                     parts = {}
                     for name, g in gradients.items():
@@ -165,7 +165,7 @@ def compute_self_influence(fitted: Fitted, train: Any) -> Tensor:
         ranks, mine = ALONE, train
     for checkpoint, curvature in fitted.at_checkpoints():
         with fitted.passes.running(checkpoint):
-            batches = () if mine is None else fitted.passes.gradients(mine, "self-influence")
+            batches = fitted.passes.gradients(mine, "self-influence")
             parts = [curvature.sq_norms(gradients).cpu() for _, _, gradients in batches]
         own = torch.cat(parts) if parts else None
         total = own if total is None or own is None else total + own

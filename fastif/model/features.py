@@ -3,21 +3,22 @@
 They are all that the samplers need, and all that the curvature of the last layer is made of.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastif.data.batches import as_loader, batch_length, moved_to, walked
+from fastif.data.batches import Batch, as_loader, batch_length, moved_to, walked
 from fastif.data.checksums import checksum
-from fastif.data.dealing import Part, deal, tell_data
+from fastif.data.dealing import Part, deal, first_batch, tell_data
 from fastif.model.calls import call, placed
 from fastif.model.losses import IGNORED
 from fastif.ops._checks import first_nonfinite_row
 from fastif.progress import tqdm
 from fastif.ranks import find_ranks
+from fastif.sharded import Sharding, find_sharding
 
 
 class Extracted(NamedTuple):
@@ -61,17 +62,24 @@ def extract(
     (torch.Size([5, 3]), torch.Size([5, 2]), tensor([0, 1, 1, 0, 1]))
     """
     ranks = find_ranks(group)
+    sharding = find_sharding(model, ranks, "extract")
     if ranks.world == 1 or isinstance(data, Iterator):
-        return _extract(model, data, 0, head, batch_size, device, progress)
+        extracted = _extract(model, data, 0, head, batch_size, device, progress, sharding)
+        assert extracted is not None
+        return extracted
     with ranks.together("extract"):
         data = walked(data, batch_size)
         state = {key: checksum(value) for key, value in model.state_dict().items() if isinstance(value, Tensor)}
         ranks.compare("extract", {**tell_data(data, ranks), "head": head, "batch_size": batch_size, "model": state})
-        mine, own = deal(data, ranks), dict[str, Tensor | None]()
-        if len(mine):
-            part = Part(data, batch_size, [mine])
-            own = _extract(model, part, mine.start, head, batch_size, device, progress and ranks.rank == 0)._asdict()
-        sent = {key: value.to(ranks.device) for key, value in own.items() if value is not None}
+        mine = deal(data, ranks)
+        part = Part(data, batch_size, [mine]) if len(mine) else None
+        example = None
+        if sharding is not None:
+            example, _ = first_batch(data, batch_size, torch.tensor([0]), lambda *_: torch.tensor([0]))
+        shown = progress and ranks.rank == 0
+        own = _extract(model, part, mine.start, head, batch_size, device, shown, sharding, example)
+        found = {} if own is None else own._asdict()
+        sent = {key: value.to(ranks.device) for key, value in found.items() if value is not None}
         parts = [part for part in ranks.gather("features", sent, ranks.device) if part]
         if any(part.keys() != parts[0].keys() for part in parts):
             raise ValueError("extract: some batches have labels and some have none")
@@ -89,10 +97,15 @@ def _extract(
     batch_size: int,
     device: torch.device | str | None,
     progress: bool,
-) -> Extracted:
-    """The same of data that begins with example `first`."""
+    sharding: Sharding | None,
+    example: Any = None,
+) -> Extracted | None:
+    """The same of data that begins with example `first`, None where there are none.
+
+    Of a sharded model the ranks make every pass together; one without further batches goes along with `example`.
+    """
     name, layer = find_head(model, head, op="extract")
-    loader = as_loader(data, batch_size)
+    loader = () if data is None else as_loader(data, batch_size)
     device = layer.weight.device if device is None else torch.empty(0, device=device).device
     calls: list[tuple[Tensor, Tensor]] = []
 
@@ -106,6 +119,15 @@ def _extract(
     logits: list[Tensor] = []
     labels: list[Tensor | None] = []
     n = first
+
+    def in_turn(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if sharding is not None:
+                sharding.begin("forward")
+            yield batch
+        if sharding is not None:
+            sharding.follow(lambda *_: call(model, moved_to(example, device)))
+
     with (
         _as_it_was(model, device),
         torch.no_grad(),
@@ -114,7 +136,7 @@ def _extract(
     ):
         hook = layer.register_forward_hook(keep, with_kwargs=True)
         try:
-            for x, y in batches:
+            for x, y in in_turn(batches):
                 calls.clear()
                 output = call(model, moved_to(x, device))
                 batch_features, batch_logits = _checked(name, calls, output, batch_length(x), n)
@@ -132,6 +154,10 @@ def _extract(
                 n += len(batch_logits)
         finally:
             hook.remove()
+            if sharding is not None:
+                sharding.reshard()
+    if data is None:
+        return None
     if n == first:
         raise ValueError("extract: the data holds no examples")
     given = [y for y in labels if y is not None]
