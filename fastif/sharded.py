@@ -20,7 +20,7 @@ from fastif.ranks import Ranks
 
 Step = Literal["forward", "layers", "parameters"]  # the last two: backward passes, by what they differentiate
 
-_WAY_OUT = (
+WAY_TO_WHOLE = (
     "build the model again and load into it what torch.distributed.checkpoint.state_dict.get_model_state_dict gives "
     "with StateDictOptions(full_state_dict=True)"
 )
@@ -53,13 +53,34 @@ def divided_like(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: divided(name, value) for name, value in state.items()}
 
 
+def units_of(model: nn.Module) -> list[Any]:
+    """The modules that `fully_shard` was called on."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [module for module in model.modules() if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
+
+
+def written_as(module: nn.Module) -> tuple[type, dict[str, Any], list[Any]]:
+    """A module's class, attributes and forward hooks, without what `fully_shard` has made of them."""
+    kind, held = type(module), vars(module)
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return kind, held, hooks
+    hooks = [hook for hook in hooks if not type(getattr(hook, "__self__", None)).__module__.startswith(fsdp.__name__)]
+    ours = ("__composable_api", "_is_fsdp_managed", "_fsdp_")
+    held = {key: value for key, value in held.items() if not key.startswith(ours)}
+    return kind.__mro__[2] if isinstance(module, fsdp.FSDPModule) else kind, held, hooks
+
+
 def refuse_sharded(model: nn.Module, op: str) -> None:
     """Raises ValueError for parameters of which this process has only a part."""
+    for unit in units_of(model):
+        unit.reshard()
     for name, parameter in model.named_parameters():
         if is_part(parameter):
             raise ValueError(
                 f"{op}: parameter {name!r} is a DTensor, of which each rank has a part (fully_shard, tensor "
-                f"parallel), and whole parameters are needed: {_WAY_OUT}"
+                f"parallel), and whole parameters are needed: {WAY_TO_WHOLE}"
             )
 
 
@@ -72,13 +93,12 @@ def find_sharding(model: nn.Module, ranks: Ranks, op: str) -> Sharding | None:
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise ValueError(
             f"{op}: the model is wrapped by FullyShardedDataParallel, whose parameters are flat pieces of several "
-            f"layers: shard it with torch.distributed.fsdp.fully_shard, or {_WAY_OUT}"
+            f"layers: shard it with torch.distributed.fsdp.fully_shard, or {WAY_TO_WHOLE}"
         )
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    units = [module for module in model.modules() if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
+    units = units_of(model)
     for unit in units:
         unit.reshard()  # what a forward pass of the caller's has left whole
-    parts = {name: parameter for name, parameter in model.named_parameters() if is_part(parameter)}
+    parts: dict[str, Any] = {name: parameter for name, parameter in model.named_parameters() if is_part(parameter)}
     if not parts:
         return None
     from torch.distributed.tensor import Replicate, Shard
@@ -91,7 +111,7 @@ def find_sharding(model: nn.Module, ranks: Ranks, op: str) -> Sharding | None:
             raise ValueError(
                 f"{op}: parameter {name!r} is a DTensor placed as ({placed}), which fully_shard alone does not make "
                 "(tensor parallel?): its layers see parts of what they compute. Models sharded by "
-                f"torch.distributed.fsdp.fully_shard are taken, and whole ones: {_WAY_OUT}"
+                f"torch.distributed.fsdp.fully_shard are taken, and whole ones: {WAY_TO_WHOLE}"
             )
         members = {int(rank) for rank in parameter.device_mesh.mesh.flatten()}
         if not members <= set(ranks.members):
@@ -111,7 +131,7 @@ class Sharding:
         self._whole: dict[Tensor, Tensor] = {}  # by part: what the last forward pass had of a parameter
         self._following = False
         owners = {
-            module: [(key, part) for key, part in module._parameters.items() if is_part(part)]
+            module: [(key, part) for key, part in module._parameters.items() if part is not None and is_part(part)]
             for module in model.modules()
         }
         self._seen_by = {
@@ -142,8 +162,8 @@ class Sharding:
 
     def _note(self, module: nn.Module, _args: Any) -> None:
         for owner, key, part in self._seen_by[module]:
-            whole = owner._parameters[key]
-            if whole is not None and not is_part(whole):
+            whole: Any = owner._parameters[key]
+            if not is_part(whole):
                 self._whole[part] = whole
 
     def whole(self, parameters: Iterable[Tensor]) -> list[Tensor]:
@@ -159,7 +179,7 @@ class Sharding:
 
         return [of(parameter) for parameter in parameters]
 
-    # ------------------------------------------------------------------------------------------------------------ passes
+    # ----------------------------------------------------------------------------------------------------------- passes
 
     def begin(self, step: Step, times: int = 1) -> int:
         """Before a pass, or `times` of one kind: how often all ranks make it. Raises where they begin others."""

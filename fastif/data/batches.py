@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastif.data.batch import Arguments, Batch, Shared, batch_length, moved_to, rebuilt, rows_of, whole
 from fastif.data.identity import Identity, Walked
-from fastif.data.loaders import loader_of
-from fastif.data.parts import Parts, Sharded, sharded
+from fastif.data.loaders import Sharded, loader_of
+from fastif.data.parts import Parts, sharded
 
 __all__ = [
     "Arguments",

@@ -17,11 +17,25 @@ class NoExamples(ValueError):
     """Data without examples."""
 
 
+class Sharded:
+    """Data of which this rank has a part of its own, as `fastif.sharded` says."""
+
+    def __init__(self, data: Any, group: Any):
+        self.data, self.group = data, group
+
+
+def needs_all(op: str) -> str:
+    """What is said where the data of all ranks are needed on every one."""
+    return f"{op} needs all examples on every rank, and of this data each has a part of its own (fastif.sharded)"
+
+
 def loader_of(data: Any, batch_size: int, held: Held | None = None) -> Iterable[Batch]:
     """As `fastif.data.as_loader`; `held` is what `read_batch` is told of the parts of batches before."""
     held = {} if held is None else held
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if isinstance(data, Sharded):
+        raise ValueError(needs_all("data: this"))
     if isinstance(data, DataLoader):
         check_order(data)
         return _Batches(data, held)

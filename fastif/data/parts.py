@@ -7,23 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from fastif.data.batch import Batch, rows_of
 from fastif.data.identity import Identity, Walked
-from fastif.data.loaders import NoExamples
+from fastif.data.loaders import NoExamples, Sharded, needs_all
 from fastif.ranks import Ranks, find_ranks
-
-
-class Sharded(NamedTuple):
-    """What `sharded` says of data."""
-
-    data: Any  # this rank's part
-    group: Any
 
 
 def sharded(data: Any, *, group: Any = None) -> Any:
@@ -43,7 +35,8 @@ def sharded(data: Any, *, group: Any = None) -> Any:
     ranks = find_ranks(group)
     sampler = sampler_of(data)
     if sampler is not None:
-        n, own = len(sampler.dataset), (sampler.rank, sampler.num_replicas)
+        rows: Any = sampler.dataset
+        n, own = len(rows), (sampler.rank, sampler.num_replicas)
         if own != (ranks.rank, ranks.world):
             raise ValueError(
                 f"sharded: the DistributedSampler is that of rank {own[0]} of {own[1]}, and this is rank {ranks.rank} "
@@ -75,8 +68,6 @@ def sampler_of(data: Any) -> DistributedSampler | None:
 class Parts(Walked):
     """The parts of all ranks as one data set, of which this rank can bring its own examples alone."""
 
-    indexable = False  # examples of other ranks cannot be had
-
     def __init__(self, given: Sharded, batch_size: int):
         self.data, self.batch_size = given, batch_size
         self.ranks: Ranks = find_ranks(given.group)
@@ -85,6 +76,11 @@ class Parts(Walked):
             self._own: Walked | None = Walked(given.data, batch_size)
         except NoExamples:
             self._own = None
+
+    @property
+    def indexable(self) -> bool:
+        """Examples of other ranks cannot be had."""
+        return False
 
     def _meet(self) -> list[list[int]]:
         if self._by_rank is None:
@@ -114,13 +110,13 @@ class Parts(Walked):
 
     @property
     def identity(self) -> Identity:
-        raise ValueError(_alone("a fingerprint of all examples"))
+        raise ValueError(needs_all("data: a fingerprint"))
 
     def __len__(self) -> int:
-        raise TypeError(_alone("their number of batches"))
+        raise TypeError(needs_all("data: a walk"))
 
     def __iter__(self) -> Iterator[Batch]:
-        raise ValueError(_alone("a walk through all examples"))
+        raise ValueError(needs_all("data: a walk"))
 
     def picked(self, indices: Tensor) -> Iterator[tuple[Batch, Tensor]]:
         """As for any data; the examples have to be this rank's."""
@@ -153,10 +149,3 @@ class Parts(Walked):
                     "which part is its own)"
                 )
         return found
-
-
-def _alone(what: str) -> str:
-    return (
-        f"data: of what fastif.sharded was told, each rank has its own part alone, and this needs {what} on every rank: "
-        "pass data that all ranks hold"
-    )

@@ -6,7 +6,7 @@ What was covered without a look at data is not always what can be: see `fastif.m
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,6 +21,7 @@ from fastif.influence.fitted import Setup
 from fastif.model.capture import Capture
 from fastif.model.features import called_head
 from fastif.model.passes import choose_rows
+from fastif.sharded import WAY_TO_WHOLE
 
 
 def assign(capture: Capture, curvature: Estimator | Mapping[str, Estimator], memory: int) -> NetworkCurvature:
@@ -41,7 +42,14 @@ def assign(capture: Capture, curvature: Estimator | Mapping[str, Estimator], mem
         parts.update(rules[pattern].assign({name: capture.blocks[name].shape for name in names}, memory))
     if not parts:
         raise ValueError(f"Influence: no pattern of curvature= matches a layer, got {', '.join(rules)}")
-    return NetworkCurvature(parts)
+    made = NetworkCurvature(parts)
+    if capture.sharding is not None and made.needs_whole:
+        raise ValueError(
+            f"Influence: {', '.join(sorted(made.needs_whole))} differentiates by parameters, of which each rank holds "
+            "a part (fully_shard): take an estimator that is made of gradients, such as EKFAC, KFAC, Diagonal, DataInf "
+            f"or ExactBlock with matrix='ggn', or a whole model: {WAY_TO_WHOLE}"
+        )
+    return made
 
 
 def cover_head(setup: Setup, train: Any, indices: Tensor) -> Setup:
@@ -65,6 +73,16 @@ def look_at(setup: Setup, train: Any, indices: Tensor) -> Setup:
     setup.capture.batch = 0
     setup.passes.check(x, y)
     return setup._replace(estimators=assign(setup.capture, setup.given, setup.memory))
+
+
+def look_together(setup: Setup, *given: Any) -> None:
+    """Where ranks hold parts of the model: has all of them look at the same first examples, before each passes those of
+    its own, if nothing was looked at since the curvature was fitted (or loaded)."""
+    for data in given:
+        seen = setup.passes.sharding is None or setup.capture.checked > 1
+        if not seen and not isinstance(data, Iterator):
+            with setup.passes.running(setup.states[0]):
+                look_at(setup, data, torch.arange(data.n))
 
 
 def restore_coverage(setup: Setup, described: Tensor) -> Setup:

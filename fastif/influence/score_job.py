@@ -85,7 +85,8 @@ def _share_of(missing: list[range], fitted: Fitted) -> list[list[range]]:
     """The runs that this rank computes at a time.
 
     All checkpoints are in a block before the next one begins; with one alone, the queries are seen to once. Where
-    solving for queries, or a pass of the model, takes all ranks, those that have nothing to compute take part for as often as the others.
+    solving for queries, or a pass through the model, takes all ranks, those that have nothing to compute take part for
+    as often as the others.
     """
     ranks, alone = fitted.setup.ranks, len(fitted.curvatures) == 1
     by_rank = [share_of_all(missing, ranks, rank) for rank in range(ranks.world)]

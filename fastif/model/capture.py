@@ -57,9 +57,7 @@ class Capture:
     {'0': (1, 3, 5), '2': (1, 2, 3)}
     """
 
-    def __init__(
-        self, model: nn.Module, layers: str | Sequence[str] | None = None, sharding: Sharding | None = None
-    ):
+    def __init__(self, model: nn.Module, layers: str | Sequence[str] | None = None, sharding: Sharding | None = None):
         self.model, self.sharding = model, sharding
         if sharding is None:
             refuse_sharded(model, "capture")

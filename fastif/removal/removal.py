@@ -29,6 +29,7 @@ from fastif.removal.network import RetainedNetwork
 from fastif.removal.newton import newton
 from fastif.removal.steps import Removal, Step
 from fastif.samplers.draw import Sampler
+from fastif.sharded import refuse_sharded
 
 
 def remove(
@@ -112,6 +113,7 @@ def remove(
     line_search=False, for a loss that is not known to be convex, for a head whose weight serves elsewhere in the model,
     and where the steps do not reach its distance, with how far they came.
     """
+    refuse_sharded(model, "remove")
     check_settings(6 if steps is None else steps, damping)
     name, layer = find_head(model, head, op="remove")
     indices = torch.as_tensor(indices)
