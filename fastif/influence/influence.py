@@ -20,7 +20,7 @@ from fastif.curvature.exact.block import ExactBlock
 from fastif.curvature.limits import MEMORY
 from fastif.curvature.protocol import Estimator
 from fastif.data.batches import count, walked
-from fastif.data.loaders import needs_all
+from fastif.data.loaders import Sharded, needs_all
 from fastif.data.parts import Parts
 from fastif.influence.averaging import average_scores, average_self_influence, write_averaged_scores
 from fastif.influence.coverage import assign, cover_head, look_at, look_together, restore_coverage, warn_of_lost
@@ -235,6 +235,8 @@ class Influence:
         if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1):
             raise ValueError(f"plan: ranks must be an integer >= 1, got {ranks!r}")
         refuse_sharded(self.model, "plan")
+        if isinstance(train, Sharded):
+            raise ValueError(needs_all("plan"))
         train = walked(train, self.passes.batch_size)
         every = torch.arange(train.n)
         self.setup = cover_head(self.setup, train, every)

@@ -20,15 +20,13 @@ from fastif.ranks import find_ranks
 from tests.helpers.by_hand import CLASSES, problem
 from tests.ranks.cases import ESTIMATORS
 
-HOW = {"cross_entropy": {}, "words": {}}
-
 
 class Blocks(nn.Module):
     """Layers of several kinds, two of them in blocks of their own, and a bare parameter."""
 
-    def __init__(self) -> None:
+    def __init__(self, bare: bool = True) -> None:
         super().__init__()
-        self.place = nn.Parameter(torch.randn(5))
+        self.place = nn.Parameter(torch.randn(5), requires_grad=bare)
         self.first = nn.Linear(5, 6)
         self.middle = nn.ModuleList(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6, bias=i > 0)) for i in range(2))
         self.head = nn.Linear(6, CLASSES)
@@ -40,11 +38,12 @@ class Blocks(nn.Module):
         return self.head(h)
 
 
-def network(kind: str = "blocks") -> nn.Module:
-    if kind != "blocks":
+def network(kind: str = "layers") -> nn.Module:
+    """One of `problem`'s, or `Blocks`: "layers" alone, or a "bare" parameter too."""
+    if kind not in ("layers", "bare"):
         return copy.deepcopy(problem(kind).model)
     torch.manual_seed(3)
-    return Blocks().double()
+    return Blocks(kind == "bare").double()
 
 
 def divided(model: nn.Module, **how: Any) -> nn.Module:
@@ -56,21 +55,30 @@ def divided(model: nn.Module, **how: Any) -> nn.Module:
     return model
 
 
-def answers(name: str, n: int = 23, q: int = 3, kind: str = "blocks", of: Any = None, **options: Any) -> dict[str, Any]:
+def brief_answers(name: str, n: int = 11, q: int = 3, kind: str = "layers") -> dict[str, Any]:
+    model, (x, y) = divided(network(kind)), problem("mlp").data
+    data, query = (x[:n], y[:n]), (x[:q], y[:q])
+    made = Influence(model, curvature=ESTIMATORS[name], progress=False, batch_size=4).fit(data)
+    return {
+        "scores": made.scores(query, data),
+        "self": made.self_influence(data),
+        "state": [*made.state_dict().values()],
+        "covered": {**made.capture.covered},
+    }
+
+
+def answers(name: str, n: int = 11, q: int = 3, kind: str = "layers", of: Any = None, **options: Any) -> dict[str, Any]:
     """What an Influence of a model, sharded on several ranks, answers on some of the problem's examples."""
-    model, (x, y) = divided(network(kind)), problem("mlp" if kind == "blocks" else kind).data
+    model, (x, y) = divided(network(kind)), problem("mlp" if kind in ("layers", "bare") else kind).data
     data, query = (x[:n], y[:n]), (x[:q], y[:q])
     before = {key: whole(value) for key, value in model.state_dict().items()}
-    made = Influence(
-        model, curvature=ESTIMATORS[name] if of is None else of, layers="*", progress=False, batch_size=4, **options
-    ).fit(data)
+    how: dict[str, Any] = dict(curvature=ESTIMATORS[name] if of is None else of, progress=False, batch_size=4)
+    made = Influence(model, **how, **options).fit(data)
     scores = made.scores(query, data)
     values, indices = made.top(query, data, min(n, 5))
     moved = made.on_parameters(data)
     vectors = {key: torch.ones_like(value) for key, value in moved.items()}
-    again = Influence(
-        model, curvature=ESTIMATORS[name] if of is None else of, layers="*", progress=False, batch_size=4, **options
-    ).load_state_dict(made.state_dict())
+    again = Influence(model, **how, **options).load_state_dict(made.state_dict())
     found = {
         "self again": again.self_influence(data),
         "scores": scores,
@@ -101,7 +109,7 @@ def moved_state(folder: str, state: Any, checkpoints: bool = False) -> Any:
     """Scores by a state that one process fitted, of checkpoints, and in a folder."""
     model, (x, y) = divided(network()), problem("mlp").data
     options: dict[str, Any] = {"checkpoints": [network().state_dict(), shifted()]} if checkpoints else {}
-    made = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=4, **options)
+    made = Influence(model, curvature=EKFAC(1e-2), progress=False, batch_size=4, **options)
     made = made.fit((x, y)) if state is None else made.load_state_dict(state)
     out = made.scores((x[:3], y[:3]), (x, y), out=folder, resume=True).load()
     return out, made.scores((x[:3], y[:3]), (x, y)), made.state_dict()
@@ -116,15 +124,15 @@ def refusals(folder: str) -> dict[str, str]:
     """What is said of what a sharded model cannot do, or a model that is divided in other ways."""
     x, y = problem("mlp").data
     model = divided(network())
-    fitted = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False).fit((x, y))
+    fitted = Influence(model, curvature=EKFAC(1e-2), progress=False).fit((x, y))
     mesh = init_device_mesh("cpu", (find_ranks().world,))
     columns = parallelize_module(network(), mesh, {"first": ColwiseParallel()})
     alone = [dist.new_group([rank]) for rank in range(find_ranks().world)][find_ranks().rank]
     flat = type("FullyShardedDataParallel", (nn.Module,), {})()
     flat.inner = network()
     calls: dict[str, Any] = {
-        **{name: partial(Influence, model, curvature=ESTIMATORS[name], layers="*") for name in ("cg", "lissa")},
-        **{name: partial(Influence, model, curvature=ESTIMATORS[name], layers="*") for name in ("arnoldi", "hessian")},
+        **{name: partial(Influence, model, curvature=ESTIMATORS[name]) for name in ("cg", "lissa")},
+        **{name: partial(Influence, model, curvature=ESTIMATORS[name]) for name in ("arnoldi", "hessian")},
         "plan": partial(fitted.plan, (x, y)),
         "copy": partial(copy.deepcopy, fitted),
         "index": partial(Index.build, fitted, (x, y), folder),
@@ -146,14 +154,13 @@ def said_by(call: Any) -> str:
     return "nothing"
 
 
-def one_position_more() -> Any:
-    """Batches that take other passes on one rank than on the other: of one the layers, of the other the examples."""
+def failing_loss() -> Any:
+    """A loss that cannot be had of the last example, which the last rank has."""
     x, y = problem("mlp").data
-    made = Influence(divided(network()), curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=4)
-    rank = find_ranks().rank
+    made = Influence(divided(network()), curvature=EKFAC(1e-2), progress=False, batch_size=4)
 
     def loss(outputs: Tensor, batch: Any) -> Tensor:
-        if rank == 1 and bool((batch == 9).any()):
+        if bool((batch == 9).any()):
             raise ValueError("a loss that fails on one rank")
         return F.cross_entropy(outputs, batch.clamp(max=2), reduction="none")
 
@@ -165,7 +172,7 @@ def mixed_precision(kind: str) -> Any:
     x, y = problem("mlp").data
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if kind == "policy" else MixedPrecisionPolicy()
     model = divided(network().float(), mp_policy=policy)
-    made = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=4).fit((x.float(), y))
+    made = Influence(model, curvature=EKFAC(1e-2), progress=False, batch_size=4).fit((x.float(), y))
     return made.scores((x[:3].float(), y[:3]), (x.float(), y))
 
 
@@ -176,7 +183,7 @@ def on_mesh(shape: tuple[int, ...]) -> Any:
     if ranks.world > 1:
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts")[-len(shape) :])
         fully_shard(model, mesh=mesh)
-    made = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=4).fit((x, y))
+    made = Influence(model, curvature=EKFAC(1e-2), progress=False, batch_size=4).fit((x, y))
     return made.scores((x[:3], y[:3]), (x, y))
 
 
@@ -188,7 +195,7 @@ def sampled() -> Any:
     return made.subset.indices, made.scores((x[:2], y[:2]), (x, y))
 
 
-# ---------------------------------------------------------------------------------------------------------- data in parts
+# ----------------------------------------------------------------------------------------------------- data in parts
 
 
 class Stream(IterableDataset):
@@ -203,15 +210,10 @@ class Stream(IterableDataset):
         return iter([(x[i], y[i]) for i in rows])
 
 
-def dealt(n: int, world: int) -> Tensor:
-    """The rows of the problem's data in the order in which ranks bring them."""
-    return torch.cat([torch.arange(n)[rank::world] for rank in range(world)])
-
-
 def in_parts(kind: str, n: int, world: int) -> Any:
     """Training data as this rank's part; on one process, all of them in the same order and batches."""
     x, y = problem("mlp").data
-    rows = [dealt(n, world)[i] for i in range(0)] or [torch.arange(n)[rank::world] for rank in range(world)]
+    rows = [torch.arange(n)[rank::world] for rank in range(world)]
     if not dist.is_initialized():
         return [(x[part], y[part]) for own in rows for part in own.split(4)]
     rank = find_ranks().rank
@@ -229,7 +231,7 @@ def of_parts(kind: str, n: int, world: int, name: str = "ekfac", divide: bool = 
     x, y = problem("mlp").data
     query = x[:3], y[:3]
     model = divided(network()) if divide else network()
-    made = Influence(model, curvature=ESTIMATORS[name], layers="*", progress=False, batch_size=4).fit(train)
+    made = Influence(model, curvature=ESTIMATORS[name], progress=False, batch_size=4).fit(train)
     values, indices = made.top(query, train, k)
     worth = {} if made.setup.estimators.needs_data else {"self": made.self_influence(train)}
     return {
@@ -251,8 +253,8 @@ def parts_refused(folder: str) -> dict[str, str]:
     def loader(of: Any = set_, **how: Any) -> DataLoader:
         return DataLoader(of, batch_size=4, sampler=DistributedSampler(of, **how))
 
-    made = Influence(network(), curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=4)
-    other = Influence(network(), curvature=ESTIMATORS["cg"], layers="*", progress=False, batch_size=4)
+    made = Influence(network(), curvature=EKFAC(1e-2), progress=False, batch_size=4)
+    other = Influence(network(), curvature=ESTIMATORS["cg"], progress=False, batch_size=4)
     good, query = in_parts("tensors", 24, ranks.world), (x[:2], y[:2])
     made.fit(good)
     other.fit(good)
