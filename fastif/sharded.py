@@ -9,8 +9,8 @@ Hooks see whole layers. Parameters themselves are whole between the passes only 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -130,6 +130,8 @@ class Sharding:
         self.model, self.ranks, self._units = model, ranks, units
         self._whole: dict[Tensor, Tensor] = {}  # by part: what the last forward pass had of a parameter
         self._following = False
+        self._called: list[Any] | None = None  # units, in the order in which the forward pass at hand gathers them
+        self._order: list[Any] = []  # and the last one did
         owners = {
             module: [(key, part) for key, part in module._parameters.items() if part is not None and is_part(part)]
             for module in model.modules()
@@ -161,6 +163,8 @@ class Sharding:
         undo.callback(self._whole.clear)
 
     def _note(self, module: nn.Module, _args: Any) -> None:
+        if self._called is not None and module in self._units:
+            self._called.append(module)
         for owner, key, part in self._seen_by[module]:
             whole: Any = owner._parameters[key]
             if not is_part(whole):
@@ -184,6 +188,34 @@ class Sharding:
     def begin(self, step: Step, times: int = 1) -> int:
         """Before a pass, or `times` of one kind: how often all ranks make it. Raises where they begin others."""
         return times if self._following else self._agree(step, times)[1]
+
+    @contextmanager
+    def passing(self, step: Step) -> Iterator[None]:
+        """A pass. What goes wrong in it on this rank is told at the next meeting, to which the others come once the
+        layers behind were gathered; and an error of torch's own exchanges says which rank failed."""
+        what = "a pass through the sharded model"
+        self._called = [] if step == "forward" else None
+        try:
+            yield
+            self._order = self._order if self._called is None else self._called
+        except Exception as error:
+            told = self.ranks.explain(what, error) if isinstance(error, RuntimeError) else error
+            if told is not error:
+                raise told from error
+            if self._called:
+                self._gather(self._order[len(self._called) - 1 :])
+            raise
+        finally:
+            self._called = None
+
+    @staticmethod
+    def _gather(units: Sequence[Any]) -> None:
+        """What the other ranks' forward pass gathers behind the first of these."""
+        for before, unit in zip(units, units[1:], strict=False):
+            together = unit is not before and unit._get_fsdp_state() is before._get_fsdp_state()
+            if not together:  # of units that were sharded as one, the first is gathered for all
+                unit.unshard()
+                unit.reshard()
 
     def follow(self, take: Callable[[Step, int], None]) -> None:
         """Makes the passes that other ranks still have batches for, by `take(step, times)`, until none has."""

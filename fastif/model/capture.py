@@ -303,8 +303,9 @@ class Capture:
             self.sharding.begin("forward")
         self._n, self._recording = batch_length(x), {}
         self._came_late.clear()
+        passing = nullcontext() if self.sharding is None else self.sharding.passing("forward")
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), passing:
                 outputs = call(self.model, x)
             if self._came_late:
                 raise self._came_late[0]

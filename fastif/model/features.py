@@ -3,14 +3,14 @@
 They are all that the samplers need, and all that the curvature of the last layer is made of.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastif.data.batches import Batch, as_loader, batch_length, moved_to, walked
+from fastif.data.batches import as_loader, batch_length, moved_to, walked
 from fastif.data.checksums import checksum
 from fastif.data.dealing import Part, deal, first_batch, tell_data
 from fastif.model.calls import call, placed
@@ -120,25 +120,27 @@ def _extract(
     labels: list[Tensor | None] = []
     n = first
 
-    def in_turn(batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            if sharding is not None:
-                sharding.begin("forward")
-            yield batch
-        if sharding is not None:
-            sharding.follow(lambda *_: call(model, moved_to(example, device)))
+    def passed(x: Any) -> Any:
+        if sharding is None:
+            return call(model, moved_to(x, device))
+        sharding.begin("forward")
+        with sharding.passing("forward"):
+            return call(model, moved_to(x, device))
 
     with (
         _as_it_was(model, device),
+        ExitStack() as undo,
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),  # influence needs the digits that autocast drops
         tqdm(loader, "extract", disable=not progress) as batches,
     ):
         hook = layer.register_forward_hook(keep, with_kwargs=True)
         try:
-            for x, y in in_turn(batches):
+            if sharding is not None:
+                sharding.hook(undo)
+            for x, y in batches:
                 calls.clear()
-                output = call(model, moved_to(x, device))
+                output = passed(x)
                 batch_features, batch_logits = _checked(name, calls, output, batch_length(x), n)
                 if features and batch_features.shape[1:] != features[0].shape[1:]:
                     raise ValueError(
@@ -152,6 +154,8 @@ def _extract(
                     None if y is None else _checked_labels(y, batch_logits.shape[:-1], batch_logits.shape[-1], n)
                 )
                 n += len(batch_logits)
+            if sharding is not None:
+                sharding.follow(lambda *_: passed(example))
         finally:
             hook.remove()
             if sharding is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,12 +170,13 @@ class Forward:
                 raise ValueError(f"capture: the input of layer {source!r} was overwritten in place after it was used")
         if self._sharding is not None:
             self._sharding.begin("layers")
-        found = grad(
-            target.sum() if column is None else target,
-            [s.edge for _, s in flat],
-            None if column is None else column.to(target.dtype),
-            keep,
-        )
+        with self._passing("layers"):
+            found = grad(
+                target.sum() if column is None else target,
+                [s.edge for _, s in flat],
+                None if column is None else column.to(target.dtype),
+                keep,
+            )
         pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for (source, s), u in zip(flat, found, strict=True):
             u = torch.zeros(s.shape, dtype=s.dtype, device=s.device) if u is None else u
@@ -201,7 +203,8 @@ class Forward:
             times = self.n if self._sharding is None else self._sharding.begin("parameters", self.n)
             for i in range(times):  # more than n where another rank has more examples
                 seed = ones.masked_fill((rows != i % self.n).view(-1, *[1] * (ones.dim() - 1)), 0)
-                grads = grad(target, parameters, seed, keep or i < times - 1)
+                with self._passing("parameters"):
+                    grads = grad(target, parameters, seed, keep or i < times - 1)
                 passes.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)])
             found = [
                 torch.stack([g.to_dense() if g.is_sparse else g for g in grads])
@@ -212,6 +215,9 @@ class Forward:
             for g, p in zip(found, parameters, strict=True)
         ]
 
+    def _passing(self, step: Step) -> AbstractContextManager[None]:
+        return nullcontext() if self._sharding is None else self._sharding.passing(step)
+
     def repeat(self, step: Step, target: Tensor, times: int) -> None:
         """Backward passes of the kind that another rank makes, whose results are dropped."""
         if step == "layers":
@@ -220,7 +226,8 @@ class Forward:
         assert self._sharding is not None
         loose = {p: None for block in self._blocks.values() if block.loose for p in block.parameters}
         for _ in range(times):
-            grad(target.sum(), self._sharding.whole(loose), None, keep=True)
+            with self._passing(step):
+                grad(target.sum(), self._sharding.whole(loose), None, keep=True)
 
     def check_finite(self, pairs: Mapping[str, list[Pair]], each: Mapping[Tensor, Tensor]) -> None:
         """Raises ValueError for NaN and Inf, with the layer and the example: a NaN of the forward pass is in many."""

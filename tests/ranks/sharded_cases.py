@@ -168,6 +168,50 @@ def failing_loss() -> Any:
     return made.fit((x, torch.cat([y[:-1], torch.tensor([9])])))
 
 
+def failing_layer(name: str) -> Any:
+    """A layer that fails on the last rank, at its third call; then, without the failure, the same again."""
+    (x, y), ranks, calls = problem("mlp").data, find_ranks(), []
+    model = divided(network())
+    made = Influence(model, curvature=EKFAC(1e-2), progress=False, batch_size=4).fit((x, y))
+
+    def fail(*_: Any) -> None:
+        calls.append(name)
+        if len(calls) == 3 and ranks.rank == ranks.world - 1:
+            raise RuntimeError("a layer that fails on one rank")
+
+    hook = model.get_submodule(name).register_forward_pre_hook(fail)
+    said = []
+    for call in (partial(made.scores, (x[:3], y[:3]), (x, y)), partial(extract, model, (x, y), batch_size=2)):
+        calls.clear()
+        try:
+            call()
+        except RuntimeError as error:
+            said.append(str(error))
+    hook.remove()
+    return said, made.scores((x[:3], y[:3]), (x, y))
+
+
+def gathered_bytes() -> Any:
+    """The most bytes of whole parameters that stand at a time on this rank, and those of all and of the root's own."""
+    x, y = problem("mlp").data
+    model, most = divided(network()), 0
+    made = Influence(model, curvature=EKFAC(1e-2), progress=False, batch_size=4)
+    sharding = made.passes.sharding
+    assert sharding is not None
+
+    def look(*_: Any) -> None:
+        nonlocal most
+        most = max(most, sum(whole.untyped_storage().size() for whole in sharding._whole.values()))
+
+    for block in model.get_submodule("middle").children():
+        block.register_forward_hook(look)  # behind torch's own, which lets a block's parameters go
+        block.register_full_backward_pre_hook(look)
+    made.fit((x, y)).scores((x[:3], y[:3]), (x, y))
+    sizes = {name: parameter.numel() * parameter.itemsize for name, parameter in model.named_parameters()}
+    of_blocks = [sum(size for name, size in sizes.items() if name.startswith(f"middle.{i}")) for i in range(2)]
+    return most, sum(sizes.values()), of_blocks
+
+
 def mixed_precision(kind: str) -> Any:
     x, y = problem("mlp").data
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if kind == "policy" else MixedPrecisionPolicy()

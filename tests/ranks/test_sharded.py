@@ -7,7 +7,9 @@ from tests.helpers.crew import Crew
 from tests.ranks.sharded_cases import (
     answers,
     brief_answers,
+    failing_layer,
     failing_loss,
+    gathered_bytes,
     mixed_precision,
     moved_state,
     on_mesh,
@@ -84,6 +86,21 @@ def test_an_error_of_one_rank_between_passes_ends_all(two):
     assert second.text.startswith("a loss that fails on one rank") or "on rank 1" in second.text
     assert "a loss that fails on one rank" in first.text
     assert torch.equal(*[got["scores"] for got in two(answers, "ekfac")])  # and all can go on
+
+
+@pytest.mark.parametrize("name", ["middle.0", "first"])
+def test_an_error_within_a_pass_of_one_rank_ends_all_at_once(two, name):
+    want = failing_layer(name)
+    assert want[0] == ["a layer that fails on one rank"] * 2
+    for said, scores in two(failing_layer, name):
+        assert len(said) == 2
+        assert all(one.endswith("a layer that fails on one rank") for one in said)  # and not that the time is over
+        assert torch.allclose(scores, want[1], rtol=0, atol=1e-9 * float(want[1].abs().max()))
+
+
+def test_whole_layers_do_not_stand_all_at_once(two):
+    for most, total, of_blocks in two(gathered_bytes):
+        assert 0 < most <= total - min(of_blocks)
 
 
 def test_layers_that_are_gathered_in_16_bits(two):
