@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -211,7 +212,7 @@ class Sharding:
     @staticmethod
     def _gather(units: Sequence[Any]) -> None:
         """What the other ranks' forward pass gathers behind the first of these."""
-        for before, unit in zip(units, units[1:], strict=False):
+        for before, unit in pairwise(units):
             together = unit is not before and unit._get_fsdp_state() is before._get_fsdp_state()
             if not together:  # of units that were sharded as one, the first is gathered for all
                 unit.unshard()

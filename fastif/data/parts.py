@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -71,7 +72,7 @@ class Parts(Walked):
     def __init__(self, given: Sharded, batch_size: int):
         self.data, self.batch_size = given, batch_size
         self.ranks: Ranks = find_ranks(given.group)
-        self._by_rank: list[list[int]] | None = None  # lengths of batches
+        self._by_rank: list[list[int]] | None = None
         try:
             self._own: Walked | None = Walked(given.data, batch_size)
         except NoExamples:
@@ -82,7 +83,9 @@ class Parts(Walked):
         """Examples of other ranks cannot be had."""
         return False
 
-    def _meet(self) -> list[list[int]]:
+    @property
+    def by_rank(self) -> list[list[int]]:
+        """Lengths of the batches of each rank; the first time all ranks ask for them at once."""
         if self._by_rank is None:
             try:
                 own = [] if self._own is None else [*self._own.lengths]
@@ -96,21 +99,27 @@ class Parts(Walked):
     @property
     def n(self) -> int:
         """Examples of all ranks."""
-        return sum(map(sum, self._meet()))
+        return sum(map(sum, self.by_rank))
 
     @property
     def lengths(self) -> list[int]:
         """Examples of every batch of all ranks."""
-        return [length for lengths in self._meet() for length in lengths]
+        return [length for lengths in self.by_rank for length in lengths]
 
     def part_of(self, rank: int) -> range:
         """The indices of a rank's examples."""
-        borders = [0, *accumulate(map(sum, self._meet()))]
+        borders = [0, *accumulate(map(sum, self.by_rank))]
         return range(borders[rank], borders[rank + 1])
 
     @property
     def identity(self) -> Identity:
-        raise ValueError(needs_all("data: a fingerprint"))
+        """Of all ranks' examples; each walks through what it did not walk through yet."""
+        none = Identity([], torch.zeros(0, dtype=torch.int64), [])
+        own = none if self._own is None else self._own.identity
+        device = self.ranks.device
+        rows = [part["rows"].cpu() for part in self.ranks.gather("checksums", {"rows": own.rows.to(device)}, device)]
+        said = self.ranks.meet("what examples share", own.shared)
+        return Identity(self.lengths, torch.cat(rows), [number for shared in said for number in shared])
 
     def __len__(self) -> int:
         raise TypeError(needs_all("data: a walk"))
@@ -136,7 +145,7 @@ class Parts(Walked):
 
     def tell(self) -> dict[str, Any]:
         """What ranks compare. Raises ValueError where two ranks bring the same part."""
-        found = {"number of examples": self.n, "parts": self._meet()}
+        found = {"number of examples": self.n, "parts": self.by_rank}
         own = None
         if self._own is not None and (not self._own.indexable or self._own.in_memory):
             own = self._own.identity.fingerprint

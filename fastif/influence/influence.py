@@ -21,7 +21,6 @@ from fastif.curvature.limits import MEMORY
 from fastif.curvature.protocol import Estimator
 from fastif.data.batches import count, walked
 from fastif.data.loaders import Sharded, needs_all
-from fastif.data.parts import Parts
 from fastif.influence.averaging import average_scores, average_self_influence, write_averaged_scores
 from fastif.influence.coverage import assign, cover_head, look_at, look_together, restore_coverage, warn_of_lost
 from fastif.influence.fitted import Fitted, Setup, load_fitted
@@ -397,8 +396,6 @@ class Influence:
         asked = dict(by=by, groups=groups, query_groups=query_groups, low_rank=low_rank, out=out, key=key)
         compare_setups(self.setup, "scores", {"query": query, "train": train, **asked})
         look_together(self.setup, train, query)
-        if out is not None and isinstance(train, Parts):
-            raise ValueError(needs_all("scores: out="))
         if out is None:
             for name, given in (("resume=True", resume), (f"key={key!r}", key is not None)):
                 if given:

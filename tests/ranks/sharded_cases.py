@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from fastif import EKFAC, Index, Influence, Replay, extract, remove, samplers, sharded
+from fastif.influence import score_job
 from fastif.ranks import find_ranks
 from tests.helpers.by_hand import CLASSES, problem
 from tests.ranks.cases import ESTIMATORS
@@ -290,6 +291,21 @@ def of_parts(kind: str, n: int, world: int, name: str = "ekfac", divide: bool = 
     }
 
 
+def job_of_parts(folder: str, n: int, world: int, divide: bool, by: str = "all") -> Any:
+    """Scores of parts in a folder, in small blocks; twice, of which the second reads what the first wrote."""
+    train, (x, y) = in_parts("stream", n, world), problem("mlp").data
+    kind = "layers" if divide else "mlp"
+    made = Influence(divided(network()) if divide else network(kind), curvature=EKFAC(1e-2), progress=False)
+    made.fit(train)
+    before, score_job.BLOCK_BYTES = score_job.BLOCK_BYTES, 250
+    try:
+        for _ in range(2):
+            found = made.scores((x[:3], y[:3]), train, out=folder, resume=True, by=by)
+    finally:
+        score_job.BLOCK_BYTES = before
+    return found.load()
+
+
 def parts_refused(folder: str) -> dict[str, str]:
     (x, y), ranks = problem("mlp").data, find_ranks()
     set_ = TensorDataset(x[:23], y[:23])
@@ -313,7 +329,6 @@ def parts_refused(folder: str) -> dict[str, str]:
         "same tensors": lambda: made.fit(sharded((x, y))),
         "empty": lambda: made.fit(sharded((x[:0], y[:0]))),
         "query": lambda: made.scores(good, query),
-        "out": lambda: made.scores(query, good, out=folder),
         "solves": lambda: other.self_influence(good),
         "plan": lambda: made.plan(good),
         "index": lambda: Index.build(made, good, folder),

@@ -1,9 +1,10 @@
 """Training data of which each rank brings a part count as all of them, in the order of the ranks."""
 
 import pytest
+import torch
 
 from tests.helpers.crew import Crew
-from tests.ranks.sharded_cases import of_parts, parts_refused
+from tests.ranks.sharded_cases import job_of_parts, of_parts, parts_refused
 from tests.ranks.test_estimators import compare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ("sampler", 24, "ekfac", False),
         ("stream", 23, "kfac monte carlo", False),
         ("tensors", 23, "data inf", False),
-        ("batches", 9, "cg", False),
+        ("batches", 5, "cg", False),
         ("stream", 1, "ekfac", False),
         ("tensors", 1, "ekfac", False),
         ("stream", 9, "ekfac", True),
@@ -26,6 +27,14 @@ def test_parts_count_as_all_of_them_in_the_order_of_the_ranks(two, kind, n, name
     want = of_parts(kind, n, 2, name, k=min(n, 4))
     for got in two(of_parts, kind, n, 2, name, divide, min(n, 4)):
         compare(got, want, 1e-6 if name == "cg" else 1e-9)
+
+
+@pytest.mark.parametrize(("n", "divide", "by"), [(23, False, "all"), (9, True, "layer"), (1, True, "token")])
+def test_a_folder_of_parts(two, tmp_path, n, divide, by):
+    want = job_of_parts(str(tmp_path / "one"), n, 2, divide, by)
+    for got in two(job_of_parts, str(tmp_path / "two"), n, 2, divide, by):
+        assert got.shape == want.shape
+        assert torch.allclose(got, want, rtol=0, atol=1e-9 * float(want.abs().max()))
 
 
 def test_what_cannot_be_told_of_parts_is_refused_on_all_ranks(two, tmp_path):
@@ -44,7 +53,6 @@ def test_what_cannot_be_told_of_parts_is_refused_on_all_ranks(two, tmp_path):
         assert "ranks 0 and 1 bring the same 24 examples" in said["same tensors"]
         assert "holds no examples, on any rank" in said["empty"]
         assert said["query"].startswith("scores: query= needs all examples on every rank")
-        assert said["out"].startswith("scores: out= needs all examples on every rank")
         assert "multiplies with the data for every solve needs all examples on every rank" in said["solves"]
         assert said["plan"].startswith("plan needs all examples on every rank")
         assert said["index"].startswith("index needs all examples on every rank")
