@@ -20,7 +20,7 @@ from fastif.model.gradients import Gradients
 from fastif.model.losses import IGNORED, Loss, Measurement, labels_in, measured
 from fastif.progress import tqdm
 from fastif.ranks import ALONE, Ranks
-from fastif.sharded import Step, divided_like, find_sharding
+from fastif.sharded import Step, divided_like, find_sharding, is_part
 
 _TOGETHER = 1 << 24  # bytes of inputs and outputs of covered layers that one forward pass brings on a CPU, at most
 _LEAST = 1 << 20  # so little memory, and passes of fewer examples would only be slower
@@ -78,6 +78,10 @@ class Passes:
                         f"Influence: {name!r} ({type(module).__name__}) is in train mode, so one example's loss is "
                         "random or depends on others; call model.eval(), or pass allow_train_mode=True"
                     )
+        if self.sharding is None and any(map(is_part, self.model.parameters())):
+            raise ValueError(
+                "Influence: the model was sharded after this Influence was made: make one of it as it is now"
+            )
         with ExitStack() as undo:
             undo.enter_context(torch.inference_mode(False))  # whatever surrounds the call
             undo.enter_context(torch.enable_grad())
@@ -125,13 +129,18 @@ class Passes:
                     raise
                 if not isinstance(few, Tensor) and len(rows) > 1:
                     self._check_shared(few, values, rows)
-            short = short or (self.sharding is not None and self.sharding.computes_in_16_bits)
+            short = short or self._gathered_short
             forward = settle(self.capture, few, values, alone=not self.allow_train_mode, short=short)
         if self.sharding is not None:
             one = torch.tensor([0])
             self._example = rows_of(few, one), None if y is None else rows_of(labels_of_few, one)
         if not (self.capture.fixed and self._example_bytes):  # which the fit found, where its state was loaded
             self._example_bytes = forward.nbytes // forward.n
+
+    @property
+    def _gathered_short(self) -> bool:
+        """Whether the last forward pass of a sharded model computed in 16 bits, whatever its parameters have."""
+        return self.sharding is not None and self.sharding.computes_in_16_bits
 
     def _as_many_as_fit(self, x: Any, chosen: Tensor) -> Tensor:
         """Fewer of the chosen examples where the layers of a large model take much room for each."""
@@ -153,7 +162,8 @@ class Passes:
     def _refuse_draws(self, x: Any, values: Any, rows: Tensor) -> None:
         """Raises ValueError where two forward passes of one batch differ."""
         first, second = (values(self.capture.forward(x).outputs, rows).double() for _ in range(2))
-        short = self.autocast is not None or any(p.dtype.itemsize < 4 for p in self.model.parameters())
+        short = self.autocast is not None or self._gathered_short
+        short = short or any(p.dtype.itemsize < 4 for p in self.model.parameters())
         exact = all(p.dtype == torch.float64 for p in self.model.parameters())
         allowed = (3e-2 if short else 1e-10 if exact else 1e-4) * max(1e-3, float(first.abs().max()))
         away = float((first - second).abs().max())
@@ -202,7 +212,8 @@ class Passes:
         """Refuses to cut what all examples share: then one example less in the batch would change the others."""
         every = values(self.capture.forward(x).outputs, rows)
         fewer = values(self.capture.forward(rows_of(x, rows[:-1])).outputs, rows[:-1])
-        coarsest = max(torch.finfo(t).eps for t in (every.dtype, self.autocast, dtype_of(self.model)) if t is not None)
+        types = every.dtype, self.autocast, dtype_of(self.model), torch.bfloat16 if self._gathered_short else None
+        coarsest = max(torch.finfo(dtype).eps for dtype in types if dtype is not None)
         off = float((fewer - every[:-1]).abs().max())
         if off > coarsest**0.5 * float(every.abs().max()):
             raise ValueError(

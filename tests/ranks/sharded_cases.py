@@ -129,11 +129,15 @@ def refusals(folder: str) -> dict[str, str]:
     mesh = init_device_mesh("cpu", (find_ranks().world,))
     columns = parallelize_module(network(), mesh, {"first": ColwiseParallel()})
     alone = [dist.new_group([rank]) for rank in range(find_ranks().world)][find_ranks().rank]
+    later = network()
+    made_before = Influence(later, curvature=EKFAC(1e-2), progress=False)
+    divided(later)
     flat = type("FullyShardedDataParallel", (nn.Module,), {})()
     flat.inner = network()
     calls: dict[str, Any] = {
         **{name: partial(Influence, model, curvature=ESTIMATORS[name]) for name in ("cg", "lissa")},
         **{name: partial(Influence, model, curvature=ESTIMATORS[name]) for name in ("arnoldi", "hessian")},
+        "sharded later": partial(made_before.fit, (x, y)),
         "plan": partial(fitted.plan, (x, y)),
         "copy": partial(copy.deepcopy, fitted),
         "index": partial(Index.build, fitted, (x, y), folder),

@@ -77,6 +77,7 @@ def test_what_a_sharded_model_cannot_do_is_refused_on_all_ranks(two, tmp_path):
             "'first.weight' is a DTensor placed as (Shard(dim=0)), which fully_shard alone" in said["tensor parallel"]
         )
         assert "wrapped by FullyShardedDataParallel" in said["FSDP1"]
+        assert "was sharded after this Influence was made" in said["sharded later"]
         assert "is held in parts by ranks 0, 1, and the work is divided among" in said["group"]
 
 
