@@ -29,6 +29,7 @@ import fastif
 from fastif.data.batches import as_loader
 from fastif.data.checksums import checksums
 from fastif.measure import environment
+from fastif.model.losses import Loss
 
 N, Q, BATCH = 120, 6, 32
 
@@ -56,7 +57,7 @@ class Problem(NamedTuple):
     """A trained network with its data; `batches` cuts data as its users would."""
 
     model: nn.Module
-    loss: str
+    loss: Loss
     train: Any
     query: Any
     batches: Callable[[Any, int], Any]
@@ -161,7 +162,7 @@ def linear() -> Problem:
 def cost_of_looking(p: Problem, repeats: int = 5) -> dict[str, float]:
     """Seconds of one thread: checksums of all training examples, and the two passes of EK-FAC that they are part of."""
     torch.set_num_threads(1)
-    best = dict.fromkeys(("checksums", "fit", "scores"), float("inf"))
+    best: dict[str, float] = dict.fromkeys(("checksums", "fit", "scores"), float("inf"))
     data = list(p.batches(p.train, BATCH if isinstance(p.train, list) else 256))
 
     def clocked(key: str, work: Callable[[], object]) -> None:
