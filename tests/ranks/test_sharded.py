@@ -123,7 +123,7 @@ def test_one_rank_three_ranks_and_four():
     for world, shape in ((1, (1,)), (3, (3,)), (4, (2, 2))):
         crew = Crew(world, 60)
         try:
-            for name in MADE_OF_GRADIENTS:
+            for name in MADE_OF_GRADIENTS if world == 3 else ["ekfac", "exact"]:
                 for n, q, kind in ((23, 2, "layers"), (5, 1, "bare"), (3, 3, "layers")):
                     want = answers(name, n, q, kind)
                     for got in crew(answers, name, n, q, kind):
