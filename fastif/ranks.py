@@ -27,6 +27,7 @@ from torch import Tensor
 
 _LOOK = 1.0  # seconds between two looks at who is missing
 _PAUSES = 2e-4, 0.02  # seconds between two looks whether all are there, at first and in the end
+_OF_EXCHANGES = ("gloo", "pair closure", "NCCL", "Timed out")  # words of errors for which torch has no class
 _SILENT = 30.0  # seconds without a sign of life from a rank at work, after which it counts as dead
 BUCKET = 1 << 26  # bytes that are exchanged at a time, where a single tensor does not take more
 
@@ -71,6 +72,11 @@ class Ranks:
 
     def __reduce__(self) -> Any:  # where it is read again, the group that is there counts
         return find_ranks, ()
+
+    @property
+    def members(self) -> list[int]:
+        """Every rank's number as torchrun counts them."""
+        return self._names
 
     def check_device(self, device: torch.device) -> None:
         """Raises ValueError where the process group cannot send what is on the device."""
@@ -133,6 +139,24 @@ class Ranks:
                 if failed
             ]
         return self.errors
+
+    def explain(self, what: str, error: RuntimeError) -> Exception:
+        """The error behind one that torch raised in an exchange of its own: another rank's, where it was said, or that
+        the ranks have lost one another; `error` itself where it is no error of an exchange."""
+        with suppress(Exception):
+            for name, rank in zip(self._names, range(self.world), strict=True):
+                key = f"{self._step}/{rank}"
+                if rank != self.rank and self._store.check([key]):
+                    _, failed, _ = pickle.loads(self._store.get(key))
+                    if failed:
+                        self._broken = f"rank {name} failed in {what}"
+                        self._heard = _revive(name, failed)
+                        return self._heard
+        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in _OF_EXCHANGES):
+            return error
+        self._broken = f"an exchange between ranks failed ({_first_line(error)})"
+        text = f"rank {self._names[self.rank]}: {self._broken} in {what}: another rank has ended, or the network has"
+        return RankFailed(text)
 
     def compare(self, op: str, given: Mapping[str, Any]) -> None:
         """Raises ValueError, on all ranks, where one was given something else than the first."""

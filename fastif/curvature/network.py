@@ -37,6 +37,11 @@ class NetworkCurvature:
         """Whether a solve multiplies with the curvature of the fit's data, which no state holds."""
         return any(part.products(1).solve for part in self.parts.values())
 
+    @property
+    def needs_whole(self) -> set[str]:
+        """Estimators, by their names, that differentiate by parameters: ranks that hold these in parts cannot."""
+        return {type(part.given).__name__ for part in self.parts.values() if part.needs_whole}
+
     def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
         for names, part in self.parts.items():
             own = None if data is None else data._replace(blocks={name: data.blocks[name] for name in names})

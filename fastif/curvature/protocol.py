@@ -211,6 +211,11 @@ class Estimator(Called, ABC):
 class Curvature(Estimator):
     """An estimator of one block, g matrices [o, d] of parameters."""
 
+    @property
+    def needs_whole(self) -> bool:
+        """As `JointCurvature.needs_whole`."""
+        return False
+
     def assign(self, shapes: Mapping[str, Shape], memory: int) -> dict[tuple[str, ...], JointCurvature]:
         del memory
         if self.joint:
@@ -315,6 +320,11 @@ class JointCurvature(Estimator):
         del blocks, fit
         return Exchanged()
 
+    @property
+    def needs_whole(self) -> bool:
+        """Whether it differentiates by the parameters themselves, which all ranks must hold."""
+        return self.products(1) != Products()
+
     def products(self, n: int) -> Products:
         """For `Influence.plan`: products with the curvature of n examples; with that of fewer, as much less of one."""
         del n
@@ -331,6 +341,10 @@ class SingleEstimator(JointCurvature):
     @property
     def given(self) -> Curvature:
         return self.estimator
+
+    @property
+    def needs_whole(self) -> bool:
+        return self.estimator.needs_whole
 
     def end(self, pass_index: int) -> None:
         self.estimator.end(pass_index)

@@ -83,13 +83,13 @@ def _fit_here(setup: Setup, train: Any, subset: Subset) -> NetworkCurvature:
         with tqdm(batches(subset), f"fit, pass {pass_index + 1}", total, disable=not passes.progress) as bar:
             for number, (x, y, weights) in enumerate(bar):
                 passes.capture.batch = number
-                if passes.needs_check(x):
-                    passes.check(x, y)
+                passes.check_later(x, y)
                 for rows, part, labels in passes.slices(x, y):
                     with counted_from(rows.start):
                         observe(passes, looking, part, labels, weights[rows], pass_index, generator, draws=draws)
                 if not looking.parts:
                     break  # nothing to learn: the first batch was looked at for what `Capture` refuses
+        passes.go_along()
         if draws is not None:
             draws.end(ranks)
         # Those that look at nothing end with pass 0 too.

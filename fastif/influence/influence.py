@@ -20,8 +20,9 @@ from fastif.curvature.exact.block import ExactBlock
 from fastif.curvature.limits import MEMORY
 from fastif.curvature.protocol import Estimator
 from fastif.data.batches import count, walked
+from fastif.data.loaders import Sharded, needs_all
 from fastif.influence.averaging import average_scores, average_self_influence, write_averaged_scores
-from fastif.influence.coverage import assign, cover_head, look_at, restore_coverage, warn_of_lost
+from fastif.influence.coverage import assign, cover_head, look_at, look_together, restore_coverage, warn_of_lost
 from fastif.influence.fitted import Fitted, Setup, load_fitted
 from fastif.influence.fitting import fit
 from fastif.influence.networks import Networks, check_networks
@@ -41,6 +42,7 @@ from fastif.ranks import Ranks, find_ranks, together
 from fastif.renamed import rename_arguments, warn_renamed
 from fastif.samplers.draw import Sampler, call_sampler, needs_pass
 from fastif.samplers.subset import Subset, check_subset
+from fastif.sharded import refuse_sharded
 
 
 class Influence:
@@ -88,7 +90,8 @@ class Influence:
         progress: show progress bars; of several ranks the first does.
         group: on several ranks (`torchrun`), the process group among whose ranks passes over data are divided; default
             all that `torch.distributed` was started with. Every rank makes the same calls with the same model and data,
-            and gets the same results. docs/scale.md.
+            and gets the same results; training data may come in parts (`fastif.sharded`), and the model sharded by
+            torch's `fully_shard`. docs/scale.md.
     """
 
     def __init__(
@@ -144,6 +147,7 @@ class Influence:
             autocast=autocast,
             allow_train_mode=allow_train_mode,
             progress=progress and ranks.rank == 0,
+            ranks=ranks,
         )
         given = copy.deepcopy(dict(curvature) if isinstance(curvature, Mapping) else curvature)
         estimators = assign(passes.capture, given, memory)
@@ -229,6 +233,9 @@ class Influence:
         """
         if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1):
             raise ValueError(f"plan: ranks must be an integer >= 1, got {ranks!r}")
+        refuse_sharded(self.model, "plan")
+        if isinstance(train, Sharded):
+            raise ValueError(needs_all("plan"))
         train = walked(train, self.passes.batch_size)
         every = torch.arange(train.n)
         self.setup = cover_head(self.setup, train, every)
@@ -292,6 +299,7 @@ class Influence:
         """
         (batch,) = self._ready().walk(batch)
         compare_setups(self.setup, "on_parameters", {} if isinstance(batch, Iterator) else {"batch": batch})
+        look_together(self.setup, batch)
         return move_parameters(self.fitted, batch)
 
     @together
@@ -387,6 +395,7 @@ class Influence:
         self._check_spread("scores", "spread=True", spread)
         asked = dict(by=by, groups=groups, query_groups=query_groups, low_rank=low_rank, out=out, key=key)
         compare_setups(self.setup, "scores", {"query": query, "train": train, **asked})
+        look_together(self.setup, train, query)
         if out is None:
             for name, given in (("resume=True", resume), (f"key={key!r}", key is not None)):
                 if given:
@@ -448,6 +457,7 @@ class Influence:
         check_k(k, count(train, self.passes.batch_size))
         asked = dict(k=k, largest=largest, certainty=certainty)
         compare_setups(self.setup, "top", {"query": query, "train": train, **asked})
+        look_together(self.setup, train, query)
         if self.setup.kept is None:
             return find_top(self.fitted, query, train, k, largest)
         spread = certainty > 0
@@ -470,6 +480,7 @@ class Influence:
         self._check_spread("self_influence", "spread=True", spread)
         (train,) = self._ready().walk(train)
         compare_setups(self.setup, "self_influence", {"train": train})
+        look_together(self.setup, train)
         if self.setup.kept is None:
             return compute_self_influence(self.fitted, train)
         averaged = average_self_influence(self.fitted, train, spread)
@@ -508,6 +519,7 @@ class Influence:
 
     def _kept(self) -> dict[str, Any]:
         setup, fitted = self.setup, self._fitted
+        refuse_sharded(setup.model, "Influence: a copy or a pickle (keep state_dict(), which another Influence loads)")
         if fitted is not None:
             fitted.check_weights()
         return {

@@ -25,7 +25,7 @@ def move_parameters(fitted: Fitted, batch: Any) -> dict[str, Tensor]:
     for checkpoint, curvature in fitted.at_checkpoints():
         sums: dict[str, Tensor] = {}
         with fitted.passes.running(checkpoint):
-            for _, _, gradients in () if mine is None else fitted.passes.gradients(mine, "on_parameters"):
+            for _, _, gradients in fitted.passes.gradients(mine, "on_parameters"):
                 for name, g in gradients.items():
                     part = g.sum(torch.ones(len(g), device=fitted.setup.device))
                     sums[name] = sums[name].add_(part) if name in sums else part
@@ -72,6 +72,6 @@ def _by_parameter(fitted: Fitted, matrices: Mapping[str, Tensor]) -> dict[str, T
     for name, matrix in matrices.items():
         for parameter, rows, value in fitted.capture.blocks[name].split(matrix):
             if parameter not in found:
-                found[parameter] = torch.zeros_like(parameter, requires_grad=False)
+                found[parameter] = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             found[parameter][rows] += value
     return {name: found[p].detach() for p, name in fitted.capture.names.items() if p in found}

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fastif.curvature.called import as_called
-from fastif.data.batches import as_loader, batch_lengths, walked
+from fastif.data.batches import Walked, as_loader, batch_length, batch_lengths, walked
 from fastif.data.dealing import Part
+from fastif.data.parts import Parts
 from fastif.fingerprints import VERSIONS, described, described_model, fingerprint
 from fastif.influence.fitted import Fitted, Setup
 from fastif.influence.queries import query_bytes
@@ -56,7 +57,7 @@ def write_scores(
         scores = open_folder(folder, settings, resume, ranks)
         checkpoints, batch_size = len(fitted.curvatures), fitted.passes.batch_size
         for rows, missing in find_missing([scores], ranks):
-            for columns in _share_of(missing, fitted):
+            for columns in _share_of(missing, fitted, train):
                 mine = query if query_groups is not None else Part(query, batch_size, [rows])
                 part = Part(train, batch_size, columns) if columns else None
                 tiles = make_tiles(fitted, mine, part, query_groups, low_rank, by)
@@ -81,17 +82,21 @@ def find_missing(scores: Sequence[ScoreFolder], ranks: Ranks) -> Iterator[tuple[
     yield from zip(first.row_runs, ranks.meet("what is missing", found)[0], strict=True)
 
 
-def _share_of(missing: list[range], fitted: Fitted) -> list[list[range]]:
+def _share_of(missing: list[range], fitted: Fitted, train: Walked) -> list[list[range]]:
     """The runs that this rank computes at a time.
 
     All checkpoints are in a block before the next one begins; with one alone, the queries are seen to once. Where
-    solving for queries takes all ranks, those that have nothing to compute take part for as often as the others.
+    solving for queries, or a pass through the model, takes all ranks, those that have nothing to compute take part for
+    as often as the others.
     """
     ranks, alone = fitted.setup.ranks, len(fitted.curvatures) == 1
     by_rank = [share_of_all(missing, ranks, rank) for rank in range(ranks.world)]
+    if isinstance(train, Parts):  # a run of columns is of one rank's examples, which no other has
+        by_rank = [[run for run in missing if run.start in train.part_of(rank)] for rank in range(ranks.world)]
     turns = [[[*mine]] if alone and mine else [[run] for run in mine] for mine in by_rank]
     own = turns[ranks.rank]
-    most = max(map(len, turns)) if fitted.setup.estimators.needs_data else len(own)
+    together = fitted.setup.estimators.needs_data or fitted.passes.sharding is not None
+    most = max(map(len, turns)) if together else len(own)
     return own + [[]] * (most - len(own))
 
 
@@ -195,8 +200,18 @@ def settings_of(
         "memory": fitted.memory,
         "query": walked(query, passes.batch_size).identity.fingerprint,
         "rows": [*range(0, height, rows), height],
-        "columns": borders_of(lengths[1], max(widest, BLOCK_BYTES // (rows * item))),
+        "columns": _columns(train, lengths[1], max(widest, BLOCK_BYTES // (rows * item))),
     }
+
+
+def _columns(train: Any, lengths: list[int], most: int) -> list[int]:
+    """Borders of the columns' runs; of data in parts none lies in two."""
+    if not isinstance(train, Parts):
+        return borders_of(lengths, most)
+    borders = [0]
+    for own in train.by_rank:
+        borders += [borders[-1] + border for border in borders_of(own, most)[1:] if border]
+    return borders
 
 
 def fit_settings(setup: Setup, train: Any, key: str | None = None) -> dict[str, Any]:
@@ -241,7 +256,10 @@ def _choices(fitted: Fitted) -> dict[str, Any]:
 def _positions(fitted: Fitted, train: Any) -> int:
     """Of the first batch; at others', if they have another number, `check_one_length` raises."""
     checkpoint, _ = fitted.at_checkpoints()[0]
-    batch = next(iter(as_loader(train, fitted.passes.batch_size)))
+    if isinstance(train, Parts):
+        batch = train.first(torch.arange(train.n), lambda x, _: torch.arange(batch_length(x)))
+    else:
+        batch = next(iter(as_loader(train, fitted.passes.batch_size)))
     with fitted.passes.running(checkpoint):
         (_, _, gradients), *_ = fitted.passes.gradients([batch], None)
     return check_positions({name: g.positions for name, g in gradients.items()})

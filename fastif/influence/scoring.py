@@ -12,6 +12,8 @@ from torch import Tensor
 from fastif.curvature.directions import Directions, Explicit
 from fastif.data.batches import count, walked
 from fastif.data.dealing import Part, deal
+from fastif.data.loaders import needs_all
+from fastif.data.parts import Parts
 from fastif.influence.fitted import Fitted
 from fastif.influence.queries import query_blocks
 from fastif.influence.tiles import By, Tile, best_of, check_groups, check_one_length, check_positions, merge_best
@@ -49,7 +51,7 @@ def make_tiles(
         with passes.running(checkpoint):
             for first, held in query_blocks(fitted, query, total, curvature, query_groups, low_rank, by == "token"):
                 low_rank_error = max(part.error for parts in held.values() for part in parts)
-                batches = () if train is None else passes.gradients(train, _of_queries(first, held, total))
+                batches = passes.gradients(train, _of_queries(first, held, total))
                 for start, _, gradients in batches:
                     parts = {}
                     for name, g in gradients.items():
@@ -162,10 +164,12 @@ def compute_self_influence(fitted: Fitted, train: Any) -> Tensor:
     total = None
     ranks, (mine, _) = fitted.setup.ranks, share_of(fitted, train)
     if fitted.setup.estimators.needs_data:  # all ranks multiply for all examples, each with the curvature of its own
+        if isinstance(train, Parts):
+            raise ValueError(needs_all("self_influence: a curvature that multiplies with the data for every solve"))
         ranks, mine = ALONE, train
     for checkpoint, curvature in fitted.at_checkpoints():
         with fitted.passes.running(checkpoint):
-            batches = () if mine is None else fitted.passes.gradients(mine, "self-influence")
+            batches = fitted.passes.gradients(mine, "self-influence")
             parts = [curvature.sq_norms(gradients).cpu() for _, _, gradients in batches]
         own = torch.cat(parts) if parts else None
         total = own if total is None or own is None else total + own

@@ -12,6 +12,8 @@ from fastif.curvature.called import as_called
 from fastif.curvature.network import NetworkCurvature
 from fastif.data.batches import Walked
 from fastif.data.dealing import tell_data
+from fastif.data.loaders import needs_all
+from fastif.data.parts import Parts
 from fastif.fingerprints import VERSIONS, fingerprint, tensors_in
 from fastif.influence.fitted import Setup, checksums_of_state
 from fastif.model.losses import Fisher, count_draws, skip_draws
@@ -46,6 +48,8 @@ def compare_setups(setup: Setup, op: str, arguments: Mapping[str, Any]) -> None:
         }
     )
     for name, value in arguments.items():
+        if isinstance(value, Parts) and name == "query":
+            raise ValueError(needs_all(f"{op}: query="))
         if isinstance(value, Walked):
             told.update({f"{part} of {name}=": what for part, what in tell_data(value, ranks).items()})
         else:

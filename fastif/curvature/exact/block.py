@@ -112,6 +112,10 @@ class ExactBlock(Curvature):
     def _form(self) -> Form:
         return "eigenvectors" if isinstance(self.damping, TrainingDamping) else self.in_place
 
+    @property
+    def needs_whole(self) -> bool:
+        return self.matrix == "hessian"
+
     def begin(self, name: str, shape: tuple[int, int, int]) -> None:
         """Forgets what was learned; the block has g matrices [o, d], which are taken as one [g·o, d]."""
         self.name, self._shape = name, shape
