@@ -47,6 +47,7 @@ class KFAC(Curvature):
     """
 
     passes = 1
+    has_owner = True
     keeps_query_factors = True
 
     def __init__(
@@ -131,6 +132,9 @@ class KFAC(Curvature):
         del pass_index
         self._moments, self._eigenvalues = {}, made.get("eigenvalues")
         self.input_basis, self.output_basis = made["input_basis"], made.get("output_basis")
+
+    def reports(self) -> dict[str, float]:
+        return {"damping_used": self.damping_used, "rounding": self.rounding}
 
     def _decompose(self) -> None:
         input_values, self.input_basis = find_eigenvectors(self._moment("inputs"), f"the inputs of layer {self.name!r}")
@@ -257,15 +261,15 @@ class KFAC(Curvature):
         )
 
     def exchanged(self, block: BlockWork, fit: FitWork) -> Exchanged:
-        """Moments go to a layer's owner, which sends the bases back; EK-FAC's eigenvalues are added up everywhere."""
+        """Moments go to a layer's owner, and EK-FAC's eigenvalues, for which the owner lends the others its bases."""
         (g, o, d), item = block.shape, fit.item
         bases, outputs = g * item * (d * d + (0 if block.table else o * o)), 0 if block.table else o
-        again = self.passes > 1
+        values, again = g * item * o * d, self.passes > 1
         return Exchanged(
-            owned=g * item * (d * d + (o if block.table else o * o)) + 8,
-            made=bases + (0 if again else g * item * o * d),
+            owned=g * item * (d * d + (o if block.table else o * o)) + 8 + (values if again else 0),
+            lent=bases if again else 0,
+            made=values + (0 if again else bases),
             ending=_decomposing(g, outputs, d),
-            summed=g * item * o * d if again else 0,
         )
 
     def rotate(self, gradients: Gradients) -> Gradients:

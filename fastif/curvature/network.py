@@ -17,8 +17,11 @@ from fastif.model.layers import Block
 class NetworkCurvature:
     """The estimators of a network's blocks: what `Influence` fits and solves with."""
 
-    def __init__(self, parts: Mapping[tuple[str, ...], JointCurvature]):
+    def __init__(
+        self, parts: Mapping[tuple[str, ...], JointCurvature], owners: dict[tuple[str, ...], int] | None = None
+    ):
         self.parts = dict(parts)
+        self.owners = {} if owners is None else owners  # of parts that one rank keeps for all; of the others none
 
     @property
     def by_block(self) -> dict[str, Estimator]:
@@ -44,7 +47,9 @@ class NetworkCurvature:
 
     def open(self, pass_index: int) -> NetworkCurvature:
         """The part of it that looks at the data in pass `pass_index`."""
-        return NetworkCurvature({names: part for names, part in self.parts.items() if pass_index < part.passes})
+        return NetworkCurvature(
+            {names: part for names, part in self.parts.items() if pass_index < part.passes}, self.owners
+        )
 
     def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
         for names, part in self.parts.items():
