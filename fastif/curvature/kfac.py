@@ -213,15 +213,19 @@ class KFAC(Curvature):
         """(G + λI)⁻¹ rhs for rhs [..., g, o, d]."""
         return self.unrotate(self._to_basis(rhs) * self.inverse_eigenvalues)
 
+    def precondition(self, gradients: Gradients) -> Tensor:
+        """(G + λI)⁻¹ g_i, [n, g, o, d]; factors are turned before they are multiplied where that is less work."""
+        return self.unrotate(self.rotate(gradients).formed() * self.inverse_eigenvalues)
+
     def sq_norms(self, gradients: Gradients) -> Tensor:
         """g_iᵀ (G + λI)⁻¹ g_i, [n]."""
         return self.rotate(gradients).sq_norms(self.inverse_eigenvalues)
 
     def directions(self, gradients: Gradients) -> Directions:
         """The query side of pairwise scores."""
-        rotated = self.rotate(gradients)
         if QueryFactors.size(gradients) is None:
-            return Explicit(self.unrotate(rotated.formed() * self.inverse_eigenvalues))
+            return Explicit(self.precondition(gradients))
+        rotated = self.rotate(gradients)
         if self.separable is None or gradients.positions > 1:
             return QueryFactors(rotated, self)
         if self._products is None:

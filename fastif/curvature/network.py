@@ -66,6 +66,13 @@ class NetworkCurvature:
             solved.update(part.solve({name: rhs[name] for name in names}))
         return {name: solved[name] for name in rhs}
 
+    def precondition(self, gradients: Mapping[str, Gradients]) -> dict[str, Tensor]:
+        """(G + λI)⁻¹ g_i as matrices [n, g, o, d] by block."""
+        made: dict[str, Tensor] = {}
+        for names, part in self.parts.items():
+            made.update(part.precondition({name: gradients[name] for name in names}))
+        return {name: made[name] for name in gradients}
+
     def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
         parts = [part.sq_norms({name: gradients[name] for name in names}) for names, part in self.parts.items()]
         return torch.stack(parts).sum(0)

@@ -242,6 +242,10 @@ class Curvature(Estimator):
     def solve(self, rhs: Tensor) -> Tensor:
         """(G + λI)⁻¹ rhs for rhs [..., g, o, d]."""
 
+    def precondition(self, gradients: Gradients) -> Tensor:
+        """(G + λI)⁻¹ g_i as matrices [n, g, o, d]."""
+        return self.solve(gradients.formed())
+
     @abstractmethod
     def sq_norms(self, gradients: Gradients) -> Tensor:
         """g_iᵀ (G + λI)⁻¹ g_i, [n]."""
@@ -297,6 +301,10 @@ class JointCurvature(Estimator):
     @abstractmethod
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(G + λI)⁻¹ rhs for rhs [..., g, o, d] by block, the same leading axes in all."""
+
+    def precondition(self, gradients: Mapping[str, Gradients]) -> dict[str, Tensor]:
+        """(G + λI)⁻¹ g_i as matrices [n, g, o, d] by block."""
+        return self.solve({name: g.formed() for name, g in gradients.items()})
 
     def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
         """g_iᵀ (G + λI)⁻¹ g_i, [n]."""
@@ -394,6 +402,9 @@ class OneBlock(SingleEstimator):
 
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {self.name: self.estimator.solve(rhs[self.name])}
+
+    def precondition(self, gradients: Mapping[str, Gradients]) -> dict[str, Tensor]:
+        return {self.name: self.estimator.precondition(gradients[self.name])}
 
     def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
         return self.estimator.sq_norms(gradients[self.name])

@@ -7,6 +7,7 @@ solved for goes to the owner, and what it solved to all; the factors stay. Parts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from fastif.curvature.network import NetworkCurvature
 from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Shape
 from fastif.influence.fitted import Setup
 from fastif.model.gradients import Gradients
+from fastif.model.sliced_gradients import factors_of, gradients_of, smallest
 from fastif.ranks import BUCKET, Ranks, divide
 
 Names = tuple[str, ...]  # of the blocks of a part
@@ -194,37 +196,36 @@ def precondition(
         (rank, i): {} for rank, own in enumerate(firsts) for i in range(len(own))
     }
     for together in _by_owner(curvature, setup):
-        here: dict[tuple[int, int], dict[str, Tensor]] = {place: {} for place in found}
-        formed = {
-            (i, name): piece[name].formed()
+        here: dict[tuple[int, int], dict[str, dict[str, Tensor]]] = {place: {} for place in found}
+        blocks = {name: setup.capture.blocks[name].shape for names in together for name in names}
+        own = {
+            (i, name, key): value
             for i, piece in enumerate(pieces)
             for names in together
             if divided or owners.get(names, ranks.rank) == ranks.rank
             for name in names
+            for key, value in factors_of(smallest(piece[name], math.prod(blocks[name]))).items()
         }
         if divided:
             to = {name: owners[names] for names in together if names in owners for name in names}
-            sent = [
-                {key: value for key, value in formed.items() if to.get(key[1]) == rank} for rank in range(ranks.world)
-            ]
+            sent = [{key: value for key, value in own.items() if to.get(key[1]) == rank} for rank in range(ranks.world)]
             received = ranks.exchange("the gradients of queries", sent, setup.device)
             del sent
-            for (i, name), value in formed.items():
-                if name not in to:
-                    received[ranks.rank][i, name] = value
+            received[ranks.rank].update({key: value for key, value in own.items() if key[1] not in to})
         else:
-            received = [formed]
-        del formed
+            received = [own]
+        del own
         for rank, theirs in enumerate(received):
-            for (i, name), value in theirs.items():
-                here[rank, i][name] = value
+            for (i, name, key), value in theirs.items():
+                here[rank, i].setdefault(name, {})[key] = value
         solved: dict[Any, Tensor] = {}
         for names in together:
             if owners.get(names, ranks.rank) != ranks.rank:
                 continue
             for place, rows in here.items():
                 if names[0] in rows:
-                    kept = _kept(curvature.parts[names].solve({name: rows[name] for name in names}), low_rank)
+                    gradients = {name: gradients_of(rows[name], blocks[name][1]) for name in names}
+                    kept = _kept(curvature.parts[names].precondition(gradients), low_rank)
                     solved.update({(place, *key): value for key, value in kept.items()})
         del here, received
         alone = (

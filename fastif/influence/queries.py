@@ -22,6 +22,7 @@ from fastif.influence.fitted import Fitted, Setup
 from fastif.influence.owners import Rows, owner_of_block, precondition
 from fastif.model.calls import dtype_of
 from fastif.model.gradients import Formed, Gradients
+from fastif.model.sliced_gradients import smallest
 from fastif.ranks import BUCKET, stretch
 
 MADE = 1 << 23  # bytes of preconditioned query gradients that are made at a time
@@ -66,7 +67,7 @@ def query_blocks(
     for start, n, gradients in fitted.passes.gradients(query, "queries", fitted.setup.measurement):
         for begin in range(0, n, each):
             part = {name: g.rows(begin, begin + each) for name, g in gradients.items()}
-            made = _directions(curvature, part, low_rank, explicit)
+            made = _directions(fitted, curvature, part, low_rank, explicit)
             del part
             if held.parts and held.nbytes_with(made) > memory:
                 yield first, held.settle(memory - held.nbytes)
@@ -259,6 +260,7 @@ class _Held:
 
 
 def _directions(
+    fitted: Fitted,
     curvature: NetworkCurvature,
     gradients: Mapping[str, Gradients],
     low_rank: int | None,
@@ -266,11 +268,14 @@ def _directions(
 ) -> dict[str, Directions]:
     if low_rank is None and not explicit:
         return curvature.directions(gradients)
-    return _solve(curvature, {name: g.formed() for name, g in gradients.items()}, low_rank)
+    blocks = fitted.capture.blocks  # as they travel between ranks, to the same bits
+    return _solve(curvature, {name: smallest(g, blocks[name].size) for name, g in gradients.items()}, low_rank)
 
 
-def _solve(curvature: NetworkCurvature, matrices: Mapping[str, Tensor], low_rank: int | None) -> dict[str, Directions]:
-    solved = curvature.solve(matrices)
+def _solve(
+    curvature: NetworkCurvature, gradients: Mapping[str, Gradients], low_rank: int | None
+) -> dict[str, Directions]:
+    solved = curvature.precondition(gradients)
     if low_rank is None:
         return {name: Explicit(matrices) for name, matrices in solved.items()}
     return {name: LowRank.approximate(matrices, low_rank) for name, matrices in solved.items()}
@@ -280,7 +285,8 @@ def _grouped_queries(
     fitted: Fitted, query: Any, curvature: NetworkCurvature, groups: Tensor, low_rank: int | None
 ) -> dict[str, list[Directions]]:
     totals = _add_groups(fitted, query, 0, groups)
-    return {name: [made] for name, made in _solve(curvature, totals, low_rank).items()}
+    formed = {name: Formed(total) for name, total in totals.items()}
+    return {name: [made] for name, made in _solve(curvature, formed, low_rank).items()}
 
 
 def _add_groups(fitted: Fitted, query: Any, before: int, groups: Tensor) -> dict[str, Tensor]:
