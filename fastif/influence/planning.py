@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from typing import Any, NamedTuple
 
-from fastif.curvature.protocol import STANDING, Cost, Products
+from fastif.curvature.protocol import STANDING, BlockWork, Cost, Products
 from fastif.data.batches import Walked, walked
 from fastif.influence.fitted import Setup
 from fastif.influence.queries import MADE, query_bytes_of
@@ -100,6 +100,11 @@ def make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | No
         g, o, d = seen.blocks[name].shape
         return item * (g * o * d if low_rank is None else g * min(low_rank, o, d) * (o + d))
 
+    def arriving(block: BlockWork) -> int:
+        """Bytes of a query's gradient in its smaller form."""
+        (g, o, d), t = block.shape, block.positions
+        return min(item * block.size, t * (item * d + 8) if block.table else g * t * item * (o + d))
+
     works = {
         names: PartWork(
             names,
@@ -107,6 +112,7 @@ def make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | No
             part.products(made.n),
             part.exchanged({name: seen.blocks[name] for name in names}, seen.works[names]),
             sum(seen.blocks[name].size for name in names) * item,
+            sum(arriving(seen.blocks[name]) for name in names),
             sum(kept(name) for name in names),
             seen.products[names].fit_bytes or 0,
         )

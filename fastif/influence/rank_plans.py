@@ -48,7 +48,8 @@ class PartWork(NamedTuple):
     products: Products
     exchanged: Exchanged
     vector: int  # bytes of a vector of its parameters
-    solved: int  # bytes that are kept of a query
+    gradient: int  # bytes of a query's gradient, as it travels to an owner
+    solved: int  # bytes of it once it was solved for, as it travels from there and is kept
     product_bytes: int  # peak of a product with the curvature
 
 
@@ -126,9 +127,9 @@ def _queries(rank: int, owners: Mapping[tuple[str, ...], int], parts: Parts, ask
         owner = owners.get(names)
         if owner == rank:
             sent += (asked.world - 1) * asked.q * part.solved
-            received += (asked.q - mine) * part.vector if divided else 0
+            received += (asked.q - mine) * part.gradient if divided else 0
         elif owner is not None:
-            sent += mine * part.vector
+            sent += mine * part.gradient
             received += asked.q * part.solved
         elif divided:
             sent += (asked.world - 1) * mine * part.solved
