@@ -115,8 +115,12 @@ def ranks_table(name: str) -> str:
     heads += ["fit: MiB sent", "planned", "scores: MiB sent", "planned"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in results["ranks"]:
-        alone = next(one for one in results["ranks"] if one["model"] == row["model"] and one["world"] == 1)
-        cells = [f"{row['model']}, {row['n']:,} × {row['q']:,}", str(row["world"])]
+        same = [row["model"], row.get("replicate", False)]
+        alone = next(
+            one for one in results["ranks"] if [one["model"], one.get("replicate", False)] == same and one["world"] == 1
+        )
+        copies = " (replicate=True)" if same[1] else ""
+        cells = [f"{row['model']}{copies}, {row['n']:,} × {row['q']:,}", str(row["world"])]
         for stage in ("fit", "scores"):
             seconds = row[stage]["cpu_seconds"]
             cells.append(f"{seconds:.2f} ({seconds / alone[stage]['cpu_seconds']:.2f}×)")
