@@ -486,6 +486,7 @@ def owner_fails(op: str) -> Any:
 
     assert owner == 1
     if influence.ranks.rank == owner:
-        curvature.parts["2",].solve = curvature.parts["2",].sq_norms = curvature.parts["2",].state_dict = fail
+        part = curvature.parts["2",]
+        part.solve = part.precondition = part.state_dict = fail
     query = data[0][:3], data[1][:3]
     return influence.scores(query, data) if op == "scores" else getattr(influence, op)(data)
