@@ -43,7 +43,7 @@ class KFAC(Curvature):
         separable: in pairwise scores of layers with one position per example, replace 1/(λ_od + damping) by a sum of
             products, as few as keep the relative error (in the Frobenius norm) of the scores of up to 64 queries with
             up to 64 training examples within this tolerance; where that would cost more than the exact form, the exact
-            form is used. None: always exact.
+            form is used. None: always exact, and so it is where ranks keep the factors for one another.
     """
 
     passes = 1

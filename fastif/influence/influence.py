@@ -235,8 +235,8 @@ class Influence:
                 batches of `train`, with a curvature that has the sizes of a fitted one; it takes as long as this part
                 of `scores` does.
             low_rank: as for `scores`.
-            ranks: plan for so many ranks too (`Plan.ranks`): by rank the examples, the layers whose eigenvectors it
-                makes, bytes held, sent and received, the peak and the operations. Nothing is sent for it.
+            ranks: plan for so many ranks too (`Plan.ranks`): by rank the examples, the layers that it owns, bytes held,
+                sent and received, the peak and the operations. Nothing is sent for it.
         """
         if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1):
             raise ValueError(f"plan: ranks must be an integer >= 1, got {ranks!r}")
