@@ -333,10 +333,43 @@ class Ranks:
                         dist.broadcast(_sendable(flat), group_src=rank, group=self.group)
                 if rank != self.rank:
                     out[-1].update(
-                        {n: _aligned(p.view(theirs[n][0])) for n, p in zip(names, flat.split(sizes), strict=True)}
+                        {n: aligned(p.view(theirs[n][0])) for n, p in zip(names, flat.split(sizes), strict=True)}
                     )
             if rank == self.rank:
-                out[-1] = {name: _aligned(tensor.detach()) for name, tensor in tensors.items()}
+                out[-1] = {name: aligned(tensor.detach()) for name, tensor in tensors.items()}
+        return out
+
+    def exchange(
+        self, what: str, sent: Sequence[Mapping[Any, Tensor]], device: torch.device
+    ) -> list[dict[Any, Tensor]]:
+        """What each rank has for this one, by rank; `sent`: what this one has for each, itself included."""
+        if self.world == 1:
+            return [dict(sent[0])]
+        told = self.meet(what, [{name: (tuple(t.shape), t.dtype) for name, t in own.items()} for own in sent])
+        forms = [of[self.rank] for of in told]
+        out: list[dict[Any, Tensor]] = [{} for _ in forms]
+        out[self.rank] = dict(sent[self.rank])
+        for dtype in sorted({form[1] for of in told for own in of for form in own.values()}, key=str):
+            mine = [
+                [t.detach().reshape(-1) for t in own.values() if t.dtype == dtype and rank != self.rank]
+                for rank, own in enumerate(sent)
+            ]
+            names = [
+                [name for name, form in own.items() if form[1] == dtype and rank != self.rank]
+                for rank, own in enumerate(forms)
+            ]
+            sizes = [sum(map(len, parts)) for parts in mine]
+            coming = [[torch.Size(forms[rank][name][0]).numel() for name in own] for rank, own in enumerate(names)]
+            flat = torch.cat([part for parts in mine for part in parts] or [torch.empty(0, dtype=dtype, device=device)])
+            received = flat.new_empty(sum(map(sum, coming)))
+            self._count(1, 0, flat.nbytes)
+            self._count(0, 1, received.nbytes)
+            with self._exchanging(what):
+                dist.all_to_all_single(received, flat, [sum(one) for one in coming], sizes, group=self.group)
+            parts = received.split([size for one in coming for size in one])
+            places = [(rank, name) for rank, own in enumerate(names) for name in own]
+            for (rank, name), part in zip(places, parts, strict=True):
+                out[rank][name] = aligned(part.view(forms[rank][name][0]))
         return out
 
     def join(self, what: str, rows: Tensor | None, device: torch.device, dim: int = 0) -> Tensor:
@@ -466,7 +499,7 @@ def _buckets(
         yield some
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """As torch allocates tensors: products round by how their operands lie in memory, and all ranks are to get the same
     bits of what one of them made and the others received."""
     own = tensor.is_contiguous() and tensor.data_ptr() % 64 == 0

@@ -17,8 +17,11 @@ from fastif.model.layers import Block
 class NetworkCurvature:
     """The estimators of a network's blocks: what `Influence` fits and solves with."""
 
-    def __init__(self, parts: Mapping[tuple[str, ...], JointCurvature]):
+    def __init__(
+        self, parts: Mapping[tuple[str, ...], JointCurvature], owners: dict[tuple[str, ...], int] | None = None
+    ):
         self.parts = dict(parts)
+        self.owners = {} if owners is None else owners  # of parts that one rank keeps for all; of the others none
 
     @property
     def by_block(self) -> dict[str, Estimator]:
@@ -49,7 +52,9 @@ class NetworkCurvature:
 
     def open(self, pass_index: int) -> NetworkCurvature:
         """The part of it that looks at the data in pass `pass_index`."""
-        return NetworkCurvature({names: part for names, part in self.parts.items() if pass_index < part.passes})
+        return NetworkCurvature(
+            {names: part for names, part in self.parts.items() if pass_index < part.passes}, self.owners
+        )
 
     def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
         for names, part in self.parts.items():
@@ -65,6 +70,13 @@ class NetworkCurvature:
         for names, part in self.parts.items():
             solved.update(part.solve({name: rhs[name] for name in names}))
         return {name: solved[name] for name in rhs}
+
+    def precondition(self, gradients: Mapping[str, Gradients]) -> dict[str, Tensor]:
+        """(G + λI)⁻¹ g_i as matrices [n, g, o, d] by block."""
+        made: dict[str, Tensor] = {}
+        for names, part in self.parts.items():
+            made.update(part.precondition({name: gradients[name] for name in names}))
+        return {name: made[name] for name in gradients}
 
     def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
         parts = [part.sq_norms({name: gradients[name] for name in names}) for names, part in self.parts.items()]

@@ -15,7 +15,8 @@ from fastif.data.batches import Walked, moved_to, picked, walked
 from fastif.data.dealing import deal, deal_picked
 from fastif.influence.coverage import cover_head, look_at
 from fastif.influence.fitted import Fitted, Setup, checksums_of_buffers, checksums_of_state, restrict
-from fastif.influence.sharing import Draws, compare_setups, end_pass
+from fastif.influence.owners import end_pass
+from fastif.influence.sharing import Draws, compare_setups
 from fastif.model.capture import LateLayer
 from fastif.model.losses import IGNORED, Fisher, labels_in, labels_of, output_columns, per_sample, settle_fisher
 from fastif.model.passes import Passes, counted_from
@@ -92,8 +93,8 @@ def _fit_here(setup: Setup, train: Any, subset: Subset) -> NetworkCurvature:
         passes.go_along()
         if draws is not None:
             draws.end(ranks)
-        # Those that look at nothing end with pass 0 too.
-        end_pass(looking if pass_index else curvature, pass_index, ranks, passes.device)
+        del looking
+        end_pass(curvature, pass_index, setup)
     return curvature
 
 

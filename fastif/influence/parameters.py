@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastif.influence import owners
 from fastif.influence.fitted import Fitted
 from fastif.influence.scoring import share_of
 from fastif.ranks import ALONE
@@ -29,8 +30,8 @@ def move_parameters(fitted: Fitted, batch: Any) -> dict[str, Tensor]:
                 for name, g in gradients.items():
                     part = g.sum(torch.ones(len(g), device=fitted.setup.device))
                     sums[name] = sums[name].add_(part) if name in sums else part
-            sums = ranks.sum_each("gradients", sums, lambda _: None, fitted.passes.device)
-            for name, moved in curvature.solve(sums).items():
+            sums = ranks.sum_each("gradients", sums, owners.owner_of_block(curvature).get, fitted.passes.device)
+            for name, moved in owners.solve(curvature, sums, fitted.setup).items():
                 moved = moved.div_(-len(fitted.curvatures))
                 total[name] = total[name].add_(moved) if name in total else moved
     return _by_parameter(fitted, total)
@@ -52,7 +53,7 @@ def solve(fitted: Fitted, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for checkpoint, curvature in fitted.at_checkpoints():
         with fitted.passes.running(checkpoint):
             matrices = {name: block.matrix(values) for name, block in capture.blocks.items()}
-            for name, solved in curvature.solve(matrices).items():
+            for name, solved in owners.solve(curvature, matrices, fitted.setup).items():
                 solved = solved / len(fitted.curvatures)
                 total[name] = total[name].add_(solved) if name in total else solved
     return _by_parameter(fitted, total)

@@ -19,10 +19,12 @@ from fastif.data.dealing import Part
 from fastif.data.parts import Parts
 from fastif.fingerprints import VERSIONS, described, described_model, fingerprint
 from fastif.influence.fitted import Fitted, Setup
+from fastif.influence.owners import Reported
 from fastif.influence.queries import query_bytes
 from fastif.influence.score_folder import MANIFEST, ScoreFolder, write_manifest
 from fastif.influence.scoring import make_tiles
 from fastif.influence.shared_folder import held, note_error, share_of_all
+from fastif.influence.states import gather, values_of_state
 from fastif.influence.tiles import By, Tile, check_groups, check_one_length, check_positions
 from fastif.journal import refuse_differences
 from fastif.model.calls import dtype_of
@@ -42,14 +44,22 @@ def write_scores(
     low_rank: int | None = None,
     by: By = "all",
     key: str | None = None,
+    matrices: bool | None = None,
 ) -> ScoreFolder:
-    """Computes what is missing of the scores in `folder`; `Influence.scores` documents it."""
+    """Computes what is missing of the scores in `folder`; `Influence.scores` documents it.
+
+    matrices: as `holds_matrices` has it, where the folder is part of another job.
+    """
     for data in (query, train):
         if isinstance(data, Iterator):
             raise ValueError("scores: out= walks through the data more than once, got an iterator; pass a list")
     query, train = fitted.walk(query, train)
-    settings = settings_of(fitted, query, train, query_groups, low_rank, by, key)
     folder = Path(folder)
+    if matrices is None:
+        matrices = holds_matrices(fitted, folder, query_groups, low_rank, by)
+    if fitted.divided and matrices is False:
+        fitted = gather(fitted)
+    settings = settings_of(fitted, query, train, query_groups, low_rank, by, key, bool(matrices))
     folder.mkdir(parents=True, exist_ok=True)
     ranks = fitted.setup.ranks
     ranks.compare("scores", settings)
@@ -60,9 +70,26 @@ def write_scores(
             for columns in _share_of(missing, fitted, train):
                 mine = query if query_groups is not None else Part(query, batch_size, [rows])
                 part = Part(train, batch_size, columns) if columns else None
-                tiles = make_tiles(fitted, mine, part, query_groups, low_rank, by)
+                how = dict(matrices=bool(matrices), whole=True)
+                tiles = make_tiles(fitted, mine, part, query_groups, low_rank, by, **how)
                 _write_tiles(scores, tiles, rows, columns, checkpoints, ranks)
     return scores if ranks.world == 1 else ScoreFolder(folder)
+
+
+def holds_matrices(
+    fitted: Fitted, folder: Path, query_groups: Tensor | None, low_rank: int | None, by: By
+) -> bool | None:
+    """Whether a job holds queries as matrices where it could hold some in factors; None where it could not.
+
+    Ranks that keep the curvature for one another do. A job that was begun goes on as it was begun, on any number of
+    ranks, since products with factors round otherwise: ranks then bring all factors together for a job of one process.
+    """
+    if query_groups is not None or low_rank is not None or by == "token":
+        return None
+    ranks = fitted.setup.ranks
+    begun = ScoreFolder(folder).settings if ranks.rank == 0 and (folder / MANIFEST).exists() else None
+    found = ranks.meet("how queries are held", None if begun is None else begun.get("queries") == "matrices")[0]
+    return fitted.divided if found is None else found
 
 
 def find_missing(scores: Sequence[ScoreFolder], ranks: Ranks) -> Iterator[tuple[range, list[range]]]:
@@ -95,7 +122,7 @@ def _share_of(missing: list[range], fitted: Fitted, train: Walked) -> list[list[
         by_rank = [[run for run in missing if run.start in train.part_of(rank)] for rank in range(ranks.world)]
     turns = [[[*mine]] if alone and mine else [[run] for run in mine] for mine in by_rank]
     own = turns[ranks.rank]
-    together = fitted.setup.estimators.needs_data or fitted.passes.sharding is not None
+    together = fitted.setup.estimators.needs_data or fitted.divided or fitted.passes.sharding is not None
     most = max(map(len, turns)) if together else len(own)
     return own + [[]] * (most - len(own))
 
@@ -166,14 +193,21 @@ def write_block(
 
 
 def settings_of(
-    fitted: Fitted, query: Any, train: Any, query_groups: Tensor | None, low_rank: int | None, by: By, key: str | None
+    fitted: Fitted,
+    query: Any,
+    train: Any,
+    query_groups: Tensor | None,
+    low_rank: int | None,
+    by: By,
+    key: str | None,
+    matrices: bool,
 ) -> dict[str, Any]:
     """All that determines the scores' bits; of the data, their identity."""
     setup, passes = fitted.setup, fitted.passes
     parts = [*fitted.capture.blocks] if by == "layer" else _positions(fitted, train) if by == "token" else None
     item = dtype_of(passes.model).itemsize
     lengths = [batch_lengths(data, passes.batch_size) for data in (query, train)]
-    each = query_bytes(fitted, query, low_rank, by)
+    each = query_bytes(setup, query, low_rank, matrices or by == "token")
     if parts is not None:  # the bytes of a score are those of all its parts
         item *= parts if isinstance(parts, int) else len(parts)
     widest, height = max(lengths[1]), sum(lengths[0])
@@ -189,13 +223,14 @@ def settings_of(
         "q": sum(lengths[0]),
         "n": sum(lengths[1]),
         **fit_settings(setup, train, key),
+        **({"queries": "matrices"} if matrices else {}),  # where they could be held in factors
         **ranks,  # among which the products of a solve are divided, which round as they add them up
         "measurement": described(setup.measurement, "measurement", key),
         "rank": low_rank,
         "by": None if by == "all" else by,
         "parts": parts,
         "query groups": None if query_groups is None else fingerprint([query_groups]),
-        "curvature state": fingerprint((*fitted.state_dict().values(), *needed)),
+        "curvature state": fingerprint(chain(values_of_state(fitted), needed)),
         "choices": _choices(fitted),
         "memory": fitted.memory,
         "query": walked(query, passes.batch_size).identity.fingerprint,
@@ -248,8 +283,11 @@ def _choices(fitted: Fitted) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     for number, curvature in enumerate(fitted.curvatures):
         for name, estimator in curvature.by_block.items():
-            if estimator.choices():
+            if not isinstance(estimator, Reported) and estimator.choices():
                 chosen[f"{number}/{name}"] = estimator.choices()
+    if fitted.divided:
+        told = fitted.setup.ranks.meet("what estimators chose", chosen)
+        chosen = {key: one for theirs in told for key, one in sorted(theirs.items())}
     return chosen
 
 
