@@ -5,7 +5,6 @@ What was covered without a look at data is not always what can be: see `fastif.m
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,6 +18,7 @@ from fastif.data.batches import batch_length, moved_to, picked, rows_of
 from fastif.influence.fitted import Setup
 from fastif.model.capture import Capture
 from fastif.model.features import called_head
+from fastif.renamed import warn_outside
 
 
 def assign(capture: Capture, curvature: Estimator | Mapping[str, Estimator], memory: int) -> NetworkCurvature:
@@ -75,7 +75,7 @@ def restore_coverage(setup: Setup, described: Tensor) -> Setup:
     return setup._replace(estimators=assign(setup.capture, setup.given, setup.memory))
 
 
-def warn_of_lost(capture: Capture, stacklevel: int) -> bool:
+def warn_of_lost(capture: Capture) -> bool:
     """Warns where parameters that were trained are not covered though nobody left them out; whether it did."""
     if not capture.lost:
         return False
@@ -83,10 +83,10 @@ def warn_of_lost(capture: Capture, stacklevel: int) -> bool:
     trained = sum(parameter.numel() for parameter in capture.selection.trained)
     left = sum(names[name].numel() for name in capture.lost)
     reasons = "; ".join(f"{name}: {reason}" for name, reason in capture.lost.items())
-    warnings.warn(
+    warn_outside(
         f"Influence: {trained - left:,} of {trained:,} trained parameters are covered ({1 - left / trained:.1%}); "
         f"the rest is taken as fixed: {reasons}. Leave them out with layers= to say that this is meant",
-        stacklevel=stacklevel + 1,
+        UserWarning,
     )
     return True
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastif.integrations.labels import Label
-from fastif.integrations.model_folder import ModelFolder, load_model_folder
+from fastif.integrations.model_folder import ModelFolder, TrainedLoss, load_model_folder
 from fastif.integrations.tables import read_columns
 from fastif.integrations.texts import Padding, next_tokens, tokenise
 
@@ -19,18 +19,23 @@ from fastif.integrations.texts import Padding, next_tokens, tokenise
 class Examples(NamedTuple):
     """The examples of a file, n of them."""
 
-    loader: DataLoader  # mappings, as the model takes them, with "labels"
+    loader: DataLoader[Any]  # mappings, as the model takes them, with "labels"
     shown: list[list[str]] | list[Path]  # the tokens of each text, or the image's file
     texts: list[str]  # each in a line, to be read
     labels: list[str] | None  # as people read them
     ids: list[str] | None  # from their column
+
+    def __repr__(self) -> str:
+        further = [name for name, column in (("labels", self.labels), ("ids", self.ids)) if column is not None]
+        what = "images" if isinstance(self.shown[0], Path) else "texts"
+        return f"Examples({', '.join([f'{len(self.texts):,} {what}', *further])})"
 
     @property
     def columns(self) -> dict[str, list[str]]:
         """What people read of them, for `fastif.influence.rows.top_rows`."""
         return {"text": self.texts, **({} if self.labels is None else {"label": self.labels})}
 
-    def picked(self, indices: Tensor) -> DataLoader:
+    def picked(self, indices: Tensor) -> DataLoader[Any]:
         """Some of the examples, all in one batch."""
         chosen = [self.loader.dataset[i] for i in indices.tolist()]
         return DataLoader(chosen, batch_size=len(chosen), collate_fn=self.loader.collate_fn)  # pyright: ignore[reportArgumentType]  a list will do
@@ -40,9 +45,13 @@ class Problem(NamedTuple):
     """What `fastif.Influence` needs."""
 
     model: nn.Module
-    loss: str
+    loss: TrainedLoss
     train: Examples | None
     query: Examples | None
+
+    def __repr__(self) -> str:
+        model = type(self.model).__name__
+        return f"Problem({model}, loss={self.loss!r}, train={self.train!r}, query={self.query!r})"
 
 
 def problem_of(

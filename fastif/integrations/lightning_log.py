@@ -66,6 +66,9 @@ class LightningLog(_callback()):
         self._parts: list[tuple[Tensor, Tensor]] = []  # of the batches since the last step: rows, weights over b
         self._undo: list[Callable[[], None]] = []
 
+    def __repr__(self) -> str:
+        return f"LightningLog({'nothing recorded yet' if self._log is None else repr(self._log)})"
+
     @property
     def training_log(self) -> TrainingLog:
         """What was recorded: `log` is the name of a method that Lightning puts there. ValueError before a training."""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 Kind = Literal["causal_lm", "texts", "images"]
+TrainedLoss = Literal["causal_lm", "cross_entropy", "bce", "mse"]
 
 _MAPPINGS: dict[str, Kind] = {
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "causal_lm",
@@ -30,7 +31,7 @@ class ModelFolder(NamedTuple):
 
     model: nn.Module  # float32, in eval mode
     kind: Kind
-    loss: str
+    loss: TrainedLoss
     processor: Any  # its tokenizer, or image processor
     longest: int | None  # tokens that it takes
     path: Path
@@ -127,12 +128,16 @@ def _kind_of(path: Path, config: Any) -> tuple[Kind, str]:
     )
 
 
-def _loss_of(kind: Kind, config: Any) -> str:
+def _loss_of(kind: Kind, config: Any) -> TrainedLoss:
     """Of the training: as config.problem_type says, and without a word as transformers takes it."""
     if kind == "causal_lm":
         return "causal_lm"
-    said = {"multi_label_classification": "bce", "regression": "mse", "single_label_classification": "cross_entropy"}
-    return said.get(config.problem_type) or ("mse" if config.num_labels == 1 else "cross_entropy")
+    said: dict[str | None, TrainedLoss] = {
+        "multi_label_classification": "bce",
+        "regression": "mse",
+        "single_label_classification": "cross_entropy",
+    }
+    return said.get(config.problem_type, "mse" if config.num_labels == 1 else "cross_entropy")
 
 
 def _processor_of(path: Path, kind: Kind, known: dict[str, Any]) -> Any:

@@ -57,7 +57,7 @@ def loss_of(trainer: Any) -> Loss:
     return match_loss(trainer).loss
 
 
-def data_of(trainer: Any, dataset: Any = None, *, batch_size: int | None = None) -> DataLoader:
+def data_of(trainer: Any, dataset: Any = None, *, batch_size: int | None = None) -> DataLoader[Any]:
     """A Trainer's data in its own order: collated by its collator, columns that its model does not take left out.
 
     Args:

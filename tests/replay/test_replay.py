@@ -369,8 +369,9 @@ def test_an_explosion_is_an_error_with_step_and_norm():
 def test_kinks_warn_once_with_the_hessian():
     model, log = recorded(OPTIMIZERS["momentum"], EXAMPLES, ORDER, build=lambda: network(nn.ReLU))
     replay = replayed(log, model, matrix="hessian")
-    with pytest.warns(UserWarning, match=r"bends sharply \(relu\)"):
+    with pytest.warns(UserWarning, match=r"bends sharply \(relu\)") as said:
         replay.scores(QUERY)
+    assert [warning.filename for warning in said] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         replay.scores(QUERY)
