@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from . import faithfulness, index, libraries, readme, scale, tables, unlearning
+from . import faithfulness, index, libraries, overheads, readme, scale, tables, unlearning
 
 
 def with_tables(page: str) -> str:
@@ -36,6 +36,7 @@ def with_tables(page: str) -> str:
             "scale": scale.scale_table,
             "gpt2": tables.gpt2_table,
             "libraries": libraries.libraries_table,
+            "overheads": overheads.overheads_table,
         }
         make = next((make for kind, make in kinds.items() if name.startswith(kind)), tables.benchmark_table)
         return f"<!-- table: {name} -->\n{make(name)}\n<!-- end -->"

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastif.curvature.network import NetworkCurvature
 from fastif.curvature.protocol import Estimator, JointCurvature, check_estimator
@@ -73,6 +73,21 @@ def restore_coverage(setup: Setup, described: Tensor) -> Setup:
         setup.passes.capture = Capture(setup.model, names)
     setup.capture.restore(names)
     return setup._replace(estimators=assign(setup.capture, setup.given, setup.memory))
+
+
+def check_default_head(model: nn.Module, head: str) -> None:
+    """Raises ValueError where the head, which alone is covered where nothing was said, is not what was trained."""
+    modules = dict(model.named_modules())
+    if head not in modules or not any(p.requires_grad for p in model.parameters()):
+        return
+    own = {*modules[head].parameters(recurse=False)}
+    tied = [name for name, module in modules.items() if name != head and own & {*module.parameters(recurse=False)}]
+    why = f"shares its weight with {tied[0]!r}" if tied else "is not trained"
+    if tied or not any(p.requires_grad for p in own):
+        raise ValueError(
+            f"Influence: without curvature= the head alone is covered, and the head {head!r} {why}: say one for what "
+            "is trained, such as curvature=fastif.EKFAC('auto')"
+        )
 
 
 def warn_of_lost(capture: Capture) -> bool:

@@ -21,7 +21,7 @@ from fastif.curvature.limits import MEMORY
 from fastif.curvature.protocol import Estimator
 from fastif.data.batches import count, walked
 from fastif.influence.averaging import average_scores, average_self_influence, write_averaged_scores
-from fastif.influence.coverage import assign, cover_head, look_at, restore_coverage, warn_of_lost
+from fastif.influence.coverage import assign, check_default_head, cover_head, look_at, restore_coverage, warn_of_lost
 from fastif.influence.fitted import Fitted, Setup, load_fitted
 from fastif.influence.fitting import fit
 from fastif.influence.networks import Networks, check_networks
@@ -134,6 +134,7 @@ class Influence:
         of_head = alone is not None and alone.prefers_head and not alone.joint and layers is None
         if of_head:
             layers = find_head(model, op="Influence")[0] or "*"
+            check_default_head(model, layers)
         passes = Passes(
             model,
             loss,

@@ -378,6 +378,42 @@ def test_kinks_warn_once_with_the_hessian():
         replayed(log, model).scores(QUERY)
 
 
+class _Shifted(nn.Module):
+    """Its shift is added to all logits, so that its gradient is zero but for rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.shift = network(), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return self.inner(x) + self.shift
+
+
+@pytest.mark.parametrize("away", [0.0, 3e-4])
+def test_adams_steps_along_gradients_that_are_rounding_are_not_held_against_the_log(away):
+    """Another summation's rounding, as that of a Trainer's own loss: Adam makes whole steps of it."""
+    torch.manual_seed(0)
+    model = _Shifted().float()
+    examples = EXAMPLES[0].float(), EXAMPLES[1]
+    log, optimizer = TrainingLog(model, every=4), torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step, rows in enumerate(ORDER[:8]):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(examples[0][rows]), examples[1][rows]).backward()
+        model.shift.grad.copy_(torch.tensor([3e-8 * (-1) ** step]))
+        log.step(optimizer, rows)
+        if away and step == 6:
+            with torch.no_grad():
+                model.inner[0].weight[0, 0] += away
+    moved = float((log.final.at - log.point(1).at).abs().max())
+    replay = Replay(log, model, examples, progress=False)
+    if away:
+        with pytest.raises(NotReproduced, match="after step 7 the parameters differ"):
+            replay.verify()
+        return
+    assert abs(float(model.shift.detach())) > 1e-2 * moved
+    assert max(replay.verify()) < 1e-4
+
+
 def test_what_does_not_fit_together_is_refused():
     model, log = recorded(OPTIMIZERS["momentum"], EXAMPLES, ORDER)
     with pytest.raises(ValueError, match=r"the log is of another model: '0.weight' is \[5, 3\] in the log, \[4, 3\]"):
