@@ -47,7 +47,7 @@ def overheads_table(name: str) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.0f} ms"
+    return f"{1000 * seconds:.0f}\u00a0ms"
 
 
 def _spread(ratios: list[Any]) -> str:

@@ -38,7 +38,7 @@ def influence_of(trainer: Any, curvature: Any = None, *, loss: Loss | None = Non
 
     Args:
         trainer: a `transformers.Trainer`, trained or not, of any subclass; of adapters (`peft`) what is trained counts.
-        curvature, options: as for `fastif.Influence`.
+        curvature, options: as for `fastif.Influence`; without a curvature the head alone is covered.
         loss: where the Trainer's is none of those that fastif knows: a name or a function of (outputs, batch) → [n].
 
     Raises ValueError where no loss gives the Trainer's, for a quantised model and whatever `data_of` refuses.
