@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastif.data.batches import Walked, count, walked
+from fastif.data.loaders import Sharded, needs_all
 from fastif.index.building import append, build, check_state, load_state, remove
 from fastif.index.encoder import Encoder
 from fastif.index.factors import Factors, Stored, dtype_named
@@ -25,6 +26,7 @@ from fastif.influence.influence import Influence
 from fastif.influence.scoring import compute_scores
 from fastif.influence.tiles import best_of, check_groups
 from fastif.ranks import ALONE
+from fastif.sharded import refuse_sharded
 
 
 class Top(NamedTuple):
@@ -353,6 +355,7 @@ def sum_of(parts: Mapping[str, Tensor]) -> Tensor:
 
 def ready(influence: Influence) -> Fitted:
     """What was fitted, at the weights that the model still has; of several ranks each works on its own."""
+    refuse_sharded(influence.model, "index")
     fitted = influence.fitted
     fitted.check_weights()
     alone = influence.ranks.world == 1
@@ -363,5 +366,7 @@ def walkable(influence: Influence, data: Any) -> Walked:
     """Data whose passes are held against each other, and against the fit's where it is what was fitted."""
     if isinstance(data, Iterator):
         raise ValueError("index: the data is walked through more than once, got an iterator; pass a list")
+    if isinstance(data, Sharded):
+        raise ValueError(needs_all("index"))
     (found,) = influence.fitted.walk(data)
     return walked(found, influence.passes.batch_size)

@@ -18,7 +18,7 @@ from fastif.index.index import Index, ready, walkable
 from fastif.influence.fitted import Fitted
 from fastif.influence.influence import Influence
 from fastif.influence.queries import query_blocks
-from fastif.influence.scoring import make_tiles
+from fastif.influence.scoring import len_of_all, make_tiles
 from fastif.influence.tiles import Tile, best_of
 from fastif.model.gradients import Gradients
 
@@ -99,7 +99,7 @@ def answer(
             for start, _, gradients in fitted.passes.gradients(data, "answers"):
                 see(start, gradients)
                 del gradients
-    rows = len_of(held)
+    rows = len_of_all(held)
     held.clear()
     if rows < total:
         rest = Part(query, fitted.passes.batch_size, [range(rows, total)])
@@ -116,11 +116,6 @@ def _first_queries(fitted: Fitted, query: Any, total: int) -> dict[str, list[Dir
         blocks = query_blocks(fitted, query, total, fitted.curvatures[0], None, None, False)
         _, held = next(blocks)
         return held
-
-
-def len_of(held: Mapping[str, list[Directions]]) -> int:
-    """Queries."""
-    return sum(map(len, next(iter(held.values())))) if held else 0
 
 
 def _scores(fitted: Fitted, held: Mapping[str, list[Directions]], gradients: Mapping[str, Gradients]) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fastif.data.batches import as_loader, count
+from fastif.data.loaders import Sharded, needs_all
 from fastif.model.capture import Capture
 from fastif.model.features import Extracted, extract, find_head
 from fastif.model.forward import computable
@@ -29,6 +30,7 @@ from fastif.removal.network import RetainedNetwork
 from fastif.removal.newton import newton
 from fastif.removal.steps import Removal, Step
 from fastif.samplers.draw import Sampler
+from fastif.sharded import refuse_sharded
 
 
 def remove(
@@ -112,6 +114,9 @@ def remove(
     line_search=False, for a loss that is not known to be convex, for a head whose weight serves elsewhere in the model,
     and where the steps do not reach its distance, with how far they came.
     """
+    refuse_sharded(model, "remove")
+    if isinstance(train, Sharded):
+        raise ValueError(needs_all("remove"))
     check_settings(6 if steps is None else steps, damping)
     name, layer = find_head(model, head, op="remove")
     indices = torch.as_tensor(indices)

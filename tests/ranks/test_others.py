@@ -114,12 +114,7 @@ def test_an_index_is_the_work_of_one_rank(two, tmp_path):
     assert torch.allclose(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
 
 
-def test_a_data_parallel_model_scores_as_it_is(two):
-    for got, want in two(wrapped, "data parallel"):
+@pytest.mark.parametrize("how", ["data parallel", "sharded"])
+def test_a_model_wrapped_for_training_scores_as_it_is(two, how):
+    for got, want in two(wrapped, how):
         assert torch.equal(got, want)
-
-
-def test_a_sharded_model_is_refused_with_the_way_to_a_whole_one(two):
-    for got, want, said in two(wrapped, "sharded"):
-        assert "'0.weight' is a DTensor, of which each rank has a part" in said
-        assert torch.equal(got, want)  # by what the message says
