@@ -315,6 +315,10 @@ class Ranks:
                 out[-1] = {name: _aligned(tensor.detach()) for name, tensor in tensors.items()}
         return out
 
+    def of_first(self, what: str, tensors: Mapping[Any, Tensor], device: torch.device) -> dict[Any, Tensor]:
+        """The first rank's tensors, on all ranks: of what each could make, and might round otherwise or draw."""
+        return self.gather(what, tensors if self.rank == 0 else {}, device)[0]
+
     def join(self, what: str, rows: Tensor | None, device: torch.device, dim: int = 0) -> Tensor:
         """The rows of all ranks, one rank's after another's; None: none. The ranks must not all have none."""
         if self.world == 1:
@@ -405,6 +409,17 @@ def together(method: Method) -> Method:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         with self.ranks.together(method.__name__):
             return method(self, *args, **kwargs)
+
+    return wrapped  # pyright: ignore[reportReturnType]
+
+
+def on_all_ranks(function: Method) -> Method:
+    """A function that all ranks that there are call at once."""
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with find_ranks().together(function.__name__):
+            return function(*args, **kwargs)
 
     return wrapped  # pyright: ignore[reportReturnType]
 

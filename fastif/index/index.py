@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastif.data.batches import Walked, count, walked
+from fastif.fingerprints import fingerprint
 from fastif.index.building import append, build, check_state, load_state, remove
 from fastif.index.encoder import Encoder
 from fastif.index.factors import Factors, Stored, dtype_named
@@ -23,7 +24,6 @@ from fastif.index.merging import merge
 from fastif.index.sampling import Measured, own_part_of
 from fastif.influence.fitted import Fitted
 from fastif.influence.influence import Influence
-from fastif.fingerprints import fingerprint
 from fastif.influence.scoring import best_of_ranks, compute_scores, of_all_ranks
 from fastif.influence.shared_folder import share_of_all
 from fastif.influence.sharing import compare_setups

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fastif.data.tensor_files import save_tensors
 from fastif.files import canonical
 from fastif.index.building import check_distinct, load_state
@@ -81,15 +83,16 @@ def _check_alike(parts: Sequence[Folder]) -> None:
 
 def _determined(folder: Folder) -> dict[str, Any]:
     manifest = folder.manifest
-    names = {"stored": "type (dtype)", "own": "self_influence"}
-    found = {names.get(name, name): value for name, value in manifest["settings"].items()}
+    names = {"stored": "dtype", "own": "self_influence"}
+    found: dict[str, Any] = {names.get(name, name): value for name, value in manifest["settings"].items()}
     return {**found, "threshold": manifest["threshold"], "list of layers": manifest["layers"]}
 
 
 def _check_ids(parts: Sequence[Folder]) -> None:
     """Raises ValueError for ids that repeat, and TypeError where not all parts have ids of one kind."""
     every: list[Ids] = [block.ids for part in parts for block in part.blocks()]
+    named = [ids.tolist() if isinstance(ids, Tensor) else ids for ids in every if ids is not None]
     kinds = {type(ids).__name__ for ids in every}
     if len(kinds) > 1:
         raise TypeError(f"index: merge: the ids of all parts must be of one kind, got {', '.join(sorted(kinds))}")
-    check_distinct([one for ids in every if ids is not None for one in (ids if isinstance(ids, list) else ids.tolist())])
+    check_distinct([one for ids in named for one in ids])

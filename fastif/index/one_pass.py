@@ -64,7 +64,9 @@ def answer(
         self_influence: whether each example's score on itself is asked for.
         out: a folder for an index; `options` are those of `Index.build`.
 
-    Of several ranks each walks through a run of the training examples, and all get all answers. Raises ValueError where nothing is asked for, or scores without queries; what these methods raise.
+    Of several ranks each walks through a run of the training examples, and all get all answers.
+
+    Raises ValueError where nothing is asked for, or scores without queries; what these methods raise.
     """
     with influence.ranks.together("answer"):
         return _answer(influence, train, query, scores, top, self_influence, out, options)

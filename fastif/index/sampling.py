@@ -111,9 +111,7 @@ def own_part_of(train: Walked, examples: Tensor, ranks: Ranks) -> Part | None:
     return part_of(train, mine) if len(mine) else None
 
 
-def _cut(
-    seen: Mapping[str, list[Sizes]], share: float, item: int, given: float | None
-) -> tuple[Cut, Tensor]:
+def _cut(seen: Mapping[str, list[Sizes]], share: float, item: int, given: float | None) -> tuple[Cut, Tensor]:
     """The cut on a sample, and the numbers that it keeps of each example, [n]."""
     numbers = sum(max(part.numbers for part in parts) for parts in seen.values())
     tables = {name: parts[0].table for name, parts in seen.items()}

@@ -151,10 +151,9 @@ def find_top(fitted: Fitted, query: Any, train: Any, k: int, largest: bool) -> t
     return best_of_ranks(fitted.setup.ranks, own, k, largest)
 
 
-def best_of_ranks(
-    ranks: Ranks, own: tuple[Tensor, Tensor] | None, k: int, largest: bool
-) -> tuple[Tensor, Tensor]:
-    """The k best of each query (values [q, k], indices int64 [q, k]) of all ranks' best, `own` this rank's; None: none."""
+def best_of_ranks(ranks: Ranks, own: tuple[Tensor, Tensor] | None, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """The k best of each query, (values [q, k], indices int64 [q, k]), of the best of all ranks; `own`: of this one's
+    training examples, None where it has none."""
     if ranks.world == 1:
         assert own is not None
         return own

@@ -1,4 +1,4 @@
-"""An index that ranks build together has the bits of one process, also after some were killed; and so are its answers."""
+"""An index that ranks build together has the bits of one process, also after a rank was killed; so have its answers."""
 
 import random
 import time
