@@ -370,14 +370,17 @@ class Ranks:
 
 ALONE = Ranks()
 _known: dict[int, Ranks] = {}
+_apart = False
 
 
 def find_ranks(group: Any = None) -> Ranks:
-    """The ranks of a process group, default all that there are; this process alone where no group was made.
+    """The ranks of a process group, default all that there are; this process alone where no group was made, or `apart`.
 
     Raises ValueError where WORLD_SIZE says that there are several and no group is there, and for a group that this
     process does not belong to.
     """
+    if _apart and group is None:
+        return ALONE
     if not (dist.is_available() and dist.is_initialized()):
         world = os.environ.get("WORLD_SIZE", "1")
         if group is not None:
@@ -400,6 +403,17 @@ def find_ranks(group: Any = None) -> Ranks:
             del _known[key]
         found = _known[id(group)] = Ranks(group)
     return found
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Work that this process does while the others do something else: no ranks are found in it."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
 
 
 def together(method: Method) -> Method:

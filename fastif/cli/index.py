@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -42,13 +43,13 @@ from fastif.cli.problem import Given, batch_of, check_given, given_by
 from fastif.curvature.limits import MEMORY
 from fastif.data.batches import count
 from fastif.files import Damaged, sealed, unsealed, write_whole
-from fastif.folder_lock import locked
 from fastif.index.building import load_state
 from fastif.index.factors import Stored
 from fastif.index.folder import MANIFEST, Folder
 from fastif.index.index import Index, Top
 from fastif.influence.influence import Influence
 from fastif.influence.rows import top_rows, write_rows
+from fastif.influence.shared_folder import held
 from fastif.model.losses import MEASUREMENTS
 
 OPTIONS = "options.json"  # in the folder of an index: those of the command, with which a query finds the same curvature
@@ -146,13 +147,16 @@ def index_command(
         files = {"model": str(model.resolve()), "train": str(train.resolve()), "train_checksum": _checksum(train)}
         options |= {"files": {**files, **columns}}
     influence = _influence(given.model, options, "loss", memory, where, not quiet)
-    with interruptible(out, (MANIFEST,)), writable(out), locked(out):
-        if (out / MANIFEST).exists():
+    ranks = influence.ranks
+    first = ranks.rank == 0  # which alone prints, and writes what is no block
+    with interruptible(out, (MANIFEST,)), writable(out) if first else nullcontext(), held(out, ranks):
+        if ranks.meet("whether an index is there", (out / MANIFEST).exists())[0]:
             influence.load_state_dict(load_state(Folder(out)))
         else:
             influence.fit(given.train)
-            write_config(context, out)
-            write_whole(out / OPTIONS, json.dumps(sealed(options), indent=1) + "\n")
+            if first:
+                write_config(context, out)
+                write_whole(out / OPTIONS, json.dumps(sealed(options), indent=1) + "\n")
         index = Index.build(
             influence,
             given.train,
@@ -164,7 +168,7 @@ def index_command(
             resume=resume,
             key=key,
         )
-    if not quiet:
+    if not quiet and first:
         _print_facts(index)
         print(f"{time.perf_counter() - began:.1f} s in all")
 
@@ -199,15 +203,17 @@ def query_command(
     check("measurement", measurement, measurement in MEASUREMENTS, f"one of {', '.join(MEASUREMENTS)}")
     check("out", out, out is None or out.suffix in (".csv", ".jsonl"), "a .csv or .jsonl file")
     check("memory", memory, memory >= 1, ">= 1")
-    held = Index(folder).n
-    top = min(TOP, held) if top is None else top
-    check("top", top, 1 <= top <= held, f"in [1, {held}], the training examples of the index")
-    check("rerank", rerank, rerank == 0 or top <= rerank <= held, f"0, or in [--top {top}, {held}]")
+    n = Index(folder).n
+    top = min(TOP, n) if top is None else top
+    check("top", top, 1 <= top <= n, f"in [1, {n}], the training examples of the index")
+    check("rerank", rerank, rerank == 0 or top <= rerank <= n, f"0, or in [--top {top}, {n}]")
     options, where = _read_options(folder), device_named(device)
     torch.manual_seed(options["seed"])
     given = _asked(folder, options, script, query, model, train, bool(rerank))
     index = Index(folder, _influence(given.model, options, measurement, memory, where, not quiet))
     found = index.top(given.query, top, largest=not harmful, rerank=rerank, train=given.train if rerank else None)
+    if index.ranks.rank > 0:
+        return
     if out is not None:
         _write(out, found, given)
     if not quiet:

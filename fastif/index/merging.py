@@ -84,7 +84,8 @@ def _check_alike(parts: Sequence[Folder]) -> None:
 def _determined(folder: Folder) -> dict[str, Any]:
     manifest = folder.manifest
     names = {"stored": "dtype", "own": "self_influence"}
-    found: dict[str, Any] = {names.get(name, name): value for name, value in manifest["settings"].items()}
+    settings: dict[str, Any] = manifest["settings"]
+    found = {names.get(name, name): value for name, value in settings.items()}
     return {**found, "threshold": manifest["threshold"], "list of layers": manifest["layers"]}
 
 
