@@ -14,18 +14,17 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from fastif.data.batches import Walked, count, walked
+from fastif.data.batches import count
 from fastif.fingerprints import fingerprint
 from fastif.index.building import append, build, check_state, load_state, remove
-from fastif.index.encoder import Encoder
-from fastif.index.factors import Factors, Stored, dtype_named
-from fastif.index.folder import Folder, Ids, IndexBlock
+from fastif.index.encoder import Encoder, ready, walkable
+from fastif.index.factors import Stored, dtype_named
+from fastif.index.folder import Folder, Ids
 from fastif.index.merging import merge
+from fastif.index.reading import join_numbers, own_blocks, own_columns, products, sum_of
 from fastif.index.sampling import Measured, own_part_of
-from fastif.influence.fitted import Fitted
 from fastif.influence.influence import Influence
 from fastif.influence.scoring import best_of_ranks, compute_scores, of_all_ranks
-from fastif.influence.shared_folder import share_of_all
 from fastif.influence.sharing import compare_setups
 from fastif.influence.tiles import best_of, check_groups
 from fastif.ranks import ALONE, Ranks, together
@@ -247,24 +246,15 @@ class Index:
         which is less by what was dropped.
         """
         self._folder.check_finished()
-        if self.settings["own"]:
-            return self._joined([block.own for block in self._own_blocks() if block.own is not None])
-        encoder = self._encoder()
         self._compare("self_influence", {})
+        if self.settings["own"]:
+            return join_numbers([b.own for b in own_blocks(self._folder, self.ranks) if b.own is not None], self.ranks)
+        encoder = self._encoder()
         parts = list[Tensor]()
-        for block in self._own_blocks():
+        for block in own_blocks(self._folder, self.ranks):
             norms = [block.factors[name].sq_norms(metric.own) for name, metric in encoder.metrics.items()]
             parts.append(torch.stack(norms).sum(0).cpu() / encoder.fitted.n)
-        return self._joined(parts)
-
-    def _joined(self, parts: list[Tensor]) -> Tensor:
-        """Numbers of this rank's blocks, and then those of all."""
-        own = torch.cat(parts).to(self.ranks.device) if parts else None
-        return self.ranks.join("what blocks hold", own, self.ranks.device).cpu()
-
-    def _own_blocks(self) -> Iterator[IndexBlock]:
-        """The blocks that this rank reads."""
-        return (self._folder.read_block(run) for run in share_of_all(self._folder.runs, self.ranks))
+        return join_numbers(parts, self.ranks)
 
     def _compare(self, op: str, arguments: Mapping[str, Any]) -> None:
         """Raises ValueError, on all ranks, where one has another model, index or arguments than the first."""
@@ -311,7 +301,7 @@ class Index:
             raise ValueError(f"scores: by must be one of 'all', 'layer', got {by!r}")
         query = walkable(self._influence(), query)
         self._compare("scores", {"query": query, "by": by, "query_groups": query_groups})
-        begin, n = self._columns()
+        begin, n = own_columns(self._folder, self.ranks)
         out: dict[str, Tensor] = {}
         for first, start, parts in self._tiles(query, query_groups):
             for name, values in parts.items():
@@ -381,22 +371,16 @@ class Index:
         influence = self._influence()
         fitted, total = ready(influence), self._rows(query, groups)
         groups = None if groups is None else groups.cpu()
-        encoder, (begin, n) = self._encoder(), self._columns()
+        encoder, (begin, n) = self._encoder(), own_columns(self._folder, self.ranks)
         if n == 0:
             return
         # Of the memory a half is for queries, the rest for a block and what is made of it.
         with closing(encoder.queries(query, total, groups, fitted.memory // 2)) as blocks:
             for first, held in blocks:
                 start = begin
-                for block in self._own_blocks():
+                for block in own_blocks(self._folder, self.ranks):
                     yield first, start, products(block.factors, held)
                     start += len(block.examples)
-
-    def _columns(self) -> tuple[int, int]:
-        """The first column of this rank's blocks, and how many there are."""
-        runs, examples = share_of_all(self._folder.runs, self.ranks), self.examples
-        begin, end = (int((examples < border).sum()) for border in ((runs[0].start, runs[-1].stop) if runs else (0, 0)))
-        return begin, end - begin
 
     def _encoder(self) -> Encoder:
         fitted = ready(self._influence())
@@ -418,28 +402,3 @@ class Index:
                 "model and arguments, fitted or not"
             )
         return self.influence
-
-
-def products(factors: Mapping[str, Factors], queries: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scores by block, [q, n], on the CPU."""
-    return {name: part.dots(queries[name]).cpu() for name, part in factors.items()}
-
-
-def sum_of(parts: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack([*parts.values()]).sum(0)
-
-
-def ready(influence: Influence) -> Fitted:
-    """What was fitted, at the weights that the model still has, with all factors of the curvature on every rank: an
-    index turns the gradients of any example into the eigenbases of all layers."""
-    fitted = influence.fitted
-    fitted.check_weights()
-    return fitted
-
-
-def walkable(influence: Influence, data: Any) -> Walked:
-    """Data whose passes are held against each other, and against the fit's where it is what was fitted."""
-    if isinstance(data, Iterator):
-        raise ValueError("index: the data is walked through more than once, got an iterator; pass a list")
-    (found,) = influence.fitted.walk(data)
-    return walked(found, influence.passes.batch_size)

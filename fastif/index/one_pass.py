@@ -14,7 +14,8 @@ from torch import Tensor
 from fastif.curvature.directions import Directions
 from fastif.data.dealing import Part, deal
 from fastif.index.building import build
-from fastif.index.index import Index, ready, walkable
+from fastif.index.encoder import ready, walkable
+from fastif.index.index import Index
 from fastif.influence.fitted import Fitted
 from fastif.influence.influence import Influence
 from fastif.influence.queries import query_blocks
