@@ -46,7 +46,8 @@ from fastif.files import Damaged, sealed, unsealed, write_whole
 from fastif.index.building import load_state
 from fastif.index.factors import Stored
 from fastif.index.folder import MANIFEST, Folder
-from fastif.index.index import Index, Top
+from fastif.index.index import Index
+from fastif.index.reading import Top
 from fastif.influence.influence import Influence
 from fastif.influence.rows import top_rows, write_rows
 from fastif.influence.shared_folder import held

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -21,21 +21,13 @@ from fastif.index.encoder import Encoder, ready, walkable
 from fastif.index.factors import Stored, dtype_named
 from fastif.index.folder import Folder, Ids
 from fastif.index.merging import merge
-from fastif.index.reading import join_numbers, own_blocks, own_columns, products, sum_of
+from fastif.index.reading import Top, join_numbers, own_blocks, own_columns, products, sum_of
 from fastif.index.sampling import Measured, own_part_of
 from fastif.influence.influence import Influence
 from fastif.influence.scoring import best_of_ranks, compute_scores, of_all_ranks
 from fastif.influence.sharing import compare_setups
 from fastif.influence.tiles import best_of, check_groups
 from fastif.ranks import ALONE, Ranks, together
-
-
-class Top(NamedTuple):
-    """The best training examples of each query."""
-
-    values: Tensor  # [q, k], scores
-    indices: Tensor  # int64 [q, k], numbers of examples
-    ids: list[list[str]] | list[list[int]] | None  # by query, where the index has ids
 
 
 class Index:

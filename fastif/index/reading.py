@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,14 @@ from fastif.index.factors import Factors
 from fastif.index.folder import Folder, IndexBlock
 from fastif.influence.shared_folder import share_of_all
 from fastif.ranks import Ranks
+
+
+class Top(NamedTuple):
+    """The best training examples of each query."""
+
+    values: Tensor  # [q, k], scores
+    indices: Tensor  # int64 [q, k], numbers of examples
+    ids: list[list[str]] | list[list[int]] | None  # by query, where the index has ids
 
 
 def own_blocks(folder: Folder, ranks: Ranks) -> Iterator[IndexBlock]:
