@@ -25,7 +25,7 @@ SPREAD  := $(subst loadfile,worksteal,$(TESTS))
 COVER   := $(if $(SETUP),--cov=fastif --cov-report=term:skip-covered --cov-fail-under=95)
 
 .PHONY: help demo test test-slow lint docs bench bench-kcenter bench-influence bench-index bench-ranks bench-blocks results cuda-check cuda-link arm-check \
-  gpu-check wheel clean
+  memory-check gpu-check wheel clean
 
 help:  ## this list
 	@echo "make TARGET, each of which sets up what it needs:"
@@ -117,6 +117,9 @@ wheel: .venv/test  ## the wheel for every torch from 2.11 on; TRY="python ..." t
 arm-check: .venv/ready  ## compile every CPU source for 64-bit ARM
 	.venv/bin/pip install -q $$(.venv/bin/python .ci/requirements.py --alone arm)
 	PY=.venv/bin/python sh csrc/check_arm.sh
+
+memory-check: .venv/test  ## the ops' tests and 100,000 spoiled calls with AddressSanitizer watching; FASTIF_FUZZ=calls
+	PY=.venv/bin/python sh csrc/check_memory.sh
 
 gpu-check: $(SETUP)  ## on a machine with a GPU: build, test, sanitize, benchmark, write one JSON
 	$(PY) benchmarks/gpu_check.py

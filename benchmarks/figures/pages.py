@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from . import faithfulness, index, libraries, readme, scale, tables, unlearning
+from . import checks, faithfulness, index, libraries, readme, scale, tables, unlearning
 
 
 def with_tables(page: str) -> str:
@@ -35,6 +35,8 @@ def with_tables(page: str) -> str:
             "ranks": scale.ranks_table,
             "scale": scale.scale_table,
             "gpt2": tables.gpt2_table,
+            "invariance": lambda _: checks.invariance_table("checks"),
+            "looking": lambda _: checks.looking_table("checks"),
             "libraries": libraries.libraries_table,
         }
         make = next((make for kind, make in kinds.items() if name.startswith(kind)), tables.benchmark_table)

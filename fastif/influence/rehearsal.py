@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastif.curvature.matrix_free.operator import Operator
 from fastif.curvature.network import NetworkCurvature, prepare
 from fastif.curvature.protocol import BlockWork, Cost, FitData, FitWork, JointCurvature, Products, Shape
+from fastif.data.batch import parts_of
 from fastif.data.batches import Batch, Walked, as_loader, batch_length, moved_to, picked
 from fastif.influence.fitted import Fitted, Setup
 from fastif.influence.fitting import observe
@@ -143,7 +144,7 @@ def rehearse(setup: Setup, train: Walked, n: int) -> Rehearsal:
         products[names] = _rows_taken(data, rows) if rows else _products_taken(data, part.products(n), n)
     curvature, first, second = _observe_some(setup, x, y, costs, taking)
     flops = setup.estimators.passes * counter.get_total_flops() * (1 + 2 * max(columns.values())) / 3 / each
-    batch_bytes = _bytes_of(batch[0])
+    batch_bytes = sum(part.nbytes for _, part in parts_of(batch[0]) if isinstance(part, Tensor))
     return Rehearsal(
         blocks, costs, works, fishers, products, flops, batch_bytes, first, second, passed.peak_bytes, curvature
     )
@@ -279,10 +280,3 @@ def _flops(operator: Operator, m: int) -> float:
 
 def _zeros(operator: Operator, m: int) -> Tensor:
     return torch.zeros(m, operator.layout.size, dtype=operator.dtype, device=operator.device)
-
-
-def _bytes_of(x: Any) -> int:
-    if isinstance(x, Tensor):
-        return x.nbytes
-    parts = x.values() if isinstance(x, Mapping) else x if isinstance(x, list | tuple) else ()
-    return sum(_bytes_of(part) for part in parts)

@@ -56,8 +56,10 @@ class _Check:
         self._share()
         self._read_by_shape()
         self._try_vmap()
-        failing = self._failing(self._captured())
+        failing = self._failing(self._captured(last=self.alone))
         if failing:
+            if self.alone:
+                self._look()  # once more: the graph went before those of the examples alone came
             self._refuse_mixing(failing)
             failing = self._read_otherwise(failing)
         if failing:
@@ -84,8 +86,11 @@ class _Check:
         self.forward = self.capture.forward(self.x)
         self.losses = self.values(self.forward.outputs, torch.arange(self.n))
 
-    def _captured(self) -> dict[str, tuple[Block, Gradients]]:
-        gradients = self.forward.gradients(self.losses, keep=True)
+    def _captured(self, last: bool = False) -> dict[str, tuple[Block, Gradients]]:
+        """What the blocks have of the batch; the `last` time, its graph and outputs are dropped."""
+        gradients = self.forward.gradients(self.losses, keep=not last)
+        if last:
+            self.forward.outputs, self.losses = None, self.losses.detach()
         return {name: (block, gradients[name]) for name, block in self.capture.blocks.items()}
 
     def _walk_back(self, i: int, parameters: Sequence[Tensor], visit: Callable[[Tensor, Tensor], None]) -> None:

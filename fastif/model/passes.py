@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastif.data.batch import parts_of
 from fastif.data.batches import as_loader, batch_length, moved_to, rows_of
 from fastif.model.calls import dtype_of, fleeting_buffers, placed
 from fastif.model.capture import Capture
@@ -22,7 +23,8 @@ from fastif.progress import tqdm
 _TOGETHER = 1 << 24  # bytes of inputs and outputs of covered layers that one forward pass brings on a CPU, at most
 _LEAST = 1 << 20  # so little memory, and passes of fewer examples would only be slower
 _LOOKED_AT = 5  # examples of a batch, which decide how the model is read
-_LOOKED_AT_BYTES = 1 << 26  # that their layers' inputs and outputs may take; two examples are looked at in any case
+_LOOKED_AT_BYTES = 1 << 26  # that their layers and logits may take; two examples are looked at in any case
+_LOGITS = 4  # times that the outputs of a model are there at once, on their way to the losses and back
 _LOOSE = 16  # examples at a time where each takes a backward pass through the others' graph too
 _RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
@@ -126,7 +128,8 @@ class Passes:
                 forward = self.forward(rows_of(x, chosen[:2]))
         except Exception:  # what is wrong with the model or the batch is said by who looks at all of them
             return chosen
-        most = max(2, _LOOKED_AT_BYTES * forward.n // max(1, forward.nbytes))
+        outputs = sum(part.nbytes for _, part in parts_of(forward.outputs) if isinstance(part, Tensor))
+        most = max(2, _LOOKED_AT_BYTES * forward.n // max(1, forward.nbytes + _LOGITS * outputs))
         if most >= len(chosen):
             return chosen
         return chosen[torch.linspace(0, len(chosen) - 1, most, dtype=torch.float64).round().long()]

@@ -47,7 +47,7 @@ def accumulate(
         groups = torch.zeros(a.shape[0], dtype=torch.int64, device=a.device)
     check.tensor(op, "groups", groups)
     num_groups = check.integer(op, "num_groups", num_groups)
-    check.derivable(op, inputs=a, output_grads=u, weights=weights)
+    check.derivable(op, inputs=a, output_grads=u, weights=weights, groups=groups)
     return _call(op, "[g, o, d]", (num_groups, u.shape[2], a.shape[2]), a, u, weights, groups, num_groups)
 
 

@@ -4,6 +4,8 @@ A spoiler makes of a good argument another one, and tells what that means: the e
 which no call may accept.
 """
 
+import os
+import random
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -11,8 +13,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from fastif.measure import Measure
@@ -274,14 +274,25 @@ def test_each_spoiler_alone(op, dtype):
             assert_right_or_refused(op, {name: make()}, dtype)
 
 
-@settings(max_examples=400)
-@given(op=st.sampled_from(sorted(PROBLEMS)), dtype=st.sampled_from([torch.float32, torch.float64]), data=st.data())
-def test_several_spoilers(op, dtype, data):
-    spoiled = {}
-    for name in data.draw(st.lists(st.sampled_from(sorted(PROBLEMS[op][1])), min_size=2, max_size=3, unique=True)):
-        found = spoilers(name, in_type(PROBLEMS[op][1][name], dtype))
-        spoiled[name] = found[data.draw(st.sampled_from(sorted(found)), label=name)]()
-    assert_right_or_refused(op, spoiled, dtype)
+def test_several_spoilers_at_once():
+    """FASTIF_FUZZ calls, each with none to three of its arguments spoiled."""
+    made = {
+        (op, dtype, name): [*spoilers(name, in_type(good, dtype)).items()]
+        for op, (_, goods) in PROBLEMS.items()
+        for dtype in (torch.float32, torch.float64)
+        for name, good in goods.items()
+    }
+    for seed in range(int(os.environ.get("FASTIF_FUZZ", 10_000))):
+        r = random.Random(seed)
+        op, dtype = r.choice([*PROBLEMS]), r.choice([torch.float32, torch.float64])
+        chosen = {
+            name: r.choice(made[op, dtype, name]) for name in r.sample([*PROBLEMS[op][1]], r.choice([0, 1, 2, 2, 3]))
+        }
+        try:
+            assert_right_or_refused(op, {name: make() for name, (_, make) in chosen.items()}, dtype)
+        except BaseException as error:
+            labels = {name: label for name, (label, _) in chosen.items()}
+            raise AssertionError(f"call {seed}: {op}, {dtype}, {labels}") from error
 
 
 # What an op writes to.

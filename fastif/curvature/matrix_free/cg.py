@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,25 +19,22 @@ from fastif.curvature.damping import (
 from fastif.curvature.matrix_free.iterations import NotConverged, check_iterations, iterating, silent
 from fastif.curvature.matrix_free.krylov import Product, dots, krylov, normalise, norms_of
 from fastif.curvature.matrix_free.operator import Layout, Matrix, check_matrix, operator_of
-from fastif.curvature.matrix_free.per_layer import PerLayer
+from fastif.curvature.matrix_free.per_layer import LearnsPerLayer, PerLayer
 from fastif.curvature.protocol import (
     BlockWork,
     Cost,
     Curvature,
-    Exchanged,
     FitData,
     FitWork,
-    JointCurvature,
     Products,
     Shape,
 )
-from fastif.model.gradients import Gradients
 from fastif.renamed import warn_outside
 
 _LOOKED = 30  # So many products may a failure cost, to find the damping that it advises.
 
 
-class CG(JointCurvature):
+class CG(LearnsPerLayer):
     """(G + λI)⁻¹ by conjugate gradients, G the GGN or the Hessian over all blocks, with what they have in common.
 
     Several right-hand sides share their passes through the model; each has its own step lengths and stands still once
@@ -88,30 +85,6 @@ class CG(JointCurvature):
         self._layout, self._data = Layout(shapes), data
         self._per_layer.begin(shapes)
 
-    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
-        self._per_layer.observe(gradients, weights, column, pass_index)
-
-    def sums(self, pass_index: int) -> dict[str, Tensor]:
-        return self._per_layer.sums(pass_index)
-
-    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
-        self._per_layer.take_sums(pass_index, sums)
-
-    def kept(self, pass_index: int) -> dict[str, Tensor]:
-        return self._per_layer.kept(pass_index)
-
-    def take_kept(self, pass_index: int, kept: Sequence[Mapping[str, Tensor]]) -> None:
-        self._per_layer.take_kept(pass_index, kept)
-
-    def end(self, pass_index: int) -> None:
-        """Ends a pass of the preconditioner, and of what a `RelativeDamping` is a share of."""
-        self._per_layer.end(pass_index)
-
-    @property
-    def damping_used(self) -> float | dict[str, float]:
-        """λ: the number given, or that of a `TrainingDamping`; of a `RelativeDamping` that of each layer."""
-        return self._per_layer.used
-
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(G + λI)⁻¹ rhs. Raises NotPositiveDefinite for a direction of no or negative curvature."""
         operator = operator_of("CG", self._data, self.matrix, self.keep_graph)
@@ -152,10 +125,6 @@ class CG(JointCurvature):
     def cost(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Cost:
         """Of the preconditioner; a solve takes some vectors of its right-hand sides' size besides, and the graph."""
         return self._per_layer.cost(blocks, fit)
-
-    def exchanged(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Exchanged:
-        """What is learned of each layer."""
-        return self._per_layer.exchanged(blocks, fit)
 
     def products(self, n: int) -> Products:
         """One in a step, and one when the recursion ends, which begins anew only where it has halved the residual."""

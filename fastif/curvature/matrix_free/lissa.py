@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Literal
 
@@ -20,19 +20,16 @@ from fastif.curvature.damping import (
 from fastif.curvature.matrix_free.iterations import NotConverged, check_iterations, iterating, silent
 from fastif.curvature.matrix_free.krylov import Product, dots, krylov, normalise, norms_of
 from fastif.curvature.matrix_free.operator import Layout, Matrix, Operator, check_matrix, operator_of
-from fastif.curvature.matrix_free.per_layer import PerLayer
+from fastif.curvature.matrix_free.per_layer import LearnsPerLayer, PerLayer
 from fastif.curvature.protocol import (
     BlockWork,
     Cost,
     Curvature,
-    Exchanged,
     FitData,
     FitWork,
-    JointCurvature,
     Products,
     Shape,
 )
-from fastif.model.gradients import Gradients
 from fastif.renamed import rename_arguments, warn_outside, warn_renamed
 from fastif.samplers.subset import Subset
 
@@ -47,7 +44,7 @@ class Diverged(ValueError):
     """LiSSA's series does not converge, or the derivative of a replay explodes; the message tells what would help."""
 
 
-class LiSSA(JointCurvature):
+class LiSSA(LearnsPerLayer):
     """(G + λI)⁻¹ b as the limit of x ← x + (b − (G + λI)x)/scale, G the GGN or the Hessian over all blocks.
 
     The estimator of Koh & Liang (2017) after Agarwal et al. (2017), and of the reference paper. With `batch=None` every
@@ -123,21 +120,6 @@ class LiSSA(JointCurvature):
         if self.batch is not None and self.batch > k:
             raise ValueError(f"LiSSA: batch must be at most the subset's k={k} examples, got {self.batch}")
 
-    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
-        self._per_layer.observe(gradients, weights, column, pass_index)
-
-    def sums(self, pass_index: int) -> dict[str, Tensor]:
-        return self._per_layer.sums(pass_index)
-
-    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
-        self._per_layer.take_sums(pass_index, sums)
-
-    def kept(self, pass_index: int) -> dict[str, Tensor]:
-        return self._per_layer.kept(pass_index)
-
-    def take_kept(self, pass_index: int, kept: Sequence[Mapping[str, Tensor]]) -> None:
-        self._per_layer.take_kept(pass_index, kept)
-
     def end(self, pass_index: int) -> None:
         """Ends a pass of the preconditioner; after the last one, finds the scale."""
         self._per_layer.end(pass_index)
@@ -157,11 +139,6 @@ class LiSSA(JointCurvature):
         """The old name of `max_steps`."""
         warn_renamed("LiSSA.steps", "LiSSA.max_steps")
         return self.max_steps
-
-    @property
-    def damping_used(self) -> float | dict[str, float]:
-        """λ: the number given, or that of a `TrainingDamping`; of a `RelativeDamping` that of each layer."""
-        return self._per_layer.used
 
     @property
     def scale_used(self) -> float:
@@ -240,10 +217,6 @@ class LiSSA(JointCurvature):
         size = sum(block.size for block in blocks.values())
         making = 4 * size * fit.item if self.scale == "auto" else 0
         return self._per_layer.cost(blocks, fit) + Cost(making=making)
-
-    def exchanged(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Exchanged:
-        """What is learned of each layer."""
-        return self._per_layer.exchanged(blocks, fit)
 
     def products(self, n: int) -> Products:
         """Power iteration for the scale; one in a step, and two of all examples that look at where it has come to."""

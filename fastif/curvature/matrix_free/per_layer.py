@@ -11,7 +11,16 @@ from torch import Tensor
 
 from fastif.curvature.damping import RelativeDamping, TrainingDamping, constant_damping
 from fastif.curvature.matrix_free.operator import Layout
-from fastif.curvature.protocol import BlockWork, Cost, Curvature, Exchanged, FitWork, Shape, check_estimator
+from fastif.curvature.protocol import (
+    BlockWork,
+    Cost,
+    Curvature,
+    Exchanged,
+    FitWork,
+    JointCurvature,
+    Shape,
+    check_estimator,
+)
 from fastif.model.gradients import Gradients
 from fastif.model.losses import Fisher
 
@@ -163,6 +172,39 @@ class PerLayer:
             own = self.preconditioner.exchanged(block, fit)  # pyright: ignore[reportOptionalMemberAccess]
             total += Exchanged(summed=own.owned + own.summed, kept=own.kept)
         return total
+
+
+class LearnsPerLayer(JointCurvature):
+    """An estimator of all blocks together whose passes over the data are those of its `PerLayer`."""
+
+    _per_layer: PerLayer
+
+    def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
+        self._per_layer.observe(gradients, weights, column, pass_index)
+
+    def sums(self, pass_index: int) -> dict[str, Tensor]:
+        return self._per_layer.sums(pass_index)
+
+    def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
+        self._per_layer.take_sums(pass_index, sums)
+
+    def kept(self, pass_index: int) -> dict[str, Tensor]:
+        return self._per_layer.kept(pass_index)
+
+    def take_kept(self, pass_index: int, kept: Sequence[Mapping[str, Tensor]]) -> None:
+        self._per_layer.take_kept(pass_index, kept)
+
+    def end(self, pass_index: int) -> None:
+        """Ends a pass of the preconditioner, and of what a `RelativeDamping` is a share of."""
+        self._per_layer.end(pass_index)
+
+    @property
+    def damping_used(self) -> float | dict[str, float]:
+        """λ: the number given, or that of a `TrainingDamping`; of a `RelativeDamping` that of each layer."""
+        return self._per_layer.used
+
+    def exchanged(self, blocks: Mapping[str, BlockWork], fit: FitWork) -> Exchanged:
+        return self._per_layer.exchanged(blocks, fit)
 
 
 def _under(name: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
