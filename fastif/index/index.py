@@ -116,11 +116,11 @@ class Index:
         a folder that holds an index already; `fastif.folder_lock.FolderInUse` where somebody else writes to it.
         """
         options: dict[str, Any] = dict(share=share, dtype=dtype, self_influence=self_influence, threshold=threshold)
-        options |= dict(ids=ids, resume=resume, key=key)
+        options |= dict(resume=resume, key=key)
         with influence.ranks.together("Index.build"):
             fitted, data = ready(influence), walkable(influence, train)
             compare_setups(fitted.setup, "Index.build", {"train": data, "out": str(out), **options})
-            build(fitted, data, Path(out), **options)
+            build(fitted, data, Path(out), ids=ids, **options)
             return cls(out, influence)
 
     @classmethod
@@ -154,7 +154,7 @@ class Index:
         `total`. Arguments as for `build`."""
         influence = self._influence()
         fitted, data = ready(influence), walkable(influence, more)
-        compare_setups(fitted.setup, "append", {"more": data, "ids": ids, "resume": resume, "key": key})
+        compare_setups(fitted.setup, "append", {"more": data, "resume": resume, "key": key})
         append(self._folder, fitted, data, ids=ids, resume=resume, key=key)
         return self
 

@@ -97,8 +97,9 @@ def _answer(
         raise ValueError(f"top: k must be an integer in [1, n={data.n}], got k={top}")
     if query is not None:
         query = walkable(influence, query)
-    asked = dict(scores=scores, top=top, self_influence=self_influence, out=None if out is None else str(out))
-    compare_setups(fitted.setup, "answer", {"train": data, "query": query, **asked, **options})
+    asked: dict[str, Any] = dict(scores=scores, top=top, self_influence=self_influence)
+    asked |= {"out": None if out is None else str(out), **{name: options[name] for name in options if name != "ids"}}
+    compare_setups(fitted.setup, "answer", {"train": data, "query": query, **asked})
     # Where solving takes all ranks, each solves for all examples, with the curvature of its own.
     ranks = ALONE if fitted.setup.estimators.needs_data else fitted.setup.ranks
     found = _Rows(scores, top)

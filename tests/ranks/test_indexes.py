@@ -112,7 +112,7 @@ def test_two_ranks_merge_as_one_process_does(two, state, tmp_path):
     [
         ({"share": 0.5}, "another share= than rank 0"),
         ({"n": 59}, "another number of examples of train= than rank 0"),
-        ({"ids": [str(i) for i in range(60)]}, "another ids= than rank 0"),
+        ({"ids": [str(i) for i in range(60)]}, "another ids than rank 0"),
     ],
 )
 def test_ranks_that_are_given_different_things_are_named(two, state, tmp_path, given, said):
