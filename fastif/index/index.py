@@ -71,7 +71,7 @@ class Index:
                         f"{folder} is an index of another model, or with other arguments: {error}"
                     ) from error
             else:
-                check_state(self._folder, influence.fitted)
+                check_state(self._folder, ready(influence))
 
     @classmethod
     def build(

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -112,8 +113,9 @@ def test_classes_are_removed_after_a_rank_was_killed(folder):
     crew = Crew(2)
     try:
         crew.begin(command, str(folder), *CLASSES, "--out", "two")
-        while not (folder / "two" / "rows.jsonl").exists():
-            pass
+        began = time.monotonic()
+        while not (folder / "two" / "rows.jsonl").exists() and time.monotonic() - began < 120:
+            time.sleep(0.01)
         crew.kill(1)
         left, dead = crew.end()
         assert dead is None
