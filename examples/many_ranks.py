@@ -2,6 +2,7 @@
 
 python examples/many_ranks.py                                  # one process
 torchrun --nproc-per-node 2 examples/many_ranks.py             # two, on this machine
+torchrun --nproc-per-node 2 examples/many_ranks.py --sharded   # each holds a part of the network alone
 """
 
 import argparse
@@ -9,6 +10,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 import fastif
 from fastif.evaluation.models import build
@@ -17,6 +19,7 @@ from fastif.evaluation.training import train
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--epochs", type=int, default=4)
 parser.add_argument("--out", help="also write all scores into this folder, which all processes share")
+parser.add_argument("--sharded", action="store_true", help="let each process hold a part of the network's weights")
 given = parser.parse_args()
 
 # torchrun says in the environment how many processes there are; fastif takes the group that was made, and makes none.
@@ -29,6 +32,10 @@ data = fastif.data.load("digits")
 query = data.x_test[:20], data.y_test[:20]
 torch.manual_seed(0)
 model = train(build("cnn", tuple(data.x_train.shape[1:]), 10), data.x_train, data.y_train, epochs=given.epochs, lr=0.1)
+if given.sharded:  # torch gathers a layer when a pass reaches it
+    for layer in (*model.body, model.head):
+        fully_shard(layer)
+    fully_shard(model)
 
 influence = fastif.Influence(model, curvature=fastif.EKFAC(damping=1e-3), layers="all", progress=False)
 influence.fit((data.x_train, data.y_train))  # each rank sees its batches; moments and eigenvectors are exchanged
@@ -38,9 +45,10 @@ if given.out:
 
 ranks = influence.ranks
 if ranks.rank == 0:
-    plan = influence.plan((data.x_train, data.y_train), query, ranks=ranks.world)
-    first = plan.ranks[0]
-    print(f"{ranks.world} ranks; the first took {first.examples} of {plan.n} examples, sent {ranks.bytes_sent:,} bytes")
+    if not given.sharded:
+        plan = influence.plan((data.x_train, data.y_train), query, ranks=ranks.world)
+        print(f"{ranks.world} ranks; the first took {plan.ranks[0].examples} of {plan.n} examples")
+    print(f"sent {ranks.bytes_sent:,} bytes")
     for number, (row, score) in enumerate(zip(indices.tolist(), values[:, 0].tolist(), strict=True)):
         print(f"test digit {number}: rests most on training digits {row}, of which the first is worth {score:.3g}")
 if dist.is_initialized():

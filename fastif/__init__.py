@@ -25,6 +25,7 @@ from fastif.curvature import (
     TrainingDamping,
     training_time,
 )
+from fastif.data import sharded
 from fastif.index import Index, answer
 from fastif.influence import Influence
 from fastif.influence.choosing import choose
@@ -91,6 +92,7 @@ __all__ = [
     "remove",
     "samplers",
     "set_progress",
+    "sharded",
     "top_rows",
     "training_time",
     "verify_removal",

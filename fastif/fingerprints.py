@@ -22,15 +22,16 @@ from torch import Tensor, nn
 from fastif._version import __version__
 from fastif.files import canonical, checksum
 from fastif.loaded_code import code_text, global_paths, imported, is_installed, named
+from fastif.sharded import gathered, written_as
 
 VERSIONS = {"fastif": __version__, "torch": torch.__version__, "python": platform.python_version()}
 _MOST_ENTRIES = 100  # of a container that is described one by one: the rest is a digest
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """Of the tensors' types, shapes and bits: 16 digits of their SHA-256."""
+    """Of the tensors' types, shapes and bits: 16 digits of their SHA-256. Parts on ranks are gathered one by one."""
     digest = hashlib.sha256()
-    for tensor in tensors:
+    for tensor in map(gathered, tensors):
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
         values = dense.cpu().resolve_conj().resolve_neg().contiguous()
@@ -304,17 +305,17 @@ class _Description:
             self.known.setdefault(id(value), (value, f"state {name}"))  # an attribute that holds it is no further state
         for path, module in model.named_modules():
             own = path or "itself"
-            words = f"{self.of(type(module), f'{place}.{own}')}"
+            kind, attributes, hooks = written_as(module)
+            words = f"{self.of(kind, f'{place}.{own}')}"
             shown = module.extra_repr()
             if shown and " at 0x" not in shown:
                 words += f" {shown}"
-            held: dict[str, Any] = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
+            held: dict[str, Any] = {k: v for k, v in attributes.items() if k not in _OF_EVERY_MODULE}
             if "_orig_mod" in module._modules:  # what torch.compile made: its own attributes are of the compiler
                 held = {}
             elif isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):  # so are theirs
                 held = {"code": checksum(str(module.code))}
                 held["constants"] = getattr(getattr(module, "code_with_constants", (0, None))[1], "const_mapping", {})
-            hooks = [hook for name in _HOOKS for hook in getattr(module, name).values()]
             rest = self.of([held, hooks, module.training], f"{place}.{own}")
             found[own] = f"{words} ({checksum(canonical(rest))[:16]})"
         return _folded(found)
@@ -338,7 +339,6 @@ _OF_EVERY_CLASS = {
 }
 _HASHES = {"_original_object_hash"}  # of transformers' GenerationConfig: Python's hash, another one in every process
 _OF_EVERY_MODULE = {*vars(nn.Module())}
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _LOCKS = {
     *(("_thread", "lock"), ("_thread", "RLock"), ("_multiprocessing", "SemLock")),
     ("multiprocessing.synchronize", "SemLock"),

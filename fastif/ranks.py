@@ -27,6 +27,7 @@ from torch import Tensor
 
 _LOOK = 1.0  # seconds between two looks at who is missing
 _PAUSES = 2e-4, 0.02  # seconds between two looks whether all are there, at first and in the end
+_OF_EXCHANGES = ("gloo", "pair closure", "NCCL", "Timed out")  # words of errors for which torch has no class
 _SILENT = 30.0  # seconds without a sign of life from a rank at work, after which it counts as dead
 BUCKET = 1 << 26  # bytes that are exchanged at a time, where a single tensor does not take more
 
@@ -71,6 +72,11 @@ class Ranks:
 
     def __reduce__(self) -> Any:  # where it is read again, the group that is there counts
         return find_ranks, ()
+
+    @property
+    def members(self) -> list[int]:
+        """Every rank's number as torchrun counts them."""
+        return self._names
 
     def check_device(self, device: torch.device) -> None:
         """Raises ValueError where the process group cannot send what is on the device."""
@@ -133,6 +139,24 @@ class Ranks:
                 if failed
             ]
         return self.errors
+
+    def explain(self, what: str, error: RuntimeError) -> Exception:
+        """The error behind one that torch raised in an exchange of its own: another rank's, where it was said, or that
+        the ranks have lost one another; `error` itself where it is no error of an exchange."""
+        with suppress(Exception):
+            for name, rank in zip(self._names, range(self.world), strict=True):
+                key = f"{self._step}/{rank}"
+                if rank != self.rank and self._store.check([key]):
+                    _, failed, _ = pickle.loads(self._store.get(key))
+                    if failed:
+                        self._broken = f"rank {name} failed in {what}"
+                        self._heard = _revive(name, failed)
+                        return self._heard
+        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in _OF_EXCHANGES):
+            return error
+        self._broken = f"an exchange between ranks failed ({_first_line(error)})"
+        text = f"rank {self._names[self.rank]}: {self._broken} in {what}: another rank has ended, or the network has"
+        return RankFailed(text)
 
     def compare(self, op: str, given: Mapping[str, Any]) -> None:
         """Raises ValueError, on all ranks, where one was given something else than the first."""
@@ -309,10 +333,43 @@ class Ranks:
                         dist.broadcast(_sendable(flat), group_src=rank, group=self.group)
                 if rank != self.rank:
                     out[-1].update(
-                        {n: _aligned(p.view(theirs[n][0])) for n, p in zip(names, flat.split(sizes), strict=True)}
+                        {n: aligned(p.view(theirs[n][0])) for n, p in zip(names, flat.split(sizes), strict=True)}
                     )
             if rank == self.rank:
-                out[-1] = {name: _aligned(tensor.detach()) for name, tensor in tensors.items()}
+                out[-1] = {name: aligned(tensor.detach()) for name, tensor in tensors.items()}
+        return out
+
+    def exchange(
+        self, what: str, sent: Sequence[Mapping[Any, Tensor]], device: torch.device
+    ) -> list[dict[Any, Tensor]]:
+        """What each rank has for this one, by rank; `sent`: what this one has for each, itself included."""
+        if self.world == 1:
+            return [dict(sent[0])]
+        told = self.meet(what, [{name: (tuple(t.shape), t.dtype) for name, t in own.items()} for own in sent])
+        forms = [of[self.rank] for of in told]
+        out: list[dict[Any, Tensor]] = [{} for _ in forms]
+        out[self.rank] = dict(sent[self.rank])
+        for dtype in sorted({form[1] for of in told for own in of for form in own.values()}, key=str):
+            mine = [
+                [t.detach().reshape(-1) for t in own.values() if t.dtype == dtype and rank != self.rank]
+                for rank, own in enumerate(sent)
+            ]
+            names = [
+                [name for name, form in own.items() if form[1] == dtype and rank != self.rank]
+                for rank, own in enumerate(forms)
+            ]
+            sizes = [sum(map(len, parts)) for parts in mine]
+            coming = [[torch.Size(forms[rank][name][0]).numel() for name in own] for rank, own in enumerate(names)]
+            flat = torch.cat([part for parts in mine for part in parts] or [torch.empty(0, dtype=dtype, device=device)])
+            received = flat.new_empty(sum(map(sum, coming)))
+            self._count(1, 0, flat.nbytes)
+            self._count(0, 1, received.nbytes)
+            with self._exchanging(what):
+                dist.all_to_all_single(received, flat, [sum(one) for one in coming], sizes, group=self.group)
+            parts = received.split([size for one in coming for size in one])
+            places = [(rank, name) for rank, own in enumerate(names) for name in own]
+            for (rank, name), part in zip(places, parts, strict=True):
+                out[rank][name] = aligned(part.view(forms[rank][name][0]))
         return out
 
     def of_first(self, what: str, tensors: Mapping[Any, Tensor], device: torch.device) -> dict[Any, Tensor]:
@@ -471,7 +528,7 @@ def _buckets(
         yield some
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """As torch allocates tensors: products round by how their operands lie in memory, and all ranks are to get the same
     bits of what one of them made and the others received."""
     own = tensor.is_contiguous() and tensor.data_ptr() % 64 == 0

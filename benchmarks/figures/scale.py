@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from benchmarks.figures.tables import results_of
+from fastif.ranks import divide
 
 N, QUERIES, TOKENS = 10_000_000, 1000, 512  # examples, queries, tokens of each
 FLOPS = 2e14  # a GPU's operations per second on products and passes: a fifth of an H200's dense bf16 peak of 989e12
-EIGEN_FLOPS = 1e12  # on float64 eigenvectors, which are bound by memory and latency
+EIGEN_FLOPS = 1e12  # on float64 eigenvectors and on singular vectors, which are bound by memory and latency
 INSIDE, BETWEEN = 4.5e11, 5e10  # bytes per second each way: NVLink among the 8 of a node, 400 Gbit/s per GPU between
 NODE, MEMORY = 8, 141e9  # GPUs of a node, bytes of each
 LOW_RANK = 16  # of queries: whole, each is as large as the model
@@ -42,9 +43,11 @@ class Predicted(NamedTuple):
     passes: float  # seconds
     eigenvectors: float
     exchanges: float
-    held: float  # bytes
+    during: float  # bytes of the curvature on every rank while it is fitted
+    held: float  # and after it, on the rank that owns most
     train: float  # seconds of scores, the training side
-    queries: float  # seconds of scores, what every rank does for all queries
+    queries: float  # seconds of scores: gradients of a rank's share of the queries, and solves for its layers
+    sent: float  # seconds in which gradients travel to owners, and what they solved to all
     gather: float
 
     @property
@@ -53,7 +56,7 @@ class Predicted(NamedTuple):
 
     @property
     def scores(self) -> float:
-        return self.train + self.queries + self.gather
+        return self.train + self.queries + self.sent + self.gather
 
 
 def predict(network: Network, world: int) -> Predicted:
@@ -62,40 +65,46 @@ def predict(network: Network, world: int) -> Predicted:
     moments = sum(o * o + d * d for o, d in layers)
     first = TOKENS * (6 * covered + 2 * moments)  # forward and backward, and second moments
     second = TOKENS * (6 * covered + 2 * moments + 2 * covered)  # turned into the bases, and squared
-    loads = [0.0] * world
-    for ending in sorted((10.0 * (o**3 + d**3) for o, d in layers), reverse=True):
-        loads[loads.index(min(loads))] += ending
-    share = (world - 1) / world
-    sent = share * 4 * moments + share * 4 * moments + 2 * share * 4 * covered  # to owners, from them, eigenvalues
-    speed = INSIDE if world <= NODE else BETWEEN
-    turned = sum(4 * 2 * o * d * (o + d) for o, d in layers)  # a query into the bases and back
-    pairs = QUERIES * 2 * LOW_RANK * TOKENS * sum(o + d for o, d in layers)
+    share, speed = (world - 1) / world, INSIDE if world <= NODE else BETWEEN
+    owners = divide({place: 10.0 * (o**3 + d**3) for place, (o, d) in enumerate(layers)}, world)
+    owned = [[layers[place] for place, owner in owners.items() if owner == rank] for rank in range(world)]
+    # A query into the bases and back, and its singular vectors: 6 m n² + 20 n³ of n × m (Golub & Van Loan, 8.6).
+    solves = [sum(4 * 2 * o * d * (o + d) for o, d in own) / FLOPS for own in owned]
+    singular = [sum(6 * o * d * min(o, d) + 20 * min(o, d) ** 3 for o, d in own) / EIGEN_FLOPS for own in owned]
+    factors = sum(o + d for o, d in layers)
+    pairs = QUERIES * 2 * LOW_RANK * TOKENS * factors
     return Predicted(
         passes=N / world * (first + second) / FLOPS,
-        eigenvectors=max(loads) / EIGEN_FLOPS,
-        exchanges=sent / speed,
-        held=4 * (moments + covered),
+        eigenvectors=max(sum(10.0 * (o**3 + d**3) for o, d in own) for own in owned) / EIGEN_FLOPS,
+        exchanges=share
+        * 4
+        * (2 * moments + covered)
+        / speed,  # moments to owners, bases from them, eigenvalues to them
+        during=4 * (moments + covered),
+        held=max(sum(4 * (o * o + d * d + o * d) for o, d in own) for own in owned),
         train=N / world * (6 * TOKENS * covered + pairs) / FLOPS,
-        queries=QUERIES * (6 * TOKENS * covered + turned) / FLOPS,
+        queries=QUERIES * (6 * TOKENS * covered / world / FLOPS + max(map(sum, zip(solves, singular, strict=True)))),
+        sent=share * QUERIES * 4 * (covered / world + LOW_RANK * factors) / speed,
         gather=share * QUERIES * N * 4 / speed,
     )
 
 
 def scale_table(_name: str) -> str:
     heads = ["parameters covered", "GPUs", "fit: passes", "eigenvectors", "exchanges", "efficiency"]
-    heads += ["scores: training side", "queries", "gather", "efficiency", "curvature on each"]
+    heads += ["scores: training side", "queries", "queries sent", "gather", "efficiency"]
+    heads += ["curvature on each during the fit", "after it"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for network in NETWORKS:
         alone = predict(network, 1)
         for world in WORLDS:
             one = predict(network, world)
-            fits = "" if one.held < MEMORY / 2 else ", does not fit beside the model"
+            fits = ["" if held < MEMORY / 2 else ", does not fit beside the model" for held in (one.during, one.held)]
             fit, scores = alone.fit / (world * one.fit), alone.scores / (world * one.scores)
             lines.append(
                 f"| {network.name}, {sum(o * d for o, d in network.layers) / 1e9:.2f}e9 | {world} "
                 f"| {one.passes / 3600:.1f} h | {one.eigenvectors:.0f} s | {one.exchanges:.1f} s | {fit:.1%} "
-                f"| {one.train / 3600:.1f} h | {one.queries:.0f} s | {one.gather:.1f} s | {scores:.1%} "
-                f"| {one.held / 1e9:.0f} GB{fits} |"
+                f"| {one.train / 3600:.1f} h | {one.queries / 3600:.2f} h | {one.sent:.1f} s | {one.gather:.1f} s "
+                f"| {scores:.1%} | {one.during / 1e9:.0f} GB{fits[0]} | {one.held / 1e9:.1f} GB{fits[1]} |"
             )
     return "\n".join(lines)
 
@@ -106,8 +115,12 @@ def ranks_table(name: str) -> str:
     heads += ["fit: MiB sent", "planned", "scores: MiB sent", "planned"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in results["ranks"]:
-        alone = next(one for one in results["ranks"] if one["model"] == row["model"] and one["world"] == 1)
-        cells = [f"{row['model']}, {row['n']:,} × {row['q']:,}", str(row["world"])]
+        same = [row["model"], row.get("replicate", False)]
+        alone = next(
+            one for one in results["ranks"] if [one["model"], one.get("replicate", False)] == same and one["world"] == 1
+        )
+        copies = " (replicate=True)" if same[1] else ""
+        cells = [f"{row['model']}{copies}, {row['n']:,} × {row['q']:,}", str(row["world"])]
         for stage in ("fit", "scores"):
             seconds = row[stage]["cpu_seconds"]
             cells.append(f"{seconds:.2f} ({seconds / alone[stage]['cpu_seconds']:.2f}×)")

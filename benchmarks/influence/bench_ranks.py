@@ -35,11 +35,12 @@ WORKS: dict[str, Callable[[], bench_influence.Work]] = {
     "resnet9": bench_influence.resnet9,
     "gpt": bench_influence.gpt,
 }
+COPIES = ("mlp",)  # also fitted with replicate=True: of its layers, which have one position, copies turn queries faster
 WORLDS = (1, 2, 4)
 AGREE = 1e-4  # relative, in the Frobenius norm: float32 sums of other parts, through the eigenvectors of their moments
 
 
-def work_on_rank(rank: int, world: int, folder: str, repeats: int) -> None:
+def work_on_rank(rank: int, world: int, folder: str, repeats: int, replicate: bool) -> None:
     """What one rank does: all is written into the folder."""
     torch.set_num_threads(1)
     if world > 1:
@@ -58,6 +59,7 @@ def work_on_rank(rank: int, world: int, folder: str, repeats: int) -> None:
             layers=work.layers,
             batch_size=work.batch,
             progress=False,
+            replicate=replicate,
         )
         ranks = influence.ranks
         plan = influence.plan(train, work.query, ranks=world).ranks[rank]
@@ -77,18 +79,19 @@ def work_on_rank(rank: int, world: int, folder: str, repeats: int) -> None:
         dist.destroy_process_group()
 
 
-def measure(name: str, repeats: int) -> list[dict[str, Any]]:
+def measure(name: str, repeats: int, replicate: bool = False) -> list[dict[str, Any]]:
+    torch.manual_seed(0)  # how near float32 eigenvectors come to those of one process depends on the network
     work, found = WORKS[name](), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder:
         torch.save(work, f"{folder}/work.pt")
         for world in WORLDS:
-            torch.multiprocessing.spawn(work_on_rank, (world, folder, repeats), nprocs=world)
+            torch.multiprocessing.spawn(work_on_rank, (world, folder, repeats, replicate), nprocs=world)
             want, got = (torch.load(f"{folder}/scores-{w}.pt") for w in (1, world))
             error = float((got - want).norm() / want.norm())
             assert error <= AGREE, f"{name}: scores of {world} ranks are off by {error:.2g}"
             by_rank = [json.loads(Path(folder, f"rows-{world}-{rank}.json").read_text()) for rank in range(world)]
             row: dict[str, Any] = {"model": name, "n": len(work.train[1]), "q": len(work.query[1]), "world": world}
-            row["batch"], row["error"] = work.batch, error
+            row |= {"batch": work.batch, "error": error, "replicate": replicate}
             for stage in ("fit", "scores"):
                 times = [sum(rows[i][stage]["cpu"] for rows in by_rank) for i in range(repeats)]
                 walls = [max(rows[i][stage]["wall"] for rows in by_rank) for i in range(repeats)]
@@ -113,7 +116,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="the median of so many is kept")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for name in given.models for row in measure(name, given.repeats)]
+    asked = [(name, copies) for name in given.models for copies in ((False, True) if name in COPIES else (False,))]
+    rows = [row for name, copies in asked for row in measure(name, given.repeats, copies)]
     given.out.parent.mkdir(parents=True, exist_ok=True)
     facts = {"scale": bench_influence.SCALE, "repeats": given.repeats, **environment(torch.device("cpu"))}
     given.out.write_text(json.dumps({"ranks": rows, "environment": facts}, indent=1) + "\n")

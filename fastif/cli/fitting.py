@@ -114,8 +114,9 @@ def fit_or_load(
     influence.fit(train, subset=None if picker is None else partial(picker[1], k=k))
     if known:
         return True
+    state = influence.state_dict(rank=0)
     if ranks.rank == 0:
-        save_tensors(stored, influence.state_dict(), settings)
+        save_tensors(stored, state, settings)
     return False
 
 

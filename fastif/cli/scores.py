@@ -240,8 +240,10 @@ def scores_command(
                 if first:
                     save_array(paths[-1], own.numpy(), about)
         told: list[Path] = []
-        if first and given.train_examples is not None and by == "all" and groups is None:
-            told = write_pages(influence.fitted, scores, given, out / PAGES, min(pages, q))
+        if pages and given.train_examples is not None and by == "all" and groups is None:
+            influence.gather()  # the first rank turns the tokens of its pages by itself
+            if first:
+                told = write_pages(influence.fitted, scores, given, out / PAGES, min(pages, q))
     if best is not None and not quiet:
         console = terminal()
         console.print(top_table(row, rows, *best, n, given=given))

@@ -20,7 +20,7 @@ from fastif.curvature.damping import (
 from fastif.curvature.protocol import BlockWork, Cost, Curvature, Exchanged, FitWork
 from fastif.model.gradients import Dense, Formed, Gradients, OneHot
 from fastif.model.losses import Fisher
-from fastif.model.sliced_gradients import Sliced
+from fastif.model.sliced_gradients import Sliced, factors_of, gradients_of
 
 
 class DataInf(Curvature):
@@ -67,13 +67,13 @@ class DataInf(Curvature):
         return {
             f"{number}.{name}": value
             for number, (gradients, weights) in enumerate(self._parts)
-            for name, value in {**_factors(gradients), "weights": weights}.items()
+            for name, value in {**factors_of(gradients), "weights": weights}.items()
         }
 
     def take_kept(self, pass_index: int, kept: Sequence[Mapping[str, Tensor]]) -> None:
         del pass_index
         self._parts = [
-            (_gradients(part, self.shape[1]), part["weights"]) for theirs in kept for part in _parts_of(theirs)
+            (gradients_of(part, self.shape[1]), part["weights"]) for theirs in kept for part in _parts_of(theirs)
         ]
 
     def end(self, pass_index: int) -> None:
@@ -139,7 +139,7 @@ class DataInf(Curvature):
     def state_dict(self) -> dict[str, Tensor]:
         state = {"damping": torch.tensor(self.damping_used, dtype=torch.float64)}
         for number, ((gradients, weights), gains) in enumerate(zip(self._fitted(), self._gains, strict=True)):
-            factors = _factors(gradients)
+            factors = factors_of(gradients)
             state.update({f"{number}.{name}": value for name, value in factors.items()})
             state.update({f"{number}.weights": weights, f"{number}.gains": gains})
         return state
@@ -147,7 +147,7 @@ class DataInf(Curvature):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.damping_used = float(state["damping"])
         parts = _parts_of({key: value for key, value in state.items() if key != "damping"})
-        self._parts = [(_gradients(part, self.shape[1]), part["weights"]) for part in parts]
+        self._parts = [(gradients_of(part, self.shape[1]), part["weights"]) for part in parts]
         self._gains = [part["gains"] for part in parts]
 
     def stand_in(self) -> None:
@@ -189,23 +189,7 @@ def _double(gradients: Gradients) -> Gradients:
     return Formed(gradients.formed().double())
 
 
-def _factors(gradients: Gradients) -> dict[str, Tensor]:
-    if isinstance(gradients, OneHot):
-        return {"places": gradients.places, "inputs": gradients.inputs}
-    if isinstance(gradients, Dense):
-        return {"inputs": gradients.inputs, "output_grads": gradients.output_grads}
-    return {"matrices": gradients.formed()}
-
-
 def _parts_of(named: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """What stands under "number.name", by number."""
     numbers = sorted({int(key.partition(".")[0]) for key in named})
     return [{key.partition(".")[2]: v for key, v in named.items() if key.startswith(f"{i}.")} for i in numbers]
-
-
-def _gradients(factors: Mapping[str, Tensor], table_rows: int) -> Gradients:
-    if "places" in factors:
-        return OneHot(factors["places"], factors["inputs"], table_rows)
-    if "output_grads" in factors:
-        return Dense(factors["inputs"], factors["output_grads"])
-    return Formed(factors["matrices"])

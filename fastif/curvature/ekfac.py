@@ -35,8 +35,14 @@ class EKFAC(KFAC):
         else:
             self._eigenvalues = sums["eigenvalues"]
 
-    def ending(self, pass_index: int) -> float:
-        return super().ending(pass_index) if pass_index == 0 else 0.0  # what is left is a look at the eigenvalues
+    def made(self, pass_index: int) -> dict[str, Tensor]:
+        return super().made(pass_index) if pass_index == 0 else {"eigenvalues": self.eigenvalues}
+
+    def take_made(self, pass_index: int, made: dict[str, Tensor]) -> None:
+        if pass_index == 0:
+            super().take_made(pass_index, made)
+        else:
+            self._eigenvalues = made["eigenvalues"]
 
     def end(self, pass_index: int) -> None:
         if pass_index == 0:

@@ -43,10 +43,11 @@ class KFAC(Curvature):
         separable: in pairwise scores of layers with one position per example, replace 1/(λ_od + damping) by a sum of
             products, as few as keep the relative error (in the Frobenius norm) of the scores of up to 64 queries with
             up to 64 training examples within this tolerance; where that would cost more than the exact form, the exact
-            form is used. None: always exact.
+            form is used. None: always exact, and so it is where ranks keep the factors for one another.
     """
 
     passes = 1
+    has_owner = True
     keeps_query_factors = True
 
     def __init__(
@@ -132,6 +133,9 @@ class KFAC(Curvature):
         self._moments, self._eigenvalues = {}, made.get("eigenvalues")
         self.input_basis, self.output_basis = made["input_basis"], made.get("output_basis")
 
+    def reports(self) -> dict[str, float]:
+        return {"damping_used": self.damping_used, "rounding": self.rounding}
+
     def _decompose(self) -> None:
         input_values, self.input_basis = find_eigenvectors(self._moment("inputs"), f"the inputs of layer {self.name!r}")
         outputs = self._moment("outputs")
@@ -209,15 +213,19 @@ class KFAC(Curvature):
         """(G + λI)⁻¹ rhs for rhs [..., g, o, d]."""
         return self.unrotate(self._to_basis(rhs) * self.inverse_eigenvalues)
 
+    def precondition(self, gradients: Gradients) -> Tensor:
+        """(G + λI)⁻¹ g_i, [n, g, o, d]; factors are turned before they are multiplied where that is less work."""
+        return self.unrotate(self.rotate(gradients).formed() * self.inverse_eigenvalues)
+
     def sq_norms(self, gradients: Gradients) -> Tensor:
         """g_iᵀ (G + λI)⁻¹ g_i, [n]."""
         return self.rotate(gradients).sq_norms(self.inverse_eigenvalues)
 
     def directions(self, gradients: Gradients) -> Directions:
         """The query side of pairwise scores."""
-        rotated = self.rotate(gradients)
         if QueryFactors.size(gradients) is None:
-            return Explicit(self.unrotate(rotated.formed() * self.inverse_eigenvalues))
+            return Explicit(self.precondition(gradients))
+        rotated = self.rotate(gradients)
         if self.separable is None or gradients.positions > 1:
             return QueryFactors(rotated, self)
         if self._products is None:
@@ -257,15 +265,15 @@ class KFAC(Curvature):
         )
 
     def exchanged(self, block: BlockWork, fit: FitWork) -> Exchanged:
-        """Moments go to a layer's owner, which sends the bases back; EK-FAC's eigenvalues are added up everywhere."""
+        """Moments go to a layer's owner, and EK-FAC's eigenvalues, for which the owner lends the others its bases."""
         (g, o, d), item = block.shape, fit.item
         bases, outputs = g * item * (d * d + (0 if block.table else o * o)), 0 if block.table else o
-        again = self.passes > 1
+        values, again = g * item * o * d, self.passes > 1
         return Exchanged(
-            owned=g * item * (d * d + (o if block.table else o * o)) + 8,
-            made=bases + (0 if again else g * item * o * d),
+            owned=g * item * (d * d + (o if block.table else o * o)) + 8 + (values if again else 0),
+            lent=bases if again else 0,
+            made=values + (0 if again else bases),
             ending=_decomposing(g, outputs, d),
-            summed=g * item * o * d if again else 0,
         )
 
     def rotate(self, gradients: Gradients) -> Gradients:

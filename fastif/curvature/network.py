@@ -17,8 +17,11 @@ from fastif.model.layers import Block
 class NetworkCurvature:
     """The estimators of a network's blocks: what `Influence` fits and solves with."""
 
-    def __init__(self, parts: Mapping[tuple[str, ...], JointCurvature]):
+    def __init__(
+        self, parts: Mapping[tuple[str, ...], JointCurvature], owners: dict[tuple[str, ...], int] | None = None
+    ):
         self.parts = dict(parts)
+        self.owners = {} if owners is None else owners  # of parts that one rank keeps for all; of the others none
 
     @property
     def by_block(self) -> dict[str, Estimator]:
@@ -37,6 +40,11 @@ class NetworkCurvature:
         """Whether a solve multiplies with the curvature of the fit's data, which no state holds."""
         return any(part.products(1).solve for part in self.parts.values())
 
+    @property
+    def needs_whole(self) -> set[str]:
+        """Estimators, by their names, that differentiate by parameters: ranks that hold these in parts cannot."""
+        return {type(part.given).__name__ for part in self.parts.values() if part.needs_whole}
+
     def begin(self, shapes: Mapping[str, Shape], data: FitData | None) -> None:
         for names, part in self.parts.items():
             own = None if data is None else data._replace(blocks={name: data.blocks[name] for name in names})
@@ -44,7 +52,9 @@ class NetworkCurvature:
 
     def open(self, pass_index: int) -> NetworkCurvature:
         """The part of it that looks at the data in pass `pass_index`."""
-        return NetworkCurvature({names: part for names, part in self.parts.items() if pass_index < part.passes})
+        return NetworkCurvature(
+            {names: part for names, part in self.parts.items() if pass_index < part.passes}, self.owners
+        )
 
     def observe(self, gradients: Mapping[str, Gradients], weights: Tensor, column: int, pass_index: int) -> None:
         for names, part in self.parts.items():
@@ -60,6 +70,13 @@ class NetworkCurvature:
         for names, part in self.parts.items():
             solved.update(part.solve({name: rhs[name] for name in names}))
         return {name: solved[name] for name in rhs}
+
+    def precondition(self, gradients: Mapping[str, Gradients]) -> dict[str, Tensor]:
+        """(G + λI)⁻¹ g_i as matrices [n, g, o, d] by block."""
+        made: dict[str, Tensor] = {}
+        for names, part in self.parts.items():
+            made.update(part.precondition({name: gradients[name] for name in names}))
+        return {name: made[name] for name in gradients}
 
     def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
         parts = [part.sq_norms({name: gradients[name] for name in names}) for names, part in self.parts.items()]

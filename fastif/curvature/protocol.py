@@ -105,15 +105,17 @@ class Cost(NamedTuple):
 class Exchanged(NamedTuple):
     """What a fit exchanges among ranks, in bytes, beside products with the curvature."""
 
-    owned: int = 0  # sums that travel to one rank, which ends the pass
-    made: int = 0  # what that rank makes of them and sends to the others
-    ending: float = 0.0  # operations of that
+    owned: int = 0  # sums that travel to one rank, its owner, which ends the passes and keeps what it makes of them
+    lent: int = 0  # of that, what the passes that follow need on every rank
+    made: int = 0  # and what the others get too where all are to keep it
+    ending: float = 0.0  # operations of making it
     summed: int = 0  # sums that travel to all ranks
     kept: int = 0  # what is kept of all examples, each of which travels from its rank to all others
 
     def __add__(self, other: Exchanged) -> Exchanged:  # pyright: ignore[reportIncompatibleMethodOverride]
         return Exchanged(
             self.owned + other.owned,
+            self.lent + other.lent,
             self.made + other.made,
             self.ending + other.ending,
             self.summed + other.summed,
@@ -139,6 +141,7 @@ class Estimator(Called, ABC):
     joint: bool = False  # whether it takes all blocks that it is given together
     prefers_head: bool = False  # whether it covers the head alone where it is the only one and no layers are named
     learned_by: tuple[str, ...] = ("fisher",)  # arguments that what it learns depends on, and damping does not
+    has_owner: bool = False  # whether one of several ranks ends its passes, solves with it and keeps it for all
     keeps_query_factors: bool = False  # whether `directions` keeps queries of few positions in factors
 
     @abstractmethod
@@ -173,21 +176,26 @@ class Estimator(Called, ABC):
         del pass_index, kept
 
     def ending(self, pass_index: int) -> float:
-        """Operations that `end` takes, where one rank had better do it and send what it made; 0: every rank ends.
+        """Operations that `end` takes of an owner, by which ranks divide this work.
 
-        It is asked once `sums` was; a rank that was shown no examples does not know.
+        It is asked once `sums` was; a rank that was shown no examples does not know, and says 0.
         """
         del pass_index
         return 0.0
 
     def made(self, pass_index: int) -> dict[str, Tensor]:
-        """What `end` made of the sums: another rank takes it in the place of ending the pass."""
+        """What `end` made of the sums on its owner: another rank takes it in the place of ending the pass."""
         del pass_index
-        return {}
+        return self.state_dict()
 
     def take_made(self, pass_index: int, made: dict[str, Tensor]) -> None:
-        """Takes what `end` made on another rank."""
-        del pass_index, made
+        """Takes what `end` made on the owner."""
+        del pass_index
+        self.load_state_dict(made)
+
+    def reports(self) -> dict[str, Any]:
+        """Attributes that other ranks know of what their owner keeps, without further work: numbers."""
+        return {}
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]: ...
@@ -211,6 +219,11 @@ class Estimator(Called, ABC):
 class Curvature(Estimator):
     """An estimator of one block, g matrices [o, d] of parameters."""
 
+    @property
+    def needs_whole(self) -> bool:
+        """As `JointCurvature.needs_whole`."""
+        return False
+
     def assign(self, shapes: Mapping[str, Shape], memory: int) -> dict[tuple[str, ...], JointCurvature]:
         del memory
         if self.joint:
@@ -233,6 +246,10 @@ class Curvature(Estimator):
     @abstractmethod
     def solve(self, rhs: Tensor) -> Tensor:
         """(G + λI)⁻¹ rhs for rhs [..., g, o, d]."""
+
+    def precondition(self, gradients: Gradients) -> Tensor:
+        """(G + λI)⁻¹ g_i as matrices [n, g, o, d]."""
+        return self.solve(gradients.formed())
 
     @abstractmethod
     def sq_norms(self, gradients: Gradients) -> Tensor:
@@ -290,6 +307,10 @@ class JointCurvature(Estimator):
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(G + λI)⁻¹ rhs for rhs [..., g, o, d] by block, the same leading axes in all."""
 
+    def precondition(self, gradients: Mapping[str, Gradients]) -> dict[str, Tensor]:
+        """(G + λI)⁻¹ g_i as matrices [n, g, o, d] by block."""
+        return self.solve({name: g.formed() for name, g in gradients.items()})
+
     def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
         """g_iᵀ (G + λI)⁻¹ g_i, [n]."""
         n = len(next(iter(gradients.values())))
@@ -315,6 +336,11 @@ class JointCurvature(Estimator):
         del blocks, fit
         return Exchanged()
 
+    @property
+    def needs_whole(self) -> bool:
+        """Whether it differentiates by the parameters themselves, which all ranks must hold."""
+        return self.products(1) != Products()
+
     def products(self, n: int) -> Products:
         """For `Influence.plan`: products with the curvature of n examples; with that of fewer, as much less of one."""
         del n
@@ -327,10 +353,15 @@ class SingleEstimator(JointCurvature):
     def __init__(self, estimator: Curvature):
         self.estimator = estimator
         self.passes, self.fisher = estimator.passes, estimator.fisher
+        self.has_owner = estimator.has_owner
 
     @property
     def given(self) -> Curvature:
         return self.estimator
+
+    @property
+    def needs_whole(self) -> bool:
+        return self.estimator.needs_whole
 
     def end(self, pass_index: int) -> None:
         self.estimator.end(pass_index)
@@ -385,6 +416,9 @@ class OneBlock(SingleEstimator):
 
     def solve(self, rhs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {self.name: self.estimator.solve(rhs[self.name])}
+
+    def precondition(self, gradients: Mapping[str, Gradients]) -> dict[str, Tensor]:
+        return {self.name: self.estimator.precondition(gradients[self.name])}
 
     def sq_norms(self, gradients: Mapping[str, Gradients]) -> Tensor:
         return self.estimator.sq_norms(gradients[self.name])

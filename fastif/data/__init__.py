@@ -14,6 +14,7 @@ from fastif.data.batches import (
     picked,
     rebuilt,
     rows_of,
+    sharded,
     walked,
 )
 from fastif.data.image_sets import HUMAN_LABELS, NAMES, Data, human_labels, load
@@ -37,5 +38,6 @@ __all__ = [
     "picked",
     "rebuilt",
     "rows_of",
+    "sharded",
     "walked",
 ]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastif.data.batch import Arguments, Batch, Shared, batch_length, moved_to, rebuilt, rows_of, whole
 from fastif.data.identity import Identity, Walked
-from fastif.data.loaders import loader_of
+from fastif.data.loaders import Sharded, loader_of
+from fastif.data.parts import Parts, sharded
 
 __all__ = [
     "Arguments",
@@ -28,6 +29,7 @@ __all__ = [
     "picked",
     "rebuilt",
     "rows_of",
+    "sharded",
     "walked",
     "whole",
 ]
@@ -53,6 +55,8 @@ def as_loader(data: Any, batch_size: int = 256) -> Iterable[Batch]:
 
 def walked(data: Any, batch_size: int = 256) -> Walked:
     """Data that remembers what was seen of it; it is taken as it is where it does already."""
+    if isinstance(data, Sharded):
+        return Parts(data, batch_size)
     return data if isinstance(data, Walked) else Walked(data, batch_size)
 
 

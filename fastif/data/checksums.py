@@ -17,6 +17,7 @@ from torch import Tensor
 from fastif.data.batch import Shared, batch_length, parts_of
 from fastif.files import canonical
 from fastif.fingerprints import described
+from fastif.sharded import gathered
 
 _SHIFT = 29
 _RUN = 4096  # words that have weights of their own; a longer example is a row of runs
@@ -43,8 +44,8 @@ def checksums(x: Any, y: Any) -> tuple[Tensor, int]:
 
 
 def checksum(values: Tensor) -> int:
-    """Of one tensor: of its bits, its shape and its type."""
-    return _signed(_of_part("", values))
+    """Of one tensor: of its bits, its shape and its type. Parts on ranks are gathered: all of these call it."""
+    return _signed(_of_part("", gathered(values)))
 
 
 def _of_part(path: str, part: Any) -> int:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 
 from fastif.data.batch import Batch, batch_length, rows_of
 from fastif.data.checksums import checksums
-from fastif.data.loaders import as_tensors, loader_of
+from fastif.data.loaders import NoExamples, as_tensors, loader_of
 from fastif.data.orders import is_columns, is_pair, order_of
 
 _WHY = "random augmentation, another order, or something that was changed in place?"
@@ -117,7 +117,7 @@ class Walked:
             yield x, y
             number, start = number + 1, start + len(rows)
         if start == 0:
-            raise ValueError("data holds no examples")
+            raise NoExamples("data holds no examples")
         if self._all_lengths and number < len(self._lengths):
             raise ValueError(
                 f"the data changed between passes: {start} examples in {number} batches, {sum(self._lengths)} in "
@@ -149,6 +149,11 @@ class Walked:
     def indexable(self) -> bool:
         """Whether an example can be had without those before it."""
         return self._order is not None and self.lengths == self._order.lengths
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the data are tensors: to look at all of them takes no loading."""
+        return is_pair(self.data) or isinstance(self.data, Tensor)
 
     @property
     def picked_size(self) -> int:

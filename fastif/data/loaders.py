@@ -13,11 +13,29 @@ from fastif.data.orders import check_order, is_pair, is_table
 Held = dict[str, str]
 
 
+class NoExamples(ValueError):
+    """Data without examples."""
+
+
+class Sharded:
+    """Data of which this rank has a part of its own, as `fastif.sharded` says."""
+
+    def __init__(self, data: Any, group: Any):
+        self.data, self.group = data, group
+
+
+def needs_all(op: str) -> str:
+    """What is said where the data of all ranks are needed on every one."""
+    return f"{op} needs all examples on every rank, and of this data each has a part of its own (fastif.sharded)"
+
+
 def loader_of(data: Any, batch_size: int, held: Held | None = None) -> Iterable[Batch]:
     """As `fastif.data.as_loader`; `held` is what `read_batch` is told of the parts of batches before."""
     held = {} if held is None else held
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if isinstance(data, Sharded):
+        raise ValueError(needs_all("data: this"))
     if isinstance(data, DataLoader):
         check_order(data)
         return _Batches(data, held)
@@ -28,7 +46,7 @@ def loader_of(data: Any, batch_size: int, held: Held | None = None) -> Iterable[
         raise TypeError(f"a tuple of data must be two tensors (x, y), got ({kinds})")
     if isinstance(data, Dataset) or is_table(data):
         if not isinstance(data, IterableDataset) and len(data) == 0:  # pyright: ignore[reportArgumentType]
-            raise ValueError("data holds no examples")
+            raise NoExamples("data holds no examples")
         return _Batches(DataLoader(as_tensors(data), batch_size=batch_size, shuffle=False), held)
     if isinstance(data, Iterable) and not isinstance(data, str | bytes):
         return _Batches(data, held)
@@ -52,7 +70,7 @@ class _Rows:
         self.x, self.y = read_batch(data, 0, held)
         self.n, self.batch_size = batch_length(self.x), batch_size
         if self.n == 0:
-            raise ValueError("data holds no examples")
+            raise NoExamples("data holds no examples")
 
     def __len__(self) -> int:
         return -(-self.n // self.batch_size)

@@ -10,6 +10,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -68,7 +69,8 @@ def check_order(loader: DataLoader) -> None:
         return
     batches: Any = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
     sampler = batches.sampler if type(batches) is BatchSampler else batches
-    if not isinstance(sampler, SequentialSampler) and (isinstance(sampler, _DRAWN) or not _comes_again(sampler)):
+    drawn = isinstance(sampler, _DRAWN) or (isinstance(sampler, DistributedSampler) and sampler.shuffle)
+    if not isinstance(sampler, SequentialSampler) and (drawn or not _comes_again(sampler)):
         raise ValueError(
             f"the DataLoader draws its order with {type(sampler).__name__}: "
             "indices would not mean the same example twice; pass shuffle=False"

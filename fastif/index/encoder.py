@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastif.data.batches import Walked, walked
+from fastif.data.loaders import Sharded, needs_all
 from fastif.index.factors import Factors
 from fastif.index.metric import Metric
 from fastif.index.truncation import count_numbers, is_table, squares_of, truncate, vector_numbers
@@ -18,6 +19,7 @@ from fastif.influence.influence import Influence
 from fastif.influence.queries import MADE
 from fastif.model.calls import dtype_of
 from fastif.model.gradients import Gradients
+from fastif.sharded import refuse_sharded
 
 
 class Encoded(NamedTuple):
@@ -132,7 +134,8 @@ class Sizes(NamedTuple):
 def ready(influence: Influence) -> Fitted:
     """What was fitted, at the weights that the model still has, with all factors of the curvature on every rank: an
     index turns the gradients of any example into the eigenbases of all layers."""
-    fitted = influence.fitted
+    refuse_sharded(influence.model, "index")
+    fitted = influence.gather().fitted if influence.fitted.divided else influence.fitted
     fitted.check_weights()
     return fitted
 
@@ -141,5 +144,7 @@ def walkable(influence: Influence, data: Any) -> Walked:
     """Data whose passes are held against each other, and against the fit's where it is what was fitted."""
     if isinstance(data, Iterator):
         raise ValueError("index: the data is walked through more than once, got an iterator; pass a list")
+    if isinstance(data, Sharded):
+        raise ValueError(needs_all("index"))
     (found,) = influence.fitted.walk(data)
     return walked(found, influence.passes.batch_size)

@@ -19,7 +19,7 @@ from fastif.index.index import Index
 from fastif.influence.fitted import Fitted
 from fastif.influence.influence import Influence
 from fastif.influence.queries import query_blocks
-from fastif.influence.scoring import best_of_ranks, make_tiles
+from fastif.influence.scoring import best_of_ranks, len_of_all, make_tiles
 from fastif.influence.sharing import compare_setups
 from fastif.influence.tiles import Tile, best_of
 from fastif.model.gradients import Gradients
@@ -101,7 +101,9 @@ def _answer(
     asked |= {"out": None if out is None else str(out), **{name: options[name] for name in options if name != "ids"}}
     compare_setups(fitted.setup, "answer", {"train": data, "query": query, **asked})
     # Where solving takes all ranks, each solves for all examples, with the curvature of its own.
-    ranks = ALONE if fitted.setup.estimators.needs_data else fitted.setup.ranks
+    together = fitted.setup.estimators.needs_data
+    ranks = ALONE if together else fitted.setup.ranks
+    whole, fitted = fitted, fitted if together else fitted.alone
     found = _Rows(scores, top)
     total, held = 0, dict[str, list[Directions]]()
     if query is not None:
@@ -118,14 +120,14 @@ def _answer(
     part = Part(data, fitted.passes.batch_size, [mine]) if len(mine) else None
     if out is not None:
         settings = {"share": 0.04, "dtype": "int8", "ids": None, "resume": False, "key": None, **options}
-        build(fitted, data, Path(out), self_influence=self_influence, see=see, **settings)
+        build(whole, data, Path(out), self_influence=self_influence, see=see, **settings)
         index = Index(out, influence)
     elif part is not None:
         with fitted.passes.running(fitted.setup.states[0]):
             for start, _, gradients in fitted.passes.gradients(part, "answers"):
                 see(mine.start + start, gradients)
                 del gradients
-    rows = len_of(held)
+    rows = len_of_all(held)
     held.clear()
     if rows < total:
         rest = Part(query, fitted.passes.batch_size, [range(rows, total)])
@@ -147,11 +149,6 @@ def _first_queries(fitted: Fitted, query: Any, total: int) -> dict[str, list[Dir
         blocks = query_blocks(fitted, query, total, fitted.curvatures[0], None, None, False)
         _, held = next(blocks)
         return held
-
-
-def len_of(held: Mapping[str, list[Directions]]) -> int:
-    """Queries."""
-    return sum(map(len, next(iter(held.values())))) if held else 0
 
 
 def _scores(fitted: Fitted, held: Mapping[str, list[Directions]], gradients: Mapping[str, Gradients]) -> Tensor:

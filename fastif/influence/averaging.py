@@ -20,7 +20,7 @@ from torch import Tensor
 from fastif.influence.fitted import Fitted
 from fastif.influence.networks import are_halves
 from fastif.influence.score_folder import ScoreFolder
-from fastif.influence.score_job import find_missing, open_folder, settings_of, write_block, write_scores
+from fastif.influence.score_job import find_missing, holds_matrices, open_folder, settings_of, write_block, write_scores
 from fastif.influence.scoring import compute_scores, compute_self_influence
 from fastif.influence.shared_folder import held, share_of_all
 from fastif.influence.tiles import By, add_groups, check_groups
@@ -76,7 +76,9 @@ def write_averaged_scores(
     folder = Path(folder)
     made: list[ScoreFolder] = []
     networks = _each_alone(fitted)
-    settings = settings_of(fitted, query, train, *(how[name] for name in ("query_groups", "low_rank", "by", "key")))
+    query_groups, low_rank, by, key = (how[name] for name in ("query_groups", "low_rank", "by", "key"))
+    matrices = holds_matrices(fitted, folder, query_groups, low_rank, by)
+    settings = settings_of(fitted, query, train, query_groups, low_rank, by, key, bool(matrices))
     wanted = [folder, folder / "standard-error"] if spread else [folder]
     for where in wanted:
         where.mkdir(parents=True, exist_ok=True)
@@ -89,7 +91,7 @@ def write_averaged_scores(
         if ranks.meet("whether it is done", all(one.finished for one in made))[0]:
             return made[0], made[1] if spread else None
         parts = [
-            write_scores(alone, query, train, folder / f"network-{number:02d}", resume=True, **how)
+            write_scores(alone, query, train, folder / f"network-{number:02d}", resume=True, matrices=matrices, **how)
             for number, alone in enumerate(networks)
         ]
         error = max(part.low_rank_error for part in parts)

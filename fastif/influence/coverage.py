@@ -6,7 +6,7 @@ What was covered without a look at data is not always what can be: see `fastif.m
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,10 +15,13 @@ from torch import Tensor
 
 from fastif.curvature.network import NetworkCurvature
 from fastif.curvature.protocol import Estimator, JointCurvature, check_estimator
-from fastif.data.batches import batch_length, moved_to, picked, rows_of
+from fastif.data.batches import batch_length, moved_to, rows_of
+from fastif.data.dealing import first_batch
 from fastif.influence.fitted import Setup
 from fastif.model.capture import Capture
 from fastif.model.features import called_head
+from fastif.model.passes import choose_rows
+from fastif.sharded import WAY_TO_WHOLE
 
 
 def assign(capture: Capture, curvature: Estimator | Mapping[str, Estimator], memory: int) -> NetworkCurvature:
@@ -39,7 +42,14 @@ def assign(capture: Capture, curvature: Estimator | Mapping[str, Estimator], mem
         parts.update(rules[pattern].assign({name: capture.blocks[name].shape for name in names}, memory))
     if not parts:
         raise ValueError(f"Influence: no pattern of curvature= matches a layer, got {', '.join(rules)}")
-    return NetworkCurvature(parts)
+    made = NetworkCurvature(parts)
+    if capture.sharding is not None and made.needs_whole:
+        raise ValueError(
+            f"Influence: {', '.join(sorted(made.needs_whole))} differentiates by parameters, of which each rank holds "
+            "a part (fully_shard): take an estimator that is made of gradients, such as EKFAC, KFAC, Diagonal, DataInf "
+            f"or ExactBlock with matrix='ggn', or a whole model: {WAY_TO_WHOLE}"
+        )
+    return made
 
 
 def cover_head(setup: Setup, train: Any, indices: Tensor) -> Setup:
@@ -51,7 +61,7 @@ def cover_head(setup: Setup, train: Any, indices: Tensor) -> Setup:
         name = called_head(setup.model, rows_of(x, torch.arange(min(2, batch_length(x)))))
     if name is None or (name or "model") in setup.capture.blocks:
         return setup
-    setup.passes.capture = Capture(setup.model, name or "*")
+    setup.passes.capture = Capture(setup.model, name or "*", setup.passes.sharding)
     return setup._replace(estimators=assign(setup.capture, setup.given, setup.memory))
 
 
@@ -65,12 +75,22 @@ def look_at(setup: Setup, train: Any, indices: Tensor) -> Setup:
     return setup._replace(estimators=assign(setup.capture, setup.given, setup.memory))
 
 
+def look_together(setup: Setup, *given: Any) -> None:
+    """Where ranks hold parts of the model: has all of them look at the same first examples, before each passes those of
+    its own, if nothing was looked at since the curvature was fitted (or loaded)."""
+    for data in given:
+        seen = setup.passes.sharding is None or setup.capture.checked > 1
+        if not seen and not isinstance(data, Iterator):
+            with setup.passes.running(setup.states[0]):
+                look_at(setup, data, torch.arange(data.n))
+
+
 def restore_coverage(setup: Setup, described: Tensor) -> Setup:
     """The blocks of a state that was fitted elsewhere, as `Setup.describe_blocks` has them."""
     text = bytes(described.tolist()).decode()
     names = [block.rpartition(" [")[0] for block in text.split("; ")]
     if setup.of_head and set(names) <= dict(setup.model.named_modules()).keys():
-        setup.passes.capture = Capture(setup.model, names)
+        setup.passes.capture = Capture(setup.model, names, setup.passes.sharding)
     setup.capture.restore(names)
     return setup._replace(estimators=assign(setup.capture, setup.given, setup.memory))
 
@@ -92,5 +112,5 @@ def warn_of_lost(capture: Capture, stacklevel: int) -> bool:
 
 
 def _first_batch(setup: Setup, train: Any, indices: Tensor) -> tuple[Any, Any]:
-    ((x, y), _) = next(iter(picked(train, setup.passes.batch_size, indices)))
+    x, y = first_batch(train, setup.passes.batch_size, indices, choose_rows)
     return moved_to(x, setup.device), moved_to(y, setup.device)

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastif.curvature.network import NetworkCurvature, prepare
+from fastif.curvature.network import NetworkCurvature
 from fastif.curvature.protocol import Estimator
 from fastif.data.batches import Walked, walked
 from fastif.influence.networks import Networks
-from fastif.influence.origin import Buffers, buffers_of, changed_buffers, check_fit, checksums_of, describe_fit
+from fastif.influence.origin import Buffers, buffers_of, changed_buffers, checksums_of, describe_fit
 from fastif.model.capture import Capture
 from fastif.model.losses import Measurement
 from fastif.model.passes import Passes
@@ -35,6 +35,7 @@ class Setup(NamedTuple):
     seed: int
     networks: Networks | None = None  # whose states the checkpoints are, where they were trained on parts of the data
     ranks: Ranks = ALONE  # among which passes over data are divided
+    replicate: bool = False  # whether each of them keeps the whole curvature
 
     @property
     def model(self) -> nn.Module:
@@ -121,6 +122,11 @@ class Fitted(NamedTuple):
                 f"changed, {changed[0]!r} first; call fit(train) again, or load the weights of the fit"
             )
 
+    @property
+    def divided(self) -> bool:
+        """Whether ranks keep parts of the curvature for one another."""
+        return any(curvature.owners for curvature in self.curvatures)
+
     def at_checkpoints(self) -> list[tuple[Checkpoint, NetworkCurvature]]:
         """Every checkpoint with what was fitted there."""
         return list(zip(self.setup.states, self.curvatures, strict=True))
@@ -133,12 +139,17 @@ class Fitted(NamedTuple):
                 known.append(walked(data, self.passes.batch_size))
         return [next((one for one in known if one is data or one.holds(data)), data) for data in given]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that was learned, as tensors."""
+    def describe(self) -> dict[str, Tensor]:
+        """What a state says of the fit beside what was learned."""
         state = {"n": torch.tensor(self.n), "blocks": self.setup.describe_blocks()}
         state["fit"] = describe_fit(self.passes.loss, self.setup.estimators, self.buffers or {})
         if self.weights is not None:
             state["weights"] = torch.tensor([*self.weights.values()], dtype=torch.int64)
+        return state
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that was learned, as tensors. Raises ValueError for what other ranks keep."""
+        state = self.describe()
         for number, curvature in enumerate(self.curvatures):
             state.update(curvature.state_dict(f"{number}/"))
         return state
@@ -156,40 +167,6 @@ def restrict(subset: Subset, kept: Tensor, n: int) -> Subset:
             f"fit: a network was trained on none of the subset's {len(inside):,} examples; take a larger subset"
         )
     return Subset(subset.indices[inside], subset.weights[inside] * (n / len(kept)))
-
-
-def load_fitted(setup: Setup, state: Mapping[str, Tensor]) -> Fitted:
-    """What `Fitted.state_dict` gave for the same setup. Raises ValueError for a state that does not fit.
-
-    One without an entry "fit" is not asked which loss it was fitted with.
-    """
-    if "n" not in state or "blocks" not in state:
-        raise ValueError("load_state_dict: the state is another model's: no n and blocks")
-    if not setup.describes(state["blocks"]):
-        theirs, ours = (bytes(blocks.tolist()).decode() for blocks in (state["blocks"], setup.describe_blocks()))
-        raise ValueError(f"load_state_dict: the state is of other blocks: of {theirs}, not of {ours}")
-    buffers = check_fit(state["fit"], setup.passes.loss, setup.estimators) if "fit" in state else None
-    left = set(state) - {"n", "blocks", "fit", "weights"}
-    curvatures: list[NetworkCurvature] = []
-    for number in range(len(setup.states)):
-        own = {key: state[key].to(setup.device) for key in left if key.startswith(f"{number}/")}
-        left -= own.keys()
-        curvatures.append(prepare(setup.estimators, setup.capture.blocks, None, setup.memory))
-        curvatures[-1].load_state_dict(own, f"{number}/")
-    if left:
-        raise ValueError(f"load_state_dict: the state is another model's: {min(left)}")
-    weights = None
-    if "weights" in state:
-        names = list(checksums_of_state(setup))
-        if len(names) != len(state["weights"]):
-            raise ValueError(
-                f"load_state_dict: the state is another model's, of {len(state['weights'])} tensors in the place of "
-                f"{len(names)}"
-            )
-        weights = dict(zip(names, state["weights"].tolist(), strict=True))
-    fitted = Fitted(setup, tuple(curvatures), int(state["n"]), weights=weights, buffers=buffers)
-    fitted.check_weights()
-    return fitted
 
 
 def checksums_of_state(setup: Setup) -> dict[str, int]:

@@ -15,7 +15,8 @@ from fastif.data.batches import Walked, moved_to, picked, walked
 from fastif.data.dealing import deal, deal_picked
 from fastif.influence.coverage import cover_head, look_at
 from fastif.influence.fitted import Fitted, Setup, checksums_of_buffers, checksums_of_state, restrict
-from fastif.influence.sharing import Draws, compare_setups, end_pass
+from fastif.influence.owners import end_pass
+from fastif.influence.sharing import Draws, compare_setups
 from fastif.model.capture import LateLayer
 from fastif.model.losses import IGNORED, Fisher, labels_in, labels_of, output_columns, per_sample, settle_fisher
 from fastif.model.passes import Passes, counted_from
@@ -83,17 +84,17 @@ def _fit_here(setup: Setup, train: Any, subset: Subset) -> NetworkCurvature:
         with tqdm(batches(subset), f"fit, pass {pass_index + 1}", total, disable=not passes.progress) as bar:
             for number, (x, y, weights) in enumerate(bar):
                 passes.capture.batch = number
-                if passes.needs_check(x):
-                    passes.check(x, y)
+                passes.check_later(x, y)
                 for rows, part, labels in passes.slices(x, y):
                     with counted_from(rows.start):
                         observe(passes, looking, part, labels, weights[rows], pass_index, generator, draws=draws)
                 if not looking.parts:
                     break  # nothing to learn: the first batch was looked at for what `Capture` refuses
+        passes.go_along()
         if draws is not None:
             draws.end(ranks)
-        # Those that look at nothing end with pass 0 too.
-        end_pass(looking if pass_index else curvature, pass_index, ranks, passes.device)
+        del looking
+        end_pass(curvature, pass_index, setup)
     return curvature
 
 

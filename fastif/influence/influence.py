@@ -20,9 +20,10 @@ from fastif.curvature.exact.block import ExactBlock
 from fastif.curvature.limits import MEMORY
 from fastif.curvature.protocol import Estimator
 from fastif.data.batches import count, walked
+from fastif.data.loaders import Sharded, needs_all
 from fastif.influence.averaging import average_scores, average_self_influence, write_averaged_scores
-from fastif.influence.coverage import assign, cover_head, look_at, restore_coverage, warn_of_lost
-from fastif.influence.fitted import Fitted, Setup, load_fitted
+from fastif.influence.coverage import assign, cover_head, look_at, look_together, restore_coverage, warn_of_lost
+from fastif.influence.fitted import Fitted, Setup
 from fastif.influence.fitting import fit
 from fastif.influence.networks import Networks, check_networks
 from fastif.influence.origin import check_picklable
@@ -32,6 +33,7 @@ from fastif.influence.score_folder import ScoreFolder
 from fastif.influence.score_job import write_scores
 from fastif.influence.scoring import compute_scores, compute_self_influence, find_top
 from fastif.influence.sharing import compare_setups
+from fastif.influence.states import gather, load_fitted, state_of
 from fastif.influence.tiles import By, best_of, check_k
 from fastif.model.capture import Capture, LateLayer
 from fastif.model.features import extract, find_head
@@ -41,6 +43,7 @@ from fastif.ranks import Ranks, find_ranks, together
 from fastif.renamed import rename_arguments, warn_renamed
 from fastif.samplers.draw import Sampler, call_sampler, needs_pass
 from fastif.samplers.subset import Subset, check_subset
+from fastif.sharded import refuse_sharded
 
 
 class Influence:
@@ -88,7 +91,11 @@ class Influence:
         progress: show progress bars; of several ranks the first does.
         group: on several ranks (`torchrun`), the process group among whose ranks passes over data are divided; default
             all that `torch.distributed` was started with. Every rank makes the same calls with the same model and data,
-            and gets the same results. docs/scale.md.
+            and gets the same results; training data may come in parts (`fastif.sharded`), and the model sharded by
+            torch's `fully_shard`. docs/scale.md.
+        replicate: on several ranks, keep every layer's factors on each of them. Default: a layer's are kept by the one
+            rank that solves with them, to which gradients travel; then a rank holds its share of the curvature, and
+            queries are held as matrices. Small networks with many queries are quicker with True.
     """
 
     def __init__(
@@ -109,6 +116,7 @@ class Influence:
         seed: int = 0,
         progress: bool = True,
         group: Any = None,
+        replicate: bool = False,
     ):
         ranks = find_ranks(group)
         check_loss(loss)
@@ -129,7 +137,7 @@ class Influence:
         alone = curvature if isinstance(curvature, Estimator) else None
         self._arguments: dict[str, Any] = {
             "layers": layers, "batch_size": batch_size, "device": device, "autocast": autocast,
-            "allow_train_mode": allow_train_mode, "progress": progress,
+            "allow_train_mode": allow_train_mode, "progress": progress, "replicate": replicate,
         }  # fmt: skip
         of_head = alone is not None and alone.prefers_head and not alone.joint and layers is None
         if of_head:
@@ -144,10 +152,13 @@ class Influence:
             autocast=autocast,
             allow_train_mode=allow_train_mode,
             progress=progress and ranks.rank == 0,
+            ranks=ranks,
         )
         given = copy.deepcopy(dict(curvature) if isinstance(curvature, Mapping) else curvature)
         estimators = assign(passes.capture, given, memory)
-        self.setup = Setup(passes, given, of_head, estimators, measurement, checkpoints, memory, seed, networks, ranks)
+        self.setup = Setup(
+            passes, given, of_head, estimators, measurement, checkpoints, memory, seed, networks, ranks, replicate
+        )
         self._fitted: Fitted | None = None
         self._warned = False  # of parameters that are not covered
         self.bound: float | None = None  # of the last fit's subset, where it has one
@@ -209,7 +220,11 @@ class Influence:
 
     @property
     def curvature(self) -> dict[str, Any]:
-        """The fitted estimators by block (of the first checkpoint)."""
+        """The fitted estimators by block (of the first checkpoint).
+
+        Of one that another rank keeps, this one knows what it reports, such as `damping_used`; what else is asked of it
+        raises ValueError, until `gather` has brought it here.
+        """
         return self.fitted.curvatures[0].by_block
 
     @rename_arguments(rank="low_rank")
@@ -224,11 +239,14 @@ class Influence:
                 batches of `train`, with a curvature that has the sizes of a fitted one; it takes as long as this part
                 of `scores` does.
             low_rank: as for `scores`.
-            ranks: plan for so many ranks too (`Plan.ranks`): by rank the examples, the layers whose eigenvectors it
-                makes, bytes held, sent and received, the peak and the operations. Nothing is sent for it.
+            ranks: plan for so many ranks too (`Plan.ranks`): by rank the examples, the layers that it owns, bytes held,
+                sent and received, the peak and the operations. Nothing is sent for it.
         """
         if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1):
             raise ValueError(f"plan: ranks must be an integer >= 1, got {ranks!r}")
+        refuse_sharded(self.model, "plan")
+        if isinstance(train, Sharded):
+            raise ValueError(needs_all("plan"))
         train = walked(train, self.passes.batch_size)
         every = torch.arange(train.n)
         self.setup = cover_head(self.setup, train, every)
@@ -292,6 +310,7 @@ class Influence:
         """
         (batch,) = self._ready().walk(batch)
         compare_setups(self.setup, "on_parameters", {} if isinstance(batch, Iterator) else {"batch": batch})
+        look_together(self.setup, batch)
         return move_parameters(self.fitted, batch)
 
     @together
@@ -387,6 +406,7 @@ class Influence:
         self._check_spread("scores", "spread=True", spread)
         asked = dict(by=by, groups=groups, query_groups=query_groups, low_rank=low_rank, out=out, key=key)
         compare_setups(self.setup, "scores", {"query": query, "train": train, **asked})
+        look_together(self.setup, train, query)
         if out is None:
             for name, given in (("resume=True", resume), (f"key={key!r}", key is not None)):
                 if given:
@@ -448,6 +468,7 @@ class Influence:
         check_k(k, count(train, self.passes.batch_size))
         asked = dict(k=k, largest=largest, certainty=certainty)
         compare_setups(self.setup, "top", {"query": query, "train": train, **asked})
+        look_together(self.setup, train, query)
         if self.setup.kept is None:
             return find_top(self.fitted, query, train, k, largest)
         spread = certainty > 0
@@ -470,24 +491,42 @@ class Influence:
         self._check_spread("self_influence", "spread=True", spread)
         (train,) = self._ready().walk(train)
         compare_setups(self.setup, "self_influence", {"train": train})
+        look_together(self.setup, train)
         if self.setup.kept is None:
             return compute_self_influence(self.fitted, train)
         averaged = average_self_influence(self.fitted, train, spread)
         return (averaged.values[""], averaged.errors[""]) if averaged.errors is not None else averaged.values[""]
 
-    def state_dict(self) -> dict[str, Tensor]:
+    @together
+    def state_dict(self, *, rank: int | None = None) -> dict[str, Tensor]:
         """All that `fit` learned, as tensors: safetensors or torch.save keep it.
 
-        `CG` and `LiSSA` learn nothing that could be kept: they have to be fitted again.
+        `CG` and `LiSSA` learn nothing that could be kept: they have to be fitted again. Of several ranks all call it.
+
+        Args:
+            rank: the one that gets it, of several; the others get {}. Default all.
         """
-        return self.fitted.state_dict()
+        if rank is not None and not (isinstance(rank, int) and 0 <= rank < self.ranks.world):
+            raise ValueError(f"state_dict: rank must be None or in [0, {self.ranks.world}), got {rank!r}")
+        return state_of(self.fitted, rank)
+
+    @together
+    def gather(self) -> Influence:
+        """Brings all that was fitted to every rank, as `replicate=True` would have kept it; returns itself.
+
+        All ranks call it. After it each can work alone with what it has: build an index, pickle, look at `curvature`.
+        Without ranks, and where everything is everywhere, nothing happens.
+        """
+        self._fitted = gather(self.fitted)
+        return self
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> Influence:
         """Takes what `state_dict` gave an Influence of the same model and arguments.
 
         Raises ValueError for a state of other blocks, weights, checkpoints or estimators (damping may differ), and
         of another loss: functions are told by what they do, read and close over. A state without its entry "fit" is not
-        asked for that. Where a function cannot be told from another, a warning says so.
+        asked for that. Where a function cannot be told from another, a warning says so. Of several ranks each loads the
+        same state and keeps its share.
         """
         described = state.get("blocks")
         if self._fitted is None and described is not None and not self.setup.describes(described):
@@ -500,7 +539,8 @@ class Influence:
 
     def __getstate__(self) -> dict[str, Any]:
         """Arguments, model included, and what `state_dict` keeps; data are not. Raises PicklingError for functions and
-        models that pickle cannot take, and ValueError where the weights changed since the fit."""
+        models that pickle cannot take, and ValueError where the weights changed since the fit. Ranks that keep the
+        curvature for one another pickle, and copy, together."""
         kept = self._kept()
         for name in ("loss", "measurement", "curvature", "model"):
             check_picklable(f"Influence: {name}", kept["arguments"][name])
@@ -508,6 +548,7 @@ class Influence:
 
     def _kept(self) -> dict[str, Any]:
         setup, fitted = self.setup, self._fitted
+        refuse_sharded(setup.model, "Influence: a copy or a pickle (keep state_dict(), which another Influence loads)")
         if fitted is not None:
             fitted.check_weights()
         return {
@@ -517,7 +558,7 @@ class Influence:
                 "networks": setup.networks, "checkpoints": None if setup.networks else setup.checkpoints,
                 **self._arguments,
             },
-            "state": None if fitted is None else fitted.state_dict(),
+            "state": None if fitted is None else self.state_dict() if fitted.divided else fitted.state_dict(),
             "subset": self.subset,
             "bound": self.bound,
             "low_rank_error": self.low_rank_error,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastif.influence import owners
 from fastif.influence.fitted import Fitted
 from fastif.influence.scoring import share_of
 from fastif.ranks import ALONE
@@ -25,12 +26,12 @@ def move_parameters(fitted: Fitted, batch: Any) -> dict[str, Tensor]:
     for checkpoint, curvature in fitted.at_checkpoints():
         sums: dict[str, Tensor] = {}
         with fitted.passes.running(checkpoint):
-            for _, _, gradients in () if mine is None else fitted.passes.gradients(mine, "on_parameters"):
+            for _, _, gradients in fitted.passes.gradients(mine, "on_parameters"):
                 for name, g in gradients.items():
                     part = g.sum(torch.ones(len(g), device=fitted.setup.device))
                     sums[name] = sums[name].add_(part) if name in sums else part
-            sums = ranks.sum_each("gradients", sums, lambda _: None, fitted.passes.device)
-            for name, moved in curvature.solve(sums).items():
+            sums = ranks.sum_each("gradients", sums, owners.owner_of_block(curvature).get, fitted.passes.device)
+            for name, moved in owners.solve(curvature, sums, fitted.setup).items():
                 moved = moved.div_(-len(fitted.curvatures))
                 total[name] = total[name].add_(moved) if name in total else moved
     return _by_parameter(fitted, total)
@@ -52,7 +53,7 @@ def solve(fitted: Fitted, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for checkpoint, curvature in fitted.at_checkpoints():
         with fitted.passes.running(checkpoint):
             matrices = {name: block.matrix(values) for name, block in capture.blocks.items()}
-            for name, solved in curvature.solve(matrices).items():
+            for name, solved in owners.solve(curvature, matrices, fitted.setup).items():
                 solved = solved / len(fitted.curvatures)
                 total[name] = total[name].add_(solved) if name in total else solved
     return _by_parameter(fitted, total)
@@ -72,6 +73,6 @@ def _by_parameter(fitted: Fitted, matrices: Mapping[str, Tensor]) -> dict[str, T
     for name, matrix in matrices.items():
         for parameter, rows, value in fitted.capture.blocks[name].split(matrix):
             if parameter not in found:
-                found[parameter] = torch.zeros_like(parameter, requires_grad=False)
+                found[parameter] = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             found[parameter][rows] += value
     return {name: found[p].detach() for p, name in fitted.capture.names.items() if p in found}

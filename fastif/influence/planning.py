@@ -10,11 +10,11 @@ import math
 from collections import Counter
 from typing import Any, NamedTuple
 
-from fastif.curvature.protocol import STANDING, Cost, Products
+from fastif.curvature.protocol import STANDING, BlockWork, Cost, Products
 from fastif.data.batches import Walked, walked
 from fastif.influence.fitted import Setup
 from fastif.influence.queries import MADE, query_bytes_of
-from fastif.influence.rank_plans import PartWork, RankPlan, plan_ranks
+from fastif.influence.rank_plans import Asked, PartWork, RankPlan, plan_ranks
 from fastif.influence.rehearsal import Rehearsal, rehearse, rehearse_scores
 from fastif.model.calls import dtype_of
 from fastif.model.losses import Fisher
@@ -93,27 +93,44 @@ def make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | No
     made, seen = _make_plan(setup, train, query, low_rank)
     if ranks is None:
         return made
+    states, item = len(setup.states), dtype_of(setup.model).itemsize
+
+    def kept(name: str) -> int:
+        """Bytes of a query's preconditioned gradient, as ranks send it."""
+        g, o, d = seen.blocks[name].shape
+        return item * (g * o * d if low_rank is None else g * min(low_rank, o, d) * (o + d))
+
+    def arriving(block: BlockWork) -> int:
+        """Bytes of a query's gradient in its smaller form."""
+        (g, o, d), t = block.shape, block.positions
+        return min(item * block.size, t * (item * d + 8) if block.table else g * t * item * (o + d))
+
     works = {
         names: PartWork(
             names,
             seen.costs[names],
             part.products(made.n),
             part.exchanged({name: seen.blocks[name] for name in names}, seen.works[names]),
-            sum(seen.blocks[name].size for name in names) * dtype_of(setup.model).itemsize,
+            sum(seen.blocks[name].size for name in names) * item,
+            sum(arriving(seen.blocks[name]) for name in names),
+            sum(kept(name) for name in names),
+            seen.products[names].fit_bytes or 0,
         )
         for names, part in setup.estimators.parts.items()
     }
-    states, item = len(setup.states), dtype_of(setup.model).itemsize
     own = sum(cost.operations for cost in seen.costs.values())
-    passes = max(1, setup.estimators.passes)
-    planned = plan_ranks(ranks, train, works, passes, states, made.fit_flops / states - own)
-    of_ranks = []
-    for one in planned:
-        beside = None if made.fit_bytes is None else made.fit_bytes + (one.fit_bytes or 0)
-        sent = (ranks - 1) * made.q * one.examples * item
-        received = made.q * (made.n - one.examples) * item
-        of_ranks.append(one._replace(fit_bytes=beside, score_sent=sent, score_received=received))
-    return made._replace(ranks=tuple(of_ranks))
+    passes, streamed = max(1, setup.estimators.passes), _streamed(seen)
+    flops, memory, replicate = made.fit_flops / states - own, setup.memory, setup.replicate
+    asked = Asked(ranks, passes, states, flops, streamed, made.q, item, memory, replicate)
+    return made._replace(ranks=tuple(plan_ranks(train, works, asked)))
+
+
+def _streamed(seen: Rehearsal) -> int | None:
+    """Peak bytes of the passes of a fit, in which all that the estimators learn is there; None where nothing counts."""
+    if seen.first_pass is None:
+        return None
+    held = sum(cost.held for cost in seen.costs.values())
+    return max(seen.first_pass, held + seen.second_pass if seen.second_pass else 0) + seen.batch_bytes
 
 
 def _make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | None) -> tuple[Plan, Rehearsal]:
@@ -139,9 +156,8 @@ def _make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | N
             held = states * cost.held * block.size // size
             layers[name] = LayerPlan(block.shape, block.positions, kind, held, fisher)
     fit_bytes = None
-    if seen.first_pass is not None:
-        second = total.held + seen.second_pass if seen.second_pass else 0
-        streamed = max(seen.first_pass, second) + seen.batch_bytes
+    streamed = _streamed(seen)
+    if streamed is not None:
         fit_bytes = int(max(streamed, total.held + making)) + (states - 1) * total.held
     parts = setup.estimators.parts.values()
     multiplying = {type(part.given).__name__ for part in parts if part.products(n) != Products()}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fastif.curvature.protocol import Cost, Exchanged, Products
 from fastif.data.batches import Walked
 from fastif.data.dealing import deal
-from fastif.ranks import BUCKET, Ranks, divide
+from fastif.ranks import BUCKET, Ranks, divide, stretch
 
 
 class RankPlan(NamedTuple):
@@ -16,71 +16,139 @@ class RankPlan(NamedTuple):
 
     examples: int  # of the training data that it takes, in each pass
     passes: int  # of a fit, over them
-    owns: tuple[str, ...]  # layers whose eigenvectors it makes for all
-    curvature_bytes: int  # held after fit: all of it, on every rank
+    owns: tuple[str, ...]  # layers whose factors it makes, and keeps for all
+    curvature_bytes: int  # held after fit: of what it owns, and of what has no owner; all with replicate=True
     fit_bytes: int | None  # peak of fit, exchanges included; None as for `Plan`
     fit_flops: float
     fit_sent: int  # bytes
     fit_received: int
-    score_sent: int = 0  # of scores in memory; 0 without queries
+    score_sent: int = 0  # of scores in memory: queries and what they come to; 0 without queries
     score_received: int = 0
+    score_passes: int | None = None  # of scores over its training examples; None as for `Plan`
+    self_passes: int = 1  # of self_influence over them, with the factors that `memory` holds at a time
 
     def __str__(self) -> str:
         peak = "unknown" if self.fit_bytes is None else _mib(self.fit_bytes)
-        owns = f"; eigenvectors of {', '.join(self.owns)}" if self.owns else ""
+        owns = f"; owns {', '.join(self.owns)}" if self.owns else ""
         scores = f"; scores send {_mib(self.score_sent)}" if self.score_sent or self.score_received else ""
+        more = [(self.score_passes or 1, "scores"), (self.self_passes, "self-influence")]
+        again = "".join(f"; {number:,} passes of {what}" for number, what in more if number > 1)
         return (
-            f"{self.examples:,} examples in {self.passes} passes, {self.fit_flops / 1e9:.1f} GFLOP, peak {peak}, sends "
-            f"{_mib(self.fit_sent)} and receives {_mib(self.fit_received)}{scores}{owns}"
+            f"{self.examples:,} examples in {self.passes} passes, {self.fit_flops / 1e9:.1f} GFLOP, peak {peak}, "
+            f"of which {_mib(self.curvature_bytes)} stay, sends {_mib(self.fit_sent)} and receives "
+            f"{_mib(self.fit_received)}{scores}{again}{owns}"
         )
 
 
 class PartWork(NamedTuple):
-    """An estimator's part in a fit on ranks."""
+    """An estimator's part in a fit on ranks, and in solving for queries."""
 
     blocks: tuple[str, ...]
     cost: Cost
     products: Products
     exchanged: Exchanged
     vector: int  # bytes of a vector of its parameters
+    gradient: int  # bytes of a query's gradient, as it travels to an owner
+    solved: int  # bytes of it once it was solved for, as it travels from there and is kept
+    product_bytes: int  # peak of a product with the curvature
 
 
-def plan_ranks(
-    world: int, train: Walked, parts: Mapping[tuple[str, ...], PartWork], passes: int, states: int, flops: float
-) -> list[RankPlan]:
-    """By rank; flops: of the passes through the model and of products with the curvature, of all examples."""
+class Asked(NamedTuple):
+    """What a plan for ranks is asked about, beside its parts."""
+
+    world: int
+    passes: int  # of a fit
+    states: int  # checkpoints or networks
+    flops: float  # of the passes through the model and of products with the curvature, of all examples
+    streamed: int | None  # peak bytes of the passes of a fit
+    q: int  # queries
+    item: int  # bytes of a score
+    memory: int
+    replicate: bool
+
+
+Parts = Mapping[tuple[str, ...], PartWork]
+
+
+def plan_ranks(train: Walked, parts: Parts, asked: Asked) -> list[RankPlan]:
+    """By rank."""
+    world, states = asked.world, asked.states
     owners = divide({names: part.exchanged.ending for names, part in parts.items()}, world)
     total = sum((part.exchanged for part in parts.values()), start=Exchanged())
     multiplied = sum(int(part.products.fit) * part.products.together * part.vector for part in parts.values())
     everywhere = 2 * (world - 1) * (total.summed + multiplied) // world
     largest = max(max(part.exchanged.owned, part.exchanged.summed) for part in parts.values())
     buffers = 3 * max(largest, min(BUCKET, total.owned + total.summed)) if world > 1 else 0
-    held = states * sum(part.cost.held for part in parts.values())
     observing = sum(part.cost.operations - part.exchanged.ending for part in parts.values())
+    travels = world > 1 and not asked.replicate and bool(owners)
+    score_passes, self_passes = _passes(parts, asked) if travels else (None, 1)
     planned: list[RankPlan] = []
     for rank in range(world):
         examples = len(deal(train, Ranks.of(rank, world)))
         share = examples / train.n
         mine = [parts[names].exchanged for names, owner in owners.items() if owner == rank]
-        owned, made = sum(one.owned for one in mine), sum(one.made for one in mine)
+        owned, ending = sum(one.owned for one in mine), sum(one.ending for one in mine)
+        sent_back = [one.lent + (one.made if asked.replicate else 0) for one in (*mine, total)]
+        made, made_of_all = sum(sent_back[:-1]), sent_back[-1]
         kept = round(total.kept * share)
-        others = total.owned - owned
-        ending = sum(one.ending for one in mine)
-        sent = others + (world - 1) * (made + kept) + everywhere
-        received = (world - 1) * owned + total.made - made + total.kept - kept + everywhere
+        here = [part for names, part in parts.items() if asked.replicate or owners.get(names, rank) == rank]
+        held = sum(part.cost.held for part in here)
+        making = max((part.cost.making + part.product_bytes for part in here), default=0)
+        peak = None
+        if asked.streamed is not None:
+            peak = int(max(asked.streamed, held + making)) + (states - 1) * held + buffers
+        sent, received = (world - 1) * asked.q * examples, asked.q * (train.n - examples)
+        queries = _queries(rank, owners, parts, asked) if travels else (0, 0)
         planned.append(
             RankPlan(
                 examples,
-                passes,
+                asked.passes,
                 tuple(name for names, owner in owners.items() if owner == rank for name in names),
-                held,
-                buffers,
-                states * ((flops + observing) * share + ending),
-                states * sent,
-                states * received,
+                states * held,
+                peak,
+                states * ((asked.flops + observing) * share + ending),
+                states * (total.owned - owned + (world - 1) * (made + kept) + everywhere),
+                states * ((world - 1) * owned + made_of_all - made + total.kept - kept + everywhere),
+                sent * asked.item + states * queries[0],
+                received * asked.item + states * queries[1],
+                score_passes,
+                self_passes,
             )
         )
     return planned
+
+
+def _queries(rank: int, owners: Mapping[tuple[str, ...], int], parts: Parts, asked: Asked) -> tuple[int, int]:
+    """Bytes that a rank sends and receives of queries: gradients to owners, and to all what came of them."""
+    divided = not any(part.products.solve for part in parts.values())
+    mine = len(stretch(asked.q, rank, asked.world)) if divided else 0
+    sent = received = 0
+    for names, part in parts.items():
+        owner = owners.get(names)
+        if owner == rank:
+            sent += (asked.world - 1) * asked.q * part.solved
+            received += (asked.q - mine) * part.gradient if divided else 0
+        elif owner is not None:
+            sent += mine * part.gradient
+            received += asked.q * part.solved
+        elif divided:
+            sent += (asked.world - 1) * mine * part.solved
+            received += (asked.q - mine) * part.solved
+    return sent, received
+
+
+def _passes(parts: Parts, asked: Asked) -> tuple[int | None, int]:
+    """Over the training data: of scores, None without queries or where products are made, and of self-influence."""
+    each = sum(part.solved for part in parts.values())
+    multiplies = any(part.products.solve for part in parts.values())
+    held = max(asked.world, asked.memory // each)
+    turns = room = 0
+    for part in parts.values():
+        if part.exchanged.ending and (not turns or part.exchanged.made + part.exchanged.lent > room):
+            turns, room = turns + 1, asked.memory
+        room -= part.exchanged.made + part.exchanged.lent
+    states = asked.states
+    return None if multiplies or not asked.q else states * -(-asked.q // held), states * max(1, turns)
 
 
 def _mib(size: int) -> str:

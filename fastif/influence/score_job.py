@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from fastif.curvature.called import as_called
-from fastif.data.batches import as_loader, batch_lengths, walked
+from fastif.data.batches import Walked, as_loader, batch_length, batch_lengths, walked
 from fastif.data.dealing import Part
+from fastif.data.parts import Parts
 from fastif.fingerprints import VERSIONS, described, described_model, fingerprint
 from fastif.influence.fitted import Fitted, Setup
+from fastif.influence.owners import Reported
 from fastif.influence.queries import query_bytes
 from fastif.influence.score_folder import MANIFEST, ScoreFolder, write_manifest
 from fastif.influence.scoring import make_tiles
 from fastif.influence.shared_folder import held, note_error, share_of_all
+from fastif.influence.states import gather, values_of_state
 from fastif.influence.tiles import By, Tile, check_groups, check_one_length, check_positions
 from fastif.journal import refuse_differences
 from fastif.model.calls import dtype_of
@@ -41,14 +44,22 @@ def write_scores(
     low_rank: int | None = None,
     by: By = "all",
     key: str | None = None,
+    matrices: bool | None = None,
 ) -> ScoreFolder:
-    """Computes what is missing of the scores in `folder`; `Influence.scores` documents it."""
+    """Computes what is missing of the scores in `folder`; `Influence.scores` documents it.
+
+    matrices: as `holds_matrices` has it, where the folder is part of another job.
+    """
     for data in (query, train):
         if isinstance(data, Iterator):
             raise ValueError("scores: out= walks through the data more than once, got an iterator; pass a list")
     query, train = fitted.walk(query, train)
-    settings = settings_of(fitted, query, train, query_groups, low_rank, by, key)
     folder = Path(folder)
+    if matrices is None:
+        matrices = holds_matrices(fitted, folder, query_groups, low_rank, by)
+    if fitted.divided and matrices is False:
+        fitted = gather(fitted)
+    settings = settings_of(fitted, query, train, query_groups, low_rank, by, key, bool(matrices))
     folder.mkdir(parents=True, exist_ok=True)
     ranks = fitted.setup.ranks
     ranks.compare("scores", settings)
@@ -56,12 +67,29 @@ def write_scores(
         scores = open_folder(folder, settings, resume, ranks)
         checkpoints, batch_size = len(fitted.curvatures), fitted.passes.batch_size
         for rows, missing in find_missing([scores], ranks):
-            for columns in _share_of(missing, fitted):
+            for columns in _share_of(missing, fitted, train):
                 mine = query if query_groups is not None else Part(query, batch_size, [rows])
                 part = Part(train, batch_size, columns) if columns else None
-                tiles = make_tiles(fitted, mine, part, query_groups, low_rank, by)
+                how = dict(matrices=bool(matrices), whole=True)
+                tiles = make_tiles(fitted, mine, part, query_groups, low_rank, by, **how)
                 _write_tiles(scores, tiles, rows, columns, checkpoints, ranks)
     return scores if ranks.world == 1 else ScoreFolder(folder)
+
+
+def holds_matrices(
+    fitted: Fitted, folder: Path, query_groups: Tensor | None, low_rank: int | None, by: By
+) -> bool | None:
+    """Whether a job holds queries as matrices where it could hold some in factors; None where it could not.
+
+    Ranks that keep the curvature for one another do. A job that was begun goes on as it was begun, on any number of
+    ranks, since products with factors round otherwise: ranks then bring all factors together for a job of one process.
+    """
+    if query_groups is not None or low_rank is not None or by == "token":
+        return None
+    ranks = fitted.setup.ranks
+    begun = ScoreFolder(folder).settings if ranks.rank == 0 and (folder / MANIFEST).exists() else None
+    found = ranks.meet("how queries are held", None if begun is None else begun.get("queries") == "matrices")[0]
+    return fitted.divided if found is None else found
 
 
 def find_missing(scores: Sequence[ScoreFolder], ranks: Ranks) -> Iterator[tuple[range, list[range]]]:
@@ -81,17 +109,21 @@ def find_missing(scores: Sequence[ScoreFolder], ranks: Ranks) -> Iterator[tuple[
     yield from zip(first.row_runs, ranks.meet("what is missing", found)[0], strict=True)
 
 
-def _share_of(missing: list[range], fitted: Fitted) -> list[list[range]]:
+def _share_of(missing: list[range], fitted: Fitted, train: Walked) -> list[list[range]]:
     """The runs that this rank computes at a time.
 
     All checkpoints are in a block before the next one begins; with one alone, the queries are seen to once. Where
-    solving for queries takes all ranks, those that have nothing to compute take part for as often as the others.
+    solving for queries, or a pass through the model, takes all ranks, those that have nothing to compute take part for
+    as often as the others.
     """
     ranks, alone = fitted.setup.ranks, len(fitted.curvatures) == 1
     by_rank = [share_of_all(missing, ranks, rank) for rank in range(ranks.world)]
+    if isinstance(train, Parts):  # a run of columns is of one rank's examples, which no other has
+        by_rank = [[run for run in missing if run.start in train.part_of(rank)] for rank in range(ranks.world)]
     turns = [[[*mine]] if alone and mine else [[run] for run in mine] for mine in by_rank]
     own = turns[ranks.rank]
-    most = max(map(len, turns)) if fitted.setup.estimators.needs_data else len(own)
+    together = fitted.setup.estimators.needs_data or fitted.divided or fitted.passes.sharding is not None
+    most = max(map(len, turns)) if together else len(own)
     return own + [[]] * (most - len(own))
 
 
@@ -161,14 +193,21 @@ def write_block(
 
 
 def settings_of(
-    fitted: Fitted, query: Any, train: Any, query_groups: Tensor | None, low_rank: int | None, by: By, key: str | None
+    fitted: Fitted,
+    query: Any,
+    train: Any,
+    query_groups: Tensor | None,
+    low_rank: int | None,
+    by: By,
+    key: str | None,
+    matrices: bool,
 ) -> dict[str, Any]:
     """All that determines the scores' bits; of the data, their identity."""
     setup, passes = fitted.setup, fitted.passes
     parts = [*fitted.capture.blocks] if by == "layer" else _positions(fitted, train) if by == "token" else None
     item = dtype_of(passes.model).itemsize
     lengths = [batch_lengths(data, passes.batch_size) for data in (query, train)]
-    each = query_bytes(fitted, query, low_rank, by)
+    each = query_bytes(setup, query, low_rank, matrices or by == "token")
     if parts is not None:  # the bytes of a score are those of all its parts
         item *= parts if isinstance(parts, int) else len(parts)
     widest, height = max(lengths[1]), sum(lengths[0])
@@ -184,19 +223,30 @@ def settings_of(
         "q": sum(lengths[0]),
         "n": sum(lengths[1]),
         **fit_settings(setup, train, key),
+        **({"queries": "matrices"} if matrices else {}),  # where they could be held in factors
         **ranks,  # among which the products of a solve are divided, which round as they add them up
         "measurement": described(setup.measurement, "measurement", key),
         "rank": low_rank,
         "by": None if by == "all" else by,
         "parts": parts,
         "query groups": None if query_groups is None else fingerprint([query_groups]),
-        "curvature state": fingerprint((*fitted.state_dict().values(), *needed)),
+        "curvature state": fingerprint(chain(values_of_state(fitted), needed)),
         "choices": _choices(fitted),
         "memory": fitted.memory,
         "query": walked(query, passes.batch_size).identity.fingerprint,
         "rows": [*range(0, height, rows), height],
-        "columns": borders_of(lengths[1], max(widest, BLOCK_BYTES // (rows * item))),
+        "columns": _columns(train, lengths[1], max(widest, BLOCK_BYTES // (rows * item))),
     }
+
+
+def _columns(train: Any, lengths: list[int], most: int) -> list[int]:
+    """Borders of the columns' runs; of data in parts none lies in two."""
+    if not isinstance(train, Parts):
+        return borders_of(lengths, most)
+    borders = [0]
+    for own in train.by_rank:
+        borders += [borders[-1] + border for border in borders_of(own, most)[1:] if border]
+    return borders
 
 
 def fit_settings(setup: Setup, train: Any, key: str | None = None) -> dict[str, Any]:
@@ -233,15 +283,21 @@ def _choices(fitted: Fitted) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     for number, curvature in enumerate(fitted.curvatures):
         for name, estimator in curvature.by_block.items():
-            if estimator.choices():
+            if not isinstance(estimator, Reported) and estimator.choices():
                 chosen[f"{number}/{name}"] = estimator.choices()
+    if fitted.divided:
+        told = fitted.setup.ranks.meet("what estimators chose", chosen)
+        chosen = {key: one for theirs in told for key, one in sorted(theirs.items())}
     return chosen
 
 
 def _positions(fitted: Fitted, train: Any) -> int:
     """Of the first batch; at others', if they have another number, `check_one_length` raises."""
     checkpoint, _ = fitted.at_checkpoints()[0]
-    batch = next(iter(as_loader(train, fitted.passes.batch_size)))
+    if isinstance(train, Parts):
+        batch = train.first(torch.arange(train.n), lambda x, _: torch.arange(batch_length(x)))
+    else:
+        batch = next(iter(as_loader(train, fitted.passes.batch_size)))
     with fitted.passes.running(checkpoint):
         (_, _, gradients), *_ = fitted.passes.gradients([batch], None)
     return check_positions({name: g.positions for name, g in gradients.items()})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -12,8 +12,11 @@ from torch import Tensor
 from fastif.curvature.directions import Directions, Explicit
 from fastif.data.batches import count, walked
 from fastif.data.dealing import Part, deal
+from fastif.data.loaders import needs_all
+from fastif.data.parts import Parts
 from fastif.influence.fitted import Fitted
-from fastif.influence.queries import query_blocks
+from fastif.influence.queries import query_blocks, shared_query_blocks
+from fastif.influence.states import in_turn
 from fastif.influence.tiles import By, Tile, best_of, check_groups, check_one_length, check_positions, merge_best
 from fastif.model.gradients import Gradients
 from fastif.ranks import ALONE, Ranks
@@ -34,11 +37,15 @@ def make_tiles(
     low_rank: int | None = None,
     by: By = "all",
     first_train: int = 0,
+    matrices: bool = False,
+    whole: bool = False,
 ) -> Generator[Tile]:
     """Rectangles of the scores: queries of a block × training examples of a batch.
 
     train: None for a rank that takes none, which takes part in solving for the queries all the same.
     first_train: the index of the first example of `train`.
+    matrices: hold queries as matrices in any case, as ranks do that keep the curvature for one another.
+    whole: for these, see `shared_query_blocks`.
     """
     if low_rank is not None and low_rank < 1:
         raise ValueError(f"scores: low_rank must be at least 1, got {low_rank}")
@@ -47,9 +54,15 @@ def make_tiles(
     total = count(query, passes.batch_size) if query_groups is None else int(query_groups.max()) + 1
     for checkpoint, curvature in checkpoints:
         with passes.running(checkpoint):
-            for first, held in query_blocks(fitted, query, total, curvature, query_groups, low_rank, by == "token"):
+            if curvature.owners:
+                blocks = shared_query_blocks(fitted, query, curvature, query_groups, low_rank, whole)
+            else:
+                explicit = matrices or by == "token"
+                made = query_blocks(fitted, query, total, curvature, query_groups, low_rank, explicit)
+                blocks = (([range(first, first + len_of_all(held))], held) for first, held in made)
+            for runs, held in blocks:
                 low_rank_error = max(part.error for parts in held.values() for part in parts)
-                batches = () if train is None else passes.gradients(train, _of_queries(first, held, total))
+                batches = passes.gradients(train, _of_queries(runs, total))
                 for start, _, gradients in batches:
                     parts = {}
                     for name, g in gradients.items():
@@ -58,15 +71,27 @@ def make_tiles(
                     if by == "token":
                         check_positions({name: g.positions for name, g in gradients.items()})
                     del gradients  # before those of the next batch come
-                    start += first_train
-                    yield Tile(first, start, parts if by == "layer" else {"": _add_up(parts.values())}, low_rank_error)
+                    start, values = start + first_train, parts if by == "layer" else {"": _add_up(parts.values())}
+                    row = 0
+                    for run in runs:
+                        of_run = {name: part[row : row + len(run)] for name, part in values.items()}
+                        yield Tile(run.start, start, of_run, low_rank_error)
+                        row += len(run)
+                    del parts, values
                 held.clear()  # before the next queries are held
 
 
-def _of_queries(first: int, held: Mapping[str, list[Directions]], total: int) -> str:
+def len_of_all(held: Mapping[str, list[Directions]]) -> int:
+    """Queries."""
+    return sum(map(len, next(iter(held.values())))) if held else 0
+
+
+def _of_queries(runs: Sequence[range], total: int) -> str:
     """What a pass over the training data is for, to be shown."""
-    rows = sum(map(len, next(iter(held.values()))))
-    return "scores" if rows == total else f"scores, queries {first + 1:,} to {first + rows:,} of {total:,}"
+    if sum(map(len, runs)) == total:
+        return "scores"
+    told = ", ".join(f"{run.start + 1:,} to {run.stop:,}" for run in runs)
+    return f"scores, queries {told} of {total:,}"
 
 
 def compute_scores(
@@ -168,13 +193,16 @@ def compute_self_influence(fitted: Fitted, train: Any) -> Tensor:
     total = None
     ranks, (mine, _) = fitted.setup.ranks, share_of(fitted, train)
     if fitted.setup.estimators.needs_data:  # all ranks multiply for all examples, each with the curvature of its own
+        if isinstance(train, Parts):
+            raise ValueError(needs_all("self_influence: a curvature that multiplies with the data for every solve"))
         ranks, mine = ALONE, train
     for checkpoint, curvature in fitted.at_checkpoints():
-        with fitted.passes.running(checkpoint):
-            batches = () if mine is None else fitted.passes.gradients(mine, "self-influence")
-            parts = [curvature.sq_norms(gradients).cpu() for _, _, gradients in batches]
-        own = torch.cat(parts) if parts else None
-        total = own if total is None or own is None else total + own
+        for here in in_turn(curvature, fitted.setup):
+            with fitted.passes.running(checkpoint):
+                batches = fitted.passes.gradients(mine, "self-influence")
+                parts = [here.sq_norms(gradients).cpu() for _, _, gradients in batches]
+            own = torch.cat(parts) if parts else None
+            total = own if total is None or own is None else total + own
     if ranks.world > 1:
         device = fitted.passes.device
         total = ranks.join("self-influence", None if total is None else total.to(device), device).cpu()

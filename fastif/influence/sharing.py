@@ -1,4 +1,4 @@
-"""What several ranks share of a fit: what each was given, what a pass has added up, and where drawn numbers begin."""
+"""What several ranks share of a fit: what each was given, and where drawn numbers begin."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from torch import Generator, Tensor
 
 from fastif.curvature.called import as_called
-from fastif.curvature.network import NetworkCurvature
 from fastif.data.batches import Walked
 from fastif.data.dealing import tell_data
+from fastif.data.loaders import needs_all
+from fastif.data.parts import Parts
 from fastif.fingerprints import VERSIONS, fingerprint, tensors_in
 from fastif.influence.fitted import Setup, checksums_of_state
 from fastif.model.losses import Fisher, count_draws, skip_draws
-from fastif.ranks import Ranks, divide
+from fastif.ranks import Ranks
 
 
 def compare_setups(setup: Setup, op: str, arguments: Mapping[str, Any]) -> None:
@@ -37,6 +38,7 @@ def compare_setups(setup: Setup, op: str, arguments: Mapping[str, Any]) -> None:
             "curvature": {name: as_called(one) for name, one in setup.estimators.by_block.items()},
             "batch_size": passes.batch_size,
             "memory": setup.memory,
+            "replicate": setup.replicate,
             "autocast": str(passes.autocast),
             "seed": setup.seed,
             "layers": list(setup.capture.blocks),
@@ -46,53 +48,14 @@ def compare_setups(setup: Setup, op: str, arguments: Mapping[str, Any]) -> None:
         }
     )
     for name, value in arguments.items():
+        if isinstance(value, Parts) and name == "query":
+            raise ValueError(needs_all(f"{op}: query="))
         if isinstance(value, Walked):
             told.update({f"{part} of {name}=": what for part, what in tell_data(value, ranks).items()})
         else:
             tensors = fingerprint(tensors_in(value))
             told[f"{name}="] = tensors if isinstance(value, Tensor | tuple | Mapping) else (repr(value), tensors)
     ranks.compare(op, told)
-
-
-def end_pass(ended: NetworkCurvature, pass_index: int, ranks: Ranks, device: torch.device) -> None:
-    """Ends a pass of estimators.
-
-    What an estimator has added up travels to one rank where ending the pass is worth it, which sends the others what it
-    made; those that take the most operations are dealt out first. Everything else travels to all ranks.
-    """
-    if ranks.world == 1:
-        ended.end(pass_index)
-        return
-    looked = {names: part for names, part in ended.parts.items() if pass_index < part.passes}
-    sums = {(names, key): value for names, part in looked.items() for key, value in part.sums(pass_index).items()}
-    endings = ranks.meet("who ends what", [part.ending(pass_index) for part in looked.values()])
-    owners = divide(dict(zip(looked, map(max, *endings), strict=True)), ranks.world)
-    summed = ranks.sum_each(f"the sums of pass {pass_index + 1}", sums, lambda name: owners.get(name[0]), device)
-    del sums
-    kept = {(names, key): value for names, part in looked.items() for key, value in part.kept(pass_index).items()}
-    of_ranks = ranks.gather(f"what pass {pass_index + 1} kept", kept, device)
-    del kept
-    for names, part in looked.items():
-        if owners.get(names, ranks.rank) == ranks.rank:
-            part.take_sums(pass_index, _of(names, summed))
-        part.take_kept(pass_index, [_of(names, theirs) for theirs in of_ranks])
-    del summed, of_ranks
-    made: dict[Any, Tensor] = {}
-    for names, owner in owners.items():
-        if owner == ranks.rank:
-            looked[names].end(pass_index)
-            made.update({(names, key): value for key, value in looked[names].made(pass_index).items()})
-    for rank, theirs in enumerate(ranks.gather(f"what was made of pass {pass_index + 1}", made, device)):
-        for names, owner in owners.items():
-            if owner == rank != ranks.rank:
-                looked[names].take_made(pass_index, _of(names, theirs))
-    for names, part in ended.parts.items():
-        if names not in owners:
-            part.end(pass_index)
-
-
-def _of(names: tuple[str, ...], named: Mapping[Any, Tensor]) -> dict[str, Tensor]:
-    return {key: value for (own, key), value in named.items() if own == names}
 
 
 class Draws:

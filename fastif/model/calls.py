@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastif.data.batch import Arguments, whole
+from fastif.sharded import is_part
 
 
 @contextmanager
@@ -18,6 +19,8 @@ def placed(model: nn.Module, device: torch.device, op: str) -> Iterator[None]:
     """The model on `device`, and afterwards where it was. Raises ValueError for one that would have to be gathered."""
     homes = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     moved = device not in homes
+    if moved and any(map(is_part, model.parameters())):
+        raise ValueError(f"{op}: the model is sharded, and stays on {', '.join(map(str, homes))}: device={device}")
     if moved and len(homes) > 1:
         places = ", ".join(sorted(map(str, homes)))
         raise ValueError(f"{op}: the model is spread over {places} and cannot be moved to {device}")
@@ -86,17 +89,6 @@ def _taken(kind: type[nn.Module], keys: tuple[str, ...], types: tuple[type, ...]
     if tensors:
         warnings.warn(f"{kind.__name__}.forward takes no {', '.join(tensors)}: left out of the batches", stacklevel=5)
     return tuple(key for key in keys if key != "labels" and key not in left_out)
-
-
-def check_whole(model: nn.Module) -> None:
-    """Raises ValueError for parameters of which this process has only a part."""
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "full_tensor"):  # torch's DTensor, whose module is not imported for its name alone
-            raise ValueError(
-                f"capture: parameter {name!r} is a DTensor, of which each rank has a part (fully_shard, tensor "
-                "parallel), and whole parameters are needed: build the model again and load into it what "
-                "torch.distributed.checkpoint.state_dict.get_model_state_dict gives with full_state_dict=True"
-            )
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastif.data.batches import batch_length
-from fastif.model.calls import call, check_whole
+from fastif.model.calls import call
 from fastif.model.forward import Forward, Seen, Sight
 from fastif.model.inner import inner_forward
 from fastif.model.layers import (
@@ -29,6 +29,7 @@ from fastif.model.layers import (
     overrides,
 )
 from fastif.model.selection import LEFT_OUT, Selection
+from fastif.sharded import Sharding, refuse_sharded
 
 NEVER_CALLED = "never called in the forward pass: its gradient is zero"
 
@@ -47,6 +48,7 @@ class Capture:
             "encoder.*"),
             whether they require gradients or not. A pattern that begins with "!" leaves out what it matches:
             ("*", "!head") is all but the head.
+        sharding: of a model whose parameters ranks hold in parts (`fastif.sharded`); it is refused without.
 
     Raises ValueError for a pattern that names no layer and for a model without any parameter to cover.
 
@@ -55,9 +57,10 @@ class Capture:
     {'0': (1, 3, 5), '2': (1, 2, 3)}
     """
 
-    def __init__(self, model: nn.Module, layers: str | Sequence[str] | None = None):
-        self.model = model
-        check_whole(model)
+    def __init__(self, model: nn.Module, layers: str | Sequence[str] | None = None, sharding: Sharding | None = None):
+        self.model, self.sharding = model, sharding
+        if sharding is None:
+            refuse_sharded(model, "capture")
         self.names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.blocks: dict[str, Block] = {}
         self.skipped: dict[str, str] = {}  # parameters that no block covers, and why
@@ -66,7 +69,7 @@ class Capture:
         self.inner: set[str] = set()  # of them, those that are read by the operation inside them
         self.uncalled: set[str] = set()  # modules left out because the first batch did not call them
         self.kept: set[str] = set()  # modules that were among these once, and were called after all
-        self.sight = Sight()
+        self.sight = self.first_sight()
         self.checked = 0  # examples that `check.settle` saw
         self.fixed = False  # whether a curvature was made of these blocks: they may not change any more
         self.called: set[str] = set()  # modules that ran
@@ -74,8 +77,12 @@ class Capture:
         self._without_graph: set[str] = set()
         self._attached, self._undo = False, ExitStack()
         self.batch: int | None = None  # its number, for messages
-        self._n = 0
+        self._n, self._came_late = 0, list[LateLayer]()
         self._discover()
+
+    def first_sight(self) -> Sight:
+        """Before anything was seen. What takes all examples at once does not know how torch gathers layers."""
+        return Sight(batched=self.sharding is None)
 
     @property
     def covered(self) -> dict[str, tuple[int, ...]]:
@@ -263,6 +270,9 @@ class Capture:
         undo = self._undo
         self._hook(undo)
         used = self.used
+        if self.sharding is not None:
+            self.sharding.reshard()
+            self.sharding.hook(undo)
         for parameter in self.model.parameters():  # no graph is built below the first covered layer
             undo.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(parameter in used)
@@ -289,12 +299,18 @@ class Capture:
         """Runs the model on a batch: its one argument, or a mapping of keyword arguments."""
         if not self._attached:
             raise RuntimeError("capture: forward needs the hooks; call it within `with capture.attached():`")
+        if self.sharding is not None:
+            self.sharding.begin("forward")
         self._n, self._recording = batch_length(x), {}
+        self._came_late.clear()
+        passing = nullcontext() if self.sharding is None else self.sharding.passing("forward")
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), passing:
                 outputs = call(self.model, x)
+            if self._came_late:
+                raise self._came_late[0]
             mask = self._mask_in(x)
-            return Forward(outputs, self._n, self.blocks, self._recording, self.sight, mask, self.batch)
+            return Forward(outputs, self._n, self.blocks, self._recording, self.sight, mask, self.batch, self.sharding)
         finally:
             self._recording = None  # what checkpointed layers run again in the backward pass is not a new use
 
@@ -364,10 +380,13 @@ class Capture:
         def hook(*_: Any) -> None:
             if self._recording is not None:
                 where = "this batch" if self.batch is None else f"batch {self.batch}"
-                raise LateLayer(
+                late = LateLayer(
                     name,
                     f"capture: layer {name!r} is called in {where} and was not in the first examples",
                 )
+                if self.sharding is None:
+                    raise late
+                self._came_late.append(late)  # other ranks wait for the layers behind it
 
         return hook
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastif.data.batches import batch_length, rows_of
 from fastif.model.calls import call
 from fastif.model.capture import NEVER_CALLED, Capture
-from fastif.model.forward import READINGS, Forward, Pair, Sight, grad
+from fastif.model.forward import READINGS, Forward, Pair, grad
 from fastif.model.gradients import Gradients
 from fastif.model.layers import Block, affine_block
 
@@ -50,7 +50,7 @@ class _Check:
 
     def settled(self) -> Forward:
         capture, before = self.capture, dict(self.capture.blocks)
-        capture.sight, capture.uncalled = Sight(), set()
+        capture.sight, capture.uncalled = capture.first_sight(), set()
         self._look()
         self._drop_uncalled()
         self._share()
@@ -107,14 +107,21 @@ class _Check:
             return complete
 
         with ExitStack() as undo:
-            for parameter in parameters:
-                undo.callback(parameter.register_hook(visiting(parameter)).remove)
-            grad(loss, parameters, None, keep=not self.alone)
+            whole = self._whole(parameters)
+            for parameter, of_passes in zip(parameters, whole, strict=True):
+                undo.callback(of_passes.register_hook(visiting(parameter)).remove)
+            grad(loss, whole, None, keep=not self.alone)
+
+    def _whole(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Parameters as the last forward pass had them: of a sharded model this rank holds parts."""
+        sharding = self.capture.sharding
+        return parameters if sharding is None else sharding.whole(parameters)
 
     def _truths(self, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Example by example: autograd's gradients of its loss."""
         for i in range(self.n):
-            yield gradients_of(self._loss_alone(i) if self.alone else self.losses[i], parameters)
+            loss = self._loss_alone(i) if self.alone else self.losses[i]
+            yield gradients_of(loss, self._whole(parameters))
 
     def _loss_alone(self, i: int) -> Tensor:
         """Of example i by itself; twice over where the model takes no batch of one."""
@@ -194,7 +201,7 @@ class _Check:
         for name in failing:
             parameters = self.capture.blocks[name].parameters
             for i, alone in enumerate(self._truths(parameters)):
-                beside = gradients_of(self.losses[i], parameters)
+                beside = gradients_of(self.losses[i], self._whole(parameters))
                 off = math.hypot(*(float((a - b).norm()) for a, b in zip(alone, beside, strict=True)))
                 size = math.hypot(*(float(g.norm()) for g in alone))
                 if off > (0.3 if self.short else _AGREE) * size + self.noise:
@@ -229,7 +236,7 @@ class _Check:
                 )
                 continue
             modules = {source: capture.module_of(source) for source in unseen}
-            found = grad(self.losses.sum(), block.parameters, None, keep=True)
+            found = grad(self.losses.sum(), self._whole(block.parameters), None, keep=True)
             if not uses and any(g is not None for g in found):  # read by another module
                 self._loosen([name], "another layer uses it")
                 continue

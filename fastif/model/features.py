@@ -4,7 +4,7 @@ They are all that the samplers need, and all that the curvature of the last laye
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from fastif.data.batches import as_loader, batch_length, moved_to, walked
 from fastif.data.checksums import checksum
-from fastif.data.dealing import Part, deal, tell_data
+from fastif.data.dealing import Part, deal, first_batch, tell_data
 from fastif.model.calls import call, placed
 from fastif.model.losses import IGNORED
 from fastif.ops._checks import first_nonfinite_row
 from fastif.progress import tqdm
 from fastif.ranks import find_ranks
+from fastif.sharded import Sharding, find_sharding
 
 
 class Extracted(NamedTuple):
@@ -61,17 +62,24 @@ def extract(
     (torch.Size([5, 3]), torch.Size([5, 2]), tensor([0, 1, 1, 0, 1]))
     """
     ranks = find_ranks(group)
+    sharding = find_sharding(model, ranks, "extract")
     if ranks.world == 1 or isinstance(data, Iterator):
-        return _extract(model, data, 0, head, batch_size, device, progress)
+        extracted = _extract(model, data, 0, head, batch_size, device, progress, sharding)
+        assert extracted is not None
+        return extracted
     with ranks.together("extract"):
         data = walked(data, batch_size)
         state = {key: checksum(value) for key, value in model.state_dict().items() if isinstance(value, Tensor)}
         ranks.compare("extract", {**tell_data(data, ranks), "head": head, "batch_size": batch_size, "model": state})
-        mine, own = deal(data, ranks), dict[str, Tensor | None]()
-        if len(mine):
-            part = Part(data, batch_size, [mine])
-            own = _extract(model, part, mine.start, head, batch_size, device, progress and ranks.rank == 0)._asdict()
-        sent = {key: value.to(ranks.device) for key, value in own.items() if value is not None}
+        mine = deal(data, ranks)
+        part = Part(data, batch_size, [mine]) if len(mine) else None
+        example = None
+        if sharding is not None:
+            example, _ = first_batch(data, batch_size, torch.tensor([0]), lambda *_: torch.tensor([0]))
+        shown = progress and ranks.rank == 0
+        own = _extract(model, part, mine.start, head, batch_size, device, shown, sharding, example)
+        found = {} if own is None else own._asdict()
+        sent = {key: value.to(ranks.device) for key, value in found.items() if value is not None}
         parts = [part for part in ranks.gather("features", sent, ranks.device) if part]
         if any(part.keys() != parts[0].keys() for part in parts):
             raise ValueError("extract: some batches have labels and some have none")
@@ -89,10 +97,15 @@ def _extract(
     batch_size: int,
     device: torch.device | str | None,
     progress: bool,
-) -> Extracted:
-    """The same of data that begins with example `first`."""
+    sharding: Sharding | None,
+    example: Any = None,
+) -> Extracted | None:
+    """The same of data that begins with example `first`, None where there are none.
+
+    Of a sharded model the ranks make every pass together; one without further batches goes along with `example`.
+    """
     name, layer = find_head(model, head, op="extract")
-    loader = as_loader(data, batch_size)
+    loader = () if data is None else as_loader(data, batch_size)
     device = layer.weight.device if device is None else torch.empty(0, device=device).device
     calls: list[tuple[Tensor, Tensor]] = []
 
@@ -106,17 +119,28 @@ def _extract(
     logits: list[Tensor] = []
     labels: list[Tensor | None] = []
     n = first
+
+    def passed(x: Any) -> Any:
+        if sharding is None:
+            return call(model, moved_to(x, device))
+        sharding.begin("forward")
+        with sharding.passing("forward"):
+            return call(model, moved_to(x, device))
+
     with (
         _as_it_was(model, device),
+        ExitStack() as undo,
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),  # influence needs the digits that autocast drops
         tqdm(loader, "extract", disable=not progress) as batches,
     ):
         hook = layer.register_forward_hook(keep, with_kwargs=True)
         try:
+            if sharding is not None:
+                sharding.hook(undo)
             for x, y in batches:
                 calls.clear()
-                output = call(model, moved_to(x, device))
+                output = passed(x)
                 batch_features, batch_logits = _checked(name, calls, output, batch_length(x), n)
                 if features and batch_features.shape[1:] != features[0].shape[1:]:
                     raise ValueError(
@@ -130,8 +154,14 @@ def _extract(
                     None if y is None else _checked_labels(y, batch_logits.shape[:-1], batch_logits.shape[-1], n)
                 )
                 n += len(batch_logits)
+            if sharding is not None:
+                sharding.follow(lambda *_: passed(example))
         finally:
             hook.remove()
+            if sharding is not None:
+                sharding.reshard()
+    if data is None:
+        return None
     if n == first:
         raise ValueError("extract: the data holds no examples")
     given = [y for y in labels if y is not None]

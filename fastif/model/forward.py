@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from fastif.model.gradients import Dense, Gradients, OneHot, joined
 from fastif.model.layers import Block, Use, loose_gradients
 from fastif.model.sliced_gradients import Sliced
+from fastif.sharded import Sharding, Step
 
 SLICE = 1 << 21  # of a layer's factors that stand at a time: 8 MiB in float32
 READINGS = ("examples", "groups", "positions first, groups", "second axis")
@@ -100,15 +102,16 @@ class Forward:
         sight: Sight,
         mask: Tensor | None,
         batch: int | None,
+        sharding: Sharding | None = None,
     ):
-        self.outputs, self.n, self.seen = outputs, n, seen
+        self.outputs, self.n, self.seen, self._sharding = outputs, n, seen, sharding
         self._blocks, self.sight, self._mask, self._batch = blocks, sight, mask, batch
 
     @property
     def nbytes(self) -> int:
         """Of the inputs and outputs of covered layers, and of gradients that have to be formed."""
         calls = (s for uses in self.seen.values() for s in uses)
-        formed = sum(p.nbytes for block in self._blocks.values() if block.loose for p in block.parameters)
+        formed = sum(p.numel() * p.itemsize for block in self._blocks.values() if block.loose for p in block.parameters)
         return sum(s.x.nbytes + s.shape.numel() * s.dtype.itemsize for s in calls) + self.n * formed
 
     def head(self, name: str) -> tuple[Tensor, Tensor] | None:
@@ -165,12 +168,15 @@ class Forward:
         for source, s in flat:
             if s.x._version != s.version:
                 raise ValueError(f"capture: the input of layer {source!r} was overwritten in place after it was used")
-        found = grad(
-            target.sum() if column is None else target,
-            [s.edge for _, s in flat],
-            None if column is None else column.to(target.dtype),
-            keep,
-        )
+        if self._sharding is not None:
+            self._sharding.begin("layers")
+        with self._passing("layers"):
+            found = grad(
+                target.sum() if column is None else target,
+                [s.edge for _, s in flat],
+                None if column is None else column.to(target.dtype),
+                keep,
+            )
         pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for (source, s), u in zip(flat, found, strict=True):
             u = torch.zeros(s.shape, dtype=s.dtype, device=s.device) if u is None else u
@@ -183,6 +189,7 @@ class Forward:
         """Gradients [n, ...] of each parameter, as autograd has them: one backward pass for each example."""
         if not parameters:
             return []
+        parameters = parameters if self._sharding is None else self._sharding.whole(parameters)
         ones = torch.ones_like(target) if column is None else column.to(target.dtype)
         rows = torch.arange(self.n, device=target.device)
         if self.sight.batched:
@@ -193,17 +200,34 @@ class Forward:
             )
         else:
             passes = []
-            for i in range(self.n):
-                seed = ones.masked_fill((rows != i).view(-1, *[1] * (ones.dim() - 1)), 0)
-                grads = grad(target, parameters, seed, keep or i < self.n - 1)
+            times = self.n if self._sharding is None else self._sharding.begin("parameters", self.n)
+            for i in range(times):  # more than n where another rank has more examples
+                seed = ones.masked_fill((rows != i % self.n).view(-1, *[1] * (ones.dim() - 1)), 0)
+                with self._passing("parameters"):
+                    grads = grad(target, parameters, seed, keep or i < times - 1)
                 passes.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)])
             found = [
-                torch.stack([g.to_dense() if g.is_sparse else g for g in grads]) for grads in zip(*passes, strict=True)
+                torch.stack([g.to_dense() if g.is_sparse else g for g in grads])
+                for grads in zip(*passes[: self.n], strict=True)
             ]
         return [
             computable((p.new_zeros((self.n, *p.shape)) if g is None else g).detach())
             for g, p in zip(found, parameters, strict=True)
         ]
+
+    def _passing(self, step: Step) -> AbstractContextManager[None]:
+        return nullcontext() if self._sharding is None else self._sharding.passing(step)
+
+    def repeat(self, step: Step, target: Tensor, times: int) -> None:
+        """Backward passes of the kind that another rank makes, whose results are dropped."""
+        if step == "layers":
+            self.raw_pairs(target, keep=True)
+            return
+        assert self._sharding is not None
+        loose = {p: None for block in self._blocks.values() if block.loose for p in block.parameters}
+        for _ in range(times):
+            with self._passing(step):
+                grad(target.sum(), self._sharding.whole(loose), None, keep=True)
 
     def check_finite(self, pairs: Mapping[str, list[Pair]], each: Mapping[Tensor, Tensor]) -> None:
         """Raises ValueError for NaN and Inf, with the layer and the example: a NaN of the forward pass is in many."""
@@ -256,7 +280,7 @@ class Forward:
     def _none(self, block: Block) -> Dense | OneHot:
         """Of a layer that this batch did not reach, such as an expert that no token was sent to."""
         like, (g, o, d) = block.parameters[0], block.shape
-        like = computable(like.detach()[:0])
+        like = computable(torch.empty(0, dtype=like.dtype, device=like.device))
         nothing = torch.zeros(self.n, dtype=torch.int64, device=like.device)
         if all(use.table for use in block.uses):
             return OneHot(

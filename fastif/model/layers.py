@@ -194,8 +194,8 @@ def _linear_map(
     transposed: bool = False,
 ) -> list[Block]:
     """Rows of a weight [o, d] (stored [d, o] if transposed), and of its bias, that act on the last axis."""
-    matrix = weight.T if transposed else weight[rows]
-    o, d = matrix.shape
+    height, width = reversed(weight.shape) if transposed else weight.shape
+    o, d = len(range(height)[rows]), width  # by its shape alone: rows of what ranks hold in parts would be sent for
     separate = bias is not None and (weight in apart or bias in apart)
 
     def gradients(with_bias: bool, x: Tensor, u: Tensor) -> Dense:
@@ -248,7 +248,7 @@ def _with_ones(x: Tensor, append: bool) -> Tensor:
 
 def _convolution(name: str, module: nn.modules.conv._ConvNd, apart: set[Tensor]) -> list[Block]:
     weight, bias, g = module.weight, module.bias, module.groups
-    o, d = weight.shape[0] // g, weight[0].numel()
+    o, d = weight.shape[0] // g, weight.shape[1:].numel()
     separate = bias is not None and (weight in apart or bias in apart)
     joint = bias is not None and not separate
     zeros = module.padding_mode == "zeros"
@@ -296,7 +296,7 @@ def _convolution(name: str, module: nn.modules.conv._ConvNd, apart: set[Tensor])
 def _transposed_convolution(name: str, module: nn.modules.conv._ConvTransposeNd) -> list[Block]:
     """y[·, oc, s p + δ k − padding] += x[·, ic, p] W[ic, oc, k]: the input's channels are the rows of the block."""
     weight, g = module.weight, module.groups
-    o, d = weight.shape[0] // g, weight[0].numel()
+    o, d = weight.shape[0] // g, weight.shape[1:].numel()
     padding: tuple[int, ...] = module.padding  # pyright: ignore[reportAssignmentType]
 
     def gradients(x: Tensor, u: Tensor) -> Dense:

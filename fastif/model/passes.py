@@ -19,6 +19,8 @@ from fastif.model.forward import Forward
 from fastif.model.gradients import Gradients
 from fastif.model.losses import IGNORED, Loss, Measurement, labels_in, measured
 from fastif.progress import tqdm
+from fastif.ranks import ALONE, Ranks
+from fastif.sharded import Step, divided_like, find_sharding, is_part
 
 _TOGETHER = 1 << 24  # bytes of inputs and outputs of covered layers that one forward pass brings on a CPU, at most
 _LEAST = 1 << 20  # so little memory, and passes of fewer examples would only be slower
@@ -30,7 +32,11 @@ _RANDOM_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm
 
 
 class Passes:
-    """How batches go through a model; the arguments are those of `Influence`."""
+    """How batches go through a model; the arguments are those of `Influence`.
+
+    The ranks that hold a sharded model make every pass together (`Sharding`): `gradients` has this rank go along with
+    the others once its own batches are at an end, and so does who calls `forward` batch by batch, by `go_along`.
+    """
 
     def __init__(
         self,
@@ -44,18 +50,21 @@ class Passes:
         autocast: torch.dtype | None,
         allow_train_mode: bool,
         progress: bool,
+        ranks: Ranks = ALONE,
     ):
+        self.sharding = find_sharding(model, ranks, "Influence")
         places = {parameter.device for parameter in model.parameters()}
         if device is None and len(places) > 1:
             raise ValueError(f"Influence: the model is spread over {', '.join(sorted(map(str, places)))}")
         self.model = model
         self.loss: Loss = loss
-        self.capture = Capture(model, layers)
+        self.capture = Capture(model, layers, self.sharding)
         self.device = places.pop() if device is None else torch.empty(0, device=device).device
         self.batch_size, self.autocast = batch_size, autocast
         self.allow_train_mode, self.progress = allow_train_mode, progress
         self.slice_bytes = min(_TOGETHER, max(_LEAST, memory // 4))  # of these inputs and outputs, at a time
         self._example_bytes = 0  # of inputs and outputs of covered layers
+        self._example: tuple[Any, Any] | None = None  # that goes along with other ranks' batches
         self.written: set[str] = set()  # buffers outside the model's state_dict that forward passes have written to
 
     @contextmanager
@@ -69,14 +78,20 @@ class Passes:
                         f"Influence: {name!r} ({type(module).__name__}) is in train mode, so one example's loss is "
                         "random or depends on others; call model.eval(), or pass allow_train_mode=True"
                     )
+        if self.sharding is None and any(map(is_part, self.model.parameters())):
+            raise ValueError(
+                "Influence: the model was sharded after this Influence was made: make one of it as it is now"
+            )
         with ExitStack() as undo:
             undo.enter_context(torch.inference_mode(False))  # whatever surrounds the call
             undo.enter_context(torch.enable_grad())
             if checkpoint is not None or self.allow_train_mode:  # BatchNorm in train mode writes its buffers
                 before = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
                 undo.callback(self.model.load_state_dict, before)
+            if self.sharding is not None:
+                undo.callback(self.sharding.reshard)
             if checkpoint is not None:
-                self.model.load_state_dict(checkpoint)
+                self.model.load_state_dict(divided_like(self.model, checkpoint))
             undo.enter_context(placed(self.model, self.device, "Influence"))
             undo.enter_context(self.capture.attached())
             undo.callback(self._note_written, _versions(self.model))
@@ -95,7 +110,7 @@ class Passes:
 
     def check(self, x: Any, y: Any, value: Measurement = "loss") -> None:
         """Refuses forward passes that draw at random, and has `settle` decide what is covered, on a few examples."""
-        chosen = self._as_many_as_fit(x, _choose_rows(x, y))
+        chosen = self._as_many_as_fit(x, choose_rows(x, y))
         few, labels_of_few = rows_of(x, chosen), None if y is None else rows_of(y, chosen)
         rows = torch.arange(len(chosen))
 
@@ -114,9 +129,18 @@ class Passes:
                     raise
                 if not isinstance(few, Tensor) and len(rows) > 1:
                     self._check_shared(few, values, rows)
+            short = short or self._gathered_short
             forward = settle(self.capture, few, values, alone=not self.allow_train_mode, short=short)
+        if self.sharding is not None:
+            one = torch.tensor([0])
+            self._example = rows_of(few, one), None if y is None else rows_of(labels_of_few, one)
         if not (self.capture.fixed and self._example_bytes):  # which the fit found, where its state was loaded
             self._example_bytes = forward.nbytes // forward.n
+
+    @property
+    def _gathered_short(self) -> bool:
+        """Whether the last forward pass of a sharded model computed in 16 bits, whatever its parameters have."""
+        return self.sharding is not None and self.sharding.computes_in_16_bits
 
     def _as_many_as_fit(self, x: Any, chosen: Tensor) -> Tensor:
         """Fewer of the chosen examples where the layers of a large model take much room for each."""
@@ -138,7 +162,8 @@ class Passes:
     def _refuse_draws(self, x: Any, values: Any, rows: Tensor) -> None:
         """Raises ValueError where two forward passes of one batch differ."""
         first, second = (values(self.capture.forward(x).outputs, rows).double() for _ in range(2))
-        short = self.autocast is not None or any(p.dtype.itemsize < 4 for p in self.model.parameters())
+        short = self.autocast is not None or self._gathered_short
+        short = short or any(p.dtype.itemsize < 4 for p in self.model.parameters())
         exact = all(p.dtype == torch.float64 for p in self.model.parameters())
         allowed = (3e-2 if short else 1e-10 if exact else 1e-4) * max(1e-3, float(first.abs().max()))
         away = float((first - second).abs().max())
@@ -187,7 +212,8 @@ class Passes:
         """Refuses to cut what all examples share: then one example less in the batch would change the others."""
         every = values(self.capture.forward(x).outputs, rows)
         fewer = values(self.capture.forward(rows_of(x, rows[:-1])).outputs, rows[:-1])
-        coarsest = max(torch.finfo(t).eps for t in (every.dtype, self.autocast, dtype_of(self.model)) if t is not None)
+        types = every.dtype, self.autocast, dtype_of(self.model), torch.bfloat16 if self._gathered_short else None
+        coarsest = max(torch.finfo(dtype).eps for dtype in types if dtype is not None)
         off = float((fewer - every[:-1]).abs().max())
         if off > coarsest**0.5 * float(every.abs().max()):
             raise ValueError(
@@ -208,6 +234,37 @@ class Passes:
         parts = max(1, math.ceil(n * self._example_bytes / self.slice_bytes), math.ceil(n / _LOOSE) if loose else 1)
         return math.ceil(n / parts)
 
+    def check_later(self, x: Any, y: Any, value: Measurement = "loss") -> None:
+        """`check` of a batch that is not the first, where it shows what none before it could."""
+        if not self.needs_check(x):
+            return
+        if self.sharding is not None and self.sharding.ranks.world > 1:
+            raise ValueError(
+                f"Influence: of the first examples {self.capture.checked} had a gradient, and two at least decide how "
+                "a model is read: ranks that hold it in parts look at the first batch alone, all at the same; let it "
+                "begin with such examples"
+            )
+        self.check(x, y, value)
+
+    def go_along(self) -> None:
+        """Takes part in the passes through a sharded model that other ranks have batches for; results are dropped."""
+        if self.sharding is None:
+            return
+        held: list[tuple[Forward, Tensor]] = []
+
+        def take(step: Step, times: int) -> None:
+            assert self._example is not None
+            x, y = self._example
+            if step == "forward":
+                held.clear()
+                forward = self.forward(x)
+                held.append((forward, measured("loss", self.loss, forward.outputs, labels_in(x, y), forward.n)))
+            else:
+                forward, losses = held[0]
+                forward.repeat(step, losses, times)
+
+        self.sharding.follow(take)
+
     def slices(self, x: Any, y: Any) -> Iterator[tuple[slice, Any, Any]]:
         """The parts of a checked batch that go through the model one after another, and where they stand in it."""
         n = batch_length(x)
@@ -223,15 +280,18 @@ class Passes:
     ) -> Iterator[tuple[int, int, dict[str, Gradients]]]:
         """First index, number of examples, and the gradients of every slice: of the loss or of a measurement.
 
-        `name` is that of the pass on its bar; a look at a batch has none.
+        data: None for a rank that has none, and goes along with the others. `name` is that of the pass on its bar; a
+        look at a batch has none.
         """
+        if data is None:
+            self.go_along()
+            return
         start = 0
         with tqdm(as_loader(data, self.batch_size), name, disable=name is None or not self.progress) as batches:
             for number, (x, y) in enumerate(batches):
                 self.capture.batch = number
                 x, y = moved_to(x, self.device), moved_to(y, self.device)
-                if self.needs_check(x):
-                    self.check(x, y, value)
+                self.check_later(x, y, value)
                 for rows, part, labels in self.slices(x, y):
                     with counted_from(rows.start):
                         forward = self.forward(part)
@@ -244,6 +304,7 @@ class Passes:
                     start += n
         if start == 0:
             raise ValueError("data holds no examples")
+        self.go_along()
 
 
 @contextmanager
@@ -262,7 +323,7 @@ def _versions(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
     return {name: (b, 0 if b.is_inference() else b._version) for name, b in fleeting_buffers(model).items()}
 
 
-def _choose_rows(x: Any, y: Any) -> Tensor:
+def choose_rows(x: Any, y: Any) -> Tensor:
     """Examples of a batch to look at, int64: spread over it, and of those with a label that counts where there are any.
 
     The first ones may have something in common, and an example without a label has a gradient of zero, with which

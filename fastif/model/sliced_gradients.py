@@ -109,3 +109,29 @@ def whole(gradients: Gradients) -> Dense:
         return Dense.cat([whole(part) for part, _ in gradients.parts()])
     assert isinstance(gradients, Dense)
     return gradients
+
+
+def smallest(gradients: Gradients, size: int) -> Gradients:
+    """The gradients, of `size` numbers each, in factors where these are fewer numbers, else as matrices; contiguous."""
+    if isinstance(gradients, Dense | OneHot) and gradients.entries < size * len(gradients):
+        factors = {name: value.contiguous() for name, value in factors_of(gradients).items()}
+        return gradients_of(factors, gradients.table_rows if isinstance(gradients, OneHot) else 0)
+    return Formed(gradients.formed().contiguous())
+
+
+def factors_of(gradients: Gradients) -> dict[str, Tensor]:
+    """What `gradients_of` makes the gradients of again."""
+    if isinstance(gradients, OneHot):
+        return {"places": gradients.places, "inputs": gradients.inputs}
+    if isinstance(gradients, Dense):
+        return {"inputs": gradients.inputs, "output_grads": gradients.output_grads}
+    return {"matrices": gradients.formed()}
+
+
+def gradients_of(factors: Mapping[str, Tensor], table_rows: int) -> Gradients:
+    """table_rows: of gradients of a table that is looked up."""
+    if "places" in factors:
+        return OneHot(factors["places"], factors["inputs"], table_rows)
+    if "output_grads" in factors:
+        return Dense(factors["inputs"], factors["output_grads"])
+    return Formed(factors["matrices"])

@@ -18,6 +18,7 @@ from torch import Generator, Tensor, nn
 
 from fastif.data.batches import as_loader, count, walked
 from fastif.data.dealing import tell_data
+from fastif.data.loaders import Sharded, needs_all
 from fastif.fingerprints import fingerprint
 from fastif.model.capture import Capture
 from fastif.model.features import Extracted, extract, find_head
@@ -32,6 +33,7 @@ from fastif.removal.network import RetainedNetwork
 from fastif.removal.newton import newton
 from fastif.removal.steps import Removal, Step
 from fastif.samplers.draw import Sampler
+from fastif.sharded import refuse_sharded
 
 
 @on_all_ranks
@@ -119,6 +121,9 @@ def remove(
     line_search=False, for a loss that is not known to be convex, for a head whose weight serves elsewhere in the model,
     and where the steps do not reach its distance, with how far they came.
     """
+    refuse_sharded(model, "remove")
+    if isinstance(train, Sharded):
+        raise ValueError(needs_all("remove"))
     check_settings(6 if steps is None else steps, damping)
     name, layer = find_head(model, head, op="remove")
     indices = torch.as_tensor(indices)

@@ -23,6 +23,7 @@ from fastif.replay.log import Point, TrainingLog
 from fastif.replay.network import Matrix
 from fastif.replay.path import Path, Piece
 from fastif.replay.schedule import Schedule
+from fastif.sharded import refuse_sharded
 
 
 class _Run(NamedTuple):
@@ -89,6 +90,7 @@ class Replay:
         seed: int = 0,
         progress: bool = True,
     ):
+        refuse_sharded(model, "Replay")
         logs = check_logs("Replay", logs, model)
         check_loss(loss)
         check_measurement(measurement, loss)

@@ -109,6 +109,7 @@ class Source:
             memory=memory,
             seed=seed,
             progress=progress,
+            replicate=True,  # segments are walked through on every rank
         )
         self._measurement: Measurement = measurement
         self._bounds = [_divide(log, segments) for log in self.logs]

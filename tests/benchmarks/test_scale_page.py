@@ -25,10 +25,13 @@ def test_predictions_hold_together():
     for network, size in zip(scale.NETWORKS, (0.97e9, 6.98e9), strict=True):
         assert sum(o * d for o, d in network.layers) == pytest.approx(size, rel=0.01)
         alone = scale.predict(network, 1)
-        assert alone.exchanges == alone.gather == 0
+        assert alone.exchanges == alone.sent == alone.gather == 0
+        assert alone.held == alone.during
         for world in scale.WORLDS:
             one = scale.predict(network, world)
             assert one.passes == pytest.approx(alone.passes / world)
-            assert one.queries == alone.queries
+            assert 1 <= world * one.queries / alone.queries < 1.2  # divided, but for whole layers
+            assert 1 <= world * one.held / alone.held < 1.2
+            assert one.during == alone.during
             assert alone.fit / (world * one.fit) <= 1
             assert alone.scores / (world * one.scores) >= 0.9

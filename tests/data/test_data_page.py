@@ -26,5 +26,5 @@ def test_a_recipe_runs(recipe):
 
 
 def test_the_page_has_every_recipe():
-    assert len(RECIPES) == 8
-    assert PAGE.count("```python") == 9
+    assert len(RECIPES) == 9
+    assert PAGE.count("```python") == 10

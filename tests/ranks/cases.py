@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import time
 from functools import partial
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -38,7 +38,9 @@ from fastif import (
     samplers,
 )
 from fastif.influence import score_job, shared_folder
-from fastif.ranks import find_ranks
+from fastif.influence.owners import Elsewhere
+from fastif.influence.scoring import compute_scores
+from fastif.ranks import ALONE, find_ranks
 from tests.helpers.by_hand import problem
 from tests.helpers.problems import Problem
 
@@ -262,18 +264,18 @@ def job_elsewhere(folder: str) -> Any:
         os.chdir(here)
 
 
-def planned_and_sent(estimator: Any, width: int = 40) -> Any:
+def planned_and_sent(estimator: Any, width: int = 40, low_rank: int | None = None, **options: Any) -> Any:
     """What a plan for these ranks foretells of this one's traffic, and what a fit and scores come to."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 5))
     data, query = (torch.randn(90, 20), torch.arange(90) % 5), (torch.randn(16, 20), torch.arange(16) % 5)
-    influence = Influence(model, curvature=estimator, layers="*", progress=False, batch_size=9)
+    influence = Influence(model, curvature=estimator, layers="*", progress=False, batch_size=9, **options)
     ranks = influence.ranks
-    plan = influence.plan(data, query, ranks=ranks.world).ranks[ranks.rank]
+    plan = influence.plan(data, query, low_rank=low_rank, ranks=ranks.world).ranks[ranks.rank]
     before = ranks.bytes_sent, ranks.bytes_received
     influence.fit(data)
     fitted = ranks.bytes_sent, ranks.bytes_received
-    influence.scores(query, data)
+    influence.scores(query, data, low_rank=low_rank)
     after = ranks.bytes_sent, ranks.bytes_received
     moved = (fitted[0] - before[0], fitted[1] - before[1], after[0] - fitted[0], after[1] - fitted[1])
     return plan, moved
@@ -363,7 +365,7 @@ def bad_centres(rank: int) -> Any:
 
 
 def wrapped(how: str) -> Any:
-    """Scores of a model that torch wrapped for training on several ranks, or what is said of it; and of the model."""
+    """Scores of a model that torch wrapped for training on several ranks; and of the model."""
     torch.manual_seed(0)
     x, y = torch.randn(21, 4, dtype=torch.float64), torch.arange(21) % 3
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
@@ -375,11 +377,95 @@ def wrapped(how: str) -> Any:
     want = scores(model)
     if how == "data parallel":
         return scores(nn.parallel.DistributedDataParallel(model)), want
-    parts = fully_shard(copy.deepcopy(model))
+    return scores(fully_shard(copy.deepcopy(model))), want
+
+
+def held(estimator: Any, replicate: bool = False) -> tuple[int, int, dict[str, Any]]:
+    """Bytes of the curvature that this rank holds, those that a plan foretold, and the damping of every layer."""
+    model, data, _ = problem("mlp")
+    influence = Influence(model, curvature=estimator, layers="*", progress=False, batch_size=5, replicate=replicate)
+    ranks = influence.ranks
+    planned = influence.plan(data, ranks=ranks.world).ranks[ranks.rank].curvature_bytes
+    influence.fit(data)
+    (curvature,) = influence.fitted.curvatures
+    here = [part for part in curvature.parts.values() if not isinstance(part, Elsewhere)]
+    size = sum(value.nbytes for part in here for value in part.state_dict().values())
+    return size, planned, {name: one.damping_used for name, one in influence.curvature.items()}
+
+
+def keeps_one() -> dict[str, Any]:
+    model, data, _ = problem("mlp")
+    influence = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=5).fit(data)
+    rank, owners = influence.ranks.rank, influence.fitted.curvatures[0].owners
+    (elsewhere,) = (names[0] for names, owner in owners.items() if owner != rank)
     try:
-        scores(parts)
+        said = str(influence.curvature[elsewhere].eigenvalues)
     except ValueError as error:
         said = str(error)
-    whole = copy.deepcopy(model).apply(lambda module: getattr(module, "reset_parameters", lambda: None)())
-    whole.load_state_dict(get_model_state_dict(parts, options=StateDictOptions(full_state_dict=True)))
-    return scores(whole), want, said
+    state, of_one = influence.state_dict(), influence.state_dict(rank=1)
+    return {
+        "rank": rank, "said": said, "state": [*state.values()], "state of one": bool(of_one),
+        "state of 1": [*(of_one or state).values()],
+    }  # fmt: skip
+
+
+def copied() -> dict[str, Any]:
+    """Scores of a fit, of a copy, of a pickle, and of what a rank can do on its own after `gather`."""
+    model, (x, y), _ = problem("mlp")
+    influence = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=5).fit((x, y))
+    query = x[:3], y[:3]
+    scores, copy_of_it = influence.scores(query, (x, y)), copy.deepcopy(influence)
+    again = pickle.loads(pickle.dumps(influence))
+    assert torch.equal(again.scores(query, (x, y)), scores)
+    found = {"scores": scores, "copied": copy_of_it.scores(query, (x, y))}
+    influence.gather()
+    alone = influence.fitted._replace(setup=influence.setup._replace(ranks=ALONE))
+    whole = all(not isinstance(part, Elsewhere) for part in alone.curvatures[0].parts.values())
+    return {**found, "alone": compute_scores(alone, query, (x, y)).values[""], "whole": whole}
+
+
+def in_turns(estimator: Any, memory: int) -> dict[str, Any]:
+    """Answers, and how often the training data went through the model for self-influence and for scores."""
+    model, data, _ = problem("words")
+    influence = Influence(
+        model, curvature=estimator, layers=["words", "first", "second"], progress=False, batch_size=5, memory=memory
+    )
+    influence.fit(data)
+    query, passes = (data[0][:7], data[1][:7]), influence.passes
+    seen: list[str | None] = []
+
+    def counted(data: Any, name: str | None, value: Any = "loss") -> Any:
+        seen.append(name)
+        yield from gradients(data, name, value)
+
+    gradients, passes.gradients = passes.gradients, counted
+    found = {
+        "self": influence.self_influence(data),
+        "scores": influence.scores(query, data),
+    }
+    own, of_queries = seen.count("self-influence"), sum(str(name).startswith("scores") for name in seen)
+    rest = {
+        "layers": torch.stack([*influence.scores(query, data, by="layer").values()]),
+        "tokens": influence.scores(query, data, by="token"),
+        "low rank": influence.scores(query, data, low_rank=2),
+        "groups": influence.scores(query, data, query_groups=torch.tensor([0, 1, 0, 2, 2, 1, 0])),
+    }
+    return {**found, **rest, "passes": own + of_queries, "queries": of_queries}
+
+
+def owner_fails(op: str) -> Any:
+    """The owner of a layer cannot solve."""
+    model, data, _ = problem("mlp")
+    influence = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=5).fit(data)
+    (curvature,) = influence.fitted.curvatures
+    owner = curvature.owners["2",]
+
+    def fail(*args: Any) -> Any:
+        raise ArithmeticError(f"layer {'2'!r} does not solve today")
+
+    assert owner == 1
+    if influence.ranks.rank == owner:
+        part = curvature.parts["2",]
+        part.solve = part.precondition = part.state_dict = fail
+    query = data[0][:3], data[1][:3]
+    return influence.scores(query, data) if op == "scores" else getattr(influence, op)(data)

@@ -24,18 +24,28 @@ def said(*command):
     return done.stdout
 
 
+def found_in(text):
+    return re.findall(r"test digit \d+: rests most on training digits (\[.*?\])", text)
+
+
+SCRIPT = [str(ROOT / "examples" / "many_ranks.py"), "--epochs", "1"]
+RUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *SCRIPT]
+
+
 def test_many_ranks(tmp_path):
-    script = [str(ROOT / "examples" / "many_ranks.py"), "--epochs", "1"]
-    alone = said(*script, "--out", str(tmp_path / "one"))
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    together = said(*run, *script, "--out", str(tmp_path / "two"))
-    digits = [
-        re.findall(r"test digit \d+: rests most on training digits (\[.*?\])", text) for text in (alone, together)
-    ]
+    alone = said(*SCRIPT, "--out", str(tmp_path / "one"))
+    together = said(*RUN, "--out", str(tmp_path / "two"))
+    digits = found_in(alone), found_in(together)
     assert len(digits[0]) == 20
     assert sum(a == b for a, b in zip(*digits, strict=True)) >= 18  # float32: near ties may change places
-    assert alone.startswith("1 ranks; the first took 1438 of 1438 examples, sent 0 bytes")
-    assert re.match(r"2 ranks; the first took \d+ of 1438 examples, sent [\d,]+ bytes", together)
+    assert alone.startswith("1 ranks; the first took 1438 of 1438 examples\nsent 0 bytes")
+    assert re.match(r"2 ranks; the first took \d+ of 1438 examples\nsent [\d,]+ bytes", together)
     one, two = (ScoreFolder(tmp_path / name).load() for name in ("one", "two"))
     assert float((one - two).norm() / one.norm()) < 1e-3
     assert torch.isfinite(two).all()
+
+
+@pytest.mark.slow
+def test_many_ranks_of_a_sharded_network():
+    digits = found_in(said(*SCRIPT)), found_in(said(*RUN, "--sharded"))
+    assert sum(a == b for a, b in zip(*digits, strict=True)) >= 18

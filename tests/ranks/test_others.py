@@ -106,12 +106,7 @@ def test_centres_of_a_rank_with_nan(two):
     assert "row 2" in second.text
 
 
-def test_a_data_parallel_model_scores_as_it_is(two):
-    for got, want in two(wrapped, "data parallel"):
+@pytest.mark.parametrize("how", ["data parallel", "sharded"])
+def test_a_model_wrapped_for_training_scores_as_it_is(two, how):
+    for got, want in two(wrapped, how):
         assert torch.equal(got, want)
-
-
-def test_a_sharded_model_is_refused_with_the_way_to_a_whole_one(two):
-    for got, want, said in two(wrapped, "sharded"):
-        assert "'0.weight' is a DTensor, of which each rank has a part" in said
-        assert torch.equal(got, want)  # by what the message says

@@ -1,5 +1,7 @@
 """What a plan says that ranks will send is what they send, and what it deals out is what they take."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -20,8 +22,8 @@ ESTIMATORS = [
 ]
 
 
-def hold(crew, estimator):
-    for plan, moved in crew(planned_and_sent, estimator):
+def hold(crew, estimator, **options):
+    for plan, moved in crew(partial(planned_and_sent, **options), estimator):
         foretold = plan.fit_sent, plan.fit_received, plan.score_sent, plan.score_received
         multiplies = isinstance(estimator, CG)  # products of its solves are no part of what scores exchange
         for want, got in list(zip(foretold, moved, strict=True))[: 2 if multiplies else 4]:
@@ -31,6 +33,11 @@ def hold(crew, estimator):
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: type(e).__name__)
 def test_two_ranks_send_what_was_planned(two, estimator):
     hold(two, estimator)
+
+
+@pytest.mark.parametrize("options", [{"replicate": True}, {"low_rank": 2}, {"memory": 1 << 16}], ids=str)
+def test_copies_low_ranks_and_little_memory(two, options):
+    hold(two, EKFAC(1e-2), **options)
 
 
 @pytest.mark.slow
@@ -51,10 +58,16 @@ def test_a_plan_deals_out_everything_once():
     assert sum(rank.examples for rank in plan.ranks) == 50
     assert sorted(name for rank in plan.ranks for name in rank.owns) == ["0", "2", "4"]
     assert [rank.owns for rank in plan.ranks] == [("2",), ("0",), ("4",)]  # the costliest first
-    assert {rank.curvature_bytes for rank in plan.ranks} == {plan.curvature_bytes}
+    assert sum(rank.curvature_bytes for rank in plan.ranks) == plan.curvature_bytes
     assert sum(rank.fit_flops for rank in plan.ranks) == pytest.approx(plan.fit_flops)
     assert "rank 2: " in str(plan)
-    assert "eigenvectors of 4" in str(plan)
+    assert "owns 4" in str(plan)
+    copies = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=8, replicate=True)
+    everywhere = copies.plan(data, data, ranks=3).ranks
+    assert {rank.curvature_bytes for rank in everywhere} == {plan.curvature_bytes}
+    assert [rank.owns for rank in everywhere] == [rank.owns for rank in plan.ranks]
+    assert sum(rank.score_sent for rank in everywhere) < sum(rank.score_sent for rank in plan.ranks)
+    assert all(rank.fit_sent > own.fit_sent for rank, own in zip(everywhere, plan.ranks, strict=True))
     alone = influence.plan(data, data, ranks=1).ranks[0]
     assert (alone.fit_sent, alone.fit_received, alone.score_sent, alone.score_received) == (0, 0, 0, 0)
     assert alone.fit_bytes == plan.fit_bytes

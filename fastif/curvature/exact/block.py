@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,6 +96,7 @@ class ExactBlock(Curvature):
         self._forget()
 
     passes = 1
+    has_owner = True
     prefers_head = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -111,6 +113,10 @@ class ExactBlock(Curvature):
     @property
     def _form(self) -> Form:
         return "eigenvectors" if isinstance(self.damping, TrainingDamping) else self.in_place
+
+    @property
+    def needs_whole(self) -> bool:
+        return self.matrix == "hessian"
 
     def begin(self, name: str, shape: tuple[int, int, int]) -> None:
         """Forgets what was learned; the block has g matrices [o, d], which are taken as one [g·o, d]."""
@@ -154,6 +160,14 @@ class ExactBlock(Curvature):
         del pass_index
         self._sum.block = sums["block"]
 
+    def ending(self, pass_index: int) -> float:
+        """Of the factor."""
+        del pass_index
+        return self._factoring(math.prod(self._shape)) if self._sum.begun else 0.0
+
+    def _factoring(self, size: int) -> float:
+        return 10.0 * size**3 if self._form == "eigenvectors" else size**3 / 3
+
     def end(self, pass_index: int) -> None:
         """Makes the factor; raises NotPositiveDefinite with a diagnosis."""
         del pass_index
@@ -175,13 +189,18 @@ class ExactBlock(Curvature):
         """A factor in the block's own square is as near, but not the same to the bit."""
         return {"factor in place": True} if self.in_place_used else {}
 
+    def reports(self) -> dict[str, Any]:
+        """Once there is a factor."""
+        if self._solver.factor is None:
+            return {}
+        return {"damping_used": self.damping_used, "in_place_used": self.in_place_used}
+
     def cost(self, block: BlockWork, fit: FitWork) -> Cost:
         """The block is held, and of its factor what stands beside it."""
         size, (g, o, d) = block.size, block.shape
         held, making = self._place(size, fit.item, fit.device).footprint(size, fit.item)
-        spectral = self._form == "eigenvectors"
-        factoring = 10 * size**3 if spectral else size**3 / 3
-        column = 24 if spectral else 16  # float64 columns, twice, and once more in the eigenvectors
+        factoring = self._factoring(size)
+        column = 24 if self._form == "eigenvectors" else 16  # float64 columns, twice, and once more in the eigenvectors
         learned, beside = size**2 * fit.item, column * max(size, min(limits.EXACT_ENTRIES, fit.n * size))
         if self.matrix == "hessian" and not fit.head:
             return Cost(held, making, factoring, hessian_rows=size, learned=learned, beside=beside)
@@ -193,8 +212,9 @@ class ExactBlock(Curvature):
         return Cost(held, making, fit.n * each + factoring, learned=learned, observing=observing, beside=beside)
 
     def exchanged(self, block: BlockWork, fit: FitWork) -> Exchanged:
-        """The block; every rank makes the factor."""
-        return Exchanged(summed=block.size**2 * fit.item)
+        """The block goes to its owner, which makes the factor."""
+        size = block.size**2 * fit.item
+        return Exchanged(owned=size, made=size, ending=self._factoring(block.size))
 
     def fit(
         self, inputs: Tensor, logits: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
