@@ -8,19 +8,32 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 Given = ParamSpec("Given")
 Returned = TypeVar("Returned")
 _PACKAGE = f"{Path(__file__).parent}{os.sep}"
+_BETWEEN = ("torch", "contextlib", "importlib")  # what may stand between the user's line and the package
 
 
 def warn_outside(message: str, category: type[Warning]) -> None:
-    """Warns at the line outside of the package that led here: there its reader can do something about it."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
+    """Warns at the line outside of the package that led here: there its reader can do something about it.
+
+    Torch may have called the package, as a hook, and Python's import statement may have.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_inside(frame):
+        frame = frame.f_back
+    names = frame.f_globals
+    registry = names.setdefault("__warningregistry__", {})  # of the warnings that were shown, as warnings.warn has it
+    where = frame.f_code.co_filename, frame.f_lineno, names.get("__name__", "<string>")
+    warnings.warn_explicit(message, category, *where, registry)
+
+
+def _is_inside(frame: FrameType) -> bool:
+    module = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return frame.f_code.co_filename.startswith(_PACKAGE) or module in _BETWEEN
 
 
 def warn_renamed(old: str, new: str) -> None:

@@ -12,6 +12,7 @@ python -m benchmarks.figures.keep add runs/lds/results.json lds  # of a run of s
 python -m benchmarks.figures.keep keep runs/solvers.json solvers-cpu
 python -m benchmarks.figures.keep keep runs/products.json products-cpu
 python -m benchmarks.figures.keep keep runs/libraries/results.json libraries
+python -m benchmarks.figures.keep keep runs/overheads/results.json overheads
 python -m benchmarks.figures.keep keep runs/checks.json checks
 python -m benchmarks.figures.keep tables          # rewrites README.md and the pages in docs between markers; pictures
 """

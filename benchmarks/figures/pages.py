@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from . import checks, faithfulness, index, libraries, readme, scale, tables, unlearning
+from . import checks, faithfulness, index, libraries, overheads, readme, scale, tables, unlearning
 
 
 def with_tables(page: str) -> str:
@@ -38,6 +38,7 @@ def with_tables(page: str) -> str:
             "invariance": lambda _: checks.invariance_table("checks"),
             "looking": lambda _: checks.looking_table("checks"),
             "libraries": libraries.libraries_table,
+            "overheads": overheads.overheads_table,
         }
         make = next((make for kind, make in kinds.items() if name.startswith(kind)), tables.benchmark_table)
         return f"<!-- table: {name} -->\n{make(name)}\n<!-- end -->"

@@ -27,10 +27,12 @@ def read_config(context: typer.Context, config: Path | None) -> Path | None:
         options = tomllib.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{config} is no TOML: {error}") from error
-    known = [str(parameter.name) for parameter in context.command.params if parameter.name not in _OF_THE_RUN]
-    for name in options:
+    known = {str(option.name): option for option in context.command.params if option.name not in _OF_THE_RUN}
+    for name, value in options.items():
         if name not in known:
             raise ValueError(f"{config}: {context.info_name} has no option {name!r}; it has {', '.join(known)}")
+        if isinstance(value, str) and getattr(known[name], "multiple", False):
+            options[name] = [value]  # once, of an option that may be repeated
     context.default_map = options
     return config
 

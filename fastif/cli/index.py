@@ -12,8 +12,9 @@ import torch
 import typer
 
 from fastif.cli.arguments import check, device_named, interruptible, split, terminal, writable
-from fastif.cli.config import write_config
-from fastif.cli.fitting import FISHERS, TOP, damping_of, estimator_of, fisher_of, top_table
+from fastif.cli.config import RUN, write_config
+from fastif.cli.explaining import PAGES, write_index_pages
+from fastif.cli.fitting import FISHERS, SHOWN, TOP, damping_of, estimator_of, fisher_of, top_table
 from fastif.cli.options import (
     FOLDER,
     Asked,
@@ -29,6 +30,7 @@ from fastif.cli.options import (
     Memory,
     Model,
     OwnBatchSize,
+    Pages,
     Prompt,
     Query,
     Quiet,
@@ -175,6 +177,7 @@ def index_command(
 
 
 def query_command(
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="Folder of the index.")],
     script: AskingScript = None,
     query: Query = None,
@@ -192,17 +195,26 @@ def query_command(
         int, typer.Option(help="Compute the scores of so many of each query's best exactly; takes the training data.")
     ] = 0,
     measurement: Asked = "loss",
-    out: Annotated[Path | None, typer.Option(help="A file for the result, .csv or .jsonl.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A folder for top.csv, run.toml and pages; or a file for the table alone, .csv or .jsonl."),
+    ] = None,
+    pages: Pages = SHOWN,
     memory: Memory = MEMORY >> 20,
     device: Device = "cpu",
+    config: Config = None,
     quiet: Quiet = False,
 ) -> None:
     """The training examples that help queries most, from an index: those of your function, or of a file.
 
-    fastif query INDEX --query query.jsonl
+    fastif query INDEX --query query.jsonl --out answers
     """
     check("measurement", measurement, measurement in MEASUREMENTS, f"one of {', '.join(MEASUREMENTS)}")
-    check("out", out, out is None or out.suffix in (".csv", ".jsonl"), "a .csv or .jsonl file")
+    table = None if out is None or out.is_dir() or not out.suffix else out  # a file alone
+    check("out", out, table is None or table.suffix in (".csv", ".jsonl"), "a folder, or a .csv or .jsonl file")
+    if out is not None and table is None and (out / RUN).exists():
+        raise ValueError(f"{out} holds a run already ({RUN}): choose another folder")
+    check("pages", pages, pages >= 0, ">= 0")
     check("memory", memory, memory >= 1, ">= 1")
     n = Index(folder).n
     top = min(TOP, n) if top is None else top
@@ -212,17 +224,33 @@ def query_command(
     torch.manual_seed(options["seed"])
     given = _asked(folder, options, script, query, model, train, bool(rerank))
     index = Index(folder, _influence(given.model, options, measurement, memory, where, not quiet))
-    found = index.top(given.query, top, largest=not harmful, rerank=rerank, train=given.train if rerank else None)
-    if index.ranks.rank > 0:
+    if given.train_examples is not None and len(given.train_examples.texts) != index.total:
+        raise ValueError(
+            f"{folder} is of {index.total} training examples, of which the file has {len(given.train_examples.texts)}: "
+            "it was appended to in Python, where it can be asked"
+        )
+    told: list[Path] = []
+    first = index.ranks.rank == 0  # which alone prints and writes
+    with nullcontext() if out is None or table is not None or not first else writable(out):
+        found = index.top(given.query, top, largest=not harmful, rerank=rerank, train=given.train if rerank else None)
+        if table is not None and first:
+            _write(table, found, given)
+        elif out is not None and table is None:
+            if first:
+                write_config(context, out)
+                _write(out / "top.csv", found, given)
+            told = write_index_pages(index, given, out / PAGES, pages, rerank)
+    if not first:
         return
-    if out is not None:
-        _write(out, found, given)
     if not quiet:
         what = "harm" if harmful else "help"
         terminal().print(top_table("query", "queries", found.values, found.indices, index.n, what, given))
         print(f"of an index of {index.n:,} examples; its error as measured while building: {index.measured}")
         if out is not None:
-            print(f"{count(given.query, options['batch_size']):,} queries: {out}")
+            holds = "" if table is not None else f": top.csv, {RUN}"
+            print(f"{count(given.query, options['batch_size']):,} queries: {out}{holds}")
+        if told:
+            print(f"{told[0]} and so on: the first {len(told)} queries, explained")
 
 
 def print_index(folder: Path) -> None:

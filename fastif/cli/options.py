@@ -31,10 +31,21 @@ Train = Annotated[
 Query = Annotated[
     Path | None, typer.Option(help="Queries, .jsonl or .csv.", rich_help_panel=FOLDER, show_default=False)
 ]
-Text = Annotated[str | None, typer.Option(help="Column of the texts.", rich_help_panel=FOLDER, show_default="text")]
+Text = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Column of the texts; twice for a classifier of pairs of texts.",
+        rich_help_panel=FOLDER,
+        show_default="text",
+    ),
+]
 Label = Annotated[
     str | None,
-    typer.Option(help="Column of a classifier's labels, names or numbers.", rich_help_panel=FOLDER, show_default=False),
+    typer.Option(
+        help="Column of a classifier's labels, names or numbers; lists of them where it was trained so.",
+        rich_help_panel=FOLDER,
+        show_default=False,
+    ),
 ]
 Prompt = Annotated[
     str | None,
@@ -87,6 +98,9 @@ Asked = Annotated[str, typer.Option(help=f"Asked of queries: one of {', '.join(M
 BatchSize = Annotated[int, typer.Option(help="For data without batches of its own.")]
 OwnBatchSize = Annotated[
     int | None, typer.Option(help="For data without batches of its own.", show_default="256; with --model 16")
+]
+Pages = Annotated[
+    int, typer.Option(help="Pages that explain the first queries of --model, with the texts' tokens or the images.")
 ]
 Memory = Annotated[int, typer.Option(help="MiB for query gradients, a quarter of it for slices of a batch.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]

@@ -37,6 +37,7 @@ from fastif.cli.options import (
     Memory,
     Model,
     OwnBatchSize,
+    Pages,
     Prompt,
     Query,
     Quiet,
@@ -135,9 +136,7 @@ def scores_command(
     self_influence: Annotated[
         bool, typer.Option("--self-influence", help="Write self_influence.npy, too: each example's score on itself.")
     ] = False,
-    pages: Annotated[
-        int, typer.Option(help="Pages that explain the first queries of --model, with the texts' tokens or the images.")
-    ] = SHOWN,
+    pages: Pages = SHOWN,
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="For samplers, what the curvature draws, and torch in your function.")] = 0,
     resume: Resume = False,
@@ -243,7 +242,7 @@ def scores_command(
         if pages and given.train_examples is not None and by == "all" and groups is None:
             influence.gather()  # the first rank turns the tokens of its pages by itself
             if first:
-                told = write_pages(influence.fitted, scores, given, out / PAGES, min(pages, q))
+                told = write_pages(influence.fitted, scores, given, out / PAGES, pages)
     if best is not None and not quiet:
         console = terminal()
         console.print(top_table(row, rows, *best, n, given=given))

@@ -5,13 +5,12 @@ What was covered without a look at data is not always what can be: see `fastif.m
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastif.curvature.network import NetworkCurvature
 from fastif.curvature.protocol import Estimator, JointCurvature, check_estimator
@@ -21,6 +20,7 @@ from fastif.influence.fitted import Setup
 from fastif.model.capture import Capture
 from fastif.model.features import called_head
 from fastif.model.passes import choose_rows
+from fastif.renamed import warn_outside
 from fastif.sharded import WAY_TO_WHOLE
 
 
@@ -95,7 +95,22 @@ def restore_coverage(setup: Setup, described: Tensor) -> Setup:
     return setup._replace(estimators=assign(setup.capture, setup.given, setup.memory))
 
 
-def warn_of_lost(capture: Capture, stacklevel: int) -> bool:
+def check_default_head(model: nn.Module, head: str) -> None:
+    """Raises ValueError where the head, which alone is covered where nothing was said, is not what was trained."""
+    modules = dict(model.named_modules())
+    if head not in modules or not any(p.requires_grad for p in model.parameters()):
+        return
+    own = {*modules[head].parameters(recurse=False)}
+    tied = [name for name, module in modules.items() if name != head and own & {*module.parameters(recurse=False)}]
+    why = f"shares its weight with {tied[0]!r}" if tied else "is not trained"
+    if tied or not any(p.requires_grad for p in own):
+        raise ValueError(
+            f"Influence: without curvature= the head alone is covered, and the head {head!r} {why}: say one for what "
+            "is trained, such as curvature=fastif.EKFAC('auto')"
+        )
+
+
+def warn_of_lost(capture: Capture) -> bool:
     """Warns where parameters that were trained are not covered though nobody left them out; whether it did."""
     if not capture.lost:
         return False
@@ -103,10 +118,10 @@ def warn_of_lost(capture: Capture, stacklevel: int) -> bool:
     trained = sum(parameter.numel() for parameter in capture.selection.trained)
     left = sum(names[name].numel() for name in capture.lost)
     reasons = "; ".join(f"{name}: {reason}" for name, reason in capture.lost.items())
-    warnings.warn(
+    warn_outside(
         f"Influence: {trained - left:,} of {trained:,} trained parameters are covered ({1 - left / trained:.1%}); "
         f"the rest is taken as fixed: {reasons}. Leave them out with layers= to say that this is meant",
-        stacklevel=stacklevel + 1,
+        UserWarning,
     )
     return True
 

@@ -80,7 +80,8 @@ def _fit_here(setup: Setup, train: Any, subset: Subset) -> NetworkCurvature:
         looking = curvature.open(pass_index)
         generator = torch.Generator().manual_seed(seed)
         draws = Draws(passes.loss, generator, examples_before(train, subset, ranks)) if ranks.world > 1 else None
-        total = -(-len(subset.indices) // (passes.batch_size * ranks.world))
+        size = getattr(train.data, "batch_size", None) or passes.batch_size  # a loader's own
+        total = -(-len(subset.indices) // (size * ranks.world))
         with tqdm(batches(subset), f"fit, pass {pass_index + 1}", total, disable=not passes.progress) as bar:
             for number, (x, y, weights) in enumerate(bar):
                 passes.capture.batch = number

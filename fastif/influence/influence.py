@@ -22,7 +22,15 @@ from fastif.curvature.protocol import Estimator
 from fastif.data.batches import count, walked
 from fastif.data.loaders import Sharded, needs_all
 from fastif.influence.averaging import average_scores, average_self_influence, write_averaged_scores
-from fastif.influence.coverage import assign, cover_head, look_at, look_together, restore_coverage, warn_of_lost
+from fastif.influence.coverage import (
+    assign,
+    check_default_head,
+    cover_head,
+    look_at,
+    look_together,
+    restore_coverage,
+    warn_of_lost,
+)
 from fastif.influence.fitted import Fitted, Setup
 from fastif.influence.fitting import fit
 from fastif.influence.networks import Networks, check_networks
@@ -37,7 +45,7 @@ from fastif.influence.states import gather, load_fitted, state_of
 from fastif.influence.tiles import By, best_of, check_k
 from fastif.model.capture import Capture, LateLayer
 from fastif.model.features import extract, find_head
-from fastif.model.losses import Loss, Measurement, check_loss, check_measurement
+from fastif.model.losses import Loss, Measurement, check_loss, check_measurement, loss_name
 from fastif.model.passes import Passes
 from fastif.ranks import Ranks, find_ranks, together
 from fastif.renamed import rename_arguments, warn_renamed
@@ -142,6 +150,7 @@ class Influence:
         of_head = alone is not None and alone.prefers_head and not alone.joint and layers is None
         if of_head:
             layers = find_head(model, op="Influence")[0] or "*"
+            check_default_head(model, layers)
         passes = Passes(
             model,
             loss,
@@ -167,10 +176,9 @@ class Influence:
     def __repr__(self) -> str:
         loss, blocks = self.passes.loss, self.capture.blocks
         size = sum(math.prod(shape) for shape in self.capture.covered.values())
-        named = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
         state = "not fitted" if self._fitted is None else f"fitted on n={self._fitted.n:,}"
         return (
-            f"Influence({type(self.model).__name__}, loss={named!r}, curvature={self.setup.given!r}, "
+            f"Influence({type(self.model).__name__}, loss={loss_name(loss)!r}, curvature={self.setup.given!r}, "
             f"{size:,} parameters in {len(blocks)} blocks, {state})"
         )
 
@@ -282,7 +290,7 @@ class Influence:
             chosen = check_subset(subset, train.n)
         self._fitted, self.bound = fit(self.setup, train, chosen), getattr(subset, "bound", None)
         self.setup = self._fitted.setup
-        self._warned = self._warned or warn_of_lost(self.capture, stacklevel=2)
+        self._warned = self._warned or warn_of_lost(self.capture)
         return self
 
     def look_at(self, train: Any, indices: Tensor) -> None:

@@ -10,7 +10,6 @@ import io
 import json
 import pickle
 import sys
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +22,7 @@ from fastif.files import canonical
 from fastif.files import checksum as digest
 from fastif.fingerprints import described
 from fastif.model.calls import fleeting_buffers
+from fastif.renamed import warn_outside
 
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 Buffers = Mapping[str, tuple[int, str]]  # by name: checksum and shape
@@ -73,9 +73,9 @@ def _check_loss(theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
         if why is None and theirs["python"] != ours["python"]:
             why = f"it was fitted by Python {theirs['python']}, and this is {ours['python']}"
         if why is not None:
-            warnings.warn(
+            warn_outside(
                 f"load_state_dict: whether the state was fitted with this loss, {shown[1]}, cannot be told: {why}",
-                stacklevel=5,
+                UserWarning,
             )
             return
     if theirs != ours:

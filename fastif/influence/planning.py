@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from fastif.curvature.protocol import STANDING, BlockWork, Cost, Products
@@ -19,6 +20,8 @@ from fastif.influence.rehearsal import Rehearsal, rehearse, rehearse_scores
 from fastif.model.calls import dtype_of
 from fastif.model.losses import Fisher
 from fastif.ranks import ALONE
+
+_ALIKE = 4  # parameters skipped for one reason that are listed one by one
 
 
 class LayerPlan(NamedTuple):
@@ -61,7 +64,7 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         covered = "\n".join(f"  {name} {list(shape)}" for name, shape in self.covered.items()) or "  none"
-        skipped = "\n".join(f"  {name}: {reason}" for name, reason in self.skipped.items()) or "  none"
+        skipped = "\n".join(f"  {line}" for line in _by_reason(self.skipped)) or "  none"
         size = sum(math.prod(shape) for shape in self.covered.values())
         peak, scores, own = (
             "unknown" if taken is None else f"{taken / 2**20:.1f} MiB"
@@ -85,6 +88,18 @@ class Plan(NamedTuple):
             f"of which {self.curvature_bytes / 2**20:.1f} MiB stay; each query {self.query_bytes / 2**20:.2f} MiB"
             f"{solve}{products}{queries}" + "".join(f"\nrank {rank}: {one}" for rank, one in enumerate(self.ranks))
         )
+
+
+def _by_reason(skipped: dict[str, str]) -> Iterator[str]:
+    """A line for each parameter; of many with one reason, such as all that stand still under adapters, the first."""
+    names: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        names.setdefault(reason, []).append(name)
+    for reason, alike in names.items():
+        shown = alike if len(alike) <= _ALIKE + 1 else alike[:_ALIKE]
+        yield from (f"{name}: {reason}" for name in shown)
+        if len(shown) < len(alike):
+            yield f"and {len(alike) - len(shown):,} more: {reason}"
 
 
 def make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | None, ranks: int | None = None) -> Plan:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fastif.integrations.model_folder import ModelFolder, load_model_folder
+from fastif.integrations.labels import Label
+from fastif.integrations.model_folder import ModelFolder, TrainedLoss, load_model_folder
 from fastif.integrations.tables import read_columns
 from fastif.integrations.texts import Padding, next_tokens, tokenise
 
@@ -18,18 +19,23 @@ from fastif.integrations.texts import Padding, next_tokens, tokenise
 class Examples(NamedTuple):
     """The examples of a file, n of them."""
 
-    loader: DataLoader  # mappings, as the model takes them, with "labels"
+    loader: DataLoader[Any]  # mappings, as the model takes them, with "labels"
     shown: list[list[str]] | list[Path]  # the tokens of each text, or the image's file
     texts: list[str]  # each in a line, to be read
-    labels: list[str] | None  # as the file has them
+    labels: list[str] | None  # as people read them
     ids: list[str] | None  # from their column
+
+    def __repr__(self) -> str:
+        further = [name for name, column in (("labels", self.labels), ("ids", self.ids)) if column is not None]
+        what = "images" if isinstance(self.shown[0], Path) else "texts"
+        return f"Examples({', '.join([f'{len(self.texts):,} {what}', *further])})"
 
     @property
     def columns(self) -> dict[str, list[str]]:
         """What people read of them, for `fastif.influence.rows.top_rows`."""
         return {"text": self.texts, **({} if self.labels is None else {"label": self.labels})}
 
-    def picked(self, indices: Tensor) -> DataLoader:
+    def picked(self, indices: Tensor) -> DataLoader[Any]:
         """Some of the examples, all in one batch."""
         chosen = [self.loader.dataset[i] for i in indices.tolist()]
         return DataLoader(chosen, batch_size=len(chosen), collate_fn=self.loader.collate_fn)  # pyright: ignore[reportArgumentType]  a list will do
@@ -39,9 +45,13 @@ class Problem(NamedTuple):
     """What `fastif.Influence` needs."""
 
     model: nn.Module
-    loss: str
+    loss: TrainedLoss
     train: Examples | None
     query: Examples | None
+
+    def __repr__(self) -> str:
+        model = type(self.model).__name__
+        return f"Problem({model}, loss={self.loss!r}, train={self.train!r}, query={self.query!r})"
 
 
 def problem_of(
@@ -49,7 +59,7 @@ def problem_of(
     train: str | Path | None,
     query: str | Path | None,
     *,
-    text: str | None = None,
+    text: str | Sequence[str] | None = None,
     label: str | None = None,
     prompt: str | None = None,
     image: str | None = None,
@@ -71,8 +81,11 @@ def problem_of(
     Args:
         folder: the model, its tokenizer or image processor, on this machine.
         train, query: files; None where not needed.
-        text: the column of texts, default "text".
+        text: the column of texts, default "text"; for classifiers of pairs of texts two columns, which the tokenizer
+            joins.
         label: for classifiers, the column of labels: names as in the model's config.label2id, or numbers of classes.
+            Where examples may have several labels (problem_type="multi_label_classification"), lists of these, or of 0
+            and 1 for each class; of a model of several numbers, lists of them. Losses are summed over the outputs.
         prompt: for language models, a column of prompts.
         image: for classifiers of images, the column of their files, relative to the table's folder.
         id: a column of the examples' own names.
@@ -94,19 +107,23 @@ def problem_of(
     return Problem(given.model, given.loss, read[0], read[1])
 
 
-def _columns(given: ModelFolder, **named: Any) -> dict[str, str]:
+def _columns(given: ModelFolder, text: str | Sequence[str] | None, **named: Any) -> dict[str, str]:
     """The columns that this kind of model needs. Raises ValueError for those that it has no use for or that lack."""
     needed = {"causal_lm": (), "texts": ("label",), "images": ("image", "label")}[given.kind]
     further = {"causal_lm": ("text", "prompt", "max_length"), "texts": ("text", "max_length"), "images": ()}[given.kind]
     allowed = {*needed, *further}
     what = f"{type(given.model).__name__} ({given.path})"
-    for name, column in named.items():
+    texts = [text] if isinstance(text, str) else list(text or ())
+    for name, column in {"text": " and ".join(texts) or None, **named}.items():
         if column is None and name in needed:
             raise ValueError(f"{what} needs --{name}, a column of the files")
         if column is not None and name not in allowed:
             raise ValueError(f"{what} has no use for --{name.replace('_', '-')}, got {column}")
+    if len(texts) > (most := 2 if given.kind == "texts" else 1):
+        do = "two for pairs of texts" if most == 2 else "with --prompt for what stands before it"
+        raise ValueError(f"{what} takes one --text, or {do}, got {len(texts)}: {', '.join(texts)}")
     if given.kind != "images":
-        named["text"] = named["text"] or "text"
+        named.update(zip(("text", "pair"), texts or ["text"], strict=False))
     return {name: column for name, column in named.items() if column is not None and name != "max_length"}
 
 
@@ -115,12 +132,13 @@ def _examples(
 ) -> Examples:
     read = read_columns(file, columns.values())
     values = {name: read[column] for name, column in columns.items()}
-    for name in ("text", "prompt", "image"):
+    for name in ("text", "pair", "prompt", "image"):
         for row, value in enumerate(values.get(name, ())):
             if not isinstance(value, str):
                 raise ValueError(f"{file}, row {row}: column {columns[name]!r} must be a string, got {value!r}")
-    labels = [_label(given, value, f"{file}, row {row}") for row, value in enumerate(values.get("label", ()))]
-    named = [str(value) for value in values["label"]] if "label" in values else None
+    read_labels = [Label(given, value, f"{file}, row {row}") for row, value in enumerate(values.get("label", ()))]
+    labels = [torch.tensor(one.target) for one in read_labels]
+    named = [one.shown for one in read_labels] if "label" in values else None
     ids = [str(value) for value in values["id"]] if "id" in values else None
     if given.kind == "images":
         paths = [file.parent / name for name in values["image"]]
@@ -129,41 +147,20 @@ def _examples(
     texts: list[str] = values["text"]
     prompts: list[str] | None = values.get("prompt")
     whole = texts if prompts is None else [a + b for a, b in zip(prompts, texts, strict=True)]
-    found = tokenise(given, whole, file, max_length)
+    found = tokenise(given, whole, file, max_length, values.get("pair"))
+    if "pair" in values:
+        whole = [f"{a} | {b}" for a, b in zip(texts, values["pair"], strict=True)]
     own = next_tokens(found, texts, prompts, file) if given.kind == "causal_lm" else labels
-    examples = [{**example, "labels": torch.as_tensor(y)} for example, y in zip(found.examples, own, strict=True)]
+    examples = [{**example, "labels": y} for example, y in zip(found.examples, own, strict=True)]
     length = max(len(tokens) for tokens in found.tokens) if one_length else None
     loader = DataLoader(examples, batch_size=batch_size, collate_fn=Padding(given, length))  # pyright: ignore[reportArgumentType]  a list will do
     return Examples(loader, found.tokens, [" ".join(one.split()) for one in whole], named, ids)
 
 
-def _label(given: ModelFolder, value: Any, where: str) -> int | float:
-    """The class of a label, by its name or its number; of a model of one output the number."""
-    if given.loss == "mse":
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"{where}: the label must be a number, got {value!r}") from None
-    classes = given.labels
-    if isinstance(value, str) and value in classes:
-        return classes[value]
-    if isinstance(value, int) and not isinstance(value, bool) and classes.get(str(value), value) != value:
-        raise ValueError(
-            f"{where}: the label {value!r} is the number of a class, and {str(value)!r} the name of number "
-            f"{classes[str(value)]}: write names as strings"
-        )
-    number = int(value) if isinstance(value, str) and value.isdecimal() and value.isascii() else value
-    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(classes):
-        return number
-    known: Sequence[str] = list(classes)
-    few = ", ".join(map(repr, known[:5])) + (f" and {len(known) - 5} more" if len(known) > 5 else "")
-    raise ValueError(f"{where}: the label {value!r} is none of the model's {len(known)}: {few}")
-
-
 class _Images(Dataset):
     """Images from their files, as the folder's processor has them."""
 
-    def __init__(self, processor: Any, paths: list[Path], labels: list[int | float], file: Path):
+    def __init__(self, processor: Any, paths: list[Path], labels: list[Tensor], file: Path):
         self.processor, self.paths, self.labels = processor, paths, labels
         for row, path in enumerate(paths):
             if not path.is_file():

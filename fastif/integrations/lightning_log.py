@@ -65,6 +65,10 @@ class LightningLog(_callback()):
         self._orders: dict[int, tuple[Any, Order]] = {}  # of loaders, which are held, so that no other has their id
         self._parts: list[tuple[Tensor, Tensor]] = []  # of the batches since the last step: rows, weights over b
         self._undo: list[Callable[[], None]] = []
+        self._never_clips = False
+
+    def __repr__(self) -> str:
+        return f"LightningLog({'nothing recorded yet' if self._log is None else repr(self._log)})"
 
     @property
     def training_log(self) -> TrainingLog:
@@ -81,6 +85,8 @@ class LightningLog(_callback()):
             return
         _check_trainer(trainer, pl_module)
         self._orders, self._parts = {}, []
+        theirs = type(pl_module).configure_gradient_clipping.__module__.startswith(_NAMES)  # not the user's own
+        self._never_clips = theirs and not trainer.gradient_clip_val
         self._undo = [
             watch(trainer.strategy, "process_dataloader", lambda own, loader: self._see(trainer, own(loader))),
             watch(pl_module, "configure_gradient_clipping", self._clip),
@@ -139,10 +145,10 @@ class LightningLog(_callback()):
     def _clip(self, own: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Notes the step: Lightning clips last, and in any case asks its module to."""
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        before = _norm_of(optimizer)
+        before = None if self._never_clips else _norm_of(optimizer)
         own(optimizer, *args, **kwargs)
-        after = _norm_of(optimizer)
-        clipped = 1.0 if after == before else after / before
+        after = None if self._never_clips else _norm_of(optimizer)
+        clipped = 1.0 if before is None or after is None or after == before else after / before
         rows = torch.cat([rows for rows, _ in self._parts])
         weights = torch.cat([weights for _, weights in self._parts]) * len(rows) * clipped
         self._parts = []

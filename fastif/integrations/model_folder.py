@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 Kind = Literal["causal_lm", "texts", "images"]
+TrainedLoss = Literal["causal_lm", "cross_entropy", "bce", "mse"]
 
 _MAPPINGS: dict[str, Kind] = {
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "causal_lm",
@@ -30,7 +31,7 @@ class ModelFolder(NamedTuple):
 
     model: nn.Module  # float32, in eval mode
     kind: Kind
-    loss: str
+    loss: TrainedLoss
     processor: Any  # its tokenizer, or image processor
     longest: int | None  # tokens that it takes
     path: Path
@@ -46,7 +47,8 @@ def load_model_folder(folder: str | Path) -> ModelFolder:
     """The model of a folder that `save_pretrained` wrote, its tokenizer or image processor beside it.
 
     Weights are taken in float32 whatever they are stored in, and the model is in eval mode. The loss is that of its
-    training: "causal_lm"; of classifiers "cross_entropy", or "mse" with one output.
+    training, as config.problem_type says: "causal_lm"; of classifiers "cross_entropy", "bce" where an example may have
+    several labels, "mse" of numbers and, without a problem_type, with one output.
 
     Raises ValueError for a folder that is not there (a name on a hub is not fetched), without a config or weights in
     safetensors, with code of its own, adapters alone, quantised weights, weights that lack some of the model's (they
@@ -71,12 +73,6 @@ def load_model_folder(folder: str | Path) -> ModelFolder:
                 f"{path}: its weights are quantised, and what they compute is not what gradients are of: save the "
                 "model in float32 or bfloat16"
             )
-        asked = None if kind == "causal_lm" else config.problem_type
-        if asked == "multi_label_classification" or (asked == "regression" and config.num_labels > 1):
-            raise ValueError(
-                f"{path}: {name} was trained with problem_type={asked!r} and {config.num_labels} outputs, and a file "
-                "has one label for each example: use a script"
-            )
         how: dict[str, Any] = dict(use_safetensors=True, output_loading_info=True, dtype=torch.float32, **known)
         try:
             model, info = getattr(transformers, name).from_pretrained(path, config=config, **how)
@@ -93,8 +89,7 @@ def load_model_folder(folder: str | Path) -> ModelFolder:
         if hasattr(module, "name_or_path"):
             module.name_or_path = ""
     model.config._name_or_path = ""
-    loss = "causal_lm" if kind == "causal_lm" else "mse" if config.num_labels == 1 else "cross_entropy"
-    return ModelFolder(model.eval(), kind, loss, processor, _longest(model, processor), path)
+    return ModelFolder(model.eval(), kind, _loss_of(kind, config), processor, _longest(model, processor), path)
 
 
 def _check_files(path: Path) -> None:
@@ -131,6 +126,18 @@ def _kind_of(path: Path, config: Any) -> tuple[Kind, str]:
         f"{path}: its architecture is {name}, and folders may hold a causal language model (…ForCausalLM, "
         "…LMHeadModel), …ForSequenceClassification or …ForImageClassification: use a script for others"
     )
+
+
+def _loss_of(kind: Kind, config: Any) -> TrainedLoss:
+    """Of the training: as config.problem_type says, and without a word as transformers takes it."""
+    if kind == "causal_lm":
+        return "causal_lm"
+    said: dict[str | None, TrainedLoss] = {
+        "multi_label_classification": "bce",
+        "regression": "mse",
+        "single_label_classification": "cross_entropy",
+    }
+    return said.get(config.problem_type, "mse" if config.num_labels == 1 else "cross_entropy")
 
 
 def _processor_of(path: Path, kind: Kind, known: dict[str, Any]) -> Any:

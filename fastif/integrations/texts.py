@@ -23,8 +23,10 @@ class Tokenised(NamedTuple):
     spans: list[list[_SPAN]] | None  # of each token in its text; None where the tokenizer does not say
 
 
-def tokenise(given: ModelFolder, texts: Sequence[str], file: Path, max_length: int | None) -> Tokenised:
-    """The texts as the folder's tokenizer has them, its special tokens included.
+def tokenise(
+    given: ModelFolder, texts: Sequence[str], file: Path, max_length: int | None, pairs: Sequence[str] | None = None
+) -> Tokenised:
+    """The texts as the folder's tokenizer has them, its special tokens included; with `pairs` joined to one by it.
 
     Raises ValueError for a text of more tokens than the model takes or of none, naming the row, unless `max_length`
     cuts texts; for one that the model does not take.
@@ -35,7 +37,8 @@ def tokenise(given: ModelFolder, texts: Sequence[str], file: Path, max_length: i
     how: dict[str, Any] = dict(truncation=True, max_length=max_length) if max_length is not None else {}
     if tokenizer.is_fast:
         how["return_offsets_mapping"] = True
-    found = tokenizer(list(texts), verbose=False, **how)
+    both = (list(texts),) if pairs is None else (list(texts), list(pairs))
+    found = tokenizer(*both, verbose=False, **how)
     keys = [key for key in ("input_ids", "token_type_ids") if key in found]
     tokens: list[list[str]] = []
     for row, ids in enumerate(found["input_ids"]):
@@ -47,26 +50,41 @@ def tokenise(given: ModelFolder, texts: Sequence[str], file: Path, max_length: i
         if not ids:
             raise ValueError(f"{file}, row {row}: the text has no token")
         names = tokenizer.convert_ids_to_tokens(ids)
-        spans = found["offset_mapping"][row] if tokenizer.is_fast else None
+        if not tokenizer.is_fast:
+            tokens.append([f"{name} " for name in names])
+            continue
         special = [one in tokenizer.all_special_ids for one in ids]
-        tokens.append([f"{name} " for name in names] if spans is None else _read(texts[row], names, spans, special))
+        own = [one[row] for one in both]
+        tokens.append(_read(own, found.sequence_ids(row), names, found["offset_mapping"][row], special))
     examples = [{key: torch.tensor(found[key][row], dtype=torch.int64) for key in keys} for row in range(len(texts))]
     return Tokenised(
         examples, tokens, [list(map(tuple, s)) for s in found["offset_mapping"]] if tokenizer.is_fast else None
     )
 
 
-def _read(text: str, names: Sequence[str], spans: Sequence[_SPAN], special: Sequence[bool]) -> list[str]:
-    """Each token's stretch of the text, with the blanks before it; some tokenizers leave blanks out of spans."""
-    read, end = [], 0
-    for name, (start, stop), added in zip(names, spans, special, strict=True):
-        if added and start == stop:
-            read.append(f"{name} " if end == 0 else f" {name}")
-        else:
-            read.append(text[end : max(end, stop)])
-            end = max(end, stop)
-    if text[end:].strip():  # what was cut off
-        read[-1] += " …"
+def _read(
+    texts: Sequence[str],
+    of: Sequence[int | None],
+    names: Sequence[str],
+    spans: Sequence[_SPAN],
+    special: Sequence[bool],
+) -> list[str]:
+    """Each token's stretch of its text, with the blanks before it; some tokenizers leave blanks out of spans.
+
+    `of`: which of the texts each token is of; the tokens that a tokenizer adds are of none.
+    """
+    read, ends, last = [], [0] * len(texts), [-1] * len(texts)
+    for place, (which, name, (start, stop), added) in enumerate(zip(of, names, spans, special, strict=True)):
+        if which is None or (added and start == stop):
+            read.append(f"{name} " if not any(ends) else f" {name}" + " " * (len(texts) > 1))
+            continue
+        read.append(texts[which][ends[which] : max(ends[which], stop)])
+        ends[which], last[which] = max(ends[which], stop), place
+    if len(texts) > 1 and last[0] >= 0 and last[0] + 1 == next((i for i, one in enumerate(of) if one == 1), 0):
+        read[last[0]] += " "  # nothing stands between the two
+    for text, end, place in zip(texts, ends, last, strict=True):
+        if text[end:].strip() and read:  # what was cut off
+            read[place] += " …"
     return read
 
 
@@ -115,21 +133,24 @@ class Padding:
 
     def __init__(self, given: ModelFolder, length: int | None):
         self.token, self.length = padding_token(given), length
+        self.fill: dict[str, int] = {"input_ids": self.token, "token_type_ids": 0}
+        if given.kind == "causal_lm":
+            self.fill["labels"] = IGNORED
 
     def __call__(self, examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
         length = int(lengths.max()) if self.length is None else self.length
-        fill = {"input_ids": self.token, "token_type_ids": 0, "labels": IGNORED}
         batch = {
-            key: torch.stack([_filled(example[key], length, fill[key]) for example in examples]) for key in examples[0]
+            key: torch.stack([_filled(example[key], length, self.fill.get(key)) for example in examples])
+            for key in examples[0]
         }
         batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
         return batch
 
 
-def _filled(values: Tensor, length: int, value: int) -> Tensor:
-    """Values of tokens, [t] to [length]; a label of the whole text as it is."""
-    if not values.dim():
+def _filled(values: Tensor, length: int, value: int | None) -> Tensor:
+    """Values of tokens, [t] to [length]; labels of the whole text as they are."""
+    if value is None:
         return values
     return torch.cat([values, values.new_full((length - len(values),), value)])
 

@@ -38,7 +38,7 @@ def influence_of(trainer: Any, curvature: Any = None, *, loss: Loss | None = Non
 
     Args:
         trainer: a `transformers.Trainer`, trained or not, of any subclass; of adapters (`peft`) what is trained counts.
-        curvature, options: as for `fastif.Influence`.
+        curvature, options: as for `fastif.Influence`; without a curvature the head alone is covered.
         loss: where the Trainer's is none of those that fastif knows: a name or a function of (outputs, batch) → [n].
 
     Raises ValueError where no loss gives the Trainer's, for a quantised model and whatever `data_of` refuses.
@@ -57,7 +57,7 @@ def loss_of(trainer: Any) -> Loss:
     return match_loss(trainer).loss
 
 
-def data_of(trainer: Any, dataset: Any = None, *, batch_size: int | None = None) -> DataLoader:
+def data_of(trainer: Any, dataset: Any = None, *, batch_size: int | None = None) -> DataLoader[Any]:
     """A Trainer's data in its own order: collated by its collator, columns that its model does not take left out.
 
     Args:

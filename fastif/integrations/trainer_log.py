@@ -13,7 +13,7 @@ from transformers import TrainerCallback  # pyright: ignore[reportMissingImports
 from fastif.integrations.trainer import data_of, match_loss
 from fastif.integrations.trainer_loss import items_of
 from fastif.integrations.watching import SAME, Order, watch
-from fastif.model.losses import Loss
+from fastif.model.losses import Loss, loss_name
 from fastif.replay import TrainingLog
 
 
@@ -54,6 +54,10 @@ class TrainerLog(TrainerCallback):
         self._undo: list[Callable[[], None]] = []
         data_of(trainer)  # refuses what it refuses now, not after the training
         trainer.add_callback(self)
+
+    def __repr__(self) -> str:
+        recorded = "nothing recorded yet" if self._log is None else repr(self._log)
+        return f"TrainerLog({recorded}, loss={loss_name(self.loss)!r})"
 
     @property
     def log(self) -> TrainingLog:

@@ -1,7 +1,6 @@
 """How a model is called, where it stands meanwhile, and the type of its parameters."""
 
 import inspect
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastif.data.batch import Arguments, whole
+from fastif.renamed import warn_outside
 from fastif.sharded import is_part
 
 
@@ -87,7 +87,7 @@ def _taken(kind: type[nn.Module], keys: tuple[str, ...], types: tuple[type, ...]
         repr(key) for key, type_ in zip(keys, types, strict=True) if key in left_out and issubclass(type_, Tensor)
     ]
     if tensors:
-        warnings.warn(f"{kind.__name__}.forward takes no {', '.join(tensors)}: left out of the batches", stacklevel=5)
+        warn_outside(f"{kind.__name__}.forward takes no {', '.join(tensors)}: left out of the batches", UserWarning)
     return tuple(key for key in keys if key != "labels" and key not in left_out)
 
 

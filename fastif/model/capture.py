@@ -33,6 +33,8 @@ from fastif.sharded import Sharding, refuse_sharded
 
 NEVER_CALLED = "never called in the forward pass: its gradient is zero"
 
+_TOLD = 5  # parameters that an error names
+
 
 class Capture:
     """The blocks of a model's layers, and their gradients.
@@ -204,7 +206,9 @@ class Capture:
     def check_any(self) -> None:
         """Raises ValueError where nothing is covered."""
         if not self.blocks:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items()) or "it has no parameters"
+            told = [f"{name}: {reason}" for name, reason in self.skipped.items()]
+            more = [f"and {len(told) - _TOLD} more"] if len(told) > _TOLD else []
+            reasons = "; ".join([*told[:_TOLD], *more]) or "it has no parameters"
             raise ValueError(f"capture: the model has no layer that can be covered ({reasons})")
 
     def leave_out(self, block: Block, reason: str) -> None:

@@ -7,7 +7,6 @@ both factors of every layer's per-sample gradients behind, as a capture's own wo
 from __future__ import annotations
 
 import inspect
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +20,7 @@ from fastif.model.arriving import Arriving
 from fastif.model.capture import Capture
 from fastif.model.check import settle
 from fastif.model.losses import logits_of
+from fastif.renamed import warn_outside
 
 Keep = Literal["factors", "numbers"]
 _LOOKED_AT = 4  # examples of the first batch on which it is settled how layers are read
@@ -96,6 +96,16 @@ class Captured:
         self._by_block: dict[str, Tensor] | None = None  # the directions, [q, g, o, d]
         self._last: Arriving | None = None
         self._settled = False
+
+    def __repr__(self) -> str:
+        size = sum(torch.Size(shape).numel() for shape in self._capture.covered.values())
+        left = f", {len(self.skipped)} parameters not covered" if self.skipped else ""
+        there = self._last is not None and self._last.arrived
+        state = f"gradients of n={self.n:,} examples" if there else "no gradients: ask after backward()"
+        return (
+            f"Captured({type(self._model).__name__}, keep={self._keep!r}, {size:,} parameters in "
+            f"{len(self._capture.blocks)} blocks{left}, {state})"
+        )
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -226,7 +236,7 @@ class Captured:
         lost = following.lost
         if lost:
             listed = "\n".join(f"  {name}: {reason}" for name, reason in lost.items())
-            warnings.warn(f"capture: these trained parameters are not covered:\n{listed}", stacklevel=2)
+            warn_outside(f"capture: these trained parameters are not covered:\n{listed}", UserWarning)
         following.hook_layers(self._hooks)
         self._end.remove()  # the last of the hooks, after that of a model that is itself a layer
         self._end = model.register_forward_hook(self._after, always_call=True)

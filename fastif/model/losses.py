@@ -7,6 +7,7 @@ are some, for the named ones), `batch` the labels y of a pair (x, y), or the who
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,13 @@ def check_measurement(measurement: Any, loss: Any) -> None:
         )
     if loss != "cross_entropy":
         raise ValueError(f"measurement={measurement!r} is defined for loss='cross_entropy', got loss={loss!r}")
+
+
+def loss_name(loss: Any) -> str:
+    """A loss by its name; of a function its own."""
+    if isinstance(loss, partial):
+        return loss_name(loss.func)
+    return loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
 
 
 def per_sample(loss: Any, outputs: Any, batch: Any, n: int) -> Tensor:

@@ -8,7 +8,6 @@ import os
 import re
 import struct
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from fastif._version import __version__
 from fastif.progress import tqdm
+from fastif.renamed import warn_outside
 
 # As in csrc/ops.cpp; needed here only where the extension is absent (a test holds the two against each other).
 SCHEMAS = {
@@ -74,8 +74,8 @@ def _load(module: str):
         return importlib.import_module(module)
     except (ImportError, OSError, ValueError) as error:
         runs = "every op runs as plain torch" if module == "fastif._C" else "ops on CUDA run as plain torch"
-        warnings.warn(
-            f"fastif: {module} could not be loaded ({error}); {runs}, slower. Build it with: {_BUILD}", stacklevel=3
+        warn_outside(
+            f"fastif: {module} could not be loaded ({error}); {runs}, slower. Build it with: {_BUILD}", UserWarning
         )
         return None
 
@@ -89,10 +89,10 @@ def _load_kernels() -> tuple[ModuleType | None, ModuleType | None]:
         return kernels, None
     built_for, there = read_built_for("fastif._C_cuda", "CUDA"), torch.version.cuda.split(".")[0]
     if built_for is not None and built_for != there:
-        warnings.warn(
+        warn_outside(
             f"fastif: the CUDA kernels were built for CUDA {built_for}, and this torch has CUDA {there}; ops on CUDA "
             f"run as plain torch, slower. Build them with: {_BUILD}",
-            stacklevel=2,
+            UserWarning,
         )
     return kernels, _load("fastif._C_cuda") if built_for == there else None
 

@@ -22,6 +22,13 @@ class Step(NamedTuple):
     seconds: float  # of this step: gradient, draw, curvature, solve and search
     peak_bytes: int | None  # tensors allocated in it at the same time
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name}: {size:.3g}" for name, size in self.step_size.items())
+        return (
+            f"Step({self.step}, objective={self.objective:.6g}, gradient_norm={self.gradient_norm:.3g}, "
+            f"step_size={{{sizes}}}, subset_size={self.subset_size}, seconds={self.seconds:.3g})"
+        )
+
     @property
     def weight(self) -> Tensor:
         """The head's, by the name that it had in `HeadStep`."""
@@ -47,6 +54,13 @@ class Removal(NamedTuple):
     history: list[Step]  # one entry per step taken; empty if none would have lowered F
     moved: list[dict[str, Tensor]]  # the part of state_dict that moved: before the first step, after each, after noise
     certified: Certified | None = None  # with a certificate: what of the state dict is certified, in words by str()
+
+    def __repr__(self) -> str:
+        size = sum(value.numel() for value in self.moved[0].values())
+        took = f"{len(self.history)} steps" if self.history else "no step, as none would have lowered the objective"
+        end = f", objective={self.history[-1].objective:.6g}" if self.history else ""
+        told = "" if self.certified is None else f", certified: {self.certified.certificate!r}"
+        return f"Removal({took} of {size:,} parameters ({', '.join(self.moved[0])}){end}{told})"
 
     def after(self, step: int) -> dict[str, Tensor]:
         """The state dict after so many steps: after(0) undoes the removal.

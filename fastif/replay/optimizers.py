@@ -34,6 +34,11 @@ class Rule(Protocol):
         """Parameters and state after a step."""
         ...
 
+    def loose(self, state: State, numbers: Sequence[float], off: float) -> Tensor | None:
+        """How far each parameter may go elsewhere, [P], in a step that ended with `state`, where its gradient is off by
+        so much; None where it is no further than the gradient is off, times the learning rate."""
+        ...
+
     def pull(
         self, after: State, at: Tensor, state: State, gradient: Tensor | None, numbers: Sequence[float]
     ) -> tuple[Tensor, State]:
@@ -78,6 +83,10 @@ class Descent:
         velocity = state[0].mul(momentum).add_(gradient)
         along = gradient.add(velocity, alpha=momentum) if nesterov else velocity
         return at.add(along, alpha=-lr), (velocity,)
+
+    def loose(self, state: State, numbers: Sequence[float], off: float) -> Tensor | None:
+        del state, numbers, off
+        return None
 
     def pull(
         self, after: State, at: Tensor, state: State, gradient: Tensor | None, numbers: Sequence[float]
@@ -129,6 +138,12 @@ class Moments:
         square = state[1].mul(n.beta2).addcmul_(gradient, gradient, value=1 - n.beta2)
         denominator = (square.sqrt() / math.sqrt(1 - n.beta2**n.steps)).add_(n.eps)
         return at.addcdiv(mean, denominator, value=-n.lr / (1 - n.beta1**n.steps)), (mean, square)
+
+    def loose(self, state: State, numbers: Sequence[float], off: float) -> Tensor | None:
+        """Gradients that are zero but for rounding move their parameter by up to η: Adam divides by their size."""
+        n = _Moments(*numbers)
+        denominator = (state[1].sqrt() / math.sqrt(1 - n.beta2**n.steps)).add_(n.eps)
+        return denominator.reciprocal_().mul_(off).clamp_(max=1).mul_(2 * n.lr)
 
     def pull(
         self, after: State, at: Tensor, state: State, gradient: Tensor | None, numbers: Sequence[float]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, get_args
@@ -16,8 +15,9 @@ from fastif.curvature.matrix_free.lissa import Diverged
 from fastif.data.batches import moved_to, rows_of, walked
 from fastif.influence.averaging import average_rows
 from fastif.influence.tiles import check_groups
-from fastif.model.losses import Loss, Measurement, check_loss, check_measurement
+from fastif.model.losses import Loss, Measurement, check_loss, check_measurement, loss_name
 from fastif.progress import tqdm
+from fastif.renamed import warn_outside
 from fastif.replay.agreement import check_logs
 from fastif.replay.log import Point, TrainingLog
 from fastif.replay.network import Matrix
@@ -126,6 +126,19 @@ class Replay:
         # Of the last scores, by log: float64 [steps + 1], the largest over queries of the adjoint before each step.
         self.adjoint_norms: list[Tensor] = []
         self._residuals: tuple[Tensor, Tensor] | None = None  # by epoch and example, and which examples have them
+
+    def __repr__(self) -> str:
+        steps = sum(len(run.path.log.steps) for run in self.runs)
+        again = (
+            "not yet run again"
+            if self.deviations is None
+            else f"run again, checkpoints off by {max(self.deviations):.1e} at most"
+        )
+        logs = f"{len(self.runs)} log{'s' if len(self.runs) > 1 else ''} of {steps:,} steps"
+        return (
+            f"Replay({type(self.model).__name__}, loss={loss_name(self.loss)!r}, matrix={self.matrix!r}, {logs}, "
+            f"n={self.n:,}, {again})"
+        )
 
     # ---------------------------------------------------------------------------------------------------------- methods
 
@@ -295,10 +308,10 @@ class Replay:
         with self._running(path):
             kinks = path.network.find_kinks(path.end.at, piece.x, piece.y)
         if kinks:
-            warnings.warn(
+            warn_outside(
                 f"Replay: the model bends sharply ({', '.join(kinks)}): matrix='hessian' is exact for an infinitesimal "
                 "change of weights alone, a removal flips kinks that it does not see; matrix='ggn' serves such models",
-                stacklevel=4,
+                UserWarning,
             )
 
     def _running(self, path: Path) -> Any:

@@ -72,7 +72,7 @@ def explain(
             without a training example. docs/math.md (2).
         query, train: q and n things to show: texts; texts as lists of their tokens, which follow each other as they
             are; or images: a tensor or array [n, h, w], [n, c, h, w] with c of 1 or 3 (uint8, or floats in [0, 1]), or
-            paths of image files.
+            image files, each a `pathlib.Path` (strings are texts).
         out: a folder for the pages.
         k: examples on each side, >= 1.
         queries: rows of `scores` to write pages for; default all.
@@ -215,7 +215,8 @@ def _note(texts: bool, by_token: bool, errors: bool) -> str:
     if texts and by_token:
         note = (
             f"{blue} tokens add to their text's score, {orange} ones take from it; the stronger, the more of it within "
-            "a text. A token's part is what was learned at its place: in a language model, to predict what follows. "
+            "a text. A token's part is what was learned at its place: in a language model, to predict what follows; in "
+            "a classifier much of it stands where the whole text is read, such as at [CLS]. "
             "What layers add that do not see single tokens is in the score alone."
         )
     elif texts:
@@ -257,7 +258,8 @@ def _signed(value: float) -> str:
 
 
 def _apart(name: str) -> str:
-    return f" · {text_of(name)}" if name else ""
+    """A name behind a number; a long one may go on in the next line after any of its underscores."""
+    return f" · {text_of(name)}".replace("_", "_<wbr>") if name else ""
 
 
 def _name(names: Sequence[Any] | None, index: int) -> str:

@@ -5,7 +5,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from fastif.samplers.subset import Subset, blocks, check_generator, check_labels, check_matrix, equal_weights
+from fastif.samplers.subset import (
+    Subset,
+    blocks,
+    check_generator,
+    check_labels,
+    check_matrix,
+    equal_weights,
+    shown_weights,
+)
 from fastif.samplers.systematic import check_k, systematic_picks, tails
 
 _UNIFORM = 0.1  # part of a sampling share that is the same for every example: bounds the weights by 1 / (0.1 k)
@@ -17,6 +25,9 @@ class CertifiedSubset(NamedTuple):
     indices: Tensor  # int64 [k], distinct, ascending
     weights: Tensor  # float64 [k], 1/n each
     bound: float  # in the units of the curvature
+
+    def __repr__(self) -> str:
+        return f"CertifiedSubset({shown_weights(self.indices, self.weights)}, bound={self.bound:.3g})"
 
 
 def logit(

@@ -18,6 +18,18 @@ class Subset(NamedTuple):
     indices: Tensor  # int64 [k], distinct
     weights: Tensor  # float64 [k], >= 0
 
+    def __repr__(self) -> str:
+        return f"Subset({shown_weights(self.indices, self.weights)})"
+
+
+def shown_weights(indices: Tensor, weights: Tensor) -> str:
+    """How many examples, and how they weigh."""
+    if not len(indices):
+        return "no examples"
+    low, high, total = float(weights.min()), float(weights.max()), float(weights.sum())
+    each = f"weights {low:.3g}" + (f" to {high:.3g}" if high > low else " each")
+    return f"{len(indices):,} examples, {each}, {total:.3g} in all"
+
 
 def check_subset(subset: Any, n: int) -> Subset:
     """A subset of n examples, on the CPU with float64 weights, or an error that names the rule it breaks.

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastif import EKFAC, Influence, ScoreFolder
+from fastif import EKFAC, Index, Influence, ScoreFolder
+from fastif.integrations import problem_of
 
 transformers = pytest.importorskip("transformers", reason="models in folders are transformers'")
 
@@ -200,6 +201,42 @@ def test_fewer_examples_than_are_named_without_a_word(run, folder):
     assert (code, "--query is needed with a model's folder" in error) == (2, True)
 
 
+def test_scores_of_pairs_with_several_labels_are_those_by_hand(run, folder):
+    """Two columns of texts; lists of labels, whose losses are summed."""
+    save_classifier(Path("model"), problem_type="multi_label_classification", max_position_embeddings=20)
+    several = [[CLASSES[i % 3]] + [CLASSES[(i + 1) % 3]] * (i % 2) for i in range(12)]
+    write_file(Path("train.jsonl"), asked=SAID, said=SAID[::-1], labels=several)
+    write_file(Path("query.csv"), asked=ASKED, said=ASKED, labels=[["card"], [], [0.0, 1.0, 1.0]])
+    files = ["--model", "model", "--text", "asked", "--text", "said", "--label", "labels", "--damping", "0.1"]
+    job = ["scores", *files, "--train", "train.jsonl", "--query", "query.csv"]
+    code, printed, error = run(*job, "--out", "out")
+    assert code == 0, error
+    assert f"{ASKED[2]} | {ASKED[2]}" in printed
+    assert "transfer, money" in printed
+    marks = [[float(name in one) for name in CLASSES] for one in several]
+    train = by_hand([f"{a} {b}" for a, b in zip(SAID, SAID[::-1], strict=True)], marks, pad=1)
+    query = by_hand([f"{a} {a}" for a in ASKED], [[1.0, 0, 0], [0.0, 0, 0], [0.0, 1, 1]], pad=1)
+    model = transformers.BertForSequenceClassification.from_pretrained("model").eval()
+    want = Influence(model, "bce", EKFAC(0.1), progress=False).fit(train).scores(query, train)
+    assert torch.allclose(ScoreFolder("out").load(), want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+    assert run("scores", "--config", "out/run.toml", "--out", "again", "--quiet") == (0, "", "")
+    assert torch.equal(ScoreFolder("again").load(), ScoreFolder("out").load())
+    build = ["index", *files, "--train", "train.jsonl", "--share", "1", "--dtype", "float32", "--out", "index"]
+    assert run(*build, "--quiet") == (0, "", "")
+    assert run("query", "index", "--query", "query.csv", "--out", "best.jsonl", "--quiet") == (0, "", "")
+    rows = rows_of("best.jsonl")
+    assert [row["score"] for row in rows[:10]] == pytest.approx(want[0].topk(10).values.tolist(), rel=1e-2)
+    best = rows[0]["train"]
+    assert (rows[0]["text"], rows[0]["label"]) == (f"{SAID[best]} | {SAID[11 - best]}", ", ".join(several[best]))
+    Path("own.toml").write_text(Path("out/run.toml").read_text().replace('["asked", "said"]', '"asked"'))
+    assert run("scores", "--config", "own.toml", "--out", "one", "--quiet") == (0, "", "")
+    assert "asked" in Path("one/run.toml").read_text()
+    write_file(Path("query.csv"), asked=ASKED[:1], said=ASKED[:1], labels=["card;money"])
+    code, _, error = run(*job, "--out", "new")
+    want = 'query.csv, row 0: the label must be a list of the classes of an example, ["a", "b"], got \'card;money\''
+    assert (code, want in error) == (2, True), error
+
+
 def test_images(run, folder):
     from PIL import Image
 
@@ -267,6 +304,65 @@ def test_an_index_is_asked_with_a_file_alone(run, folder):
     assert (code, "it takes --query and no script, got own:script" in error) == (2, True)
 
 
+def test_an_answer_is_a_folder_with_pages_that_can_be_asked_for_again(run, folder):
+    """The pages of `query` are those of `scores` where nothing of the gradients was dropped."""
+    save_language_model(Path("model"))
+    files = ["--model", "model", "--train", "train.jsonl", "--id", "code", "--layers", "*.mlp.*", "--seed", "1"]
+    files += ["--fisher", "empirical"]
+    assert run("index", *files, "--share", "1", "--dtype", "float32", "--out", "index", "--quiet") == (0, "", "")
+    assert run("scores", *files, "--query", "query.csv", "--pages", "2", "--out", "scores", "--quiet") == (0, "", "")
+    query = ["query", "index", "--query", "query.csv", "--top", "4", "--pages", "2", "--out"]
+    code, printed, error = run(*query, "answers")
+    assert code == 0, error
+    assert "answers: top.csv, run.toml" in printed
+    assert "answers/explain/query-0.html and so on: the first 2 queries, explained" in printed
+    assert sorted(path.name for path in Path("answers/explain").iterdir()) == ["query-0.html", "query-1.html"]
+    for way in ("answers", "exact"):
+        if way == "exact":
+            assert run(*query, way, "--rerank", "5", "--quiet") == (0, "", "")
+        for name in ("query-0.html", "query-1.html"):
+            (told, values), (want, expected) = (said_on(Path(one, "explain", name)) for one in (way, "scores"))
+            assert (told, values) == (want, pytest.approx(expected, rel=0.02))
+    assert [row["train"] for row in rows_of("answers/top.csv")] == [
+        row["train"] for row in rows_of("scores/top.csv") if int(row["rank"]) <= 4
+    ]
+    (folder / "elsewhere").mkdir()
+    os.chdir(folder / "elsewhere")
+    assert run("query", "--config", "../answers/run.toml", "--out", "again", "--quiet") == (0, "", "")
+    for name in ("top.csv", "explain/query-1.html"):
+        assert Path("again", name).read_text() == (folder / "answers" / name).read_text()
+    code, _, error = run("query", "--config", "../answers/run.toml", "--quiet")
+    assert (code, "answers holds a run already (run.toml): choose another folder" in error) == (2, True)
+    assert run("query", "--config", "../answers/run.toml", "--out", "best.csv", "--quiet") == (0, "", "")
+    assert sorted(path.name for path in Path().iterdir()) == ["again", "best.csv"]
+    Index(folder / "index").remove(torch.tensor([int(rows_of("best.csv")[0]["train"])]))
+    assert run("query", "--config", "../answers/run.toml", "--out", "without", "--quiet") == (0, "", "")
+    gone, left = rows_of("best.csv")[0]["id"], Path("without/explain/query-0.html").read_text()
+    assert f"· {gone}<" not in left
+    assert f"· {rows_of('best.csv')[1]['id']}<" in left
+    (folder / "train.jsonl").unlink()  # no texts to show
+    assert run("query", "--config", "../answers/run.toml", "--out", "bare", "--quiet") == (0, "", "")
+    assert sorted(path.name for path in Path("bare").iterdir()) == ["run.toml", "top.csv"]
+
+
+def said_on(page):
+    """What a page shows: all but the numbers, and the scores."""
+    told, score = page.read_text(), r"[+−]\d\.\d\de[+-]\d\d"
+    scores = [float(value.replace("−", "-")) for value in re.findall(f"<div class=score>({score})", told)]
+    return re.sub(rf'{score}|0\.\d\d\)|width="[\d.]+"|\d+% of', "", told), scores
+
+
+def test_an_index_that_was_appended_to_is_asked_in_python(run, folder):
+    save_classifier(Path("model"))
+    build = ["index", "--model", "model", "--train", "train.jsonl", "--label", "label", "--out", "index", "--quiet"]
+    assert run(*build, "--layers", "classifier", "--share", "1") == (0, "", "")
+    problem = problem_of("model", "train.jsonl", None, label="label")
+    influence = Influence(problem.model, "cross_entropy", EKFAC(), layers=["classifier"], batch_size=16, progress=False)
+    Index("index", influence).append(problem.train.loader)
+    code, _, error = run("query", "index", "--query", "query.csv")
+    assert (code, "index is of 24 training examples, of which the file has 12" in error) == (2, True)
+
+
 def test_long_texts_are_cut_and_leave_the_scores_their_place(run, folder):
     save_language_model(Path("model"))
     words = [f"{text} " + "never" * 40 for text in SAID[:6]]
@@ -295,6 +391,7 @@ def test_long_texts_are_cut_and_leave_the_scores_their_place(run, folder):
         (["--model", "model", "--loss", "mse"], "--loss must be left out with --model, whose training had one, got"),
         (["--model", "model"], "BertForSequenceClassification (model) needs --label, a column of the files"),
         (["--model", "model", "--label", "label", "--prompt", "p"], "(model) has no use for --prompt, got p"),
+        (["--model", "model", "--label", "label", *["--text", "t"] * 3], "or two for pairs of texts, got 3: t, t, t"),
         (["--model", "model", "--label", "kind"], "train.jsonl, row 0: column 'kind' is not there: its columns are"),
         (["--model", "model", "--label", "label", "--max-length", "9"], f"must be in [1, {LONGEST}], the tokens that"),
         (["--model", "model", "--label", "code"], "row 0: the label 't0' is none of the model's 3: 'card', 'money'"),

@@ -70,7 +70,10 @@ def test_it_goes_on_where_it_was_cut_off(run, script, built):
         ),
         (["query", "out", "ownscript:problem", "--top", "41"], "--top must be in [1, 40], the training examples"),
         (["query", "out", "ownscript:problem", "--rerank", "5"], "--rerank must be 0, or in [--top 10, 40], got 5"),
-        (["query", "out", "ownscript:problem", "--out", "a.txt"], "--out must be a .csv or .jsonl file, got a.txt"),
+        (
+            ["query", "out", "ownscript:problem", "--out", "a.txt"],
+            "--out must be a folder, or a .csv or .jsonl file, got a.txt",
+        ),
         (["query", "out", "ownscript:pooled"], "of another model, or with other arguments"),
         (["query", "nowhere", "ownscript:problem"], "nowhere holds no index"),
         (["info", "nowhere"], "nowhere holds no index"),

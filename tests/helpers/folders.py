@@ -29,7 +29,7 @@ SPECIAL = ["<unk>", "<pad>", "<eos>"]
 LONGEST = 8
 
 
-def tokenizer(words: list[str] = WORDS, **special: str) -> Any:
+def tokenizer(words: list[str] = WORDS, **special: Any) -> Any:
     """One token a word; with `pad_token` and `eos_token` only where they are given."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -116,8 +116,9 @@ def test_what_cannot_be_told_is_said():
         return smoothed(outputs, y)
 
     state = fitted(reading).state_dict()
-    with pytest.warns(UserWarning, match=r"cannot be told: loss.* is a _io.TextIOWrapper"):
+    with pytest.warns(UserWarning, match=r"cannot be told: loss.* is a _io.TextIOWrapper") as said:
         influence(reading).load_state_dict(state)
+    assert [warning.filename for warning in said] == [__file__]
     file.close()
 
 

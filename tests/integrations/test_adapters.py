@@ -76,3 +76,26 @@ def test_merged_adapters_are_a_plain_model():
         for m in (merged, plain)
     )
     torch.testing.assert_close(found, expected)
+
+
+def test_a_head_that_the_adapters_leave_alone_is_no_default():
+    """Nor is one that shares its weight with the embedding: an error says what would do."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    pytest.importorskip("transformers", reason="needs transformers")
+    from tests.helpers.trainers import classifier, language_model
+
+    with pytest.raises(ValueError, match=r"'lm_head' shares its weight with 'transformer.wte': say one .*EKFAC"):
+        fastif.Influence(language_model(), "causal_lm")
+    base = classifier(num_labels=3)
+    assert "classifier" in repr(fastif.Influence(base).capture.blocks)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["query"]))
+    with pytest.raises(ValueError, match=r"the head 'base_model.model.classifier' is not trained: say one"):
+        fastif.Influence(adapted)
+    influence = fastif.Influence(adapted, curvature=fastif.EKFAC("auto"))
+    still = sum(not p.requires_grad for p in adapted.parameters())
+    with pytest.raises(ValueError, match=f"no layer that can be covered .*; and {still + 2 - 5} more\\)$"):
+        fastif.Influence(adapted, curvature=fastif.EKFAC("auto"), layers="!*lora*")
+    data = {"input_ids": torch.arange(12).view(2, 6), "labels": torch.tensor([0, 1])}
+    told = str(influence.plan(data))
+    assert f"  and {still - 4} more: is not trained (requires_grad is False)" in told
+    assert told.count("is not trained") == 5

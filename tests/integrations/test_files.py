@@ -12,6 +12,7 @@ import torch
 from fastif import Diagonal, Influence
 from fastif.integrations import problem_of
 from fastif.integrations.tables import read_columns
+from fastif.model.losses import per_sample
 
 transformers = pytest.importorskip("transformers", reason="models in folders are transformers'")
 
@@ -188,6 +189,107 @@ def test_long_texts_are_refused_or_cut(saved, tmp_path):
         problem_of(saved / "lm", file, None)
 
 
+# -------------------------------------------------------------------------------------- pairs of texts, several labels
+
+
+def joining():
+    """A tokenizer that joins pairs as BERT's does."""
+    from tokenizers.processors import TemplateProcessing
+
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    words = tokenizer(pad_token="<pad>", sep_token="<eos>", cls_token="<unk>", model_input_names=names)
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<unk> $A <eos>", pair="<unk> $A <eos> $B:1 <eos>:1", special_tokens=[("<unk>", 0), ("<eos>", 2)]
+    )
+    return words
+
+
+def test_pairs_of_texts_are_joined_by_the_tokenizer(tmp_path):
+    save_classifier(tmp_path / "model", max_position_embeddings=20)
+    words = joining()
+    words.save_pretrained(tmp_path / "model")
+    file = write_file(tmp_path / "a.jsonl", one=SAID, two=SAID[::-1], label=LABELS)
+    train = problem_of(tmp_path / "model", file, None, text=["one", "two"], label="label").train
+    assert train.texts[0] == f"{SAID[0]} | {SAID[-1]}"
+    assert "".join(train.shown[0]) == f"<unk> {SAID[0]} <eos> {SAID[-1]} <eos> "
+    whole = words(SAID, SAID[::-1], padding=True, return_tensors="pt")
+    assert int(whole["token_type_ids"].max()) == 1
+    for batch, rows in zip(batches(train), torch.arange(12).split(16), strict=True):
+        for key in ("input_ids", "token_type_ids", "attention_mask"):
+            assert torch.equal(batch[key], whole[key][rows])
+    cut = problem_of(tmp_path / "model", file, None, text=["one", "two"], label="label", max_length=8).train
+    assert "".join(cut.shown[0]) == "<unk> where is … <eos> the money was … <eos> "
+    assert problem_of(tmp_path / "model", file, None, text="two", label="label").train.texts == SAID[::-1]
+    write_file(file, one=["card", "card"], two=["money", 3], label=LABELS[:2])
+    with pytest.raises(ValueError, match="row 1: column 'two' must be a string, got 3"):
+        problem_of(tmp_path / "model", file, None, text=["one", "two"], label="label")
+    with pytest.raises(ValueError, match="takes one --text, or two for pairs of texts, got 3: one, two, label"):
+        problem_of(tmp_path / "model", file, None, text=["one", "two", "label"], label="label")
+
+
+def test_pairs_with_nothing_between_them(saved, tmp_path):
+    file = write_file(tmp_path / "a.csv", one=["my card"], two=["was lost"], label=["card"])
+    train = problem_of(saved / "classifier", file, None, text=["one", "two"], label="label").train
+    assert "".join(train.shown[0]) == "my card was lost"
+    assert batches(train)[0]["input_ids"].tolist() == numbers(["my card was lost"])
+    with pytest.raises(ValueError, match="one --text, or with --prompt for what stands before it, got 2: one, two"):
+        problem_of(saved / "lm", file, None, text=["one", "two"])
+
+
+SEVERAL = [["card"], ["transfer", "card"], [], [2, 0], [1.0, 0.0, 1], [True, False, False], [0, 0, 1], ["1"]]
+MARKS = [[1, 0, 0], [1, 1, 0], [0, 0, 0], [1, 0, 1], [1, 0, 1], [1, 0, 0], [0, 0, 1], [0, 1, 0]]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_several_labels_are_lists(tmp_path, name):
+    """Names or numbers of classes, or a number for each class; in CSV as JSON or Python write lists."""
+    save_classifier(tmp_path / "model", problem_type="multi_label_classification")
+    file = write_file(tmp_path / name, text=SAID[:8], label=SEVERAL)
+    problem = problem_of(tmp_path / "model", file, None, label="label")
+    assert problem.loss == "bce"
+    (batch,) = batches(problem.train)
+    assert batch["labels"].tolist() == MARKS
+    assert problem.train.labels[:4] == ["card", "card, transfer", "none", "card, money"]
+    outputs = problem.model(**batch)  # with transformers' loss, the mean over examples and classes
+    own = per_sample(problem.loss, outputs, batch, 8)
+    assert float(own.detach().mean() / 3) == pytest.approx(float(outputs.loss.detach()), rel=1e-5)
+    for value, words in (
+        ("card", 'must be a list of the classes of an example, ["a", "b"], got \'card\''),
+        (["card", "cards"], "'cards' is none of the model's 3"),
+        (["card", 0], "name a class twice"),
+        ([0.5, 0, 0], "0.5 is none of the model's 3"),
+        ([0, 1, 2, 3], "3 is none of the model's 3"),
+    ):
+        write_file(file, text=SAID[:2], label=[["card"], value])
+        with pytest.raises(ValueError, match=re.escape("row 1: the label") + ".*" + re.escape(words)):
+            problem_of(tmp_path / "model", file, None, label="label")
+
+
+def test_zeros_and_ones_that_may_be_classes_are_refused(tmp_path):
+    save_classifier(tmp_path / "model", num_labels=2, problem_type="multi_label_classification")
+    file = write_file(tmp_path / "a.jsonl", text=SAID[:4], label=[[1.0, 0.0], ["LABEL_1"], [1, 1], [1]])
+    (batch,) = batches(problem_of(tmp_path / "model", file, None, label="label").train)
+    assert batch["labels"].tolist() == [[1, 0], [0, 1], [1, 1], [0, 1]]
+    write_file(file, text=SAID[:1], label=[[1, 0]])
+    with pytest.raises(ValueError, match=r"row 0: the labels \[1, 0\] may be the numbers of classes, or 0 and 1 for"):
+        problem_of(tmp_path / "model", file, None, label="label")
+
+
+def test_several_numbers_are_lists(tmp_path):
+    save_classifier(tmp_path / "model", num_labels=2, problem_type="regression")
+    file = write_file(tmp_path / "a.csv", text=SAID[:2], label=[[0.5, -1], (2, "3e-1")])
+    with pytest.raises(ValueError, match=re.escape("row 1: the label must be a list of 2 numbers, as many as the mod")):
+        problem_of(tmp_path / "model", file, None, label="label")
+    write_file(file, text=SAID[:2], label=[[0.5, -1], [2, "3e-1"]])
+    problem = problem_of(tmp_path / "model", file, None, label="label")
+    assert problem.loss == "mse"
+    torch.testing.assert_close(batches(problem.train)[0]["labels"], torch.tensor([[0.5, -1.0], [2.0, 0.3]]))
+    for value, words in (([1], "must be 2 numbers, got 1"), ([1, "much"], "the label must be a number, got 'much'")):
+        write_file(file, text=SAID[:1], label=[value])
+        with pytest.raises(ValueError, match=f"row 0: .*{words}"):
+            problem_of(tmp_path / "model", file, None, label="label")
+
+
 # -------------------------------------------------------------------------------------------------------------- folders
 
 
@@ -246,14 +348,6 @@ def without_tokenizer(folder, source):
         ),
         (lambda folder, source: changed(folder, source, architectures=None), "its architecture is None, and"),
         (lambda folder, source: changed(folder, source, model_type="own"), "transformers cannot read its config.json"),
-        (
-            lambda folder, source: changed(folder, source, problem_type="multi_label_classification"),
-            "was trained with problem_type='multi_label_classification' and 3 outputs",
-        ),
-        (
-            lambda folder, source: changed(folder, source, problem_type="regression"),
-            "was trained with problem_type='regression' and 3 outputs",
-        ),
         (
             lambda folder, source: changed(folder, source, quantization_config={"quant_method": "bitsandbytes"}),
             "its weights are quantised, and what they compute is not what gradients are of",

@@ -119,6 +119,21 @@ def test_a_training_is_computed_again_from_its_log(lightning, extra, how, tmp_pa
         assert all(float(step.norm) <= extra["gradient_clip_val"] * 1.0001 for step in recorder.training_log.steps)
 
 
+def test_a_module_that_clips_in_its_own_way_is_seen(lightning, tmp_path):
+    """Lightning knows of no clipping; without it, gradients' norms are not looked at twice."""
+    examples, module = data(), module_of(lightning)
+
+    class Clipping(type(module)):
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+    module.__class__ = Clipping
+    recorder = integrations.LightningLog(every=3)
+    trained(lightning, tmp_path, recorder, module, DataLoader(examples, batch_size=4, shuffle=True))
+    assert all(float(step.norm) <= 0.1001 for step in recorder.training_log.steps)
+    fastif.Replay(recorder.training_log, module, examples.tensors, "cross_entropy", progress=False).verify()
+
+
 def test_scores_of_the_network_inside_a_module(lightning, tmp_path):
     examples, module = data(), module_of(lightning)
     recorder = integrations.LightningLog(out=tmp_path / "log", model=module.network)

@@ -204,6 +204,20 @@ def test_a_stream(tmp_path):
         influence_of(trainer)
 
 
+def test_a_table_of_datasets_and_its_stream(tmp_path):
+    """The table is taken as it is, columns without use for the model too; streamed, its examples have no places."""
+    datasets = pytest.importorskip("datasets", reason="needs datasets")
+    rows = [{**{key: value.tolist() for key, value in text.items()}, "said": "text"} for text in texts()]
+    table = datasets.Dataset.from_list(rows)
+    trainer = language_trainer(tmp_path, data=table)
+    assert loss_of(trainer) == "causal_lm"
+    for key, value in next(iter(data_of(trainer))).items():
+        assert torch.equal(value, torch.stack([text[key] for text in texts()[:4]]))
+    streaming = language_trainer(tmp_path, data=table.to_iterable_dataset(), max_steps=2)
+    with pytest.raises(ValueError, match=r"a streaming data set \(IterableDataset\) gives its examples no places"):
+        data_of(streaming)
+
+
 def test_a_quantised_base(tmp_path):
     trainer = language_trainer(tmp_path)
     trainer.model.quantization_method = "bitsandbytes"

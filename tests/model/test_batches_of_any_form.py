@@ -217,6 +217,15 @@ def test_columns_that_the_model_does_not_take_are_left_out_and_said():
         assert_autograds(model, data, classes(model, X))
 
 
+def test_what_is_left_out_is_said_at_the_users_line():
+    class Own(Linear): ...
+
+    data = parts(lambda s: {"x": X[s], "row": torch.arange(N)[s], "labels": Y[s]})
+    with pytest.warns(UserWarning, match=r"Own\.forward takes no 'row': left out") as found:
+        fastif.Influence(built(Own), curvature=fastif.Diagonal(), progress=False).fit(data)
+    assert [warning.filename for warning in found] == [__file__]
+
+
 def test_arrays_are_tensors():
     model = built(Linear)
     assert_autograds(model, (X.numpy(), Y.numpy()), classes(model, X))

@@ -215,8 +215,9 @@ def test_parameters_of_no_known_layer_are_named():
 
     model = Scaled().double()
     with fastif.capture(model) as captured:
-        with pytest.warns(UserWarning, match="not covered:\n  rate: its gradients would take a backward pass"):
+        with pytest.warns(UserWarning, match="not covered:\n  rate: its gradients would take a backward pass") as said:
             outputs = model(X)
+        assert [warning.filename for warning in said] == [__file__]  # though torch called the hook that warns
         nn.functional.cross_entropy(outputs, Y).backward()
         assert set(captured.gradients()) == {"inner.weight", "inner.bias"}
 

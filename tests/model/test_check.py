@@ -281,8 +281,11 @@ def test_one_warning_says_what_trained_part_is_not_covered(monkeypatch):
     model = Apply(lambda m, x: m.o(m.b(x, x)), b=nn.Bilinear(6, 6, 4), o=nn.Linear(4, 3)).double()
     data = inputs(6), torch.arange(N) % 3
     influence = Influence(model, curvature=KFAC(1e-2), progress=False)
-    with pytest.warns(UserWarning, match=r"19 of 163 trained parameters are covered \(11.7%\).*b.weight: .*144 ent"):
+    with pytest.warns(
+        UserWarning, match=r"19 of 163 trained parameters are covered \(11.7%\).*b.weight: .*144 ent"
+    ) as one:
         influence.fit(data)
+    assert [warning.filename for warning in one] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         influence.fit(data)

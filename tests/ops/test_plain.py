@@ -71,6 +71,12 @@ def test_absent_extension_warns_once_and_says_what_to_do():
     assert result.stdout.strip().endswith("False")
 
 
+def test_the_warning_stands_at_the_users_import(tmp_path):
+    (tmp_path / "users.py").write_text("import sys\nsys.modules['fastif._C'] = None\nimport fastif\n")
+    result = python(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport users")
+    assert f"{tmp_path / 'users.py'}:3: UserWarning: fastif: fastif._C could not be loaded" in result.stderr
+
+
 @pytest.mark.skipif(not build_info()["compiled"], reason="the extension is not compiled")
 def test_schemas_are_those_of_the_extension():
     for name, schema in _library.SCHEMAS.items():

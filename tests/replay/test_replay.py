@@ -369,12 +369,49 @@ def test_an_explosion_is_an_error_with_step_and_norm():
 def test_kinks_warn_once_with_the_hessian():
     model, log = recorded(OPTIMIZERS["momentum"], EXAMPLES, ORDER, build=lambda: network(nn.ReLU))
     replay = replayed(log, model, matrix="hessian")
-    with pytest.warns(UserWarning, match=r"bends sharply \(relu\)"):
+    with pytest.warns(UserWarning, match=r"bends sharply \(relu\)") as said:
         replay.scores(QUERY)
+    assert [warning.filename for warning in said] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         replay.scores(QUERY)
         replayed(log, model).scores(QUERY)
+
+
+class _Shifted(nn.Module):
+    """Its shift is added to all logits, so that its gradient is zero but for rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.shift = network(), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return self.inner(x) + self.shift
+
+
+@pytest.mark.parametrize("away", [0.0, 3e-4])
+def test_adams_steps_along_gradients_that_are_rounding_are_not_held_against_the_log(away):
+    """Another summation's rounding, as that of a Trainer's own loss: Adam makes whole steps of it."""
+    torch.manual_seed(0)
+    model = _Shifted().float()
+    examples = EXAMPLES[0].float(), EXAMPLES[1]
+    log, optimizer = TrainingLog(model, every=4), torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step, rows in enumerate(ORDER[:8]):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(examples[0][rows]), examples[1][rows]).backward()
+        model.shift.grad.copy_(torch.tensor([3e-8 * (-1) ** step]))
+        log.step(optimizer, rows)
+        if away and step == 6:
+            with torch.no_grad():
+                model.inner[0].weight[0, 0] += away
+    moved = float((log.final.at - log.point(1).at).abs().max())
+    replay = Replay(log, model, examples, progress=False)
+    if away:
+        with pytest.raises(NotReproduced, match="after step 7 the parameters differ"):
+            replay.verify()
+        return
+    assert abs(float(model.shift.detach())) > 1e-2 * moved
+    assert max(replay.verify()) < 1e-4
 
 
 def test_what_does_not_fit_together_is_refused():
