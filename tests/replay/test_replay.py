@@ -208,6 +208,10 @@ def test_groups_of_queries_are_summed():
     torch.testing.assert_close(grouped, wanted)
     with pytest.raises(ValueError, match=r"query_groups must be \[4\]"):
         replay.scores(QUERY, query_groups=torch.tensor([0]))
+    memory = 8 * (1 + len(log.rule.state)) * log.layout.size * 8  # two groups at a time, of which two have no query
+    few = replayed(log, model, memory=memory).scores(QUERY, query_groups=torch.tensor([5, 0, 0, 5]))
+    torch.testing.assert_close(few[[0, 5]], torch.stack([scores[1] + scores[2], scores[0] + scores[3]]))
+    assert not few[1:5].any()
 
 
 def test_weights_and_repeats():
