@@ -143,8 +143,12 @@ def _are_divided(setup: Setup) -> bool:
 
 
 def deal_queries(query: Any, setup: Setup, whole: bool) -> tuple[Part | None, int]:
-    """The queries whose gradients this rank makes, None where it gets none, and how many come before them."""
+    """The queries whose gradients this rank makes, None where it gets none, and how many come before them.
+
+    In whole batches too where a model in train mode may make an example's gradient depend on its batch.
+    """
     batch_size, ranks = setup.passes.batch_size, setup.ranks
+    whole = whole or setup.passes.allow_train_mode
     part = isinstance(query, Part)
     data = walked(query.data if part else query, batch_size)
     indices = query.indices if part else torch.arange(data.n)

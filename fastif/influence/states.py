@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fastif.curvature.network import NetworkCurvature, prepare
 from fastif.curvature.protocol import JointCurvature
+from fastif.fingerprints import fingerprint
 from fastif.influence.fitted import Fitted, Setup, checksums_of_state
-from fastif.influence.origin import check_fit
+from fastif.influence.origin import check_fit, checksums_of
 from fastif.influence.owners import Names, leave_to_owners
 from fastif.ranks import Ranks, divide
 
@@ -137,7 +138,10 @@ def load_fitted(setup: Setup, state: Mapping[str, Tensor]) -> Fitted:
                 f"{len(names)}"
             )
         weights = dict(zip(names, state["weights"].tolist(), strict=True))
-    fitted = Fitted(setup, tuple(curvatures), int(state["n"]), weights=weights, buffers=buffers)
+    loaded = None
+    if setup.ranks.world > 1:
+        loaded = fingerprint([torch.tensor([*checksums_of(dict(sorted(state.items()))).values()])])
+    fitted = Fitted(setup, tuple(curvatures), int(state["n"]), weights=weights, buffers=buffers, loaded=loaded)
     fitted.check_weights()
     return fitted
 

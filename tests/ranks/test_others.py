@@ -117,4 +117,4 @@ def test_an_index_is_the_work_of_one_rank(two, tmp_path):
 @pytest.mark.parametrize("how", ["data parallel", "sharded"])
 def test_a_model_wrapped_for_training_scores_as_it_is(two, how):
     for got, want in two(wrapped, how):
-        assert torch.equal(got, want)
+        assert torch.allclose(got, want, rtol=0, atol=1e-12 * float(want.abs().max()))
