@@ -372,6 +372,10 @@ class Ranks:
                 out[rank][name] = aligned(part.view(forms[rank][name][0]))
         return out
 
+    def of_first(self, what: str, tensors: Mapping[Any, Tensor], device: torch.device) -> dict[Any, Tensor]:
+        """The first rank's tensors, on all ranks: of what each could make, and might round otherwise or draw."""
+        return self.gather(what, tensors if self.rank == 0 else {}, device)[0]
+
     def join(self, what: str, rows: Tensor | None, device: torch.device, dim: int = 0) -> Tensor:
         """The rows of all ranks, one rank's after another's; None: none. The ranks must not all have none."""
         if self.world == 1:
@@ -423,14 +427,17 @@ class Ranks:
 
 ALONE = Ranks()
 _known: dict[int, Ranks] = {}
+_apart = False
 
 
 def find_ranks(group: Any = None) -> Ranks:
-    """The ranks of a process group, default all that there are; this process alone where no group was made.
+    """The ranks of a process group, default all that there are; this process alone where no group was made, or `apart`.
 
     Raises ValueError where WORLD_SIZE says that there are several and no group is there, and for a group that this
     process does not belong to.
     """
+    if _apart and group is None:
+        return ALONE
     if not (dist.is_available() and dist.is_initialized()):
         world = os.environ.get("WORLD_SIZE", "1")
         if group is not None:
@@ -455,6 +462,17 @@ def find_ranks(group: Any = None) -> Ranks:
     return found
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Work that this process does while the others do something else: no ranks are found in it."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
+
+
 def together(method: Method) -> Method:
     """A method that all ranks of its object's `ranks` call at once."""
 
@@ -462,6 +480,17 @@ def together(method: Method) -> Method:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         with self.ranks.together(method.__name__):
             return method(self, *args, **kwargs)
+
+    return wrapped  # pyright: ignore[reportReturnType]
+
+
+def on_all_ranks(function: Method) -> Method:
+    """A function that all ranks that there are call at once."""
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with find_ranks().together(function.__name__):
+            return function(*args, **kwargs)
 
     return wrapped  # pyright: ignore[reportReturnType]
 

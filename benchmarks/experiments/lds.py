@@ -186,6 +186,16 @@ def ours(
     return influence.fit(work.train, subset=subset).scores(work.query, work.train)
 
 
+def indexed(work: Work, given: Given, share: float) -> Tensor:
+    """From an index that keeps a share of the numbers of EK-FAC's training gradients."""
+    influence = fastif.Influence(
+        given.models[0], curvature=fastif.EKFAC(given.damping), layers="*", progress=False, seed=0
+    )
+    influence.fit(work.train)
+    with tempfile.TemporaryDirectory() as folder:
+        return fastif.Index.build(influence, work.train, folder, share=share).scores(work.query)
+
+
 def replayed(
     work: Work, given: Given, halves: int, matrix: Literal["ggn", "hessian"] = "ggn", crossed: bool = True
 ) -> Tensor:
@@ -332,6 +342,7 @@ RULED: dict[str, Contender] = {  # with damping from the training: nobody chose 
     "fastif, exact block of the head": partial(ours, **HEAD),
     "fastif, exact blocks of all layers": partial(ours, make=EXACT),
     "fastif, EK-FAC": partial(ours, make=EK),
+    **{f"fastif, EK-FAC, an index of {k} %": partial(indexed, share=k / 100) for k in (1, 4)},
     "fastif, Shampoo": partial(ours, make=fastif.Shampoo),
     "fastif, CG": partial(ours, make=partial(fastif.CG, tolerance=1e-3)),
     'fastif, "auto"': partial(ours, make=AUTO),

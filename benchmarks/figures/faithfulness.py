@@ -85,6 +85,31 @@ def lds_text_table(name: str) -> str:
     return "\n".join(lines)
 
 
+def calibration_table(name: str) -> str:
+    """How many true rises lie within two standard errors of their scores."""
+    results = tables.results_of(name)
+    meta = results["meta"]
+    lines = [
+        "| half networks | within ± 2 standard errors | with the noise of retraining | true rise for a score of 1 "
+        "| median rise | median standard error | median noise |",
+        "|---" * 7 + "|",
+    ]
+    for row in results["rows"]:
+        lines.append(
+            f"| {row['model']}: {row['networks']} | {row['inside']:.0%} | {row['inside with noise']:.0%} "
+            f"| {row['slope']:.2f} | {row['rise']:.1e} | {row['error']:.1e} | {row['noise']:.1e} |"
+        )
+    lines += [
+        "",
+        f"Rises of the losses of {meta['queries']} queries after retraining without each of {meta['groups']} groups of "
+        f"{meta['n'] // meta['groups']} of {meta['n']:,} examples, means over {meta['seeds']} seeds; "
+        '`curvature="auto"`, damping from the training. '
+        f"{meta['device']}, {tables.threads_of(meta['threads'])}, torch {meta['versions']['torch']}. "
+        "Made by `python -m benchmarks.experiments.calibration`.",
+    ]
+    return "\n".join(lines)
+
+
 _TEXT = ("halves", "without 5 %", "qld")
 
 

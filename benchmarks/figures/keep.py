@@ -14,6 +14,7 @@ python -m benchmarks.figures.keep keep runs/products.json products-cpu
 python -m benchmarks.figures.keep keep runs/libraries/results.json libraries
 python -m benchmarks.figures.keep keep runs/overheads/results.json overheads
 python -m benchmarks.figures.keep keep runs/checks.json checks
+python -m benchmarks.figures.keep keep runs/calibration/results.json calibration
 python -m benchmarks.figures.keep tables          # rewrites README.md and the pages in docs between markers; pictures
 """
 

@@ -36,6 +36,7 @@ def with_tables(page: str) -> str:
             "scale": scale.scale_table,
             "gpt2": tables.gpt2_table,
             "invariance": lambda _: checks.invariance_table("checks"),
+            "calibration": faithfulness.calibration_table,
             "looking": lambda _: checks.looking_table("checks"),
             "libraries": libraries.libraries_table,
             "overheads": overheads.overheads_table,

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -31,8 +32,9 @@ from fastif.evaluation.training import (
     save_checkpoint,
     train,
 )
-from fastif.folder_lock import locked
+from fastif.influence.shared_folder import held
 from fastif.model.features import extract
+from fastif.ranks import find_ranks
 from fastif.report.class_removal import (
     BASELINE,
     baselines,
@@ -121,11 +123,17 @@ def class_removal_command(
         return _trained(recipe, images, images.x_train[keep], images.y_train[keep], where, progress=False)
 
     places = [out] if network is not None else [out, stored.parent]
-    with interruptible(out, ("rows.jsonl", stored.name)), writable(*places), locked(out):
-        if network is None:
+    ranks = find_ranks()
+    first = ranks.rank == 0  # which alone trains the network, prints and writes
+    kept = writable(*places) if first else nullcontext()
+    with interruptible(out, ("rows.jsonl", stored.name)), kept, held(out, ranks):
+        if network is None and first:
             trained = _trained(recipe, images, images.x_train, images.y_train, where, progress=not quiet)
             network = Checkpoint(trained, recipe, data, images.classes, _image_shape(images))
             save_checkpoint(stored, network)
+        ranks.meet("the network is trained")
+        if network is None:
+            network = load_checkpoint(stored, {**expect, "architecture": recipe.architecture})
         model = network.model.to(where)
         with_lissa = data == "digits" if lissa is None else lissa
         results = class_removal(
@@ -147,6 +155,8 @@ def class_removal_command(
             progress=not quiet,
             about={"data": data, "class_names": images.classes, "recipe": recipe._asdict()},
         )
+    if not first:
+        return
     paths = [out / "results.json", *write_report(results, out), stored]
     if not quiet:
         console = terminal()

@@ -30,6 +30,8 @@ def write_index_pages(index: Index, given: Given, out: Path, queries: int, reran
         found = index.top(first, k, largest=largest, **again)
         scores.scatter_(1, found.indices, found.values.to(scores))  # what is zero is on no page
     assert index.influence is not None
+    if index.ranks.rank > 0:  # all ranks ask, the first writes
+        return []
     return write_pages(index.influence.fitted, scores, given, out, queries)
 
 

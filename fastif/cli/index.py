@@ -45,13 +45,14 @@ from fastif.cli.problem import Given, batch_of, check_given, given_by
 from fastif.curvature.limits import MEMORY
 from fastif.data.batches import count
 from fastif.files import Damaged, sealed, unsealed, write_whole
-from fastif.folder_lock import locked
 from fastif.index.building import load_state
 from fastif.index.factors import Stored
 from fastif.index.folder import MANIFEST, Folder
-from fastif.index.index import Index, Top
+from fastif.index.index import Index
+from fastif.index.reading import Top
 from fastif.influence.influence import Influence
 from fastif.influence.rows import top_rows, write_rows
+from fastif.influence.shared_folder import held
 from fastif.model.losses import MEASUREMENTS
 
 OPTIONS = "options.json"  # in the folder of an index: those of the command, with which a query finds the same curvature
@@ -149,13 +150,16 @@ def index_command(
         files = {"model": str(model.resolve()), "train": str(train.resolve()), "train_checksum": _checksum(train)}
         options |= {"files": {**files, **columns}}
     influence = _influence(given.model, options, "loss", memory, where, not quiet)
-    with interruptible(out, (MANIFEST,)), writable(out), locked(out):
-        if (out / MANIFEST).exists():
+    ranks = influence.ranks
+    first = ranks.rank == 0  # which alone prints, and writes what is no block
+    with interruptible(out, (MANIFEST,)), writable(out) if first else nullcontext(), held(out, ranks):
+        if ranks.meet("whether an index is there", (out / MANIFEST).exists())[0]:
             influence.load_state_dict(load_state(Folder(out)))
         else:
             influence.fit(given.train)
-            write_config(context, out)
-            write_whole(out / OPTIONS, json.dumps(sealed(options), indent=1) + "\n")
+            if first:
+                write_config(context, out)
+                write_whole(out / OPTIONS, json.dumps(sealed(options), indent=1) + "\n")
         index = Index.build(
             influence,
             given.train,
@@ -167,7 +171,7 @@ def index_command(
             resume=resume,
             key=key,
         )
-    if not quiet:
+    if not quiet and first:
         _print_facts(index)
         print(f"{time.perf_counter() - began:.1f} s in all")
 
@@ -212,10 +216,10 @@ def query_command(
         raise ValueError(f"{out} holds a run already ({RUN}): choose another folder")
     check("pages", pages, pages >= 0, ">= 0")
     check("memory", memory, memory >= 1, ">= 1")
-    held = Index(folder).n
-    top = min(TOP, held) if top is None else top
-    check("top", top, 1 <= top <= held, f"in [1, {held}], the training examples of the index")
-    check("rerank", rerank, rerank == 0 or top <= rerank <= held, f"0, or in [--top {top}, {held}]")
+    n = Index(folder).n
+    top = min(TOP, n) if top is None else top
+    check("top", top, 1 <= top <= n, f"in [1, {n}], the training examples of the index")
+    check("rerank", rerank, rerank == 0 or top <= rerank <= n, f"0, or in [--top {top}, {n}]")
     options, where = _read_options(folder), device_named(device)
     torch.manual_seed(options["seed"])
     given = _asked(folder, options, script, query, model, train, bool(rerank))
@@ -226,14 +230,18 @@ def query_command(
             "it was appended to in Python, where it can be asked"
         )
     told: list[Path] = []
-    with nullcontext() if out is None or table is not None else writable(out):
+    first = index.ranks.rank == 0  # which alone prints and writes
+    with nullcontext() if out is None or table is not None or not first else writable(out):
         found = index.top(given.query, top, largest=not harmful, rerank=rerank, train=given.train if rerank else None)
-        if table is not None:
+        if table is not None and first:
             _write(table, found, given)
-        elif out is not None:
-            write_config(context, out)
-            _write(out / "top.csv", found, given)
+        elif out is not None and table is None:
+            if first:
+                write_config(context, out)
+                _write(out / "top.csv", found, given)
             told = write_index_pages(index, given, out / PAGES, pages, rerank)
+    if not first:
+        return
     if not quiet:
         what = "harm" if harmful else "help"
         terminal().print(top_table("query", "queries", found.values, found.indices, index.n, what, given))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from fastif.cli.script import function_named, returned
 from fastif.data.batches import count
 from fastif.evaluation.settings import SAMPLERS, check_budgets, choose_samplers
 from fastif.files import whole, write_whole
+from fastif.ranks import find_ranks
 from fastif.removal import Certificate, Removal, remove
 from fastif.report.evaluations import as_json
 from fastif.report.verification import verify_removal
@@ -95,7 +97,8 @@ def remove_command(
     n = count(train, batch_size)
     settings: dict[str, Any] = {"steps": steps, "weight_decay": weight_decay, "damping": damping}
     budget = None if k is None else check_budgets([k], n)[0]
-    with writable(out):
+    first = find_ranks().rank == 0  # which alone verifies, prints and writes
+    with writable(out) if first else nullcontext():
         removal = remove(
             model,
             train,
@@ -112,6 +115,8 @@ def remove_command(
         )
         about = {"script": script, "indices": str(indices), "removed": len(gone), "n": n, "layers": layers}
         about |= {"sampler": None if budget is None else sampler, "k": budget, "seed": seed, **settings}
+        if not first:
+            return
         _write(out, removal, about, gone)
         if verify:
             found = verify_removal(model, removal, train, gone, query, batch_size=batch_size, out=out, about=about)

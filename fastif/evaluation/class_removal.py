@@ -11,13 +11,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime, timezone
 from functools import partial
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -36,14 +36,18 @@ from fastif.evaluation.settings import (
 )
 from fastif.files import CHECKSUM, Damaged, canonical, checksum, write_whole
 from fastif.fingerprints import described, described_model, fingerprint
-from fastif.folder_lock import locked
+from fastif.influence import shared_folder
 from fastif.journal import Journal, refuse_differences
 from fastif.measure import environment
 from fastif.model.features import Extracted, extract, find_head
 from fastif.progress import tqdm
+from fastif.ranks import Ranks, apart, find_ranks, on_all_ranks
 from fastif.removal import head_steps, optimal_head
 
+Task = TypeVar("Task")
 
+
+@on_all_ranks
 def class_removal(
     model: nn.Module,
     train: Any,
@@ -84,6 +88,9 @@ def class_removal(
     is kept in `out/rows.jsonl`, and the same call with `resume=True` goes on from there. `key` is a name of your own
     for what of the model, the samplers and `retrain` cannot be fingerprinted, of which an error tells.
 
+    On several ranks (`torchrun`) each does one retraining, baseline or run at a time, and all return the results; the
+    first one writes them, and seconds are those with so many at work (`meta.ranks`).
+
     Raises ValueError for settings that name no such thing, labels that are missing, classes without held-out examples,
     and for a resumption with other settings, model or data than before, with the list of differences; TypeError for
     settings of the wrong type.
@@ -99,6 +106,8 @@ def class_removal(
     if not (isinstance(damping, Real) and 0 <= damping < math.inf):
         raise ValueError(f"damping must be a finite number >= 0, got {damping!r}")
     weight_decay, damping = float(weight_decay), float(damping)
+    ranks = find_ranks()
+    progress = progress and ranks.rank == 0
     _, layer = find_head(model, head, op="class_removal")
     removed_classes = check_classes(classes, layer.out_features)
     features, labels = _labelled("train", extract(model, train, head=head, device=device, progress=progress))
@@ -136,36 +145,46 @@ def class_removal(
         settings["key"] = key
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
-    with nullcontext() if out is None else locked(out):
-        if out is not None and resume and (finished := _finished(out, settings)):
+    ranks.compare("class_removal", settings)
+    with nullcontext() if out is None else shared_folder.held(out, ranks):
+        first = ranks.rank == 0  # which alone reads and writes
+        finished = _finished(out, settings) if out is not None and resume and first else None
+        (finished, *_) = ranks.meet("what is finished", finished)
+        if finished:
             return finished
-        journal = Journal(None if out is None else out / "rows.jsonl", settings, resume)
+        journal = Journal(out / "rows.jsonl" if out is not None and first else None, settings, resume)
+        kinds = ("retrained_head", "retrained", "baseline", "rows")
+        (found, *_) = ranks.meet("what is kept", {kind: journal.found(kind) for kind in kinds})
 
         fit, held = (features.to(place), labels.to(place)), (held_features.to(place), held_labels.to(place))
         job = _Job(fit, held, layer, weight_decay, damping, steps)
         original = [job.original(c) for c in removed_classes]
-        heads, networks = journal.found("retrained_head"), journal.found("retrained")
-        for c in removed_classes:
-            if (c,) not in heads:
-                heads[c,] = job.retrained_head(c)
-                journal.append("retrained_head", heads[c,], (c,))
+        heads, networks, compared = found["retrained_head"], found["retrained"], found["baseline"]
+        missing = [c for c in removed_classes if (c,) not in heads]
+        for c, made in _spread("retrained heads", missing, job.retrained_head, ranks):
+            heads[c,] = made
+            journal.append("retrained_head", made, (c,))
         if retrain is not None:
             missing = [c for c in removed_classes if (c,) not in networks]
-            for c in tqdm(missing, "retrain the network", unit="class", disable=not progress, leave=False):
-                networks[c,] = _retrained(retrain, c, labels, held_labels, test, head, device)
-                journal.append("retrained", networks[c,], (c,))
+            train_without = partial(_retrained, retrain, labels, held_labels, test, head, device)
+            for c, made in _spread("retrain the network", missing, train_without, ranks, "class", progress):
+                networks[c,] = made
+                journal.append("retrained", made, (c,))
         retrained_head = [heads[c,] for c in removed_classes]
         retrained = [networks[c,] for c in removed_classes if (c,) in networks]
 
-        compared = journal.found("baseline")
         if baseline is not None:
             asked = [(budget, c) for budget in budgets for c in removed_classes if (budget, c) not in compared]
-            for budget, c in tqdm(asked, "baseline", unit="run", disable=not progress, leave=False):
-                removed = baseline(job.members(c).cpu(), min(budget, int((labels != c).sum())), seeds[0])
-                compared[budget, c] = _compared(removed, model, budget, c, seeds[0], held_labels, test, head, device)
-                journal.append("baseline", compared[budget, c], (budget, c))
 
-        rows: list[dict[str, Any]] = [row for run in journal.found("rows").values() for row in run]
+            def compare(budget: int, c: int) -> dict[str, Any]:
+                removed = baseline(job.members(c).cpu(), min(budget, int((labels != c).sum())), seeds[0])
+                return _compared(removed, model, budget, c, seeds[0], held_labels, test, head, device)
+
+            for key_of, made in _spread("baseline", asked, lambda one: compare(*one), ranks, "run", progress):
+                compared[key_of] = made
+                journal.append("baseline", made, key_of)
+
+        rows: list[dict[str, Any]] = [row for run in found["rows"].values() for row in run]
         done = {(row["sampler"], row["k"], row["class"], row["seed"]) for row in rows}
         kept = len(rows)
         # Samplers in the innermost place: what slows the machine for a while slows them all.
@@ -178,13 +197,17 @@ def class_removal(
             if (_draws(function) or seed == seeds[0]) and (name, budget, removed_classes[index], seed) not in done
         ]
         if runs:
-            job.run(runs[0][1], runs[0][2], 0, original[0], 0.0)  # the first run pays for the warming up: not measured
-        for name, function, budget, index, seed in (bar := tqdm(runs, unit="run", disable=not progress, leave=False)):
-            bar.set_description(f"{name}, k = {budget}")
-            run = job.run(function, budget, seed, original[index], retrained_head[index]["objective"])
-            run = [{"sampler": name, "k": budget, **row} for row in run]
-            journal.append("rows", run, (name, budget, removed_classes[index], seed))
-            rows += run
+            with apart():  # the first run pays for the warming up: not measured
+                job.run(runs[0][1], runs[0][2], 0, original[0], 0.0)
+
+        def remove(run: tuple[str, Sampler, int, int, int]) -> list[dict[str, Any]]:
+            name, function, budget, index, seed = run
+            made = job.run(function, budget, seed, original[index], retrained_head[index]["objective"])
+            return [{"sampler": name, "k": budget, **row} for row in made]
+
+        for (name, _, budget, index, seed), made in _spread("runs", runs, remove, ranks, "run", progress):
+            journal.append("rows", made, (name, budget, removed_classes[index], seed))
+            rows += made
 
         meta = {
             **settings,
@@ -197,10 +220,12 @@ def class_removal(
             "command": " ".join([Path(sys.argv[0]).name.replace("__main__.py", "fastif"), *sys.argv[1:]]),
             **where,
             **(about or {}),
+            **({"ranks": ranks.world} if ranks.world > 1 else {}),
             "rows_kept_from_before": kept,
             "total_seconds": time.perf_counter() - began,
             "definitions": DEFINITIONS,
         }
+        (meta, *_) = ranks.meet("how it was made", meta)
         results = {
             "meta": meta,
             "original": original,
@@ -212,7 +237,7 @@ def class_removal(
         }
         results = json.loads(json.dumps(results, allow_nan=False))  # the same whether it is returned or read back
         results["meta"][CHECKSUM] = _checksum(results)
-        if out is not None:
+        if out is not None and first:
             write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False))
             journal.finish()
         return results
@@ -304,14 +329,30 @@ def _logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(features, weight.to(features.dtype), None if bias is None else bias.to(features.dtype))
 
 
+def _spread(
+    what: str, tasks: Sequence[Task], work: Callable[[Task], Any], ranks: Ranks, unit: str = "", progress: bool = False
+) -> Iterator[tuple[Task, Any]]:
+    """What came of each task, in their order. Of several ranks each does one at a time, on its own, and all see what
+    came of all: a rank that ends takes no more with it than its round."""
+    with tqdm(total=len(tasks), desc=what, unit=unit, disable=not progress, leave=False) as bar:
+        for begin in range(0, len(tasks), ranks.world):
+            some, own = tasks[begin : begin + ranks.world], None
+            if ranks.rank < len(some):
+                with apart():
+                    own = work(some[ranks.rank])
+            for task, made in zip(some, ranks.meet(what, own), strict=False):
+                yield task, made
+                bar.update()
+
+
 def _retrained(
     retrain: Callable[[Tensor], nn.Module],
-    removed: int,
     labels: Tensor,
     held_labels: Tensor,
     test: Any,
     head: str | None,
     device: torch.device | str | None,
+    removed: int,
 ) -> dict[str, Any]:
     began = time.perf_counter()
     network = retrain((labels != removed).nonzero().flatten())

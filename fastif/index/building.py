@@ -1,4 +1,7 @@
-"""The job that builds an index: what is missing is computed, block by block; one that was cut off goes on."""
+"""The job that builds an index: what is missing is computed, block by block; one that was cut off goes on.
+
+Of several ranks each makes a run of the missing blocks. The first writes everything else, and the others see it.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,16 @@ from fastif.data.batches import Walked
 from fastif.data.tensor_files import load_tensors, save_tensors
 from fastif.files import Damaged, canonical
 from fastif.fingerprints import fingerprint
-from fastif.folder_lock import locked
 from fastif.index.encoder import Encoded, Encoder
 from fastif.index.factors import Factors, Stored, dtype_named
 from fastif.index.folder import CURVATURE, MANIFEST, Folder, Ids, IndexBlock
 from fastif.index.sampling import find_cut, measure
 from fastif.influence.fitted import Fitted
 from fastif.influence.score_job import Part, borders_of, fit_settings
+from fastif.influence.shared_folder import held, share_of_all
 from fastif.journal import refuse_differences
 from fastif.model.gradients import Gradients
+from fastif.ranks import Ranks
 
 BLOCK_BYTES = 32 << 20  # of a block, as a sample has it, where a single batch does not take more
 _SHARED = ("loss", "model", "model code", "curvature", "estimators", "dtype", "autocast", "allow_train_mode")
@@ -41,19 +45,26 @@ def build(
     ids: Sequence[str] | Tensor | None,
     resume: bool,
     key: str | None,
+    threshold: float | None = None,
     see: See | None = None,
 ) -> Folder:
-    """Computes what is missing of the index in `path`; `Index.build` documents it. `see` is shown every gradient."""
-    encoder = Encoder.of(fitted, dtype_named(dtype))
+    """Computes what is missing of the index in `path`; `Index.build` documents it.
+
+    `see` is shown every gradient, of several ranks those of the blocks that are this one's.
+    """
+    encoder, ranks = Encoder.of(fitted, dtype_named(dtype)), fitted.setup.ranks
     if isinstance(share, bool) or not 0 < share <= 1:
         raise ValueError(f"index: share must be a number in (0, 1], got {share!r}")
+    if threshold is not None and not 0 <= threshold < float("inf"):
+        raise ValueError(f"index: threshold must be a finite number >= 0, got {threshold!r}")
     given = check_ids(ids, train.n)
     settings, own = settings_of(fitted, train, key)
     asked = {**settings, "share": float(share), "stored": dtype, "own": self_influence}
     own["ids"] = fingerprint_of_ids(given)
+    ranks.compare("Index.build", {**asked, **own, "threshold": threshold})
     path.mkdir(parents=True, exist_ok=True)
-    with locked(path):
-        begun = (path / MANIFEST).exists()
+    with held(path, ranks):
+        (begun, *_) = ranks.meet("whether an index is there", (path / MANIFEST).exists())
         if begun and not resume:
             raise ValueError(f"{path} holds an index already; resume the job, append to it, or choose another folder")
         if begun:
@@ -62,11 +73,16 @@ def build(
                 path, {**folder.manifest["settings"], **folder.manifest["parts"][0]["settings"]}, {**asked, **own}
             )
             check_state(folder, fitted)
+            if threshold not in (None, folder.manifest["threshold"]):
+                raise ValueError(
+                    f"{path} holds an index with the threshold {folder.manifest['threshold']!r}, got {threshold!r}"
+                )
         else:
             if any(path.glob("block-*.safetensors")):
                 raise ValueError(f"{path} holds blocks of an index but no {MANIFEST} that says of what; remove them")
-            save_tensors(path / CURVATURE, fitted.state_dict(), settings["curvature state"])
-            cut = find_cut(encoder, train, share, fitted.setup.seed)
+            if ranks.rank == 0:
+                save_tensors(path / CURVATURE, fitted.state_dict(), settings["curvature state"])
+            cut = find_cut(encoder, train, share, fitted.setup.seed, threshold)
             encoder = encoder.with_threshold(cut.threshold)
             measured = measure(encoder, train, fitted.setup.seed)
             layers = [[name, [*metric.shape], cut.tables[name]] for name, metric in encoder.metrics.items()]
@@ -82,6 +98,7 @@ def build(
                     "parts": [{"settings": own, "bytes": cut.bytes, "borders": borders}],
                     "removed": [],
                 },
+                ranks,
             )
             folder = Folder(path)
         _write_missing(folder, encoder.with_threshold(folder.manifest["threshold"]), train, 0, given, see)
@@ -98,11 +115,13 @@ def append(
     key: str | None,
 ) -> None:
     """Further examples; `Index.append` documents it."""
+    ranks = fitted.setup.ranks
     given = check_ids(ids, more.n)
     settings, own = settings_of(fitted, more, key)
     own["ids"] = fingerprint_of_ids(given)
-    with locked(folder.path):
-        folder.read()
+    ranks.compare("Index.append", {**settings, **own})
+    with held(folder.path, ranks):
+        _read_together(folder, ranks)
         check_state(folder, fitted)
         refuse_differences(
             folder.path,
@@ -113,22 +132,26 @@ def append(
         if resume and len(parts) > 1 and canonical(parts[-1]["settings"]) == canonical(own):
             first = parts[-1]["borders"][0]
         else:
-            folder.check_finished()
-            check_ids_with(folder, given)
+            if ranks.rank == 0:
+                folder.check_finished()
+                check_ids_with(folder, given)
             first = folder.total
             borders = [first + border for border in _borders(more, parts[0]["bytes"])]
             part = {"settings": own, "bytes": parts[0]["bytes"], "borders": borders}
-            folder.write(parts=[*parts, part])
+            folder.write(ranks, parts=[*parts, part])
         encoder = Encoder.of(fitted, dtype_named(folder.manifest["settings"]["stored"]))
         _write_missing(folder, encoder.with_threshold(folder.manifest["threshold"]), more, first, given, None)
 
 
-def remove(folder: Folder, examples: Tensor) -> None:
+def remove(folder: Folder, examples: Tensor, ranks: Ranks) -> None:
     """Takes examples out of the files; `Index.remove` documents it."""
-    with locked(folder.path):
-        folder.read()
-        folder.check_finished()
-        total, held = folder.total, folder.examples
+    if isinstance(examples, Tensor):
+        ranks.compare("Index.remove", {"examples": fingerprint([examples])})
+    with held(folder.path, ranks):
+        _read_together(folder, ranks)
+        if ranks.rank == 0:
+            folder.check_finished()
+        total, there = folder.total, folder.examples
         if not isinstance(examples, Tensor) or examples.dtype != torch.int64 or examples.dim() != 1:
             raise TypeError("index: remove takes the numbers of examples, an int64 tensor [m]")
         gone = examples.unique()
@@ -136,13 +159,19 @@ def remove(folder: Folder, examples: Tensor) -> None:
         if len(unknown) or len(gone) != len(examples):
             what = f"{int(unknown[0])}" if len(unknown) else "one of them twice"
             raise ValueError(f"index: remove takes distinct numbers in [0, {total}), got {what}")
-        if len(gone) and torch.isin(held, gone).all():
-            raise ValueError(f"index: remove would leave nothing of {len(held)} examples; remove the folder")
+        if len(gone) and torch.isin(there, gone).all():
+            raise ValueError(f"index: remove would leave nothing of {len(there)} examples; remove the folder")
         # First the manifest: from then on they are never read, whatever becomes of the rest of the work.
-        folder.write(removed=sorted({*folder.manifest["removed"], *gone.tolist()}))
-        for run in folder.runs:
-            if bool(((gone >= run.start) & (gone < run.stop)).any()):
-                folder.write_block(run, folder.read_block(run))
+        folder.write(ranks, removed=sorted({*folder.manifest["removed"], *gone.tolist()}))
+        touched = [run for run in folder.runs if bool(((gone >= run.start) & (gone < run.stop)).any())]
+        for run in share_of_all(touched, ranks):
+            folder.write_block(run, folder.read_block(run))
+
+
+def _read_together(folder: Folder, ranks: Ranks) -> None:
+    """The manifest, before any rank changes it."""
+    folder.read()
+    ranks.meet("reading the index")
 
 
 def _borders(data: Walked, each: float) -> list[int]:
@@ -152,13 +181,14 @@ def _borders(data: Walked, each: float) -> list[int]:
 
 def _write_missing(folder: Folder, encoder: Encoder, data: Walked, first: int, ids: Ids, see: See | None) -> None:
     """Blocks of the data whose first example has the number `first`, those that are not there yet."""
-    stop = first + data.n
+    ranks, stop = encoder.fitted.setup.ranks, first + data.n
     runs = [run for run in folder.runs if first <= run.start < stop]
-    missing = [run for run in runs if not folder.path_of(run).exists()]
-    for run in runs:
-        if run not in missing:
-            folder.read_block(run)  # refuses what is damaged
-    walk = runs if see is not None else missing
+    # The first rank looks, before any of them writes.
+    found = {run for run in runs if not folder.path_of(run).exists()} if ranks.rank == 0 else None
+    (missing, *_) = ranks.meet("what is missing of the index", found)
+    for run in share_of_all([run for run in runs if run not in missing], ranks):
+        folder.read_block(run)  # refuses what is damaged
+    walk = share_of_all(runs if see is not None else [run for run in runs if run in missing], ranks)
     if not walk:
         return
     starts = [*accumulate((len(run) for run in walk), initial=0)]
@@ -250,7 +280,7 @@ def check_ids(ids: Sequence[str] | Tensor | None, n: int) -> Ids:
             raise TypeError(f"index: ids must be strings, or an int64 tensor [{n}]")
         if len(plain) != n:
             raise ValueError(f"index: ids must be one for each of {n} examples, got {len(plain)}")
-    _refuse_repeated(plain)
+    check_distinct(plain)
     return checked
 
 
@@ -266,10 +296,11 @@ def check_ids_with(folder: Folder, ids: Ids) -> None:
         if block.ids is not None:
             known += block.ids.tolist() if isinstance(block.ids, Tensor) else block.ids
     if ids is not None:
-        _refuse_repeated([*known, *(ids.tolist() if isinstance(ids, Tensor) else ids)])
+        check_distinct([*known, *(ids.tolist() if isinstance(ids, Tensor) else ids)])
 
 
-def _refuse_repeated(ids: list[Any]) -> None:
+def check_distinct(ids: list[Any]) -> None:
+    """Raises ValueError for ids of which one is there twice."""
     if len(set(ids)) < len(ids):
         seen: set[Any] = set()
         first = next(one for one in ids if one in seen or seen.add(one))

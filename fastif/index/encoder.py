@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastif.data.batches import Walked, walked
+from fastif.data.loaders import Sharded, needs_all
 from fastif.index.factors import Factors
 from fastif.index.metric import Metric
 from fastif.index.truncation import count_numbers, is_table, squares_of, truncate, vector_numbers
 from fastif.influence.fitted import Fitted
+from fastif.influence.influence import Influence
 from fastif.influence.queries import MADE
 from fastif.model.calls import dtype_of
 from fastif.model.gradients import Gradients
+from fastif.sharded import refuse_sharded
 
 
 class Encoded(NamedTuple):
@@ -45,8 +49,9 @@ class Encoder:
             basis = estimator.eigenbasis()
             if basis is None:
                 raise ValueError(
-                    f"index: {type(estimator).__name__} of {name!r} has no eigenvalues of single blocks, in whose "
-                    "basis gradients are cut off; EKFAC, KFAC, Shampoo, Diagonal and Identity would do"
+                    f"index: {type(estimator).__name__} of {name!r} has no eigenvalues of single blocks with a basis "
+                    "that its state keeps, in which gradients are cut off and later queries are put; EKFAC, KFAC, "
+                    "Shampoo, Diagonal and Identity would do"
                 )
             metrics[name] = Metric.of(basis, fitted.setup.device, dtype_of(fitted.setup.model))
         return cls(fitted, metrics, dtype)
@@ -124,3 +129,22 @@ class Sizes(NamedTuple):
     each: int  # numbers of a factor
     numbers: int  # of an example's gradient that may differ from zero
     table: bool
+
+
+def ready(influence: Influence) -> Fitted:
+    """What was fitted, at the weights that the model still has, with all factors of the curvature on every rank: an
+    index turns the gradients of any example into the eigenbases of all layers."""
+    refuse_sharded(influence.model, "index")
+    fitted = influence.gather().fitted if influence.fitted.divided else influence.fitted
+    fitted.check_weights()
+    return fitted
+
+
+def walkable(influence: Influence, data: Any) -> Walked:
+    """Data whose passes are held against each other, and against the fit's where it is what was fitted."""
+    if isinstance(data, Iterator):
+        raise ValueError("index: the data is walked through more than once, got an iterator; pass a list")
+    if isinstance(data, Sharded):
+        raise ValueError(needs_all("index"))
+    (found,) = influence.fitted.walk(data)
+    return walked(found, influence.passes.batch_size)

@@ -29,8 +29,10 @@ import torch
 from torch import Tensor
 
 from fastif.data.tensor_files import load_tensors, save_tensors
-from fastif.files import Damaged, canonical, checksum, sealed, unsealed, write_whole
+from fastif.files import Damaged, canonical, checksum, sealed, unsealed
 from fastif.index.factors import Factors
+from fastif.influence.shared_folder import write_seen
+from fastif.ranks import ALONE, Ranks
 
 MANIFEST, CURVATURE = "manifest.json", "curvature.safetensors"
 _FORMAT = 1
@@ -85,14 +87,15 @@ class Folder:
         self.manifest = manifest
 
     @staticmethod
-    def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    def write_manifest(path: Path, manifest: dict[str, Any], ranks: Ranks = ALONE) -> None:
+        """Of several ranks the first writes its own, and the others see it."""
         text = json.dumps(sealed({**manifest, "format": _FORMAT}), indent=1, allow_nan=False)
-        write_whole(path / MANIFEST, text + "\n")
+        write_seen(path / MANIFEST, text + "\n", ranks)
 
-    def write(self, **changes: Any) -> None:
+    def write(self, ranks: Ranks = ALONE, **changes: Any) -> None:
         """Changes entries of the manifest, on disk first."""
         manifest = {**self.manifest, **changes}
-        self.write_manifest(self.path, manifest)
+        self.write_manifest(self.path, manifest, ranks)
         self.manifest = manifest
 
     @property

@@ -9,32 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from fastif.data.batches import Walked, count, walked
-from fastif.data.loaders import Sharded, needs_all
+from fastif.data.batches import count
+from fastif.fingerprints import fingerprint
 from fastif.index.building import append, build, check_state, load_state, remove
-from fastif.index.encoder import Encoder
-from fastif.index.factors import Factors, Stored, dtype_named
+from fastif.index.encoder import Encoder, ready, walkable
+from fastif.index.factors import Stored, dtype_named
 from fastif.index.folder import Folder, Ids
-from fastif.index.sampling import Measured, part_of
-from fastif.influence.fitted import Fitted
+from fastif.index.merging import merge
+from fastif.index.reading import Top, join_numbers, own_blocks, own_columns, products, sum_of
+from fastif.index.sampling import Measured, own_part_of
 from fastif.influence.influence import Influence
-from fastif.influence.scoring import compute_scores
+from fastif.influence.scoring import best_of_ranks, compute_scores, of_all_ranks
+from fastif.influence.sharing import compare_setups
 from fastif.influence.tiles import best_of, check_groups
-from fastif.ranks import ALONE
-from fastif.sharded import refuse_sharded
-
-
-class Top(NamedTuple):
-    """The best training examples of each query."""
-
-    values: Tensor  # [q, k], scores
-    indices: Tensor  # int64 [q, k], numbers of examples
-    ids: list[list[str]] | list[list[int]] | None  # by query, where the index has ids
+from fastif.ranks import ALONE, Ranks, together
 
 
 class Index:
@@ -57,7 +50,8 @@ class Index:
         folder: that `Index.build` wrote.
         influence: what computes the queries' gradients: the Influence of the index, or one with the same arguments that
             is not fitted, which then takes the curvature's state from the folder. Without it, only what needs no query
-            can be asked for.
+            can be asked for. Of several ranks each reads a run of the blocks, and all get the result: every rank makes
+            the same calls, as it does of the Influence. Without an Influence, a rank works on its own.
 
     Raises FileNotFoundError for a folder without an index; `fastif.files.Damaged`, a ValueError, for files that are
     not what was written; ValueError for another model and for another curvature.
@@ -77,7 +71,7 @@ class Index:
                         f"{folder} is an index of another model, or with other arguments: {error}"
                     ) from error
             else:
-                check_state(self._folder, influence.fitted)
+                check_state(self._folder, ready(influence))
 
     @classmethod
     def build(
@@ -92,6 +86,7 @@ class Index:
         ids: Sequence[str] | Tensor | None = None,
         resume: bool = False,
         key: str | None = None,
+        threshold: float | None = None,
     ) -> Index:
         """Walks through the training data once and writes the index.
 
@@ -110,39 +105,66 @@ class Index:
             resume: go on with a job that was cut off; the files end with the same bits. One of other settings is
                 refused, each difference named.
             key: as for `Influence.scores` with out=.
+            threshold: that of another index (`Index.threshold`), in the place of one that is found for the share: for
+                indexes of parts of the data, built by jobs of their own, that `merge` puts together.
+
+        Of several ranks each makes the blocks of its run of training examples, in one folder that all share. From one
+        state of the curvature (`Influence.state_dict`) the files have the bits of one process, and a job that was cut
+        off goes on with any number of ranks.
 
         Raises ValueError for estimators without eigenvalues, several checkpoints, a share that keeps nothing and
         a folder that holds an index already; `fastif.folder_lock.FolderInUse` where somebody else writes to it.
         """
-        fitted, data = ready(influence), walkable(influence, train)
-        build(
-            fitted,
-            data,
-            Path(out),
-            share=share,
-            dtype=dtype,
-            self_influence=self_influence,
-            ids=ids,
-            resume=resume,
-            key=key,
-        )
-        return cls(out, influence)
+        options: dict[str, Any] = dict(share=share, dtype=dtype, self_influence=self_influence, threshold=threshold)
+        options |= dict(resume=resume, key=key)
+        with influence.ranks.together("Index.build"):
+            fitted, data = ready(influence), walkable(influence, train)
+            compare_setups(fitted.setup, "Index.build", {"train": data, "out": str(out), **options})
+            build(fitted, data, Path(out), ids=ids, **options)
+            return cls(out, influence)
 
+    @classmethod
+    def merge(
+        cls,
+        folders: Sequence[Path | str],
+        out: Path | str,
+        influence: Influence | None = None,
+        *,
+        resume: bool = False,
+    ) -> Index:
+        """One index of several, of parts of the training data: the examples of the first, then those of the second.
+
+        They must be finished and of the same model, state of the curvature, share, threshold and type; build the others
+        with threshold= of the first. Their blocks are copied, without what was removed from them. `measured` is that of
+        the part with the lowest r.
+
+        Raises ValueError where something differs, with both values, for ids that repeat, and where `out` holds an index
+        unless the same merging is resumed.
+        """
+        ranks = ALONE if influence is None else influence.ranks
+        with ranks.together("Index.merge"):
+            merge([Path(folder) for folder in folders], Path(out), resume, ranks)
+            return cls(out, influence)
+
+    @together
     def append(
         self, more: Any, *, ids: Sequence[str] | Tensor | None = None, resume: bool = False, key: str | None = None
     ) -> Index:
         """Adds examples that the model was trained on, too, at the threshold of the index; they are numbered on from
         `total`. Arguments as for `build`."""
         influence = self._influence()
-        append(self._folder, ready(influence), walkable(influence, more), ids=ids, resume=resume, key=key)
+        fitted, data = ready(influence), walkable(influence, more)
+        compare_setups(fitted.setup, "append", {"more": data, "resume": resume, "key": key})
+        append(self._folder, fitted, data, ids=ids, resume=resume, key=key)
         return self
 
+    @together
     def remove(self, examples: Tensor) -> Index:
         """Takes examples out, int64 [m] their numbers; the others keep theirs. Nothing of them stays in the blocks.
 
         A file keeps its curvature and its measured error, in which they had their part.
         """
-        remove(self._folder, examples)
+        remove(self._folder, examples, self.ranks)
         return self
 
     # ---------------------------------------------------------------------------------------------------- what it holds
@@ -150,6 +172,11 @@ class Index:
     @property
     def path(self) -> Path:
         return self._folder.path
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes among which the reading of blocks is divided: those of the Influence."""
+        return ALONE if self.influence is None else self.influence.ranks
 
     @property
     def examples(self) -> Tensor:
@@ -203,6 +230,7 @@ class Index:
         )
         return kept / (self.n * self._folder.manifest["numbers"])
 
+    @together
     def self_influence(self) -> Tensor:
         """Each example's score on itself, [n], as `Influence.self_influence`.
 
@@ -210,14 +238,21 @@ class Index:
         which is less by what was dropped.
         """
         self._folder.check_finished()
+        self._compare("self_influence", {})
         if self.settings["own"]:
-            return torch.cat([block.own for block in self._folder.blocks() if block.own is not None])
+            return join_numbers([b.own for b in own_blocks(self._folder, self.ranks) if b.own is not None], self.ranks)
         encoder = self._encoder()
         parts = list[Tensor]()
-        for block in self._folder.blocks():
+        for block in own_blocks(self._folder, self.ranks):
             norms = [block.factors[name].sq_norms(metric.own) for name, metric in encoder.metrics.items()]
             parts.append(torch.stack(norms).sum(0).cpu() / encoder.fitted.n)
-        return torch.cat(parts)
+        return join_numbers(parts, self.ranks)
+
+    def _compare(self, op: str, arguments: Mapping[str, Any]) -> None:
+        """Raises ValueError, on all ranks, where one has another model, index or arguments than the first."""
+        if self.ranks.world > 1:
+            compare_setups(self._influence().setup, op, arguments)
+            self.ranks.compare(op, {"index": self._folder.job, "examples": fingerprint([self.examples])})
 
     def ids(self) -> Ids:
         """Of the examples that it holds, where they were given."""
@@ -243,6 +278,7 @@ class Index:
     def scores(self, query: Any, *, by: Literal["all"] = "all", query_groups: Tensor | None = None) -> Tensor: ...
     @overload
     def scores(self, query: Any, *, by: Literal["layer"], query_groups: Tensor | None = None) -> dict[str, Tensor]: ...
+    @together
     def scores(
         self, query: Any, *, by: Literal["all", "layer"] = "all", query_groups: Tensor | None = None
     ) -> Tensor | dict[str, Tensor]:
@@ -255,15 +291,21 @@ class Index:
         """
         if by not in ("all", "layer"):
             raise ValueError(f"scores: by must be one of 'all', 'layer', got {by!r}")
+        query = walkable(self._influence(), query)
+        self._compare("scores", {"query": query, "by": by, "query_groups": query_groups})
+        begin, n = own_columns(self._folder, self.ranks)
         out: dict[str, Tensor] = {}
         for first, start, parts in self._tiles(query, query_groups):
             for name, values in parts.items():
                 into = name if by == "layer" else ""
                 if into not in out:
-                    out[into] = values.new_zeros((self._rows(query, query_groups), self.n))
-                out[into][first : first + len(values), start : start + values.shape[1]] += values
+                    out[into] = values.new_zeros((self._rows(query, query_groups), n))
+                out[into][first : first + len(values), start - begin : start - begin + values.shape[1]] += values
+        if self.ranks.world > 1:
+            out = of_all_ranks(ready(self._influence()), out, columns=True)
         return out if by == "layer" else out[""]
 
+    @together
     def top(self, query: Any, k: int, *, largest: bool = True, rerank: int = 0, train: Any | None = None) -> Top:
         """The k training examples with the largest scores for each query, as `Influence.top` gives them.
 
@@ -279,10 +321,13 @@ class Index:
         if rerank and train is None:
             raise ValueError("top: rerank= needs train=, the training data of the index")
         query = walkable(self._influence(), query)
+        self._compare("top", {"query": query, "k": k, "largest": largest, "rerank": rerank})
         held: dict[int, tuple[Tensor, Tensor]] = {}
         for first, start, parts in self._tiles(query, None):
             held[first] = best_of(held.get(first), sum_of(parts), start, rerank or k, largest)
-        values, places = (torch.cat(parts) for parts in zip(*(held[first] for first in sorted(held)), strict=True))
+        found = [torch.cat(parts) for parts in zip(*(held[first] for first in sorted(held)), strict=True)]
+        own = (found[0], found[1]) if found else None
+        values, places = best_of_ranks(self.ranks, own, rerank or k, largest)
         if rerank:
             values, places = self._reranked(query, train, places, k, largest)
         ids = self.ids()
@@ -300,7 +345,11 @@ class Index:
         if len(known) == 1 and data.identity.fingerprint != known[0]["settings"]["train"]:
             raise ValueError("top: train is not the training data of the index: its examples or batches differ")
         chosen, back = places.unique(return_inverse=True)
-        exact = compute_scores(ready(influence), query, part_of(data, self.examples[chosen])).values[""]
+        fitted = ready(influence)
+        compare_setups(fitted.setup, "top", {"train": data})
+        mine = own_part_of(data, self.examples[chosen], self.ranks)
+        own = None if mine is None else compute_scores(fitted.alone, query, mine).values[""].to(self.ranks.device)
+        exact = self.ranks.join("exact scores", own, self.ranks.device, dim=1).cpu()
         values = exact.gather(1, back)
         order = places.argsort(1)  # ties go to the lower index
         values, places = values.gather(1, order), places.gather(1, order)
@@ -308,17 +357,20 @@ class Index:
         return values.gather(1, best), places.gather(1, best)
 
     def _tiles(self, query: Any, groups: Tensor | None) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
-        """First row, first column and parts by layer of the scores, block by block of the index."""
+        """First row, first column and parts by layer of the scores, block by block of the index; of several ranks each
+        has those of its own blocks."""
         self._folder.check_finished()
         influence = self._influence()
         fitted, total = ready(influence), self._rows(query, groups)
         groups = None if groups is None else groups.cpu()
-        encoder = self._encoder()
+        encoder, (begin, n) = self._encoder(), own_columns(self._folder, self.ranks)
+        if n == 0:
+            return
         # Of the memory a half is for queries, the rest for a block and what is made of it.
         with closing(encoder.queries(query, total, groups, fitted.memory // 2)) as blocks:
             for first, held in blocks:
-                start = 0
-                for block in self._folder.blocks():
+                start = begin
+                for block in own_blocks(self._folder, self.ranks):
                     yield first, start, products(block.factors, held)
                     start += len(block.examples)
 
@@ -342,31 +394,3 @@ class Index:
                 "model and arguments, fitted or not"
             )
         return self.influence
-
-
-def products(factors: Mapping[str, Factors], queries: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scores by block, [q, n], on the CPU."""
-    return {name: part.dots(queries[name]).cpu() for name, part in factors.items()}
-
-
-def sum_of(parts: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack([*parts.values()]).sum(0)
-
-
-def ready(influence: Influence) -> Fitted:
-    """What was fitted, at the weights that the model still has; of several ranks each works on its own."""
-    refuse_sharded(influence.model, "index")
-    fitted = influence.fitted
-    fitted.check_weights()
-    alone = influence.ranks.world == 1
-    return fitted if alone else fitted._replace(setup=fitted.setup._replace(ranks=ALONE))
-
-
-def walkable(influence: Influence, data: Any) -> Walked:
-    """Data whose passes are held against each other, and against the fit's where it is what was fitted."""
-    if isinstance(data, Iterator):
-        raise ValueError("index: the data is walked through more than once, got an iterator; pass a list")
-    if isinstance(data, Sharded):
-        raise ValueError(needs_all("index"))
-    (found,) = influence.fitted.walk(data)
-    return walked(found, influence.passes.batch_size)

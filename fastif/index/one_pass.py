@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 from fastif.curvature.directions import Directions
-from fastif.data.dealing import Part
+from fastif.data.dealing import Part, deal
 from fastif.index.building import build
-from fastif.index.index import Index, ready, walkable
+from fastif.index.encoder import ready, walkable
+from fastif.index.index import Index
 from fastif.influence.fitted import Fitted
 from fastif.influence.influence import Influence
 from fastif.influence.queries import query_blocks
-from fastif.influence.scoring import len_of_all, make_tiles
+from fastif.influence.scoring import best_of_ranks, len_of_all, make_tiles
+from fastif.influence.sharing import compare_setups
 from fastif.influence.tiles import Tile, best_of
 from fastif.model.gradients import Gradients
+from fastif.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,24 @@ def answer(
         self_influence: whether each example's score on itself is asked for.
         out: a folder for an index; `options` are those of `Index.build`.
 
+    Of several ranks each walks through a run of the training examples, and all get all answers.
+
     Raises ValueError where nothing is asked for, or scores without queries; what these methods raise.
     """
+    with influence.ranks.together("answer"):
+        return _answer(influence, train, query, scores, top, self_influence, out, options)
+
+
+def _answer(
+    influence: Influence,
+    train: Any,
+    query: Any | None,
+    scores: bool,
+    top: int,
+    self_influence: bool,
+    out: Path | str | None,
+    options: dict[str, Any],
+) -> Answers:
     fitted, data = ready(influence), walkable(influence, train)
     if len(fitted.curvatures) > 1:
         raise ValueError(f"answer: one model alone, got {len(fitted.curvatures)} checkpoints")
@@ -76,10 +95,18 @@ def answer(
         raise ValueError(f"answer: {', '.join(options)} go with out=, the folder of an index")
     if top and not 1 <= top <= data.n:
         raise ValueError(f"top: k must be an integer in [1, n={data.n}], got k={top}")
-    found = _Rows(data.n, scores, top)
-    total, held = 0, dict[str, list[Directions]]()
     if query is not None:
         query = walkable(influence, query)
+    asked: dict[str, Any] = dict(scores=scores, top=top, self_influence=self_influence)
+    asked |= {"out": None if out is None else str(out), **{name: options[name] for name in options if name != "ids"}}
+    compare_setups(fitted.setup, "answer", {"train": data, "query": query, **asked})
+    # Where solving takes all ranks, each solves for all examples, with the curvature of its own.
+    together = fitted.setup.estimators.needs_data
+    ranks = ALONE if together else fitted.setup.ranks
+    whole, fitted = fitted, fitted if together else fitted.alone
+    found = _Rows(scores, top)
+    total, held = 0, dict[str, list[Directions]]()
+    if query is not None:
         total, held = query.n, _first_queries(fitted, query, query.n)
     own: list[Tensor] = []
 
@@ -89,25 +116,31 @@ def answer(
         if self_influence and out is None:
             own.append(fitted.curvatures[0].sq_norms(gradients).cpu() / fitted.n)
 
-    index = None
+    index, mine = None, deal(data, ranks)
+    part = Part(data, fitted.passes.batch_size, [mine]) if len(mine) else None
     if out is not None:
         settings = {"share": 0.04, "dtype": "int8", "ids": None, "resume": False, "key": None, **options}
-        build(fitted, data, Path(out), self_influence=self_influence, see=see, **settings)
+        build(whole, data, Path(out), self_influence=self_influence, see=see, **settings)
         index = Index(out, influence)
-    else:
+    elif part is not None:
         with fitted.passes.running(fitted.setup.states[0]):
-            for start, _, gradients in fitted.passes.gradients(data, "answers"):
-                see(start, gradients)
+            for start, _, gradients in fitted.passes.gradients(part, "answers"):
+                see(mine.start + start, gradients)
                 del gradients
     rows = len_of_all(held)
     held.clear()
     if rows < total:
         rest = Part(query, fitted.passes.batch_size, [range(rows, total)])
-        with closing(make_tiles(fitted, rest, data)) as tiles:
+        with closing(make_tiles(fitted, rest, part, first_train=mine.start)) as tiles:
             for tile in tiles:
                 found.add_tile(rows, tile)
-    norms = (index.self_influence() if index is not None else torch.cat(own)) if self_influence else None
-    return Answers(found.scores(), found.top(), norms, index)
+    norms = None
+    if index is not None and self_influence:
+        norms = index.self_influence()
+    elif self_influence:
+        of_rank = torch.cat(own).to(ranks.device) if own else None
+        norms = ranks.join("self-influence", of_rank, ranks.device).cpu()
+    return Answers(found.scores(ranks), found.top(ranks), norms, index)
 
 
 def _first_queries(fitted: Fitted, query: Any, total: int) -> dict[str, list[Directions]]:
@@ -126,8 +159,8 @@ def _scores(fitted: Fitted, held: Mapping[str, list[Directions]], gradients: Map
 class _Rows:
     """Scores as they come: all of them, or the best of each query."""
 
-    def __init__(self, n: int, scores: bool, top: int):
-        self._n, self._k = n, top
+    def __init__(self, scores: bool, top: int):
+        self._k = top
         self._parts: dict[int, list[tuple[int, Tensor]]] | None = {} if scores else None
         self._best: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -140,17 +173,20 @@ class _Rows:
     def add_tile(self, row: int, tile: Tile) -> None:
         self.add(row + tile.query, tile.train, tile.values[""])
 
-    def scores(self) -> Tensor | None:
+    def scores(self, ranks: Ranks) -> Tensor | None:
+        """Those of all ranks, whose columns follow one another."""
         if self._parts is None:
             return None
-        rows = ([values for _, values in sorted(parts, key=_column)] for _, parts in sorted(self._parts.items()))
-        return torch.cat([torch.cat(parts, 1) for parts in rows])
+        rows = {row: [values for _, values in sorted(parts, key=_column)] for row, parts in self._parts.items()}
+        own = torch.cat([torch.cat(rows[row], 1) for row in sorted(rows)]).to(ranks.device) if rows else None
+        return ranks.join("scores", own, ranks.device, dim=1).cpu()
 
-    def top(self) -> tuple[Tensor, Tensor] | None:
+    def top(self, ranks: Ranks) -> tuple[Tensor, Tensor] | None:
         if not self._k:
             return None
-        values, indices = zip(*(self._best[row] for row in sorted(self._best)), strict=True)
-        return torch.cat(values), torch.cat(indices)
+        found = [torch.cat(parts) for parts in zip(*(self._best[row] for row in sorted(self._best)), strict=True)]
+        own = (found[0], found[1]) if found else None
+        return best_of_ranks(ranks, own, self._k, True)
 
 
 def _column(part: tuple[int, Tensor]) -> int:

@@ -11,9 +11,10 @@ from torch import Generator, Tensor
 
 from fastif.correlation import pearson, spearman
 from fastif.data.batches import Walked
-from fastif.data.dealing import Part
+from fastif.data.dealing import Part, deal_picked
 from fastif.index.encoder import Encoder, Sizes
 from fastif.influence.scoring import compute_scores
+from fastif.ranks import Ranks
 
 _FIRST, _FEW, _MOST = 256, 512, 2048  # examples of a sample
 _CERTAIN = 0.02  # standard error of the share that is kept, relative, with which a sample suffices
@@ -51,11 +52,12 @@ def draw(n: int, seed: int) -> Tensor:
     return torch.randperm(n, generator=Generator().manual_seed(seed))
 
 
-def find_cut(encoder: Encoder, train: Walked, share: float, seed: int) -> Cut:
+def find_cut(encoder: Encoder, train: Walked, share: float, seed: int, threshold: float | None = None) -> Cut:
     """The one threshold on σ² per number at which `share` of the gradients' numbers is kept, on a sample that grows
-    until its standard error is small.
+    until its standard error is small; or what a threshold that is given keeps of such a sample.
 
-    Raises ValueError for a share with which no factor at all would be kept.
+    Of several ranks each looks at some batches of the sample, and all see what it found. Raises ValueError for a share
+    with which no factor at all would be kept.
     """
     order, most = draw(train.n, seed), min(train.n, max(_FEW, min(_MOST, train.n // 4)))
     seen: dict[str, list[Sizes]] = {}
@@ -63,7 +65,7 @@ def find_cut(encoder: Encoder, train: Walked, share: float, seed: int) -> Cut:
     while True:
         for name, sizes in _look_at(encoder, train, order[begin:end]):
             seen.setdefault(name, []).append(sizes)
-        cut, kept = _cut(seen, share, encoder.dtype.itemsize)
+        cut, kept = _cut(seen, share, encoder.dtype.itemsize, threshold)
         left = (1 - len(kept) / train.n) / len(kept)  # of a sample without replacement
         uncertain = float(kept.std(correction=0)) / max(float(kept.mean()), 1e-30) * left**0.5
         if end == most or cut.threshold == 0 or uncertain <= _CERTAIN:
@@ -72,11 +74,29 @@ def find_cut(encoder: Encoder, train: Walked, share: float, seed: int) -> Cut:
 
 
 def _look_at(encoder: Encoder, train: Walked, examples: Tensor) -> Iterator[tuple[str, Sizes]]:
-    passes = encoder.fitted.passes
-    with passes.running(encoder.fitted.setup.states[0]):
-        for _, _, gradients in passes.gradients(part_of(train, examples), "index, a sample"):
-            yield from encoder.look_at(gradients).items()
-            del gradients
+    passes, ranks = encoder.fitted.passes, encoder.fitted.setup.ranks
+    part, own = own_part_of(train, examples, ranks), list[dict[str, Sizes]]()
+    if part is not None:
+        with passes.running(encoder.fitted.setup.states[0]):
+            for _, _, gradients in passes.gradients(part, "index, a sample"):
+                own.append(encoder.look_at(gradients))
+                del gradients
+    for found in _of_all_ranks(own, ranks):
+        yield from found.items()
+
+
+def _of_all_ranks(own: list[dict[str, Sizes]], ranks: Ranks) -> list[dict[str, Sizes]]:
+    """Sizes by batch and block, those of the first rank's batches first."""
+    if ranks.world == 1:
+        return own
+    told = ranks.meet("what a sample could keep", [{name: sizes[1:] for name, sizes in one.items()} for one in own])
+    squares = {(i, name): sizes.squares.to(ranks.device) for i, one in enumerate(own) for name, sizes in one.items()}
+    gathered = ranks.gather("the squares of a sample", squares, ranks.device)
+    return [
+        {name: Sizes(theirs[i, name].cpu(), *rest) for name, rest in one.items()}
+        for theirs, batches in zip(gathered, told, strict=True)
+        for i, one in enumerate(batches)
+    ]
 
 
 def part_of(train: Walked, examples: Tensor) -> Part:
@@ -84,7 +104,14 @@ def part_of(train: Walked, examples: Tensor) -> Part:
     return Part(train, train.batch_size, [range(i, i + 1) for i in examples.sort().values.tolist()])
 
 
-def _cut(seen: Mapping[str, list[Sizes]], share: float, item: int) -> tuple[Cut, Tensor]:
+def own_part_of(train: Walked, examples: Tensor, ranks: Ranks) -> Part | None:
+    """Those of some examples that this rank takes, whole batches of what one process would take; None: none."""
+    ordered = examples.sort().values
+    mine = ordered[deal_picked(train, ordered, ranks)]
+    return part_of(train, mine) if len(mine) else None
+
+
+def _cut(seen: Mapping[str, list[Sizes]], share: float, item: int, given: float | None) -> tuple[Cut, Tensor]:
     """The cut on a sample, and the numbers that it keeps of each example, [n]."""
     numbers = sum(max(part.numbers for part in parts) for parts in seen.values())
     tables = {name: parts[0].table for name, parts in seen.items()}
@@ -98,8 +125,8 @@ def _cut(seen: Mapping[str, list[Sizes]], share: float, item: int) -> tuple[Cut,
     order = worth.argsort(descending=True)
     sums = cost[order].cumsum(0)
     budget = share * numbers * n
-    threshold = 0.0
-    if share < 1 and len(sums) and float(sums[-1]) > budget:
+    threshold = 0.0 if given is None else given
+    if given is None and share < 1 and len(sums) and float(sums[-1]) > budget:
         fits = int((sums <= budget).sum())
         if fits == 0:
             least = min(parts[0].each for parts in seen.values())
@@ -133,8 +160,17 @@ def measure(encoder: Encoder, train: Walked, seed: int) -> Measured | None:
         return None
     chosen = draw(train.n, seed + 1)
     q = min(_QUERIES, train.n // 4)
-    query, examples = part_of(train, chosen[:q]), part_of(train, chosen[q : q + _EXAMPLES])
-    fitted = encoder.fitted._replace(setup=encoder.fitted.setup._replace(measurement="loss"))
+    query, ranks = part_of(train, chosen[:q]), encoder.fitted.setup.ranks
+    examples = own_part_of(train, chosen[q : q + _EXAMPLES], ranks)
+    own = None if examples is None else _score_both_ways(encoder, query, q, examples).to(ranks.device)
+    exact, approximate = ranks.join("scores both ways", own, ranks.device, dim=2).cpu()
+    return compare(exact, approximate)
+
+
+def _score_both_ways(encoder: Encoder, query: Part, q: int, examples: Part) -> Tensor:
+    """Exact scores and those from what is kept, [2, q, n]."""
+    fitted = encoder.fitted.alone
+    fitted = fitted._replace(setup=fitted.setup._replace(measurement="loss"))
     exact = compute_scores(fitted, query, examples).values[""]
     approximate = torch.zeros_like(exact)
     own = Encoder(fitted, encoder.metrics, encoder.dtype, encoder.threshold)
@@ -147,7 +183,7 @@ def measure(encoder: Encoder, train: Walked, seed: int) -> Measured | None:
                     approximate[rows, start : start + n] += factors.dots(held[name]).cpu()
                 start += n
                 del gradients
-    return compare(exact, approximate)
+    return torch.stack([exact, approximate])
 
 
 def compare(exact: Tensor, approximate: Tensor) -> Measured:

@@ -94,6 +94,11 @@ class Fitted(NamedTuple):
     def memory(self) -> int:
         return self.setup.memory
 
+    @property
+    def alone(self) -> Fitted:
+        """For work that this rank does without the others."""
+        return self if self.setup.ranks.world == 1 else self._replace(setup=self.setup._replace(ranks=ALONE))
+
     def subset_of(self, number: int) -> Subset | None:
         """The examples that carried the curvature of a checkpoint."""
         kept = self.setup.kept

@@ -79,7 +79,7 @@ def _fit_here(setup: Setup, train: Any, subset: Subset) -> NetworkCurvature:
     for pass_index in range(max(1, curvature.passes)):
         looking = curvature.open(pass_index)
         generator = torch.Generator().manual_seed(seed)
-        draws = Draws(passes.loss, generator, _examples_before(train, subset, ranks)) if ranks.world > 1 else None
+        draws = Draws(passes.loss, generator, examples_before(train, subset, ranks)) if ranks.world > 1 else None
         size = getattr(train.data, "batch_size", None) or passes.batch_size  # a loader's own
         total = -(-len(subset.indices) // (size * ranks.world))
         with tqdm(batches(subset), f"fit, pass {pass_index + 1}", total, disable=not passes.progress) as bar:
@@ -99,7 +99,7 @@ def _fit_here(setup: Setup, train: Any, subset: Subset) -> NetworkCurvature:
     return curvature
 
 
-def _examples_before(train: Walked, subset: Subset, ranks: Ranks) -> int:
+def examples_before(train: Walked, subset: Subset, ranks: Ranks) -> int:
     """Of the subset, those that the ranks before this one take."""
     mine = deal_picked(train, subset.indices, ranks)
     if not len(mine):

@@ -526,8 +526,8 @@ class Influence:
     def gather(self) -> Influence:
         """Brings all that was fitted to every rank, as `replicate=True` would have kept it; returns itself.
 
-        All ranks call it. After it each can work alone with what it has: build an index, pickle, look at `curvature`.
-        Without ranks, and where everything is everywhere, nothing happens.
+        All ranks call it. After it each can work alone with what it has: pickle, look at `curvature`. An index does it
+        by itself. Without ranks, and where everything is everywhere, nothing happens.
         """
         self._fitted = gather(self.fitted)
         return self

@@ -19,7 +19,7 @@ from fastif.influence.queries import query_blocks, shared_query_blocks
 from fastif.influence.states import in_turn
 from fastif.influence.tiles import By, Tile, best_of, check_groups, check_one_length, check_positions, merge_best
 from fastif.model.gradients import Gradients
-from fastif.ranks import ALONE
+from fastif.ranks import ALONE, Ranks
 
 
 class Scores(NamedTuple):
@@ -134,7 +134,7 @@ def compute_scores(
                     here = begin + tile.train
                     place.index_add_(1, groups[here : here + values.shape[1]].cpu(), values)
     if ranks.world > 1:
-        out = _of_all_ranks(fitted, out, groups is None)
+        out = of_all_ranks(fitted, out, groups is None)
         low_rank_error = max(ranks.meet("what low_rank= lost", low_rank_error))
     return Scores(out, low_rank_error)
 
@@ -149,7 +149,7 @@ def share_of(fitted: Fitted, train: Any) -> tuple[Any, int]:
     return (Part(data, fitted.passes.batch_size, [mine]) if len(mine) else None), mine.start
 
 
-def _of_all_ranks(fitted: Fitted, own: dict[str, Tensor], columns: bool) -> dict[str, Tensor]:
+def of_all_ranks(fitted: Fitted, own: dict[str, Tensor], columns: bool) -> dict[str, Tensor]:
     """The columns of all ranks side by side, or the sums of theirs; in the order of the blocks."""
     ranks, device = fitted.setup.ranks, fitted.passes.device  # what sends tensors of the device may send no others
     sent = {name: values.to(device) for name, values in own.items()}
@@ -167,16 +167,22 @@ def find_top(fitted: Fitted, query: Any, train: Any, k: int, largest: bool) -> t
         values, indices = scores.sort(dim=1, descending=largest, stable=True)
         return values[:, :k], indices[:, :k]
     best: dict[int, tuple[Tensor, Tensor]] = {}  # by first query of a block
-    ranks, (mine, begin) = fitted.setup.ranks, share_of(fitted, train)
+    mine, begin = share_of(fitted, train)
     with closing(make_tiles(fitted, query, mine, first_train=begin)) as tiles:
         for tile in tiles:
             best[tile.query] = best_of(best.get(tile.query), tile.values[""], tile.train, k, largest)
     parts = [best[start] for start in sorted(best)]
     own = (torch.cat([values for values, _ in parts]), torch.cat([indices for _, indices in parts])) if parts else None
+    return best_of_ranks(fitted.setup.ranks, own, k, largest)
+
+
+def best_of_ranks(ranks: Ranks, own: tuple[Tensor, Tensor] | None, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """The k best of each query, (values [q, k], indices int64 [q, k]), of the best of all ranks; `own`: of this one's
+    training examples, None where it has none."""
     if ranks.world == 1:
         assert own is not None
         return own
-    device = fitted.passes.device
+    device = ranks.device
     found = {} if own is None else {"values": own[0].to(device), "indices": own[1].to(device)}
     of_ranks = [part for part in ranks.gather("the best of each rank", found, device) if part]
     return merge_best([(part["values"].cpu(), part["indices"].cpu()) for part in of_ranks], k, largest)

@@ -1,4 +1,4 @@
-"""A folder of scores that several ranks write at once: the first rank holds it, all of them see it."""
+"""A folder that several ranks write at once, of scores or an index: the first rank holds it, all of them see it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from filelock import FileLock
 
+from fastif.files import write_whole
 from fastif.folder_lock import HOLDER, locked
 from fastif.influence.score_folder import ScoreFolder, write_manifest
 from fastif.ranks import Ranks, stretch
@@ -33,7 +34,7 @@ def held(folder: Path, ranks: Ranks) -> Iterator[None]:
         return
     if ranks.rank > 0:
         (holder, *_) = ranks.meet(f"holding {folder}")
-        _see(folder, holder)
+        _see(folder / HOLDER, holder)
         ranks.meet(f"seeing {folder}")
         yield
         ranks.meet(f"leaving {folder}")
@@ -46,13 +47,22 @@ def held(folder: Path, ranks: Ranks) -> Iterator[None]:
         (folder / _NOTING).unlink(missing_ok=True)
 
 
-def _see(folder: Path, holder: str) -> None:
+def write_seen(path: Path, text: str, ranks: Ranks) -> None:
+    """Has the first rank write a file, whole, and the others go on when they see what it wrote."""
+    if ranks.rank == 0:
+        write_whole(path, text)
+    (written, *_) = ranks.meet(f"writing {path.name}", text if ranks.rank == 0 else None)
+    if ranks.rank > 0:
+        _see(path, written)
+
+
+def _see(path: Path, text: str) -> None:
     begun = time.monotonic()
-    while not ((path := folder / HOLDER).is_file() and path.read_text(encoding="utf-8") == holder):
+    while not (path.is_file() and path.read_text(encoding="utf-8") == text):
         if time.monotonic() - begun > _SEEN_WITHIN:
             raise ValueError(
-                f"{folder} is not the folder that the first rank writes to: all ranks have to write to one folder of a "
-                "file system that they share"
+                f"{path.parent} is not the folder that the first rank writes to: all ranks have to write to one folder "
+                "of a file system that they share"
             )
         time.sleep(0.1)
 

@@ -44,7 +44,8 @@ def certify(
             f"remove: not certified: {why} the head is at most {bound:.3g} from the retrained one, and the certificate "
             f"allows {allowed:.3g}; more steps, noise, epsilon or weight_decay would do"
         )
-    noise = _noise(problem.theta, certificate.noise, generator)
+    drawn = {"": _noise(problem.theta, certificate.noise, generator)}
+    noise = problem.ranks.of_first("the noise", drawn, problem.device)[""]
     return history, problem.with_noise(noise), Certified(certificate, allowed, bound)
 
 

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from fastif import ops
 from fastif.curvature import ExactBlock
 from fastif.curvature.damping import check_damping
+from fastif.ranks import ALONE, Ranks, stretch
 from fastif.removal.losses import HeadLoss, Solver, output_loss
 from fastif.removal.newton import newton
 from fastif.removal.retained import SMALLEST_STEP, STEP_SIZES, Picks, check_removed, check_weight_decay
@@ -26,7 +27,8 @@ class RetainedHead:
 
     Arguments as for `head_steps`. `name` is the head's among the model's layers, `keys` those of its weight and bias
     among the model's parameters. `curvature_of`, where it is given, makes the block at the current parameters in the
-    place of that of the subset.
+    place of that of the subset. Of several `ranks` each has a run of the retained examples: inputs, labels and logits
+    are its own, F, its gradient and its curvature those of all; the first one solves.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class RetainedHead:
         keys: tuple[str, str] = ("weight", "bias"),
         curvature_of: Callable[[RetainedHead], Solver] | None = None,
         loss: HeadLoss = "cross_entropy",
+        ranks: Ranks = ALONE,
     ):
         n = len(features)
         self.loss = output_loss(loss)
@@ -55,18 +58,22 @@ class RetainedHead:
         check_weight_decay(weight_decay)
         kept = torch.ones(n, dtype=torch.bool, device=features.device)
         kept[removed] = False
-        self.share = int(kept.sum()) / n
+        self.retained = int(kept.sum())
+        self.share = self.retained / n
         self.weight_decay, self.damping, self.has_bias = weight_decay, damping, bias is not None
-        self.features = features[kept]
-        self.inputs = self._with_ones(self.features)
-        self.labels = labels[kept]
+        self.ranks, mine = ranks, stretch(self.retained, ranks.rank, ranks.world)
+        self._first, rows = mine.start, kept.nonzero()[:, 0][mine.start : mine.stop]
+        self.inputs, self.labels = self._with_ones(features[rows]), labels[rows]
+        self._seen: dict[str, Tensor] = {}  # of all retained, for a sampler
+        if callable(subset):
+            self._seen = {"features": features[kept], "labels": labels[kept]}
         self._removed = self._with_ones(features[removed]), labels[removed]
         self.dtype, self.n = weight.dtype, n
         self.theta = (weight if bias is None else torch.cat([weight, bias[:, None]], 1)).double()
         self.logits = self._logits(self.theta)
-        self.objective = self._objective(self.logits, self.theta)
+        (self.objective,) = self._objectives([(self.logits, self.theta)])
         self.step_size: dict[str, float] = {}  # of the last step, as a multiple of the Newton step
-        self._picks = Picks(subset, kept, generator)
+        self._picks = Picks(subset, kept, generator, ranks)
         self._curvature_of, self._line_search, self._name, self._keys = curvature_of, line_search, name, keys
         self._shift = None if line_search else self._full_gradient()
 
@@ -100,30 +107,44 @@ class RetainedHead:
         assert self.loss.smoothness is not None
         lengths = self.inputs.norm(dim=1)
         residuals = self.loss.residuals(self.logits, self.labels).norm(dim=1)
-        (m, d), c, size = self.inputs.shape, len(self.theta), self.theta.norm()
+        m, d, c, size = self.retained, self.inputs.shape[1], len(self.theta), self.theta.norm()
         each = lengths * (2 * self.loss.smoothness * ((d + 8) * size * lengths + c + 8) + (m + 4) * residuals)
-        total = each.sum() / self.n + 8 * self.weight_decay * size + self.theta.numel() * self._gradient.norm()
+        total = (
+            self.ranks.sum("the rounding of the gradient", each.sum()) / self.n
+            + 8 * self.weight_decay * size
+            + self.theta.numel() * self._gradient.norm()
+        )
         return torch.finfo(torch.float64).eps * total.item()
 
     def curvature(self) -> int:
         if self._curvature_of is not None:
             self._block = self._curvature_of(self)
             return len(self.logits)
-        picks = self._picks.take({"features": self.features, "logits": self.logits, "labels": self.labels})
-        weights = picks.weights.to(self.inputs)
-        rows = slice(None) if self._picks.all else picks.indices.to(self.device)
+        seen = self._seen
+        if seen:
+            own = self.logits if len(self.logits) else None
+            seen = {**seen, "logits": self.ranks.join("logits", own, self.device)}
+        picks = self._picks.take(seen)
+        places = (picks.indices >= self._first) & (picks.indices < self._first + len(self.labels))
+        numbers = places.nonzero()[:, 0]
+        rows = slice(None) if self._picks.all else (picks.indices[numbers] - self._first).to(self.device)
         self._block = self.loss.curvature(
             self.inputs[rows],
             self.logits[rows],
             self.labels[rows],
-            weights,
+            picks.weights[numbers].to(self.inputs),
             self.weight_decay + self.damping,
             "head (damping here: weight_decay + damping)",
+            numbers,
+            self.ranks,
         )
-        return len(weights)
+        return len(picks.weights)
 
     def step(self) -> bool:
-        direction = -self._block.solve(self._gradient if self._shift is None else self._gradient - self._shift)
+        own: dict[str, Tensor] = {}
+        if self.ranks.rank == 0:
+            own[""] = -self._block.solve(self._gradient if self._shift is None else self._gradient - self._shift)
+        direction = self.ranks.of_first("the head's step", own, self.device)[""]
         along = self._logits(direction)  # logits are linear in θ: one product serves every step size
         size, value = self._best_step(direction, along)
         if self._line_search and not value < self.objective:
@@ -139,20 +160,30 @@ class RetainedHead:
     def _logits(self, theta: Tensor) -> Tensor:
         return self.inputs @ theta.to(self.inputs.dtype).T
 
-    def _objective(self, logits: Tensor, theta: Tensor) -> float:
-        losses = self.loss.values(logits, self.labels)
-        return (losses.double().sum() / self.n + 0.5 * self.weight_decay * theta.square().sum()).item()
+    def _objectives(self, points: list[tuple[Tensor, Tensor]]) -> list[float]:
+        """F at some (logits, θ); its decay is the first rank's term of the sum."""
+        terms = [self.loss.values(logits, self.labels, self._first).double().sum() / self.n for logits, _ in points]
+        if self.ranks.rank == 0:
+            decays = [0.5 * self.weight_decay * theta.square().sum() for _, theta in points]
+            terms = [term + decay for term, decay in zip(terms, decays, strict=True)]
+        return self.ranks.sum("the objective", torch.stack(terms)).tolist()
 
     def _gradient_at(self, theta: Tensor, logits: Tensor) -> Tensor:
-        residuals = self.loss.residuals(logits, self.labels)
-        return ops.per_sample_grad.accumulate(self.inputs, residuals)[0].double() / self.n + self.weight_decay * theta
+        own = self._sum_gradients(self.inputs, logits, self.labels)
+        return self.ranks.sum("the gradient", own) + self.weight_decay * theta
 
     def _full_gradient(self) -> Tensor:
         """∇F_all at the trained parameters: with the removed examples."""
         inputs, labels = self._removed
-        residuals = self.loss.residuals(inputs @ self.theta.to(inputs.dtype).T, labels)
-        removed = ops.per_sample_grad.accumulate(inputs, residuals)[0].double() / self.n
+        removed = self._sum_gradients(inputs, inputs @ self.theta.to(inputs.dtype).T, labels)
         return self._gradient_at(self.theta, self.logits) + removed
+
+    def _sum_gradients(self, inputs: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """(1/n) Σ ∇ℓ over some examples, float64 [c, d (+1)]."""
+        if not len(inputs):
+            return torch.zeros_like(self.theta)
+        residuals = self.loss.residuals(logits, labels)
+        return ops.per_sample_grad.accumulate(inputs, residuals)[0].double() / self.n
 
     def _best_step(self, direction: Tensor, along: Tensor) -> tuple[float, float]:
         """Step size along `direction`, and F after it; `along` is what one unit of it adds to the logits.
@@ -161,15 +192,15 @@ class RetainedHead:
         line search: 1.
         """
 
-        def after(size: float) -> float:
-            return self._objective(self.logits + size * along, self.theta + size * direction)
+        def after(*sizes: float) -> list[float]:
+            return self._objectives([(self.logits + size * along, self.theta + size * direction) for size in sizes])
 
         if not self._line_search:
-            return 1.0, after(1.0)
-        value, size = min((after(size), size) for size in STEP_SIZES)
+            return 1.0, after(1.0)[0]
+        value, size = min(zip(after(*STEP_SIZES), STEP_SIZES, strict=True))
         while not value < self.objective and size > SMALLEST_STEP:
             size = min(size, STEP_SIZES[0]) / 2
-            value = after(size)
+            (value,) = after(size)
         return size, value
 
 

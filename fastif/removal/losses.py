@@ -17,6 +17,7 @@ from fastif import ops
 from fastif.curvature import ExactBlock
 from fastif.curvature.exact.softmax import check_labels, output_grads
 from fastif.model.losses import per_sample
+from fastif.ranks import ALONE, Ranks
 
 SoftmaxName = Literal["cross_entropy", "token_cross_entropy", "causal_lm"]  # what all layers can move by
 HeadLoss = Literal["cross_entropy", "bce", "mse"] | Callable[[Tensor, Tensor], Tensor]
@@ -39,8 +40,8 @@ class OutputLoss(Protocol):
         """Raises ValueError for targets that cannot be."""
         ...
 
-    def values(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """[m]."""
+    def values(self, logits: Tensor, targets: Tensor, first: int = 0) -> Tensor:
+        """[m]; of retained examples from the number `first` on, for messages."""
         ...
 
     def residuals(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -48,9 +49,21 @@ class OutputLoss(Protocol):
         ...
 
     def curvature(
-        self, inputs: Tensor, logits: Tensor, targets: Tensor, weights: Tensor, damping: float, name: str
+        self,
+        inputs: Tensor,
+        logits: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        damping: float,
+        name: str,
+        numbers: Tensor,
+        ranks: Ranks = ALONE,
     ) -> Solver:
-        """Of Σ weights_i ℓ_i in the parameters, inputs [m, d] with a column of ones for a bias."""
+        """Of Σ weights_i ℓ_i in the parameters, inputs [m, d] with a column of ones for a bias.
+
+        numbers: int64 [m], which these are of all that carry the curvature, for messages. Of several ranks each brings
+        its own examples; the first has the sum over all, and alone can solve.
+        """
         ...
 
 
@@ -76,17 +89,33 @@ class SoftmaxLoss:
     def check(self, targets: Tensor, n: int, c: int) -> None:
         check_labels("remove", targets, n, c)
 
-    def values(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def values(self, logits: Tensor, targets: Tensor, first: int = 0) -> Tensor:
+        del first
         return logits.logsumexp(1) - logits.gather(1, targets[:, None])[:, 0]
 
     def residuals(self, logits: Tensor, targets: Tensor) -> Tensor:
         return output_grads(logits.softmax(1), targets)
 
     def curvature(
-        self, inputs: Tensor, logits: Tensor, targets: Tensor, weights: Tensor, damping: float, name: str
+        self,
+        inputs: Tensor,
+        logits: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        damping: float,
+        name: str,
+        numbers: Tensor,
+        ranks: Ranks = ALONE,
     ) -> Solver:
-        del targets
-        return ExactBlock(damping, name=name).fit(inputs, logits, weights=weights)
+        del targets, numbers
+        block = ExactBlock(damping, name=name)
+        if len(inputs):
+            block.fit(inputs, logits, weights=weights)
+        if ranks.world > 1:
+            summed = ranks.sum_each(f"the curvature of {name}", block.sums(0), _of_the_first, inputs.device)
+            if summed:
+                block.take_sums(0, summed)
+        return block
 
 
 class AnyLoss:
@@ -102,26 +131,38 @@ class AnyLoss:
             got = list(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
             raise ValueError(f"remove: targets must be a tensor of n={n} examples, got {got}")
 
-    def values(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def values(self, logits: Tensor, targets: Tensor, first: int = 0) -> Tensor:
         values = self._of_each(logits, targets).detach()
         if not values.isfinite().all():
             row = int((~values.isfinite()).nonzero()[0])
-            raise ValueError(f"remove: the loss of retained example {row} is {float(values[row])}; it must be finite")
+            raise ValueError(
+                f"remove: the loss of retained example {first + row} is {float(values[row])}; it must be finite"
+            )
         return values
 
     def residuals(self, logits: Tensor, targets: Tensor) -> Tensor:
         return self._gradients(logits, targets)[1].detach()
 
     def curvature(
-        self, inputs: Tensor, logits: Tensor, targets: Tensor, weights: Tensor, damping: float, name: str
+        self,
+        inputs: Tensor,
+        logits: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        damping: float,
+        name: str,
+        numbers: Tensor,
+        ranks: Ranks = ALONE,
     ) -> Solver:
         block: Tensor | None = None
         for start in range(0, len(inputs), _CHUNK):
             rows = slice(start, start + _CHUNK)
-            hessians = self._hessians(logits[rows], targets[rows], start) * weights[rows, None, None]
+            hessians = self._hessians(logits[rows], targets[rows], numbers[rows]) * weights[rows, None, None]
             block = ops.kronecker_block(inputs[rows], hessians.to(inputs), out=block)
-        assert block is not None
-        return _Factored(block, damping, name)
+        if ranks.world > 1:
+            own = {} if block is None else {"block": block}
+            block = ranks.sum_each(f"the curvature of {name}", own, _of_the_first, inputs.device).get("block")
+        return _Factored(block, damping, name) if block is not None else _Elsewhere()
 
     def _of_each(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if isinstance(self.loss, nn.Module):
@@ -136,7 +177,7 @@ class AnyLoss:
             (found,) = torch.autograd.grad(losses.sum(), outputs, create_graph=True)
         return outputs, found
 
-    def _hessians(self, logits: Tensor, targets: Tensor, start: int) -> Tensor:
+    def _hessians(self, logits: Tensor, targets: Tensor, numbers: Tensor) -> Tensor:
         """[m, c, c]. Raises ValueError where one of a function of the user's is not positive semidefinite."""
         outputs, gradients = self._gradients(logits, targets)
         rows = []
@@ -148,10 +189,10 @@ class AnyLoss:
         found = torch.stack(rows, 1)
         found = (found + found.mT) / 2
         if self.smoothness is None:
-            self._check_convex(found.double(), gradients.detach(), start)
+            self._check_convex(found.double(), gradients.detach(), numbers)
         return found
 
-    def _check_convex(self, hessians: Tensor, gradients: Tensor, start: int) -> None:
+    def _check_convex(self, hessians: Tensor, gradients: Tensor, numbers: Tensor) -> None:
         """Of a function that is not known to be: eigenvalues below 0 by more than rounding are refused."""
         rounding = 10 * torch.finfo(gradients.dtype).eps * float(gradients.abs().max())
         smallest = torch.linalg.eigvalsh(hessians)[:, 0]
@@ -159,8 +200,8 @@ class AnyLoss:
         if len(broken):
             row = int(broken[0])
             raise ValueError(
-                f"remove: the loss is not convex in the outputs: at example {start + row} of those that carry the "
-                f"curvature its Hessian has the eigenvalue {float(smallest[row]):.3g}"
+                f"remove: the loss is not convex in the outputs: at example {int(numbers[row])} of those that carry "
+                f"the curvature its Hessian has the eigenvalue {float(smallest[row]):.3g}"
             )
 
 
@@ -179,6 +220,19 @@ class _Factored:
     def solve(self, rhs: Tensor) -> Tensor:
         solved = torch.cholesky_solve(rhs.double().reshape(-1, 1), self._factor)
         return solved.view(rhs.shape).to(rhs.dtype)
+
+
+class _Elsewhere:
+    """The curvature that another rank has."""
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        raise RuntimeError("remove: the first rank solves")  # and sends what it found
+
+
+def _of_the_first(name: Any) -> int:
+    """Who owns a sum: the first rank, which solves."""
+    del name
+    return 0
 
 
 def _smoothness(loss: Any) -> float | None:

@@ -15,7 +15,10 @@ from torch.utils._pytree import tree_map_only
 
 from fastif.curvature import EKFAC, ExactBlock
 from fastif.data.batches import batch_length, moved_to, picked, walked
+from fastif.data.dealing import deal_picked
+from fastif.influence.fitting import examples_before
 from fastif.influence.influence import Influence
+from fastif.influence.sharing import Draws
 from fastif.model.calls import call
 from fastif.model.features import find_head
 from fastif.model.forward import computable
@@ -41,6 +44,9 @@ class RetainedNetwork:
     combination of them and of the step before, by the quadratic model of F with the subset's GGN over all layers at
     once: estimators that know each layer by itself leave it to these few numbers how layers act on one another. The
     model is trusted as far as it foretells how F falls (Levenberg–Marquardt). docs/math.md (13).
+
+    On several ranks each takes its batches of every pass over the data, and sums are those of all. The layers' steps
+    and the numbers of their model are the first rank's, so that all move by the same bits.
     """
 
     def __init__(
@@ -98,7 +104,8 @@ class RetainedNetwork:
         self.step_size: dict[str, float] = {}  # of the last step: by layer, a multiple of its own Newton step
         self._train, self._batch_size = train, batch_size
         self._line_search = line_search
-        self._picks = Picks(subset, kept, generator)
+        self._ranks = self._influence.ranks
+        self._picks = Picks(subset, kept, generator, self._ranks)
         self._seen: dict[str, Tensor] = {}  # features, logits and labels of the retained at the current parameters
         self._shift: dict[Tensor, Tensor] = {}  # ∇F_all at the trained parameters
         self._last: Matrices = {}  # the step before
@@ -178,6 +185,7 @@ class RetainedNetwork:
         if gradient is None:
             gradient = {p: g - self._shift[p] for p, g in self._gradient.items()}
         solved = self._influence.solve({name: gradient[p].to(p.dtype) for p, name in self._names.items()})
+        solved = self._ranks.of_first("the layers' steps", solved, self.device)
         return self._matrices({p: -solved[name] for p, name in self._names.items()})
 
     def _model_along(self, directions: Sequence[Matrices]) -> tuple[Tensor, Tensor]:
@@ -198,18 +206,31 @@ class RetainedNetwork:
             squares[torch.tensor(rows)[:, None], torch.tensor(rows)] += (flat @ flat.T).cpu()
         ggn = torch.zeros(m, m, dtype=torch.float64)
         draw = Generator().manual_seed(self._influence.setup.seed)
+        draws = Draws(self._loss, draw, examples_before(self._train, self._carriers, self._ranks))
+        mine = self._own(self._carriers.indices)
+        own_weights = self._carriers.weights[mine]
         with self._capture.attached():
-            for x, y, places in self._batches(self._carriers.indices):
+            for x, y, places in self._batches(self._carriers.indices[mine]):
                 forward = self._capture.forward(x)
-                weights = self._carriers.weights[places].to(self.device)
+                weights = own_weights[places].to(self.device)
                 batch = labels_in(x, y)
                 seen = self._loss, forward.outputs, batch, forward.n
-                for scores, column in output_columns(*seen, settle_fisher("auto", *seen), draw):
+                fisher = settle_fisher("auto", *seen)
+                if self._ranks.world > 1:
+                    draws.begin(forward.outputs, batch, forward.n, fisher)
+                for scores, column in output_columns(*seen, fisher, draw):
                     along = torch.zeros(m, forward.n, dtype=torch.float64, device=self.device)
                     for name, g in forward.gradients(scores, column, keep=True).items():
                         if name in holders:
                             along[holders[name]] += g.dots(stacked[name])
                     ggn += ((along * weights) @ along.T).cpu()
+        if self._ranks.world > 1:
+            draws.end(self._ranks)
+            device = self._ranks.device
+            ggn = self._ranks.sum("the model of the objective", ggn.to(device)).cpu()
+            made = {"slopes": slopes.to(device), "squares": squares.to(device)}
+            made = self._ranks.of_first("the model of the objective", made, device)
+            slopes, squares = made["slopes"].cpu(), made["squares"].cpu()
         return slopes, ggn + self.weight_decay * squares
 
     def _move(self, step: Matrices) -> None:
@@ -223,7 +244,13 @@ class RetainedNetwork:
 
     # ------------------------------------------------------------------------------------------------- passes over data
 
+    def _own(self, indices: Tensor) -> Tensor:
+        """The places in `indices` of the examples that this rank takes."""
+        return deal_picked(self._train, indices, self._ranks)
+
     def _batches(self, indices: Tensor) -> Iterator[tuple[Any, Any, Tensor]]:
+        if not len(indices):
+            return
         with torch.autocast(self.device.type, enabled=False):
             for (x, y), places in picked(self._train, self._batch_size, indices):
                 yield moved_to(x, self.device), moved_to(y, self.device), places
@@ -257,22 +284,29 @@ class RetainedNetwork:
 
     def _sum_over(self, indices: Tensor) -> tuple[float, dict[Tensor, Tensor]]:
         """Σ ℓ and Σ ∇ℓ over some examples, in float64."""
-        parameters, total = list(self._names), 0.0
+        parameters = list(self._names)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         sums = {p: torch.zeros_like(p, dtype=torch.float64, requires_grad=False) for p in parameters}
-        for x, y, _ in self._batches(indices):
+        for x, y, _ in self._batches(indices[self._own(indices)]):
             losses = self._losses(x, y)
-            total += float(losses.detach().double().sum())
+            total += losses.detach().double().sum()
             for parameter, g in zip(parameters, torch.autograd.grad(losses.sum(), parameters), strict=True):
                 sums[parameter] += g
-        return total, sums
+        found = {"": total, **{self._names[p]: value for p, value in sums.items()}}
+        found = self._ranks.sum_each("losses and gradients", found, lambda _: None, self.device)
+        return float(found[""]), {p: found[name] for p, name in self._names.items()}
 
     @torch.no_grad()
     def _objective(self) -> float:
-        total = sum(float(self._losses(x, y).double().sum()) for x, y, _ in self._batches(self.kept))
-        return total / self.n + self._decay()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for x, y, _ in self._batches(self.kept[self._own(self.kept)]):
+            total += self._losses(x, y).double().sum()
+        return float(self._ranks.sum("losses", total)) / self.n + self._decay()
 
     def _decay(self) -> float:
-        return 0.5 * self.weight_decay * sum(float(p.detach().double().square().sum()) for p in self._names)
+        total = 0.5 * self.weight_decay * sum(float(p.detach().double().square().sum()) for p in self._names)
+        (first, *_) = self._ranks.meet("the decay", total)
+        return first
 
     @contextmanager
     def _note_head(self) -> Iterator[None]:
@@ -290,15 +324,20 @@ class RetainedNetwork:
             yield
         finally:
             hook.remove()
-        features, logits = (torch.cat(parts) for parts in zip(*notes, strict=True))
+        own = [torch.cat(parts) for parts in zip(*notes, strict=True)] or [None, None]
+        features, logits = (self._joined(name, rows) for name, rows in zip(("features", "logits"), own, strict=True))
         self._seen = {"features": features, "logits": logits, "labels": self._labels()}
 
     def _labels(self) -> Tensor:
         if self._seen:
             return self._seen["labels"]
-        return torch.cat(
-            [labels_of(labels_in(x, y)).cpu() for (x, y), _ in picked(self._train, self._batch_size, self.kept)]
-        )
+        found = [labels_of(labels_in(x, y)) for x, y, _ in self._batches(self.kept[self._own(self.kept)])]
+        return self._joined("labels", torch.cat(found).cpu() if found else None)
+
+    def _joined(self, what: str, own: Tensor | None) -> Tensor:
+        """The rows of all ranks, of the retained examples in their order."""
+        device = self._ranks.device
+        return self._ranks.join(what, None if own is None else own.to(device), device).cpu()
 
 
 def _in_full(model: nn.Module) -> nn.Module:

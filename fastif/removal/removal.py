@@ -16,12 +16,15 @@ from typing import Any, cast
 import torch
 from torch import Generator, Tensor, nn
 
-from fastif.data.batches import as_loader, count
+from fastif.data.batches import as_loader, count, walked
+from fastif.data.dealing import tell_data
 from fastif.data.loaders import Sharded, needs_all
+from fastif.fingerprints import fingerprint
 from fastif.model.capture import Capture
 from fastif.model.features import Extracted, extract, find_head
 from fastif.model.forward import computable
 from fastif.progress import tqdm
+from fastif.ranks import Ranks, find_ranks, on_all_ranks
 from fastif.removal.certificate import Certificate, Certified
 from fastif.removal.certifying import certify
 from fastif.removal.head import RetainedHead, check_settings
@@ -33,6 +36,7 @@ from fastif.samplers.draw import Sampler
 from fastif.sharded import refuse_sharded
 
 
+@on_all_ranks
 def remove(
     model: nn.Module,
     train: Any,
@@ -106,6 +110,9 @@ def remove(
             the certificate's noise, default one that the operating system seeds. A seed that is known takes the noise
             away: keep it secret, or leave it out.
 
+    On several ranks (`torchrun`) gradient, curvature and objective are summed over each rank's examples, and all get
+    the same bits: every rank makes the same call, and what the first one draws counts.
+
     Raises ValueError for indices out of range, repeated or all there are, for missing labels, for a loss that is not
     convex or, beside other layers than the head, not softmax cross-entropy, for damping > 0 beside an "auto", for
     `extracted` of another number of examples, of a first batch that the model sees otherwise, or beside layers that it
@@ -120,6 +127,7 @@ def remove(
     check_settings(6 if steps is None else steps, damping)
     name, layer = find_head(model, head, op="remove")
     indices = torch.as_tensor(indices)
+    ranks = find_ranks()
     settings: dict[str, Any] = {
         "subset": subset,
         "damping": damping,
@@ -127,6 +135,11 @@ def remove(
         "line_search": line_search,
         "generator": generator,
     }
+    if ranks.world > 1:
+        told = {**settings, "layers": layers, "steps": steps, "certificate": certificate, "head": head}
+        told["loss"] = "a function" if callable(loss) else loss
+        train = _compare(ranks, model, train, indices, told, batch_size)
+        progress = progress and ranks.rank == 0
     softmax = loss == "cross_entropy"
     words = loss in ("causal_lm", "token_cross_entropy")
     if not words and curvature is None and (layers is None or list(Capture(model, layers).blocks) == [name or "model"]):
@@ -140,6 +153,10 @@ def remove(
         if not softmax:
             extracted = extracted._replace(labels=_targets(train, batch_size))
             settings["loss"] = loss
+        if ranks.world > 1:
+            rows = [x for x in (extracted.features, extracted.labels) if x is not None]
+            ranks.compare("remove", {"features": fingerprint(rows)})
+        settings["ranks"] = ranks
         problem = _head_problem(name, layer, extracted, indices, device, settings, exact=certificate is not None)
         if certificate is not None:
             before = problem.parameters
@@ -177,6 +194,24 @@ def remove(
     most = 6 if steps is None else steps
     history = list(tqdm(newton(problem, most), "remove", total=most, disable=not progress))
     return _removal(model, history, [before, *(step.parameters for step in history)])
+
+
+def _compare(ranks: Ranks, model: nn.Module, train: Any, removed: Tensor, told: dict[str, Any], batch_size: int) -> Any:
+    """Raises ValueError, on all ranks, where one was given something else than the first; the data, as walked."""
+    if isinstance(train, Iterator):
+        raise ValueError(
+            f"remove: on {ranks.world} ranks the data is walked through more than once, got {type(train).__name__}; "
+            "pass a list of batches"
+        )
+    train = walked(train, batch_size)
+    subset = told.pop("subset")
+    if subset is not None and not callable(subset):
+        told["subset"] = fingerprint([torch.as_tensor(subset.indices), torch.as_tensor(subset.weights)])
+    del told["generator"]  # what the first rank draws counts
+    state = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
+    found = {"model": fingerprint(state), "indices": fingerprint([removed]), "batch_size": batch_size}
+    ranks.compare("remove", {**tell_data(train, ranks), **found, **{name: repr(value) for name, value in told.items()}})
+    return train
 
 
 def _head_problem(

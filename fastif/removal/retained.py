@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from fastif.ranks import ALONE, Ranks
 from fastif.samplers.draw import Sampler, draw
 from fastif.samplers.subset import Subset, check_subset
 
@@ -19,10 +20,12 @@ class Picks:
     """Which retained examples carry the curvature in a step: all, those of a subset, or those that a sampler draws.
 
     `kept` is bool [n]: what of the training data is retained. Indices count among the retained, and weights are on the
-    1/n scale: what is removed is left out, and the rest counts as it did.
+    1/n scale: what is removed is left out, and the rest counts as it did. Of several ranks all draw, so that their
+    generators go on alike, and what the first one drew counts.
     """
 
-    def __init__(self, subset: Any | Sampler | None, kept: Tensor, generator: Generator | None):
+    def __init__(self, subset: Any | Sampler | None, kept: Tensor, generator: Generator | None, ranks: Ranks = ALONE):
+        self._ranks = ranks
         n, retained = len(kept), int(kept.sum())
         self.all, self.sampler = subset is None, subset if callable(subset) else None
         self._share, self._generator = retained / n, generator
@@ -38,7 +41,11 @@ class Picks:
             return self._fixed
         assert self.sampler is not None
         found = draw(self.sampler, **seen, generator=self._generator, op="remove")
-        return Subset(found.indices, found.weights * self._share)
+        drawn = {"indices": found.indices, "weights": found.weights * self._share}
+        if self._ranks.world > 1:
+            device = self._ranks.device
+            drawn = self._ranks.of_first("the subset", {key: x.to(device) for key, x in drawn.items()}, device)
+        return Subset(drawn["indices"].cpu(), drawn["weights"].cpu())
 
 
 def without_removed(subset: Subset, kept: Tensor) -> Subset:

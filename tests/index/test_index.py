@@ -233,7 +233,9 @@ def test_bad_input_is_named(tmp_path, name):
         assert not (tmp_path / "index" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("curvature", [fastif.ExactBlock(1e-2), fastif.DataInf(0.1), fastif.CG(1e-2)], ids=str)
+@pytest.mark.parametrize(
+    "curvature", [fastif.ExactBlock(1e-2), fastif.DataInf(0.1), fastif.CG(1e-2), fastif.Arnoldi(4, 1e-2)], ids=str
+)
 def test_estimators_without_eigenvalues_are_refused_with_what_would_do(tmp_path, curvature):
     model, train, _, loss = linear()
     influence = fitted(model, train, loss, curvature)

@@ -25,7 +25,6 @@ from fastif import (
     Diagonal,
     ExactBlock,
     Identity,
-    Index,
     Influence,
     LiSSA,
     Networks,
@@ -363,18 +362,6 @@ def bad_centres(rank: int) -> Any:
     if find_ranks().rank == rank:
         points[2, 1] = float("nan")
     return samplers.k_center_of_ranks(points, 2, start=0)
-
-
-def index(folder: str) -> Any:
-    """An index that the first rank builds on its own, of a fit of all that was brought to it."""
-    model, data, _ = problem("mlp")
-    influence = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=5).fit(data)
-    influence.gather()
-    query = data[0][:3], data[1][:3]
-    if influence.ranks.rank == 0:
-        made = Index.build(influence, data, folder, share=1.0, dtype="float32")
-        return made.scores(query), influence.ranks.world
-    return None
 
 
 def wrapped(how: str) -> Any:

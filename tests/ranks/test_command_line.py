@@ -1,4 +1,4 @@
-"""`torchrun -m fastif scores` writes what one process writes, says it once, and refuses what it does not divide."""
+"""`torchrun -m fastif ...` writes what one process writes, says it once, and refuses what it does not divide."""
 
 import os
 import subprocess
@@ -67,7 +67,12 @@ def test_two_ranks_write_what_one_process_writes(folder):
 @pytest.mark.parametrize(
     ("arguments", "environment", "said"),
     [
-        (("class-removal", "--out", "x"), {}, "fastif class-removal works in one process: run it without torchrun"),
+        (
+            ("sample", "logit", "--k", "3", "--out", "x.npz"),
+            {},
+            "fastif sample works in one process: run it without torchrun, which divides scores, index, query, remove, "
+            "class-removal",
+        ),
         (("scores", "own.py:absent", "--out", "x"), {}, "error: own.py has no function absent"),
         (("scores", "own.py:problem", "--out", "x"), {"FAILING": "1"}, "RuntimeError: only on this rank"),
     ],

@@ -14,7 +14,6 @@ from tests.ranks.cases import (
     features,
     groups,
     halves,
-    index,
     removal,
     retrained,
     subset_of_sampler,
@@ -105,13 +104,6 @@ def test_centres_of_a_rank_with_nan(two):
     first, second = two.end()
     assert first.text == f"on rank 1: {second.text}"
     assert "row 2" in second.text
-
-
-def test_an_index_is_the_work_of_one_rank(two, tmp_path):
-    want, _ = index(str(tmp_path / "one"))
-    (got, world), other = two(index, str(tmp_path / "two"))
-    assert (world, other) == (2, None)
-    assert torch.allclose(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("how", ["data parallel", "sharded"])

@@ -1,0 +1,49 @@
+"""How blocks of an index are read and put to use: of several ranks each reads a run of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastif.index.factors import Factors
+from fastif.index.folder import Folder, IndexBlock
+from fastif.influence.shared_folder import share_of_all
+from fastif.ranks import Ranks
+
+
+class Top(NamedTuple):
+    """The best training examples of each query."""
+
+    values: Tensor  # [q, k], scores
+    indices: Tensor  # int64 [q, k], numbers of examples
+    ids: list[list[str]] | list[list[int]] | None  # by query, where the index has ids
+
+
+def own_blocks(folder: Folder, ranks: Ranks) -> Iterator[IndexBlock]:
+    """The blocks that this rank reads."""
+    return (folder.read_block(run) for run in share_of_all(folder.runs, ranks))
+
+
+def own_columns(folder: Folder, ranks: Ranks) -> tuple[int, int]:
+    """The first column of scores that comes from this rank's blocks, and how many do."""
+    runs, examples = share_of_all(folder.runs, ranks), folder.examples
+    begin, end = (int((examples < border).sum()) for border in ((runs[0].start, runs[-1].stop) if runs else (0, 0)))
+    return begin, end - begin
+
+
+def join_numbers(parts: list[Tensor], ranks: Ranks) -> Tensor:
+    """Numbers of the examples of this rank's blocks, as those of all, [n]."""
+    own = torch.cat(parts).to(ranks.device) if parts else None
+    return ranks.join("what blocks hold", own, ranks.device).cpu()
+
+
+def products(factors: Mapping[str, Factors], queries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores by block, [q, n], on the CPU."""
+    return {name: part.dots(queries[name]).cpu() for name, part in factors.items()}
+
+
+def sum_of(parts: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([*parts.values()]).sum(0)
