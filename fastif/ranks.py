@@ -92,7 +92,9 @@ class Ranks(Meetings):
         for theirs in self.meet(what, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}):
             for name, form in theirs.items():
                 if known.setdefault(name, form) != form:
-                    raise ValueError(f"{what}: {name} has the shape and type {known[name]} on one rank, {form} here")
+                    raise ValueError(
+                        f"{what}: {name} has the shape and type {known[name]} on one rank, {form} on another"
+                    )
         owners = {name: owner for name in known if (owner := owner_of(name)) is not None}
         out: dict[Any, Tensor] = {}
         for names in _buckets(known, owners):

@@ -120,7 +120,7 @@ def shared_query_blocks(
     while True:
         first, pieces = next(turns, (0, []))
         told = ranks.meet(
-            "the next queries", [*accumulate((len_of(one) for one in pieces[:-1]), initial=first)][: len(pieces)]
+            "the next queries", [*accumulate((_number_of(one) for one in pieces[:-1]), initial=first)][: len(pieces)]
         )
         firsts = told if divided else told[:1]
         if not any(firsts):
@@ -176,7 +176,8 @@ def _turns(
         del gradients
 
 
-def len_of(gradients: Mapping[str, Any]) -> int:
+def _number_of(gradients: Mapping[str, Gradients]) -> int:
+    """Examples."""
     return len(next(iter(gradients.values())))
 
 
