@@ -70,10 +70,8 @@ class LowRank:
         left_out, total = s[..., rank:].square().sum((1, 2)), s.square().sum((1, 2))
         lost = (left_out / total.clamp(min=torch.finfo(s.dtype).tiny)).sqrt()  # 0 for a gradient that is zero
         # Views would hold on to all singular vectors, and ranks, which send contiguous ones, would round otherwise.
-        left, right = (
-            (u[..., :rank] * s[..., None, :rank]).contiguous(),
-            v[..., :rank, :].clone(memory_format=torch.contiguous_format),
-        )
+        left = (u[..., :rank] * s[..., None, :rank]).contiguous()
+        right = v[..., :rank, :].clone(memory_format=torch.contiguous_format)
         return LowRank(left, right, float(lost.max()))
 
     @staticmethod
