@@ -1,12 +1,17 @@
-"""Logs and models: whether they fit together."""
+"""Logs and models: whether they fit together, and what ranks tell one another of theirs."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from fastif.files import canonical, checksum
+from fastif.fingerprints import described, fingerprint
+from fastif.model.losses import loss_name
 from fastif.replay.log import TrainingLog
 
 
@@ -42,3 +47,34 @@ def _check_weights(op: str, log: TrainingLog, model: nn.Module) -> None:
                 f"{op}: the model is not what the log ended with: {name!r} differs by up to {away:.3g}; load its "
                 "weights (log.parameters()), or record the training again"
             )
+
+
+def tell_log(log: TrainingLog) -> str:
+    """A digest of a log's steps, of its end and of what was constant. Checkpoints are not read for it: they are held
+    against these when the training is computed again."""
+    steps = log.steps
+    tensors = [
+        torch.tensor([len(step.rows) for step in steps]),
+        torch.cat([step.rows for step in steps]),
+        *(step.weights for step in steps if step.weights is not None),
+        torch.tensor([step.numbers for step in steps], dtype=torch.float64),
+        torch.stack([step.norm.cpu() for step in steps]),
+        log.final.at,
+        *log.final.state,
+        *log.constants.values(),
+    ]
+    weighed = [number for number, step in enumerate(steps) if step.weights is not None]
+    words = (log.rule.name, log.every, log.modes, tuple(log.layout), tuple(log.constants), weighed)
+    return checksum(repr(words), fingerprint(tensors))
+
+
+def tell_model(model: nn.Module) -> str:
+    """A digest of a model's modules and of the shapes of its state: a replay takes the numbers from the logs."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    shapes = (f"{name} {list(value.shape)} {value.dtype}" for name, value in tensors.items())
+    return checksum(re.sub(" at 0x[0-9a-f]+", "", repr(model)), *shapes)  # addresses differ from process to process
+
+
+def tell_function(given: Any) -> tuple[str, str]:
+    """A loss or measurement: its name, and a digest of its code and of what it reads."""
+    return loss_name(given), checksum(canonical(described(given, "given", "ranks")))

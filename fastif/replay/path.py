@@ -132,8 +132,14 @@ class Path:
 
     # --------------------------------------------------------------------------------------------------------- forwards
 
-    def verify(self, visit: Callable[[int, Tensor], None]) -> float:
-        """Runs all steps, from checkpoint to checkpoint, and holds them against the log.
+    @property
+    def segments(self) -> list[range]:
+        """The steps from one checkpoint to the next."""
+        starts = self.log.starts
+        return [range(*ends) for ends in zip(starts, [*starts[1:], len(self)], strict=True)]
+
+    def verify(self, visit: Callable[[int, Tensor], None], places: range) -> float:
+        """Runs the segments `places`, each from its checkpoint to the next, and holds them against the log.
 
         `visit` is shown every step's number and the parameters before it. Returns the largest deviation between two
         checkpoints, relative to how far the parameters moved, beyond what rounding makes of Adam's steps: it divides a
@@ -144,8 +150,9 @@ class Path:
         norms = torch.stack([step.norm.double().cpu() for step in self.log.steps])
         least = 1e-2 * allowed * float(norms.max())
         self._refuse_draws()
-        worst, starts = 0.0, self.log.starts
-        for place, (start, stop) in enumerate(zip(starts, [*starts[1:], len(self)], strict=True)):
+        worst = 0.0
+        for place in places:
+            start, stop = self.segments[place].start, self.segments[place].stop
             begun = point = self.checkpoint(place)
             loose: Tensor | float = 0.0
             for number in range(start, stop):
@@ -187,10 +194,8 @@ class Path:
 
     def backwards(self) -> Iterator[tuple[int, Point]]:
         """Every step's number and the point before it, from the last step to the first."""
-        starts = self.log.starts
-        for place in reversed(range(len(starts))):
-            stop = starts[place + 1] if place + 1 < len(starts) else len(self)
-            yield from self._reverse(self.checkpoint(place), starts[place], stop, self.room)
+        for place, steps in reversed([*enumerate(self.segments)]):
+            yield from self._reverse(self.checkpoint(place), steps.start, steps.stop, self.room)
 
     def _reverse(self, point: Point, start: int, stop: int, room: int) -> Iterator[tuple[int, Point]]:
         """The points before steps stop − 1, ..., start, with at most `room` of them held; `point` is the first."""

@@ -12,13 +12,20 @@ from torch import Tensor, nn
 
 from fastif.curvature.limits import MEMORY
 from fastif.curvature.matrix_free.lissa import Diverged
-from fastif.data.batches import moved_to, rows_of, walked
+from fastif.data.batches import Sharded, Walked, moved_to, rows_of, walked
+from fastif.data.dealing import tell_data
+from fastif.data.loaders import needs_all
+from fastif.data.parts import Parts
+from fastif.fingerprints import VERSIONS, fingerprint
 from fastif.influence.averaging import average_rows
 from fastif.influence.tiles import check_groups
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement, loss_name
 from fastif.progress import tqdm
+from fastif.ranks import find_ranks, together
 from fastif.renamed import warn_outside
-from fastif.replay.agreement import check_logs
+from fastif.replay.agreement import check_logs, tell_function, tell_log, tell_model
+from fastif.replay.crossing import Sums
+from fastif.replay.dealing import bring_together, cut, deal
 from fastif.replay.log import Point, TrainingLog
 from fastif.replay.network import Matrix
 from fastif.replay.path import Path, Piece
@@ -66,7 +73,10 @@ class Replay:
             held for each of them.
         max_growth: how many times larger than at the end an adjoint may become.
         seed: of the order in which examples that a network was not trained on join its steps.
-        progress: show progress bars.
+        progress: show progress bars; of several ranks the first does.
+        group: on several ranks (`torchrun`), the process group among whose ranks replays are divided; default all. Each
+            takes whole networks, and runs of the queries of those that are not enough for all ranks; every rank gets
+            the same result. docs/scale.md.
 
     Raises ValueError for logs, model and data that do not fit together. `NotReproduced`, a ValueError, where the first
     scores find that a log does not give the training's numbers again, with step and size; `Diverged`, likewise, where
@@ -89,7 +99,9 @@ class Replay:
         max_growth: float = 1e6,
         seed: int = 0,
         progress: bool = True,
+        group: Any = None,
     ):
+        self.ranks = find_ranks(group)
         refuse_sharded(model, "Replay")
         logs = check_logs("Replay", logs, model)
         check_loss(loss)
@@ -103,6 +115,8 @@ class Replay:
         if not max_growth > 1:
             raise ValueError(f"Replay: max_growth must be > 1, got {max_growth}")
         largest = max(len(step.rows) for log in logs for step in log.steps)
+        if isinstance(train, Sharded):
+            raise ValueError(needs_all("Replay"))
         self.train = walked(train, largest if batch_size is None else batch_size)
         self.n = self.train.n
         if not self.train.indexable:
@@ -114,7 +128,7 @@ class Replay:
         self.loss: Loss = loss
         self.matrix: Matrix = matrix
         self.measurement: Measurement = measurement
-        self.max_growth, self.progress = max_growth, progress
+        self.max_growth, self.seed, self.progress = max_growth, seed, progress and self.ranks.rank == 0
         self.runs = [
             _Run(
                 Path(log, model, loss, self.train, memory // 2, queries_at_a_time),
@@ -142,6 +156,7 @@ class Replay:
 
     # ---------------------------------------------------------------------------------------------------------- methods
 
+    @together
     def scores(self, query: Any, train: Any = None, *, query_groups: Tensor | None = None) -> Tensor:
         """Predicted rise of every query's measurement if a training example were removed, [q, n], on the CPU.
 
@@ -150,9 +165,10 @@ class Replay:
             train: the data that the replay was made with, or nothing; other data is refused.
             query_groups: int64 [q]; rows are then groups of queries, whose measurements are summed, [groups, n].
         """
-        self.verify()
-        return torch.cat([rows for _, rows in self._rows(query, train, query_groups)])
+        query = self._begin("scores", query, train, query_groups)
+        return torch.cat([rows for _, rows in self._rows(query, query_groups)])
 
+    @together
     def top(self, query: Any, train: Any, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
         """The k training examples with the largest scores for each query: (values [q, k], indices int64 [q, k]).
 
@@ -160,34 +176,91 @@ class Replay:
         """
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.n:
             raise ValueError(f"top: k must be an integer in [1, n={self.n}], got k={k}")
-        self.verify()
-        found = [rows.sort(dim=1, descending=largest, stable=True) for _, rows in self._rows(query, train, None)]
+        query = self._begin("top", query, train, k=k, largest=largest)
+        found = [rows.sort(dim=1, descending=largest, stable=True) for _, rows in self._rows(query, None)]
         return torch.cat([f.values[:, :k] for f in found]), torch.cat([f.indices[:, :k] for f in found])
 
+    @together
     def self_influence(self, train: Any = None) -> Tensor:
         """scores[t, t] of every training example, [n]; each is a query, so it takes as long as the scores of n."""
-        self.verify()
         parts = []
-        for first, rows in self._rows(self.train, train, None):
+        for first, rows in self._rows(self._begin("self_influence", self.train, train), None):
             places = torch.arange(len(rows))
             parts.append(rows[places, first + places])
         return torch.cat(parts)
 
+    @together
     def verify(self) -> list[float]:
         """Computes the trainings again and holds them against the logs, once: the largest deviation of each.
 
         It is that of a checkpoint's parameters, relative to how far they moved since the one before. Scores do it
-        first. Raises `NotReproduced`.
+        first. Several ranks divide what lies between checkpoints. Raises `NotReproduced`.
         """
+        self._compare("verify", {})
+        return self._verified()
+
+    # ---------------------------------------------------------------------------------------------------- before scores
+
+    def _begin(self, op: str, query: Any, train: Any, query_groups: Tensor | None = None, **arguments: Any) -> Walked:
+        """Looks at what a call was given, before any work, and at the logs, once; the queries as data."""
+        data = {"query": walked(query, self.train.batch_size)}
+        if train is not None and train is not self.train and not self.train.holds(train):
+            data["train"] = walked(train, self.train.batch_size)
+        arguments["query_groups"] = None if query_groups is None else fingerprint([query_groups])
+        self._compare(op, arguments, **data)
+        given = data.get("train")
+        if given is not None and not torch.equal(given.identity.rows, self.train.identity.rows):
+            raise ValueError("Replay: train must be the data that the replay was made with, got other examples")
+        if query_groups is not None:
+            check_groups("query_groups", query_groups, data["query"].n)
+        self._verified()
+        return data["query"]
+
+    def _compare(self, op: str, arguments: dict[str, Any], **data: Walked) -> None:
+        """Raises ValueError, on all ranks, where one of them has other logs, data or arguments than the first."""
+        if self.ranks.world == 1:
+            return
+        told: dict[str, Any] = {
+            **{f"version of {name}": version for name, version in VERSIONS.items()},
+            "kind of device": self.runs[0].path.device.type,
+            "number of threads": torch.get_num_threads(),
+            "loss": tell_function(self.loss),
+            "measurement": tell_function(self.measurement),
+            **{name: getattr(self, name) for name in ("matrix", "crossed", "memory", "max_growth", "seed")},
+            "batch_size": self.train.batch_size,
+            "queries_at_a_time": self.runs[0].path.network.at_a_time,
+            "model": tell_model(self.model),
+            "number of logs": len(self.runs),
+            **{f"log {number}": tell_log(run.path.log) for number, run in enumerate(self.runs)},
+            **{f"{name}=": value for name, value in arguments.items()},
+        }
+        for name, value in {"the replay's train": self.train, **data}.items():
+            if isinstance(value, Parts):
+                raise ValueError(needs_all(f"{op}: {name}="))
+            told.update({f"{part} of {name}=": what for part, what in tell_data(value, self.ranks).items()})
+        self.ranks.compare(op, told)
+
+    def _verified(self) -> list[float]:
         if self.deviations is not None:
             return self.deviations
         sums: Sums | None = None
         if self.crossed and len(self.runs) > 1:
-            sums = Sums(self.n, [run.schedule.epochs for run in self.runs], self.memory)
-        found = []
-        for number, run in enumerate(self.runs):
-            with self._running(run.path), self._bar(len(run.path), f"training again{self._of(number)}") as bar:
-                found.append(run.path.verify(partial(self._look_at, run, run.schedule.middles, sums, bar)))
+            sums = Sums(self.n, [run.schedule.epochs for run in self.runs], self.memory, self.ranks)
+        found: list[float] = []
+        for first in range(0, len(self.runs), self.ranks.world):  # as many networks as ranks, and each a part of these
+            runs = self.runs[first : first + self.ranks.world]
+            own = [0.0] * len(runs)
+            for number, places in cut([len(run.path.segments) for run in runs], self.ranks.rank, self.ranks.world):
+                (path, schedule), network = runs[number], first + number
+                steps = sum(len(path.segments[place]) for place in places)
+                with self._running(path), self._bar(steps, f"training again{self._of(network)}") as bar:
+                    look = partial(self._look_at, network, schedule.middles, sums, bar)
+                    own[number] = path.verify(look, places)
+            told = self.ranks.meet("how far the trainings are off", own)
+            found.extend(max(off) for off in zip(*told, strict=True))
+            if sums is not None:
+                seen_by = [(first + number, run.schedule.present) for number, run in enumerate(runs)]
+                sums.exchange(seen_by, runs[0].path.device)
         if sums is not None:
             self._residuals = sums.crossed()
         if self.matrix == "hessian":
@@ -195,39 +268,40 @@ class Replay:
         self.deviations = found
         return found
 
-    # --------------------------------------------------------------------------------------------------------- the work
-
     def _look_at(
-        self, run: _Run, middles: dict[int, list[int]], sums: Sums | None, bar: tqdm, step: int, at: Tensor
+        self, network: int, middles: dict[int, list[int]], sums: Sums | None, bar: tqdm, step: int, at: Tensor
     ) -> None:
         """In the middle of an epoch, adds the residuals of all examples."""
         bar.update()
+        path, schedule = self.runs[network]
         for epoch in middles.get(step, []):
             if sums is None:
                 return
-            for piece in run.path.pieces(torch.arange(self.n), torch.ones(self.n)):
-                sums.add(epoch, piece.rows, run.path.network.residuals(at, piece.x, piece.y), run.schedule.present)
+            for piece in path.pieces(torch.arange(self.n), torch.ones(self.n)):
+                sums.add(network, epoch, piece.rows, path.network.residuals(at, piece.x, piece.y), schedule.present)
 
-    def _rows(self, query: Any, train: Any, query_groups: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    # --------------------------------------------------------------------------------------------------------- the work
+
+    def _rows(self, query: Walked, query_groups: Tensor | None) -> Iterator[tuple[int, Tensor]]:
         """Rows of the scores, as many at a time as memory holds adjoints of, and the first one's number."""
-        if train is not None and train is not self.train and not self.train.holds(train):
-            given = walked(train, self.train.batch_size).identity.rows
-            if not torch.equal(given, self.train.identity.rows):
-                raise ValueError("Replay: train must be the data that the replay was made with, got other examples")
-        query = walked(query, self.train.batch_size)
-        if query_groups is not None:
-            check_groups("query_groups", query_groups, query.n)
         total = query.n if query_groups is None else int(query_groups.max()) + 1
         each = min(self._queries_together(run.path) for run in self.runs)
+        world, networks = self.ranks.world, len(self.runs)
+        at_once = max(each, each * world // networks)  # queries, of which no rank has more than `each` of a network
         self.adjoint_norms = [torch.zeros(len(run.path) + 1, dtype=torch.float64) for run in self.runs]
-        for first in range(0, total, each):
-            chosen = torch.arange(first, min(first + each, total))
-            found = []
-            for number, run in enumerate(self.runs):
+        for first in range(0, total, at_once):
+            stop = min(first + at_once, total)
+            own: dict[int, tuple[int, Tensor]] = {}  # by network: scores of this rank, and the first one's number
+            for network, queries in deal(networks, stop - first, self.ranks.rank, world):
+                run, chosen = self.runs[network], first + torch.arange(queries.start, queries.stop)
                 with self._running(run.path):
                     begun = self._query_gradients(run.path, query, chosen, query_groups)
-                    found.append(self._backwards(number, run, begun))
-            yield first, found[0] if len(found) == 1 else average_rows(found)
+                    own[network] = int(chosen[0]), self._backwards(network, run, begun)
+            for begin in range(first, stop, each):
+                found = bring_together(self.ranks, own, networks, begin, min(begin + each, stop))
+                yield begin, found[0] if networks == 1 else average_rows(found)
+        told = self.ranks.gather("norms of adjoints", dict(enumerate(self.adjoint_norms)), self.ranks.device)
+        self.adjoint_norms = [torch.stack([norms[n].cpu() for norms in told]).amax(0) for n in range(networks)]
 
     def _queries_together(self, path: Path) -> int:
         return max(1, self.memory // 2 // (2 * path.state_bytes))
@@ -238,6 +312,8 @@ class Replay:
         out = at.new_zeros((len(chosen), len(at)))
         first = int(chosen[0])
         wanted = chosen if groups is None else torch.arange(len(groups))[torch.isin(groups, chosen)]
+        if not len(wanted):  # groups without a query
+            return out
         for (x, y), places in query.picked(wanted):
             x, y = moved_to(x, path.device), moved_to(y, path.device)
             for i, place in enumerate(wanted[places].tolist()):
@@ -322,42 +398,3 @@ class Replay:
 
     def _bar(self, total: int, name: str) -> tqdm:
         return tqdm(total=total, desc=name, disable=not self.progress, leave=False)
-
-
-class Sums:
-    """Residuals by epoch and example, added up over the networks that trained on an example and those that did not."""
-
-    def __init__(self, n: int, epochs: list[int], memory: int):
-        if len(set(epochs)) > 1:
-            raise ValueError(
-                f"Replay: crossed=True compares networks epoch by epoch, and the logs have {sorted(set(epochs))} "
-                "epochs; pass crossed=False, or train them for one number of epochs"
-            )
-        self.n, self.epochs, self.memory = n, epochs[0], memory
-        self._totals: Tensor | None = None  # [2, epochs, n, ...]
-        self._counts: Tensor = torch.zeros(2, n, dtype=torch.int64)
-
-    def add(self, epoch: int, rows: Tensor, residuals: Tensor, present: Tensor) -> None:
-        if len(residuals) != len(rows):  # the logits of one example, of which a model's squeeze() took the axis
-            residuals = residuals[None]
-        if self._totals is None:
-            shape = (2, self.epochs, self.n, *residuals.shape[1:])
-            size = math.prod(shape) * residuals.element_size()
-            if size > self.memory:
-                raise ValueError(
-                    f"Replay: crossed=True keeps residuals {list(shape)} of all epochs and examples, {size:,} bytes, "
-                    f"more than memory={self.memory:,}; pass crossed=False or more memory"
-                )
-            self._totals = residuals.new_zeros(shape)
-        side = present[rows].long()
-        self._totals[side.to(residuals.device), epoch, rows.to(residuals.device)] += residuals
-        if epoch == 0:
-            self._counts[side, rows] += 1
-
-    def crossed(self) -> tuple[Tensor, Tensor]:
-        """½ (mean over the networks that trained on it + mean over the others), [epochs, n, ...], and bool [n]: which
-        examples have both."""
-        assert self._totals is not None
-        known = (self._counts > 0).all(0)
-        counts = self._counts.clamp(min=1).to(self._totals).view(2, 1, self.n, *(1,) * (self._totals.dim() - 3))
-        return (self._totals / counts).mean(0), known

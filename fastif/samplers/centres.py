@@ -71,8 +71,8 @@ def k_center(
     docs/kcenter.md.
 
     >>> points = torch.tensor([[0.0], [1.0], [2.0], [5.0], [9.0]])
-    >>> k_center(points, 3, start=0)
-    Subset(indices=tensor([0, 4, 3]), weights=tensor([0.6000, 0.2000, 0.2000], dtype=torch.float64))
+    >>> tuple(k_center(points, 3, start=0))
+    (tensor([0, 4, 3]), tensor([0.6000, 0.2000, 0.2000], dtype=torch.float64))
     >>> k_center(points, start=0, until_radius=2.0).indices
     tensor([0, 4, 3])
     >>> k_center(iter(points.split(2)), 3, start=0, chunk_rows=2).indices

@@ -34,8 +34,8 @@ def draw(
     >>> import torch
     >>> from fastif.samplers import prefix
     >>> x = torch.eye(4)
-    >>> draw(partial(prefix, k=2), features=x, logits=x)
-    Subset(indices=tensor([0, 1]), weights=tensor([0.5000, 0.5000], dtype=torch.float64))
+    >>> tuple(draw(partial(prefix, k=2), features=x, logits=x))
+    (tensor([0, 1]), tensor([0.5000, 0.5000], dtype=torch.float64))
     """
     seen = {"features": features, "logits": logits, "labels": labels}
     if n is None:

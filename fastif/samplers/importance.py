@@ -107,8 +107,8 @@ def certified(
     features [n, d], logits [n, c], tolerance in [0, 1); indices ascend. Raises ValueError or TypeError.
     docs/math.md (12).
 
-    >>> certified(torch.tensor([[3.0], [0.0], [0.0]]), torch.zeros(3, 2), k=1)
-    CertifiedSubset(indices=tensor([0]), weights=tensor([0.3333], dtype=torch.float64), bound=0.3333333333333333)
+    >>> tuple(certified(torch.tensor([[3.0], [0.0], [0.0]]), torch.zeros(3, 2), k=1))
+    (tensor([0]), tensor([0.3333], dtype=torch.float64), 0.3333333333333333)
     """
     features = check_matrix("certified", "features", features, "d")
     logits = check_matrix("certified", "logits", logits, "c", n=len(features))

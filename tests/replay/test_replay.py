@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call, hessian
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastif import Diverged, ExactBlock, Influence
 from fastif.evaluation.correlation import spearman
@@ -188,6 +189,31 @@ def test_every_point_is_passed_once_and_few_are_held(room):
     assert numbers == list(reversed(range(32)))
 
 
+@pytest.mark.parametrize(("optimizer", "matrix", "way", "each"), [("SGD", "ggn", 6, 4), ("Adam", "hessian", 9, 6)])
+def test_operations_are_those_of_the_page(optimizer, matrix, way, each):
+    """docs/replay.md, in forward passes over the training's batches; the first layer and the last cost less."""
+    model, log = recorded(OPTIMIZERS[optimizer], EXAMPLES, ORDER, build=lambda: deep().double())
+    replay, order = replayed(log, model, matrix=matrix), torch.cat([step.rows for step in log.steps])
+    queries = data(8, seed=1)
+
+    def operations(what):
+        with FlopCounterMode(display=False) as counted:
+            what()
+        return counted.get_total_flops()
+
+    forward = operations(lambda: model(EXAMPLES[0][order]))
+    assert 0.9 * 3 * forward < operations(replay.verify) < 1.2 * 3 * forward  # with a second look at the first batch
+    few, many = (operations(lambda q=q: replay.scores((queries[0][:q], queries[1][:q]))) for q in (4, 8))
+    assert 0.8 * each * forward < (many - few) / 4 <= each * forward
+    assert 0.7 * way * forward < few - (many - few) < 1.1 * way * forward  # with the queries' own gradients
+
+
+def deep():
+    torch.manual_seed(0)
+    layers = [part for _ in range(6) for part in (nn.Linear(8, 8), nn.GELU())]
+    return nn.Sequential(nn.Linear(3, 8), *layers, nn.Linear(8, 3))
+
+
 def test_data_in_other_forms():
     model, log = recorded(OPTIMIZERS["momentum"], EXAMPLES, ORDER)
     wanted = replayed(log, model).scores(QUERY)
@@ -208,6 +234,10 @@ def test_groups_of_queries_are_summed():
     torch.testing.assert_close(grouped, wanted)
     with pytest.raises(ValueError, match=r"query_groups must be \[4\]"):
         replay.scores(QUERY, query_groups=torch.tensor([0]))
+    memory = 8 * (1 + len(log.rule.state)) * log.layout.size * 8  # two groups at a time, of which two have no query
+    few = replayed(log, model, memory=memory).scores(QUERY, query_groups=torch.tensor([5, 0, 0, 5]))
+    torch.testing.assert_close(few[[0, 5]], torch.stack([scores[1] + scores[2], scores[0] + scores[3]]))
+    assert not few[1:5].any()
 
 
 def test_weights_and_repeats():
