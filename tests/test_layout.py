@@ -8,8 +8,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fastif"
 # What any room may import; they know the ops alone.
 LEAVES = (
-    *("_version", "correlation", "measure", "files", "fingerprints", "folder_lock", "journal", "loaded_code", "ranks"),
-    *("progress", "renamed", "sharded"),
+    *(
+        "_version",
+        "correlation",
+        "measure",
+        "files",
+        "fingerprints",
+        "folder_lock",
+        "journal",
+        "loaded_code",
+        "meetings",
+    ),
+    *("ranks", "progress", "renamed", "sharded"),
 )
 ROOMS = (  # each may import from those before it
     *("ops", "data", "model", "samplers", "curvature", "influence", "index", "replay"),

@@ -69,7 +69,10 @@ class LowRank:
         u, s, v = torch.linalg.svd(matrices, full_matrices=False)
         left_out, total = s[..., rank:].square().sum((1, 2)), s.square().sum((1, 2))
         lost = (left_out / total.clamp(min=torch.finfo(s.dtype).tiny)).sqrt()  # 0 for a gradient that is zero
-        return LowRank(u[..., :rank] * s[..., None, :rank], v[..., :rank, :], float(lost.max()))
+        # Views would hold on to all singular vectors, and ranks, which send contiguous ones, would round otherwise.
+        left = (u[..., :rank] * s[..., None, :rank]).contiguous()
+        right = v[..., :rank, :].clone(memory_format=torch.contiguous_format)
+        return LowRank(left, right, float(lost.max()))
 
     @staticmethod
     def of(matrices: Tensor, rank: int) -> LowRank:

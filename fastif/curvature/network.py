@@ -90,7 +90,7 @@ class NetworkCurvature:
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
         return {
-            f"{prefix}{'+'.join(names)}/{key}": value
+            start_of(prefix, names) + key: value
             for names, part in self.parts.items()
             for key, value in part.state_dict().items()
         }
@@ -99,7 +99,7 @@ class NetworkCurvature:
         """Raises ValueError for a state that lacks something, or that has more."""
         left = set(state)
         for names, part in self.parts.items():
-            start = f"{prefix}{'+'.join(names)}/"
+            start = start_of(prefix, names)
             own = {key for key in left if key.startswith(start)}
             left -= own
             try:
@@ -108,6 +108,11 @@ class NetworkCurvature:
                 raise ValueError(f"load_state_dict: the state lacks {start}{error.args[0]}") from None
         if left:
             raise ValueError(f"load_state_dict: the state is another model's: {min(left)}")
+
+
+def start_of(prefix: str, names: tuple[str, ...]) -> str:
+    """Of the keys of a part in a network's state."""
+    return f"{prefix}{'+'.join(names)}/"
 
 
 def prepare(

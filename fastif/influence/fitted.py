@@ -80,6 +80,7 @@ class Fitted(NamedTuple):
     train: Walked | None = None  # the training data, as they were seen; likewise
     weights: Mapping[str, int] | None = None  # checksums of the model's state then, or of the checkpoints
     buffers: Buffers | None = None  # and of what its state leaves out
+    loaded: str | None = None  # fingerprint of the state that was loaded, of several ranks, which load the same
 
     @property
     def passes(self) -> Passes:

@@ -216,6 +216,10 @@ class Influence:
         self.fitted.check_weights()
         return self.fitted
 
+    def _compare(self, op: str, **arguments: Any) -> None:
+        """Has ranks compare what they were given, and the states that they loaded: each keeps its part of one."""
+        compare_setups(self.setup, op, {"state": self.fitted.loaded, **arguments})
+
     @property
     def n(self) -> int:
         """Training examples of the fit; 0 before it."""
@@ -317,7 +321,7 @@ class Influence:
         docs/math.md (1). Raises ValueError with networks, whose parameters have no mean.
         """
         (batch,) = self._ready().walk(batch)
-        compare_setups(self.setup, "on_parameters", {} if isinstance(batch, Iterator) else {"batch": batch})
+        self._compare("on_parameters", **({} if isinstance(batch, Iterator) else {"batch": batch}))
         look_together(self.setup, batch)
         return move_parameters(self.fitted, batch)
 
@@ -328,7 +332,7 @@ class Influence:
         Parameters that are not covered may be absent and stay so. With checkpoints, the mean over them. Raises
         ValueError for a covered parameter that is missing or has another shape.
         """
-        compare_setups(self.setup, "solve", {"vectors": vectors})
+        self._compare("solve", vectors=vectors)
         return solve(self._ready(), vectors)
 
     @overload
@@ -413,7 +417,7 @@ class Influence:
         query, train = self._ready().walk(query, train)
         self._check_spread("scores", "spread=True", spread)
         asked = dict(by=by, groups=groups, query_groups=query_groups, low_rank=low_rank, out=out, key=key)
-        compare_setups(self.setup, "scores", {"query": query, "train": train, **asked})
+        self._compare("scores", query=query, train=train, **asked)
         look_together(self.setup, train, query)
         if out is None:
             for name, given in (("resume=True", resume), (f"key={key!r}", key is not None)):
@@ -475,7 +479,7 @@ class Influence:
         query, train = self._ready().walk(query, train)
         check_k(k, count(train, self.passes.batch_size))
         asked = dict(k=k, largest=largest, certainty=certainty)
-        compare_setups(self.setup, "top", {"query": query, "train": train, **asked})
+        self._compare("top", query=query, train=train, **asked)
         look_together(self.setup, train, query)
         if self.setup.kept is None:
             return find_top(self.fitted, query, train, k, largest)
@@ -498,7 +502,7 @@ class Influence:
         """
         self._check_spread("self_influence", "spread=True", spread)
         (train,) = self._ready().walk(train)
-        compare_setups(self.setup, "self_influence", {"train": train})
+        self._compare("self_influence", train=train)
         look_together(self.setup, train)
         if self.setup.kept is None:
             return compute_self_influence(self.fitted, train)

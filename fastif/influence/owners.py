@@ -191,7 +191,7 @@ def precondition(
         low_rank: keep so many singular vectors alone.
         divided: each rank brings its own; else all bring the same, of which `firsts` has one rank's.
     """
-    ranks, owners = setup.ranks, curvature.owners
+    ranks, owners, owned = setup.ranks, curvature.owners, owner_of_block(curvature)
     found: dict[tuple[int, int], dict[str, Directions]] = {
         (rank, i): {} for rank, own in enumerate(firsts) for i in range(len(own))
     }
@@ -207,11 +207,10 @@ def precondition(
             for key, value in factors_of(smallest(piece[name], math.prod(blocks[name]))).items()
         }
         if divided:
-            to = {name: owners[names] for names in together if names in owners for name in names}
-            sent = [{key: value for key, value in own.items() if to.get(key[1]) == rank} for rank in range(ranks.world)]
+            sent = [{key: g for key, g in own.items() if owned.get(key[1]) == rank} for rank in range(ranks.world)]
             received = ranks.exchange("the gradients of queries", sent, setup.device)
             del sent
-            received[ranks.rank].update({key: value for key, value in own.items() if key[1] not in to})
+            received[ranks.rank].update({key: value for key, value in own.items() if key[1] not in owned})
         else:
             received = [own]
         del own
@@ -228,9 +227,7 @@ def precondition(
                     kept = _kept(curvature.parts[names].precondition(gradients), low_rank)
                     solved.update({(place, *key): value for key, value in kept.items()})
         del here, received
-        alone = (
-            {} if divided else {key: value for key, value in solved.items() if key[1] not in owner_of_block(curvature)}
-        )
+        alone = {} if divided else {key: value for key, value in solved.items() if key[1] not in owned}
         sent = {key: value for key, value in solved.items() if key not in alone}
         del solved
         parts: dict[tuple[Any, str], dict[str, Tensor]] = {}

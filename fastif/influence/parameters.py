@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastif.fingerprints import fingerprint, tensors_in
 from fastif.influence import owners
 from fastif.influence.fitted import Fitted
 from fastif.influence.scoring import share_of
@@ -19,8 +20,9 @@ def move_parameters(fitted: Fitted, batch: Any) -> dict[str, Tensor]:
     _refuse_networks(fitted, "on_parameters")
     total: dict[str, Tensor] = {}
     ranks, mine = fitted.setup.ranks, batch
-    if isinstance(batch, Iterator):  # every rank has its own to walk through
-        ranks = ALONE
+    seen: list[str] = []
+    if isinstance(batch, Iterator):  # every rank has its own to walk through, of the same batches
+        ranks, mine = ALONE, batch if ranks.world == 1 else _noted(batch, seen)
     else:
         mine, _ = share_of(fitted, batch)
     for checkpoint, curvature in fitted.at_checkpoints():
@@ -30,11 +32,20 @@ def move_parameters(fitted: Fitted, batch: Any) -> dict[str, Tensor]:
                 for name, g in gradients.items():
                     part = g.sum(torch.ones(len(g), device=fitted.setup.device))
                     sums[name] = sums[name].add_(part) if name in sums else part
+            if seen:  # each owner would solve for its own rank's batches
+                fitted.setup.ranks.compare("on_parameters", {"batch=": seen})
             sums = ranks.sum_each("gradients", sums, owners.owner_of_block(curvature).get, fitted.passes.device)
             for name, moved in owners.solve(curvature, sums, fitted.setup).items():
                 moved = moved.div_(-len(fitted.curvatures))
                 total[name] = total[name].add_(moved) if name in total else moved
     return _by_parameter(fitted, total)
+
+
+def _noted(batches: Iterator[Any], seen: list[str]) -> Iterator[Any]:
+    """The batches, of each of which `seen` gets the fingerprint."""
+    for batch in batches:
+        seen.append(fingerprint(tensors_in(batch)))
+        yield batch
 
 
 def solve(fitted: Fitted, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:

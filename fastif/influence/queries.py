@@ -120,7 +120,7 @@ def shared_query_blocks(
     while True:
         first, pieces = next(turns, (0, []))
         told = ranks.meet(
-            "the next queries", [*accumulate((len_of(one) for one in pieces[:-1]), initial=first)][: len(pieces)]
+            "the next queries", [*accumulate((_number_of(one) for one in pieces[:-1]), initial=first)][: len(pieces)]
         )
         firsts = told if divided else told[:1]
         if not any(firsts):
@@ -143,8 +143,12 @@ def _are_divided(setup: Setup) -> bool:
 
 
 def deal_queries(query: Any, setup: Setup, whole: bool) -> tuple[Part | None, int]:
-    """The queries whose gradients this rank makes, None where it gets none, and how many come before them."""
+    """The queries whose gradients this rank makes, None where it gets none, and how many come before them.
+
+    In whole batches too where a model in train mode may make an example's gradient depend on its batch.
+    """
     batch_size, ranks = setup.passes.batch_size, setup.ranks
+    whole = whole or setup.passes.allow_train_mode
     part = isinstance(query, Part)
     data = walked(query.data if part else query, batch_size)
     indices = query.indices if part else torch.arange(data.n)
@@ -172,7 +176,8 @@ def _turns(
         del gradients
 
 
-def len_of(gradients: Mapping[str, Any]) -> int:
+def _number_of(gradients: Mapping[str, Gradients]) -> int:
+    """Examples."""
     return len(next(iter(gradients.values())))
 
 

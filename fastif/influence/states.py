@@ -7,16 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastif.curvature.network import NetworkCurvature, prepare
+from fastif.curvature.network import NetworkCurvature, prepare, start_of
 from fastif.curvature.protocol import JointCurvature
+from fastif.fingerprints import fingerprint
 from fastif.influence.fitted import Fitted, Setup, checksums_of_state
-from fastif.influence.origin import check_fit
+from fastif.influence.origin import check_fit, checksums_of
 from fastif.influence.owners import Names, leave_to_owners
 from fastif.ranks import Ranks, divide
-
-
-def _start(prefix: str, names: Names) -> str:
-    return f"{prefix}{'+'.join(names)}/"
 
 
 def states(
@@ -44,7 +41,7 @@ def state_of(fitted: Fitted, to: int | None = None) -> dict[str, Tensor]:
     for number, curvature in enumerate(fitted.curvatures):
         for names, state in states(curvature, ranks, fitted.setup.device, to):
             if to in (None, ranks.rank):
-                found.update({_start(f"{number}/", names) + key: value for key, value in state.items()})
+                found.update({start_of(f"{number}/", names) + key: value for key, value in state.items()})
     return found if to in (None, ranks.rank) else {}
 
 
@@ -137,7 +134,10 @@ def load_fitted(setup: Setup, state: Mapping[str, Tensor]) -> Fitted:
                 f"{len(names)}"
             )
         weights = dict(zip(names, state["weights"].tolist(), strict=True))
-    fitted = Fitted(setup, tuple(curvatures), int(state["n"]), weights=weights, buffers=buffers)
+    loaded = None
+    if setup.ranks.world > 1:
+        loaded = fingerprint([torch.tensor([*checksums_of(dict(sorted(state.items()))).values()])])
+    fitted = Fitted(setup, tuple(curvatures), int(state["n"]), weights=weights, buffers=buffers, loaded=loaded)
     fitted.check_weights()
     return fitted
 
@@ -147,12 +147,12 @@ def _load_parts(curvature: NetworkCurvature, state: Mapping[str, Tensor], prefix
     ranks = setup.ranks
     if ranks.world > 1 and not setup.replicate:
         sizes = {
-            names: float(sum(value.nbytes for key, value in state.items() if key.startswith(_start(prefix, names))))
+            names: float(sum(value.nbytes for key, value in state.items() if key.startswith(start_of(prefix, names))))
             for names, part in curvature.parts.items()
             if part.has_owner
         }
         curvature.owners.update(divide(sizes, ranks.world))
-    left = tuple(_start(prefix, names) for names, owner in curvature.owners.items() if owner != ranks.rank)
+    left = tuple(start_of(prefix, names) for names, owner in curvature.owners.items() if owner != ranks.rank)
     curvature.load_state_dict(
         {key: value if key.startswith(left) else value.to(setup.device) for key, value in state.items()}, prefix
     )

@@ -16,7 +16,8 @@ from fastif.sharded import is_part
 
 @contextmanager
 def placed(model: nn.Module, device: torch.device, op: str) -> Iterator[None]:
-    """The model on `device`, and afterwards where it was. Raises ValueError for one that would have to be gathered."""
+    """The model on `device`, exchanging nothing of its own, and afterwards as it was. Raises ValueError for one that
+    would have to be gathered."""
     homes = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     moved = device not in homes
     if moved and any(map(is_part, model.parameters())):
@@ -27,10 +28,27 @@ def placed(model: nn.Module, device: torch.device, op: str) -> Iterator[None]:
     try:
         if moved:
             model.to(device)
-        yield
+        with _exchanging_nothing(model):
+            yield
     finally:
         if moved:
             model.to(homes.pop())
+
+
+@contextmanager
+def _exchanging_nothing(model: nn.Module) -> Iterator[None]:
+    """Keeps DistributedDataParallel from sending buffers before a forward pass and preparing sums of gradients: ranks
+    make as many passes as they have batches, and one that makes more than the others would wait for them for ever."""
+    switches = "forward_sync_buffers", "require_backward_grad_sync", "require_forward_param_sync"
+    wrapped = [module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
+    before = [(module, name, getattr(module, name)) for module in wrapped for name in switches]
+    for module, name, _ in before:
+        setattr(module, name, False)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 def call(model: nn.Module, x: Any) -> Any:

@@ -64,7 +64,7 @@ class Passes:
         self.allow_train_mode, self.progress = allow_train_mode, progress
         self.slice_bytes = min(_TOGETHER, max(_LEAST, memory // 4))  # of these inputs and outputs, at a time
         self._example_bytes = 0  # of inputs and outputs of covered layers
-        self._example: tuple[Any, Any] | None = None  # that goes along with other ranks' batches
+        self._example: tuple[Any, Any] | None = None  # a batch that goes along with other ranks' batches
         self.written: set[str] = set()  # buffers outside the model's state_dict that forward passes have written to
 
     @contextmanager
@@ -132,8 +132,8 @@ class Passes:
             short = short or self._gathered_short
             forward = settle(self.capture, few, values, alone=not self.allow_train_mode, short=short)
         if self.sharding is not None:
-            one = torch.tensor([0])
-            self._example = rows_of(few, one), None if y is None else rows_of(labels_of_few, one)
+            least = rows[: 2 if self.allow_train_mode else 1]  # BatchNorm in train mode takes no batch of one
+            self._example = rows_of(few, least), None if y is None else rows_of(labels_of_few, least)
         if not (self.capture.fixed and self._example_bytes):  # which the fit found, where its state was loaded
             self._example_bytes = forward.nbytes // forward.n
 

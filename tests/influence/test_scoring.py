@@ -162,3 +162,13 @@ def test_slices_of_a_batch_give_what_the_whole_gives(which, make, monkeypatch):
         results.append([influence.scores(data, data), influence.self_influence(data), *by_layer.values()])
     for whole, sliced in zip(*results, strict=True):
         assert torch.allclose(whole, sliced, rtol=1e-9, atol=1e-12 * float(whole.abs().max()))
+
+
+def test_low_rank_holds_its_own_numbers_alone():
+    """Views would keep all singular vectors in memory, and round otherwise than what ranks send."""
+    near = LowRank.approximate(torch.randn(3, 1, 20, 30, generator=torch.Generator().manual_seed(0)), 2)
+    assert near.left.shape == (3, 1, 20, 2)
+    assert near.right.shape == (3, 1, 2, 30)
+    for factor in (near.left, near.right):
+        assert factor.is_contiguous()
+        assert factor.untyped_storage().nbytes() == factor.nbytes

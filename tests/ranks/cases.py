@@ -368,16 +368,45 @@ def wrapped(how: str) -> Any:
     """Scores of a model that torch wrapped for training on several ranks; and of the model."""
     torch.manual_seed(0)
     x, y = torch.randn(21, 4, dtype=torch.float64), torch.arange(21) % 3
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    # Buffers, which DistributedDataParallel sends before a pass, and 5 batches, of which no two ranks have as many.
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
 
     def scores(of: nn.Module) -> Any:
-        made = Influence(of, curvature=EKFAC(damping=1e-3), batch_size=4, progress=False)
+        made = Influence(of, curvature=EKFAC(damping=1e-3), batch_size=5, progress=False)
         return made.fit((x, y)).scores((x[:3], y[:3]), (x, y))
 
     want = scores(model)
     if how == "data parallel":
-        return scores(nn.parallel.DistributedDataParallel(model)), want
+        made = nn.parallel.DistributedDataParallel(model)
+        found = scores(made)
+        assert made.forward_sync_buffers
+        assert made.require_backward_grad_sync
+        return found, want
     return scores(fully_shard(copy.deepcopy(model))), want
+
+
+def in_train_mode() -> dict[str, Any]:
+    """A model whose BatchNorm takes its statistics from the batch: an example's gradient depends on its neighbours."""
+    torch.manual_seed(0)
+    x, y = torch.randn(24, 5, dtype=torch.float64), torch.arange(24) % 3
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
+    how: dict[str, Any] = dict(allow_train_mode=True, layers=["0", "3"], batch_size=6, progress=False)
+    made, query = Influence(model, curvature=EKFAC(1e-2), **how).fit((x, y)), (x[:8], y[:8])
+    return {
+        "scores": made.scores(query, (x, y)),
+        "query groups": made.scores(query, (x, y), query_groups=torch.arange(8) % 2),
+        "low rank": made.scores(query, (x, y), low_rank=1),
+        "top": made.top(query, (x, y), 3)[0],
+    }
+
+
+def loads_and_moves(given: dict[str, Any]) -> Any:
+    """What a batch moves, by a state that this rank loaded, of a batch that an iterator brings it."""
+    model, (x, y), _ = problem("mlp")
+    made = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False).load_state_dict(given["state"])
+    first = given["first"]
+    moved = made.on_parameters(iter([(x[first : first + 4], y[first : first + 4])]))
+    return torch.cat([value.flatten() for value in moved.values()])
 
 
 def held(estimator: Any, replicate: bool = False) -> tuple[int, int, dict[str, Any]]:

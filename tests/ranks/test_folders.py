@@ -24,8 +24,8 @@ def state_of():
 
 @pytest.mark.parametrize(
     "how",
-    [{"replicate": True}, {"replicate": True, "by": "layer"}, {"low_rank": 1}],
-    ids=["all", "layer", "low rank"],
+    [{"replicate": True}, {"replicate": True, "by": "layer"}, {"low_rank": 1}, {"low_rank": 2}],
+    ids=["all", "layer", "rank 1", "rank 2"],
 )
 def test_two_ranks_write_the_bits_of_one_process(two, tmp_path, how):
     state = state_of()

@@ -109,4 +109,4 @@ def test_centres_of_a_rank_with_nan(two):
 @pytest.mark.parametrize("how", ["data parallel", "sharded"])
 def test_a_model_wrapped_for_training_scores_as_it_is(two, how):
     for got, want in two(wrapped, how):
-        assert torch.equal(got, want)
+        assert torch.allclose(got, want, rtol=0, atol=1e-12 * float(want.abs().max()))

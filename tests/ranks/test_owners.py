@@ -6,9 +6,20 @@ from functools import partial
 import pytest
 import torch
 
-from fastif import EKFAC, ExactBlock, Shampoo
+from fastif import EKFAC, ExactBlock, Influence, Shampoo
+from tests.helpers.by_hand import problem
 from tests.helpers.crew import Crew, Failed
-from tests.ranks.cases import ESTIMATORS, answers, copied, held, in_turns, keeps_one, owner_fails
+from tests.ranks.cases import (
+    ESTIMATORS,
+    answers,
+    copied,
+    held,
+    in_train_mode,
+    in_turns,
+    keeps_one,
+    loads_and_moves,
+    owner_fails,
+)
 from tests.ranks.test_estimators import compare
 
 KEPT = {"kfac": 1, "ekfac": 1, "shampoo": 1, "exact": 1, "diagonal": 2}  # copies of the curvature on two ranks
@@ -65,6 +76,27 @@ def test_an_error_of_an_owner_ends_all_with_its_number(two):
         assert isinstance(second, Failed)
         assert first.text == f"on rank 1: {second.text}" == "on rank 1: layer '2' does not solve today"
     assert all(not isinstance(one, Failed) for one in two(keeps_one))  # and they go on together
+
+
+def test_queries_of_a_model_in_train_mode_stay_in_their_batches(two):
+    want = in_train_mode()
+    for got in two(in_train_mode):
+        compare(got, want)
+
+
+def test_owners_are_asked_with_one_state_and_the_same_batches(two):
+    model, (x, y), _ = problem("mlp")
+    fits = [Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False).fit((x[:n], y[:n])) for n in (24, 20)]
+    state, other = (made.state_dict() for made in fits)
+    want = torch.cat([value.flatten() for value in fits[0].on_parameters((x[3:7], y[3:7])).values()])
+    given = {"state": state, "first": 3}
+    for got in two(loads_and_moves, by_rank=[given, given]):
+        assert torch.allclose(got, want, rtol=0, atol=1e-12 * float(want.abs().max()))
+    for differs, name in (({"state": other}, "state="), ({"first": 4}, "batch=")):
+        two.begin(loads_and_moves, by_rank=[given, given | differs])
+        for found in two.end():
+            assert isinstance(found, Failed)
+            assert f"rank 1 has another {name} than rank 0" in found.text
 
 
 @pytest.mark.slow
