@@ -51,7 +51,7 @@ def test_mislabel_detection_runs_and_resumes(tmp_path, monkeypatch):
 def test_lds_runs_and_its_table_is_whole(tmp_path, monkeypatch):
     root = real_data("fashion_mnist")
     monkeypatch.setattr(lds, "DAMPINGS", (1e-2,))
-    options = dict(root=root, n=102, queries=2, subsets=3, fresh=3, out=tmp_path / "a")
+    options = dict(root=root, n=120, queries=4, subsets=3, fresh=3, out=tmp_path / "a")
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     made = lds.main([*arguments, "--left-out", "2", "--models", "digits", "--contenders", "fastif"])["lds"]
     ours = [name for name in lds.CONTENDERS if name.startswith("fastif")]
