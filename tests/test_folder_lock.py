@@ -105,7 +105,7 @@ def test_of_two_writers_at_once_one_wins_and_the_table_is_right(tmp_path):
         model, query, train = problem()
         fitted(model, train, Diagonal()).scores(query, train, out=tmp_path / "whole")
         want, told = bits(tmp_path / "whole"), 0
-        for number in range(20):
+        for number in range(40):
             folder = tmp_path / str(number)
             for writer in writers:
                 writer.stdin.write(f"{folder}\n")
