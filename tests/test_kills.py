@@ -94,7 +94,7 @@ def contents(kind: str, folder: Path) -> dict[str, object]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("kind", ["scores", "index", "removal", "retraining"])
 def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, kind):
-    kills = os.environ.get("FASTIF_KILLS", "6")
+    kills = os.environ.get("FASTIF_KILLS", "4")
     done = subprocess.run(
         [sys.executable, "-c", _JOB, kind, str(tmp_path), kills], check=False, capture_output=True, text=True,
         cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},

@@ -132,7 +132,7 @@ def ranks_table(name: str) -> str:
     lines += [
         "",
         "EK-FAC with the empirical Fisher, float32; CPU seconds summed over the ranks, in brackets as a multiple of "
-        f"one rank's, {runs} on a machine that had other work to do; bytes of the rank that sends most. "
+        f"one rank's, {runs} on two cores; bytes of the rank that sends most. "
         f"{facts['device']}, torch {facts['versions']['torch']}. Made by `make bench-ranks`.",
     ]
     return "\n".join(lines)

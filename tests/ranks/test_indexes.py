@@ -140,7 +140,7 @@ def test_three_ranks_build_and_ask_as_one_process_does(alone, state, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(int(os.environ.get("FASTIF_KILLS", "6"))))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("FASTIF_KILLS", "4"))))
 def test_a_rank_is_killed_at_any_moment(alone, state, tmp_path, seed):
     draw, folder = random.Random(seed), tmp_path / "two"
     crew = Crew(2)
