@@ -28,6 +28,18 @@ VERSIONS = {"fastif": __version__, "torch": torch.__version__, "python": platfor
 _MOST_ENTRIES = 100  # of a container that is described one by one: the rest is a digest
 
 
+def told_function(given: Any) -> tuple[str, str]:
+    """What ranks compare of a loss or measurement: its name, and a digest of its code and of what it reads, where that
+    can be told."""
+    if isinstance(given, str):
+        return given, ""
+    name = getattr(given, "__qualname__", type(given).__qualname__)
+    try:
+        return name, checksum(canonical(described(given, "given", "ranks")))
+    except ValueError:  # such as one that reads an open file
+        return name, ""
+
+
 def fingerprint(tensors: Iterable[Tensor]) -> str:
     """Of the tensors' types, shapes and bits: 16 digits of their SHA-256. Parts on ranks are gathered one by one."""
     digest = hashlib.sha256()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastif.fingerprints import described, described_model
+from fastif.fingerprints import described, described_model, told_function
 
 REPOSITORY = Path(__file__).parents[1]
 SCALE = 2.0
@@ -239,3 +239,14 @@ def lambda_of(file):
 def test_locks_are_locks():
     assert described(threading.Lock()) == described(threading.Lock()) == "a lock"
     assert described(threading.Event()) == described(threading.Event())
+
+
+def test_ranks_tell_functions_by_what_they_do():
+    def scaled(by):
+        return lambda outputs, labels: by * outputs.sum(1)
+
+    assert told_function(scaled(1.0)) == told_function(scaled(1.0))
+    assert told_function(scaled(1.0)) != told_function(scaled(2.0))
+    weighted = [nn.CrossEntropyLoss(weight=torch.tensor([1.0, w])) for w in (1.0, 1.0, 2.0)]
+    assert told_function(weighted[0]) == told_function(weighted[1]) != told_function(weighted[2])
+    assert told_function("mse") == ("mse", "")

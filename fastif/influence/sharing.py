@@ -13,7 +13,7 @@ from fastif.data.batches import Walked
 from fastif.data.dealing import tell_data
 from fastif.data.loaders import needs_all
 from fastif.data.parts import Parts
-from fastif.fingerprints import VERSIONS, fingerprint, tensors_in
+from fastif.fingerprints import VERSIONS, fingerprint, tensors_in, told_function
 from fastif.influence.fitted import Setup, checksums_of_state
 from fastif.model.losses import Fisher, count_draws, skip_draws
 from fastif.ranks import Ranks
@@ -33,8 +33,8 @@ def compare_setups(setup: Setup, op: str, arguments: Mapping[str, Any]) -> None:
         {
             "kind of device": setup.device.type,
             "number of threads": torch.get_num_threads(),
-            "loss": getattr(passes.loss, "__qualname__", passes.loss),
-            "measurement": getattr(setup.measurement, "__qualname__", setup.measurement),
+            "loss": told_function(passes.loss),
+            "measurement": told_function(setup.measurement),
             "curvature": {name: as_called(one) for name, one in setup.estimators.by_block.items()},
             "batch_size": passes.batch_size,
             "memory": setup.memory,

@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 from fastif.data.batches import as_loader, count, walked
 from fastif.data.dealing import tell_data
 from fastif.data.loaders import Sharded, needs_all
-from fastif.fingerprints import fingerprint
+from fastif.fingerprints import fingerprint, told_function
 from fastif.model.capture import Capture
 from fastif.model.features import Extracted, extract, find_head
 from fastif.model.forward import computable
@@ -137,7 +137,7 @@ def remove(
     }
     if ranks.world > 1:
         told = {**settings, "layers": layers, "steps": steps, "certificate": certificate, "head": head}
-        told["loss"] = "a function" if callable(loss) else loss
+        told["loss"] = told_function(loss)
         train = _compare(ranks, model, train, indices, told, batch_size)
         progress = progress and ranks.rank == 0
     softmax = loss == "cross_entropy"

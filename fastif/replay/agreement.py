@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from fastif.files import canonical, checksum
-from fastif.fingerprints import described, fingerprint
-from fastif.model.losses import loss_name
+from fastif.files import checksum
+from fastif.fingerprints import fingerprint
 from fastif.replay.log import TrainingLog
 
 
@@ -73,8 +71,3 @@ def tell_model(model: nn.Module) -> str:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = (f"{name} {list(value.shape)} {value.dtype}" for name, value in tensors.items())
     return checksum(re.sub(" at 0x[0-9a-f]+", "", repr(model)), *shapes)  # addresses differ from process to process
-
-
-def tell_function(given: Any) -> tuple[str, str]:
-    """A loss or measurement: its name, and a digest of its code and of what it reads."""
-    return loss_name(given), checksum(canonical(described(given, "given", "ranks")))

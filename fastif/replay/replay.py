@@ -16,14 +16,14 @@ from fastif.data.batches import Sharded, Walked, moved_to, rows_of, walked
 from fastif.data.dealing import tell_data
 from fastif.data.loaders import needs_all
 from fastif.data.parts import Parts
-from fastif.fingerprints import VERSIONS, fingerprint
+from fastif.fingerprints import VERSIONS, fingerprint, told_function
 from fastif.influence.averaging import average_rows
 from fastif.influence.tiles import check_groups
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement, loss_name
 from fastif.progress import tqdm
 from fastif.ranks import find_ranks, together
 from fastif.renamed import warn_outside
-from fastif.replay.agreement import check_logs, tell_function, tell_log, tell_model
+from fastif.replay.agreement import check_logs, tell_log, tell_model
 from fastif.replay.crossing import Sums
 from fastif.replay.dealing import bring_together, cut, deal
 from fastif.replay.log import Point, TrainingLog
@@ -224,8 +224,8 @@ class Replay:
             **{f"version of {name}": version for name, version in VERSIONS.items()},
             "kind of device": self.runs[0].path.device.type,
             "number of threads": torch.get_num_threads(),
-            "loss": tell_function(self.loss),
-            "measurement": tell_function(self.measurement),
+            "loss": told_function(self.loss),
+            "measurement": told_function(self.measurement),
             **{name: getattr(self, name) for name in ("matrix", "crossed", "memory", "max_growth", "seed")},
             "batch_size": self.train.batch_size,
             "queries_at_a_time": self.runs[0].path.network.at_a_time,
