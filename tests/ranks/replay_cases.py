@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastif import Replay, TrainingLog, sharded
+from fastif import Replay, Source, TrainingLog, sharded
 from fastif.ranks import find_ranks
 from tests.helpers.trainings import OPTIMIZERS, batches, data, network, recorded
 
@@ -112,3 +112,19 @@ def in_a_group() -> Any:
     if find_ranks().rank == 1:
         return None
     return Replay(logs, model, EXAMPLES, progress=False, group=alone).scores(QUERY)
+
+
+def sourced(optimizer: str, given: dict[str, Any] | None = None) -> Any:
+    """Scores by segments of two networks' trainings; `given`: what ranks may be given differently."""
+    logs, model = halves(2, optimizer, every=2)
+    given = {} if given is None else given
+    if given.get("log"):
+        logs[1] = halves(2, "momentum", every=2)[0][1]
+    x = QUERY[0] * given.get("query", 1.0)
+    source = Source(logs, model, EXAMPLES, segments=given.get("segments", 2), batch_size=7, progress=False)
+    few = EXAMPLES[0][:5], EXAMPLES[1][:5]  # one batch: a rank has none
+    return {
+        "scores": source.scores((x, QUERY[1])),
+        "groups": source.scores(QUERY, query_groups=GROUPS),
+        "few": source.scores(QUERY, few),
+    }

@@ -5,7 +5,7 @@ import torch
 
 from fastif.replay.dealing import cut, deal
 from tests.helpers.crew import Crew
-from tests.ranks.replay_cases import answers, exploding, given_other, in_a_group, other_log, refused
+from tests.ranks.replay_cases import answers, exploding, given_other, in_a_group, other_log, refused, sourced
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,6 +93,18 @@ def test_a_group_narrows_the_ranks(two):
     scores, other = two(in_a_group)
     assert torch.equal(scores, answers(2)["scores"])
     assert other is None
+
+
+@pytest.mark.parametrize("optimizer", ["Nesterov", "AdamW"])
+def test_segments_divide_the_training_examples(two, optimizer):
+    check_alike(two(sourced, optimizer), sourced(optimizer), False)
+    for given, what in (
+        ({"log": True}, "another log 1 than rank 0"),
+        ({"query": 1.001}, "another data of query="),
+        ({"segments": 1}, "another segments than rank 0 (1 and 2)"),
+    ):
+        two.begin(sourced, optimizer, by_rank=[{}, given])
+        assert all(what in failed.text for failed in two.end())
 
 
 @pytest.mark.slow
