@@ -250,6 +250,11 @@ class TrainingLog:
         """The steps before which there are checkpoints."""
         return list(range(0, len(self.steps), self.every))
 
+    @property
+    def in_folder(self) -> bool:
+        """Whether checkpoints are read when they are asked for."""
+        return self._folder is not None
+
     def point(self, number: int) -> Point:
         """A checkpoint."""
         point = self._points[number]

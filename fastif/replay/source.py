@@ -143,7 +143,7 @@ class Source:
                 self._rows(segments, vectors, data) for vectors in self._gradients(segments[-1].passes, end, query)
             ]
             found.append(torch.cat(parts) / n)
-        scores = found[0] if len(found) == 1 else average_rows(found)
+        scores = found[0] if len(found) == 1 else average_rows(found)[0]
         if query_groups is None:
             return scores
         return scores.new_zeros((int(query_groups.max()) + 1, scores.shape[1])).index_add_(0, query_groups, scores)

@@ -128,3 +128,14 @@ def sourced(optimizer: str, given: dict[str, Any] | None = None) -> Any:
         "groups": source.scores(QUERY, query_groups=GROUPS),
         "few": source.scores(QUERY, few),
     }
+
+
+def sent(number: int) -> dict[str, Any]:
+    """What a replay's scores sent and received, and what was planned for it."""
+    logs, model = halves(number) if number > 1 else whole()
+    replay = Replay(logs, model, EXAMPLES, progress=False)
+    plan = replay.plan(QUERY, ranks=replay.ranks.world)
+    before = replay.ranks.bytes_sent, replay.ranks.bytes_received
+    replay.scores(QUERY)
+    now = replay.ranks.bytes_sent, replay.ranks.bytes_received
+    return {"plan": plan, "sent": now[0] - before[0], "received": now[1] - before[1]}

@@ -5,7 +5,7 @@ import torch
 
 from fastif.replay.dealing import cut, deal
 from tests.helpers.crew import Crew
-from tests.ranks.replay_cases import answers, exploding, given_other, in_a_group, other_log, refused, sourced
+from tests.ranks.replay_cases import answers, exploding, given_other, in_a_group, other_log, refused, sent, sourced
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,6 +105,18 @@ def test_segments_divide_the_training_examples(two, optimizer):
     ):
         two.begin(sourced, optimizer, by_rank=[{}, given])
         assert all(what in failed.text for failed in two.end())
+
+
+@pytest.mark.parametrize("networks", [1, 2, 3])
+def test_what_ranks_send_is_what_was_planned(two, networks):
+    answered = two(sent, networks)
+    assert answered[0]["plan"] == answered[1]["plan"]  # a rank plans for all
+    for rank, found in enumerate(answered):
+        planned = found["plan"].ranks[rank]
+        assert (found["sent"], found["received"]) == (planned.sent_bytes, planned.received_bytes)
+    ranks, alone = answered[0]["plan"].ranks, sent(networks)["plan"]
+    assert sum(one.carried for one in ranks) == 5 * networks
+    assert alone.ranks[0].passes == alone.passes <= sum(one.passes for one in ranks)
 
 
 @pytest.mark.slow
