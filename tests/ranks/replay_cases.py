@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastif import Replay, Source, TrainingLog, sharded
+from fastif.measure import Measure
 from fastif.ranks import find_ranks
-from tests.helpers.trainings import OPTIMIZERS, batches, data, network, recorded
+from tests.helpers.trainings import MANY, OPTIMIZERS, WIDE, batches, data, logs_of, network, recorded
 
 EXAMPLES, QUERY = data(), data(5, seed=1)
 GROUPS = torch.tensor([2, 0, 0, 3, 2])
@@ -139,3 +140,13 @@ def sent(number: int) -> dict[str, Any]:
     replay.scores(QUERY)
     now = replay.ranks.bytes_sent, replay.ranks.bytes_received
     return {"plan": plan, "sent": now[0] - before[0], "received": now[1] - before[1]}
+
+
+def peaks(number: int) -> tuple[int | None, int | None]:
+    """The peak of a replay's scores on this rank, as it was planned and as it was measured."""
+    logs, model = logs_of(number)
+    replay = Replay(logs, model, WIDE, progress=False)
+    plan = replay.plan(MANY, ranks=replay.ranks.world)
+    with Measure() as work:
+        replay.scores(MANY)
+    return plan.ranks[replay.ranks.rank].peak_bytes, work.peak_bytes

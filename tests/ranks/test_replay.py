@@ -3,9 +3,20 @@
 import pytest
 import torch
 
+from fastif.measure import PeakMemory
 from fastif.replay.dealing import cut, deal
 from tests.helpers.crew import Crew
-from tests.ranks.replay_cases import answers, exploding, given_other, in_a_group, other_log, refused, sent, sourced
+from tests.ranks.replay_cases import (
+    answers,
+    exploding,
+    given_other,
+    in_a_group,
+    other_log,
+    peaks,
+    refused,
+    sent,
+    sourced,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -117,6 +128,13 @@ def test_what_ranks_send_is_what_was_planned(two, networks):
     ranks, alone = answered[0]["plan"].ranks, sent(networks)["plan"]
     assert sum(one.carried for one in ranks) == 5 * networks
     assert alone.ranks[0].passes == alone.passes <= sum(one.passes for one in ranks)
+
+
+@pytest.mark.skipif(PeakMemory is None, reason="fastif._memory, which counts allocations, was not built")
+@pytest.mark.parametrize("networks", [1, 2])
+def test_the_peak_of_a_rank_is_the_measured_one(two, networks):
+    for planned, measured in two(peaks, networks):
+        assert 0.8 * measured < planned < 1.2 * measured
 
 
 @pytest.mark.slow

@@ -4,37 +4,12 @@ import math
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastif.measure import Measure, PeakMemory
 from fastif.replay import Replay, TrainingLog
 from fastif.replay.path import Path, Reversal
-from tests.helpers.trainings import OPTIMIZERS, batches, data, network, recorded
-
-WIDE = data(60, d=40, dtype=torch.float32)
-MANY = data(12, d=40, seed=1, dtype=torch.float32)
-
-
-def wide():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(40, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 3))
-
-
-def logs_of(number, optimizer="Nesterov", every=6, epochs=3, size=10, build=wide, examples=WIDE, out=None):
-    logs, model, n = [], None, len(examples[0])
-    for place in range(number):
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(place // 2))
-        kept = order if number == 1 else order[place % 2 * (n // 2) :][: n // 2]
-        model = build()
-        log = TrainingLog(model, every=every, out=None if out is None else out / str(place))
-        chosen, (x, y) = OPTIMIZERS[optimizer](model.parameters()), examples
-        for rows in batches(kept, size, epochs, seed=place):
-            chosen.zero_grad()
-            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
-            log.step(chosen, rows)
-        logs.append(log)
-    return (logs[0] if number == 1 else logs), model
+from tests.helpers.trainings import MANY, OPTIMIZERS, WIDE, batches, data, logs_of, network, recorded
 
 
 @pytest.mark.skipif(PeakMemory is None, reason="fastif._memory, which counts allocations, was not built")
@@ -48,14 +23,18 @@ def logs_of(number, optimizer="Nesterov", every=6, epochs=3, size=10, build=wide
         (1, 12, {"optimizer": "Adam", "every": 50, "states": 20}),
         (2, 12, {}),
         (4, 12, {"crossed": False, "optimizer": "SGD"}),
+        (1, 12, {"stored": True, "every": 50}),
     ],
 )  # fmt: skip
-def test_the_peak_is_the_measured_one(number, queries, how):
+def test_the_peak_is_the_measured_one(number, queries, how, tmp_path):
     how = dict(how)
     logs, model = logs_of(number, how.pop("optimizer", "Nesterov"), how.pop("every", 6))
     if "states" in how:
         log = logs if number == 1 else logs[0]
         how["memory"] = how.pop("states") * (1 + len(log.rule.state)) * log.layout.size * 4
+    if how.pop("stored", False):  # a checkpoint is read where it is needed
+        logs.save(tmp_path / "log")
+        logs = TrainingLog.load(tmp_path / "log")
     query = MANY[0][:queries], MANY[1][:queries]
     replay = Replay(logs, model, WIDE, progress=False, **how)
     with Measure() as planning:
