@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -24,13 +26,16 @@ class Stretch(NamedTuple):
 
 
 def divide(log: TrainingLog, segments: int) -> list[Stretch]:
-    """The segments' steps, and of each the checkpoint nearest to the middle of its time."""
+    """The segments' steps, and of each the checkpoint nearest to the middle of its time; those without time (learning
+    rate 0) are left out, as nothing moves in them."""
     rates, starts, found = log.rates(), log.starts, []
-    decays_of(log)
+    check_decays(log)
     if segments > len(rates):
         raise ValueError(f"Source: segments must be at most the log's {len(rates)} steps, got {segments}")
     for segment in range(segments):
         start, stop = (len(rates) * bound // segments for bound in (segment, segment + 1))
+        if not any(rates[start:stop]):
+            continue
         inside = [number for number, step in enumerate(starts) if start <= step < stop]
         if not inside:
             raise ValueError(
@@ -40,19 +45,33 @@ def divide(log: TrainingLog, segments: int) -> list[Stretch]:
         half = math.fsum(rates[start:stop]) / 2
         nearest = min(inside, key=lambda number: abs(math.fsum(rates[start : starts[number]]) - half))
         found.append(Stretch(start, stop, nearest))
+    if not found:
+        raise ValueError(f"Source: a step of the log must have a learning rate > 0, got {len(rates)} steps without")
     return found
 
 
-def decays_of(log: TrainingLog) -> tuple[float, float]:
-    """Weight decay as part of the gradient, and decoupled from it (AdamW): one of them is 0."""
-    decay = log.weight_decay
+def check_decays(log: TrainingLog) -> None:
+    """Raises ValueError where weight decay is not one: of SGD for all steps and groups, of Adam for all steps of each
+    group, as it then stands on a diagonal of its own."""
     if "decoupled" not in log.rule.fields:
-        return decay, 0.0
-    place = log.rule.fields.index("decoupled")
-    found = {bool(row[place]) for step in log.steps for row in step.numbers}
-    if len(found) > 1:
-        raise ValueError("Source: parameter groups differ in whether weight decay is decoupled from the gradient")
-    return (0.0, decay) if found.pop() else (decay, 0.0)
+        _ = log.weight_decay
+        return
+    place = log.rule.fields.index("weight_decay")
+    for group, (first, *rest) in enumerate(zip(*(step.numbers for step in log.steps), strict=True)):
+        found = {first[place], *(row[place] for row in rest)}
+        if len(found) > 1:
+            raise ValueError(f"Source: steps of parameter group {group} differ in weight_decay: {sorted(found)}")
+
+
+def shifts_of(log: TrainingLog, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What weight decay adds to P^½ G P^½ of Adam, of every parameter: P γ as part of the gradient, γ decoupled."""
+    decay, decoupled = (log.rule.fields.index(field) for field in ("weight_decay", "decoupled"))
+    names, found = iter(log.layout.names), dict[str, Tensor]()
+    for numbers, count in zip(log.steps[0].numbers, log.layout.groups, strict=True):
+        for name in islice(names, count):
+            per_unit = torch.ones_like(scales[name]) if numbers[decoupled] else scales[name].square()
+            found[name] = per_unit * numbers[decay]
+    return found
 
 
 def scales_of(log: TrainingLog, checkpoint: int) -> dict[str, Tensor] | None:
