@@ -51,9 +51,10 @@ class Source:
     segment's middle: the predicted rise of query q's measurement had t not been trained on. It costs a fit and a pass
     over the data for each segment, where `Replay` costs passes for each step.
 
-    Of Adam and AdamW the same in parameters divided by P^½, P = 1/(√v̂ + ε) the diagonal that the checkpoint has, held
-    over the segment, and τ_l = Σ η: functions of P^½ (G + γ) P^½, or with AdamW's decay of P^½ G P^½ + γ, by products
-    with the estimator's G; γ may differ by parameter group. What a gradient does to v̂ is left out.
+    Of Adam and AdamW the same in parameters divided by P^½, P = 1/(√v̂ + ε) held over the segment, v̂ the mean of those
+    that its checkpoints have, and τ_l = Σ η: functions of P^½ (G + γ) P^½, or with AdamW's decay of P^½ G P^½ + γ, by
+    products with the estimator's G; γ may differ by parameter group. What a gradient does to v̂ is left out: scores
+    come out too large, most of all those through parameters that few examples move, as rare words' vectors are.
 
     Args:
         logs: a `TrainingLog`, or several, whose networks' rows are scaled and averaged as in `Replay`.
@@ -178,9 +179,9 @@ class Source:
             )
         subset = Subset(rows, torch.full((len(rows),), 1 / len(rows), dtype=torch.float64))
         rates, made = log.rates(), list[_Segment]()
-        for start, stop, checkpoint in self._stretches[number]:
-            time, state = math.fsum(rates[start:stop]), _state_of(self.model, log.parameters(checkpoint))
-            scales = scales_of(log, checkpoint)
+        for start, stop, checkpoints, middle in self._stretches[number]:
+            time, state = math.fsum(rates[start:stop]), _state_of(self.model, log.parameters(middle))
+            scales = scales_of(log, checkpoints)
             damping = TrainingDamping(time, log.weight_decay) if scales is None else Undamped(time)
             fitted = self._influence(self.curvature(damping), checkpoints=[state]).fit(self.train, subset)
             if scales is not None:
