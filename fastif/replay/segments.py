@@ -40,8 +40,8 @@ def divide(log: TrainingLog, segments: int) -> list[Stretch]:
         inside = [number for number, step in enumerate(starts) if start <= step < stop]
         if not inside:
             raise ValueError(
-                f"Source: segment {segment} (steps {start} to {stop - 1}) has no checkpoint: choose fewer segments "
-                f"than the {len(starts)} checkpoints, or record more with TrainingLog(every=...)"
+                f"Source: segment {segment} (steps {start} to {stop - 1}) has no checkpoint, the log has one every "
+                f"{log.every} steps: choose fewer segments than {segments}, or record more with TrainingLog(every=...)"
             )
         half = math.fsum(rates[start:stop]) / 2
         nearest = min(inside, key=lambda number: abs(math.fsum(rates[start : starts[number]]) - half))
