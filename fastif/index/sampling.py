@@ -202,8 +202,8 @@ def _cut(seen: Mapping[str, list[Sizes]], share: float, item: int, given: float 
         if fits == 0:
             least = min(parts[0].each for parts in seen.values())
             raise ValueError(
-                f"index: share={share:g} keeps no factor of a sample of {n} examples, whose gradients have {numbers:,} numbers "
-                f"each; one of {least:,} for each of them would be share={least / numbers:.2g}"
+                f"index: share={share:g} keeps no factor of a sample of {n} examples, whose gradients have "
+                f"{numbers:,} numbers each; one of {least:,} for each of them would be share={least / numbers:.2g}"
             )
         # Between the last that is kept and the first that is not, so that rounding decides in no case.
         threshold = float((worth[order[fits - 1]] * worth[order[fits]]).sqrt())
