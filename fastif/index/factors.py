@@ -142,7 +142,7 @@ class Factors:
             rows = slice(begin, begin + each)
             ours, scale, own = short[rows].to(out), self.scale, owners[rows]
             for number, row in enumerate(out):
-                both = torch._int_mm(long[rows], digits[number])
+                both = torch._int_mm(long[rows], digits[number])  # pyright: ignore[reportPrivateImportUsage]
                 products = both[:, :e].to(out).mul_(_BASE).add_(both[:, e:]).mul_(ours) @ step[number]
                 row.index_add_(0, own, products if scale is None else products.mul_(scale[rows]))
 
