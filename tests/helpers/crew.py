@@ -35,7 +35,8 @@ class Crew:
     def __init__(self, world: int, timeout: float = TIMEOUT):
         self.world = world
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # of one process that has imported all, and done nothing
+        context.set_forkserver_preload(["tests.ranks.sharded_cases"])
         pipes = [context.Pipe() for _ in range(world)]
         self.processes = [
             context.Process(
