@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastif import ScoreFolder
+from fastif.ranks import find_ranks
 from tests.ranks.test_commands import command
 
 pytest.importorskip("typer", reason="the command line needs typer")
@@ -93,8 +94,27 @@ def test_an_error_is_said_by_the_first_rank_alone(two, folder, arguments, said):
     assert not (folder / "x").exists()
 
 
-def test_an_error_of_one_rank_ends_all_and_is_said_once(folder):
+def fail_on_the_second(folder):
+    os.environ.update(RANK=str(find_ranks().rank), FAILING="1")  # as torchrun has it, and the script asks
+    try:
+        return errors_of(folder, "scores", "own.py:problem", "--out", "x")
+    finally:
+        del os.environ["RANK"], os.environ["FAILING"]
+
+
+def test_an_error_of_one_rank_is_said_once(two, folder):
+    (code, errors), (other_code, others) = two(fail_on_the_second, str(folder))
+    assert code != 0
+    assert other_code != 0
+    assert errors == ""
+    assert others.count("RuntimeError: only on this rank") == 1
+    assert not (folder / "x").exists()
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_ends_torchrun_and_is_said_once(folder):
     done = run(folder, "scores", "own.py:problem", "--out", "x", FAILING="1")
     assert done.returncode != 0
     assert done.stderr.count("RuntimeError: only on this rank") == 1, done.stderr
+    assert "AssertionError" not in done.stderr
     assert not (folder / "x").exists()
