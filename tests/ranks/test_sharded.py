@@ -111,7 +111,6 @@ def test_an_error_within_a_pass_of_one_rank_ends_all_at_once(two, name):
         ("middle.0", "layers", 4),
         ("middle.1", "layers", 2),
         ("head", "layers", 3),
-        ("first", "layers", 1),
         ("middle.1", "bare", 7),
     ],
 )
