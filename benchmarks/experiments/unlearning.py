@@ -48,7 +48,7 @@ WEIGHT_DECAY = 5e-4
 RECIPES = {
     "digits": Recipe("cnn", 0.5, 8, 0.15, 64, WEIGHT_DECAY, 0),
     "fashion-mnist": Recipe("cnn", 0.5, 30, 0.1, 64, WEIGHT_DECAY, 0),
-    "cifar10": Recipe("cnn", 1.0, 30, 0.05, 64, WEIGHT_DECAY, 0),
+    "cifar10": Recipe("cnn", 0.5, 30, 0.1, 64, WEIGHT_DECAY, 0),
 }
 EXAMPLES = {"digits": None, "fashion-mnist": 5000, "cifar10": 5000}  # of the training set, the first so many
 CLASS, OTHER_CLASS = 8, 3  # removed, and the one that settings are chosen with

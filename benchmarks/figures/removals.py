@@ -156,7 +156,7 @@ def sequence_picture(name: str, path: Path) -> None:
     axis.axhline(1e-3, color="#888888", linewidth=1, linestyle=":")
     axis.set(
         xlabel="examples removed, one after another",
-        ylabel="objective above its minimum",
+        ylabel="excess: objective above its minimum",
         title="The head: lines one by one, dots all at once; a colour for each network",
     )
     figure.savefig(path, dpi=110, metadata={"Software": None, "Description": results["meta"]["date"]})
