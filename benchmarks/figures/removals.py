@@ -18,7 +18,7 @@ _COLOURS = {"head": "#d55e00", "last block": "#0072b2", "all": "#009e73"}
 
 def share_of(found: Mapping[str, Any], method: str) -> float:
     """CPU seconds of a method over those of a retraining."""
-    return found["cpu_seconds"]["methods"][method] / found["cpu_seconds"]["retraining"]
+    return found["cpu_seconds"][method]["seconds"] / found["cpu_seconds"][method]["retraining"]
 
 
 def best_within(found: Mapping[str, Any], most: float = MOST) -> str:

@@ -121,7 +121,7 @@ def _share(found: Mapping[str, Any], entry: Mapping[str, Any]) -> float:
     seconds = found.get("cpu_seconds")
     if seconds is None:
         return entry["share_of_retraining_mean"]
-    return seconds["methods"][entry["method"]] / seconds["retraining"]
+    return seconds[entry["method"]]["seconds"] / seconds[entry["method"]]["retraining"]
 
 
 def _cell(entry: Mapping[str, Any], metric: str, form: str) -> str:
