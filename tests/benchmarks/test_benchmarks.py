@@ -48,9 +48,17 @@ def test_mislabel_detection_runs_and_resumes(tmp_path, monkeypatch):
     assert tables.mislabel_table("mislabel").count("\n| ") == 3 + 2 + 5 + 2
 
 
+def narrow() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)),
+    )
+
+
 def test_lds_runs_and_its_table_is_whole(tmp_path, monkeypatch):
     root = real_data("fashion_mnist")
     monkeypatch.setattr(lds, "DAMPINGS", (1e-2,))
+    monkeypatch.setattr(lds, "cnn", narrow)  # eigenvectors of the wide one's head are most of the time
     options = dict(root=root, n=120, queries=4, subsets=3, fresh=3, out=tmp_path / "a")
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     made = lds.main([*arguments, "--left-out", "2", "--models", "digits", "--contenders", "fastif"])["lds"]
