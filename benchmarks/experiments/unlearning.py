@@ -31,7 +31,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastif import EKFAC, ExactBlock, Influence, samplers
+from fastif import EKFAC, ExactBlock, Influence, NotPositiveDefinite, samplers
 from fastif.data import human_labels, load
 from fastif.data.image_sets import Data
 from fastif.evaluation import baselines, train_halves, unlearning, without
@@ -99,12 +99,18 @@ def block_steps(model: SmallCNN, data: tuple[Tensor, Tensor], removed: Tensor, s
 def step_then_head(
     model: nn.Module, data: tuple[Tensor, Tensor], removed: Tensor, seed: int, *, layers: str, head: Any, **how: Any
 ) -> Any:
-    """One influence step of the last block or of all layers, then the head's steps of the retained objective."""
+    """One influence step of the last block or of all layers, then the head's steps of the retained objective.
+
+    A step so long that features explode is left as it is: no head mends that, and nobody would choose its damping.
+    """
     if layers == "last block":
         block_steps(cast(SmallCNN, model), data, removed, seed, **how)
     else:
         model.load_state_dict(baselines.newton_steps(model, data, removed, seed, layers=layers, **how))
-    return baselines.newton_steps(model, data, removed, seed, **head)
+    try:
+        return baselines.newton_steps(model, data, removed, seed, **head)
+    except NotPositiveDefinite:
+        return model
 
 
 def ours(k: int) -> dict[str, UnlearnFn]:

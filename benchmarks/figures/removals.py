@@ -14,6 +14,9 @@ from fastif.report.pages import new_figure
 MOST = 0.05  # of retraining's time
 _PLAIN = ("nothing removed", "retrained")
 _COLOURS = {"head": "#d55e00", "last block": "#0072b2", "all": "#009e73"}
+_MARKERS = {
+    "remove": "o", "one step": "D", "fine-tuning": "x", "NegGrad+": "P", "random labels": "v", "SSD": "s", "LiSSA": "1",
+}  # fmt: skip
 
 
 def share_of(found: Mapping[str, Any], method: str) -> float:
@@ -21,10 +24,10 @@ def share_of(found: Mapping[str, Any], method: str) -> float:
     return found["cpu_seconds"][method]["seconds"] / found["cpu_seconds"][method]["retraining"]
 
 
-def best_within(found: Mapping[str, Any], most: float = MOST) -> str:
-    """Of the methods that take at most so much of retraining's time the one with the highest tug-of-war."""
+def best_within(found: Mapping[str, Any], most: float = MOST) -> str | None:
+    """Of the methods that take at most so much of retraining's time the one with the highest tug-of-war, if any do."""
     rows = [row for row in found["summary"] if row["method"] not in _PLAIN and share_of(found, row["method"]) <= most]
-    return max(rows, key=lambda row: row["tug_of_war_mean"])["method"]
+    return max(rows, key=lambda row: row["tug_of_war_mean"])["method"] if rows else None
 
 
 def glance_table(name: str) -> str:
@@ -75,31 +78,21 @@ def frontier_picture(name: str, path: Path) -> None:
                     style = "-" if method == "retrained" else ":"
                     axis.axhline(value, color="#888888", linestyle=style, linewidth=1, label=method)
                 continue
-            layers = next((layers for layers in _COLOURS if method.endswith(f": {layers}")), None)
-            axis.plot(
-                share,
-                value,
-                marker={"remove": "o", "one step": "D"}.get(method.split(":")[0], "X"),
-                color="#555555" if layers is None else _COLOURS[layers],
-                fillstyle="full" if layers else "none",
-                linestyle="",
-                markersize=7,
-                label=method,
-            )
-            if layers is None:
-                axis.annotate(
-                    method, (100 * share_of(found, method), value), (4, 3), textcoords="offset points", size=7
-                )
+            name, _, layers = method.removesuffix(", then head").partition(": ")
+            marker = "*" if method.endswith("then head") else _MARKERS[name]
+            colour = _COLOURS.get(layers, "#777777")
+            size = 13 if marker == "*" else 6
+            axis.plot(share, value, marker=marker, color=colour, linestyle="", markersize=size, label=method)
         axis.axvline(100 * MOST, color="#cccccc", linewidth=1)
-        axis.set(title=removed, xscale="log")
+        axis.set(title=removed, xscale="log", xticks=(1, 2, 5, 10, 20), xticklabels=("1", "2", "5", "10", "20"))
+        axis.minorticks_off()
     for row in axes:
         row[0].set_ylabel("tug-of-war")
     for axis in panels[max(0, len(sets) - columns) : len(sets)]:
         axis.set_xlabel("% of retraining's processor seconds")
         axis.tick_params(labelbottom=True)
     handles = {label: handle for handle, label in zip(*panels[0].get_legend_handles_labels(), strict=True)}
-    ours = {label: handle for label, handle in handles.items() if label.startswith(("remove", "one step", *_PLAIN))}
-    figure.legend(ours.values(), ours.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None, "Description": results["meta"]["date"]})
 
 

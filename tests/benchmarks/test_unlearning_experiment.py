@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.experiments import unlearning as experiment
-from benchmarks.figures import tables
+from benchmarks.figures import removals, tables
 from benchmarks.figures.unlearning import unlearning_table
 from fastif import EKFAC, ExactBlock
 from fastif.data import load
@@ -50,6 +50,16 @@ def test_it_runs_and_goes_on(tmp_path, monkeypatch, one_thread):
         assert f"{entry['held_out_accuracy_mean']:.3f}" in table
 
     experiment.trained_once.cache_clear()
+    glance = removals.glance_table("removal-glance-small")
+    within = {m: found["cpu_seconds"][m]["seconds"] / found["cpu_seconds"][m]["retraining"] for m in methods[2:]}
+    rows = {entry["method"]: entry["tug_of_war_mean"] for entry in found["summary"]}
+    most = sorted(within.values())[4]
+    affordable = [method for method in methods[2:] if within[method] <= most]
+    assert removals.best_within(found, most) == max(affordable, key=lambda method: rows[method])
+    assert removals.best_within(found, 0.0) is None
+    assert glance.count("\n| ") == len(methods)
+    removals.frontier_picture("unlearning-small", tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
 
     def never(self, task):
         raise AssertionError("trained again")
