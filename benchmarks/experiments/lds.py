@@ -353,6 +353,10 @@ RULED: dict[str, Contender] = {  # with damping from the training: nobody chose 
     f'fastif, "auto" from 10 % (logit), {HALVES} half networks': partial(ours, make=AUTO, share=0.1, halves=HALVES),
     f"fastif, exact block of the head, {HALVES} half networks": partial(ours, **HEAD, halves=HALVES),
 }
+TENTH: dict[str, Contender] = {  # damped by a tenth of each layer's mean eigenvalue, which asks for nothing
+    "fastif, EK-FAC": partial(ours, make=lambda share: EK(fastif.RelativeDamping(share))),
+    'fastif, "auto"': partial(ours, make=lambda share: AUTO(fastif.RelativeDamping(share))),
+}
 DESCENT: dict[str, Contender] = {  # for networks trained by SGD; they have no damping
     **{f"fastif, SOURCE, EK-FAC, {k} segment{'s' * (k > 1)}": partial(source, segments=k) for k in (1, 3, 6)},
     "fastif, replay": partial(replayed, halves=0),
@@ -360,9 +364,11 @@ DESCENT: dict[str, Contender] = {  # for networks trained by SGD; they have no d
     **{f"fastif, replay, crossed over {k} half networks": partial(replayed, halves=k) for k in (4, 8, HALVES)},
     f"fastif, replay, {HALVES} half networks, not crossed": partial(replayed, halves=HALVES, crossed=False),
 }
+OF_MEAN = ", a tenth of the mean eigenvalue"
 CONTENDERS = {
     **CHOSEN,
     **{f"{name}, damping from the training": scores_of for name, scores_of in RULED.items()},
+    **{f"{name}{OF_MEAN}": scores_of for name, scores_of in TENTH.items()},
     **DESCENT,
 }
 
@@ -419,7 +425,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 continue
             dampings = DAMPINGS[: 1 if contender == "fastif, no curvature" else None]
             if contender not in CHOSEN:
-                dampings = (of_halves if "half network" in contender else of_all,)
+                dampings = (0.1,) if OF_MEAN in contender else (of_halves if "half network" in contender else of_all,)
             made: list[dict[str, Any]] = []
             for damping in dampings:
                 scores, seconds = timed(partial(scores_of, work, Given(models, halves, logs, damping)))

@@ -1,7 +1,7 @@
 """Which scores predict retraining of a language model? LDS and QLD of fastif, kronfluence, BM25 and gradient cosine.
 
 FASTIF_DATA=folder python -m benchmarks.experiments.lds_text       # goes on where it was cut off
-python -m benchmarks.figures.keep keep runs/lds-text/results.json lds-text
+python -m benchmarks.figures.keep keep runs/lds-text/results.json lds-text  # `add` for some contenders
 
 A GPT of two layers learns texts of BANKING77 from nothing. LDS: halves of the data, and sets without a random 5 %. QLD:
 how far a query's loss rises when the network is trained anew without the 5 % that a contender puts first for it. No
@@ -122,11 +122,10 @@ def ours(
     halves: int = 0,
     damping: Any = None,
     blocks_alone: bool = False,
+    sampler: str = "random",
 ) -> Tensor:
     """With the damping that the training gives, where no other is asked for."""
-    subset = None
-    if share is not None:
-        subset = samplers.random(given.n, round(share * given.n), generator=torch.Generator().manual_seed(0))
+    subset = None if share is None else drawn(given, sampler, round(share * given.n))
     if damping is None:
         damping = given.logs[0].damping if halves else given.log.damping
     layers = linear_of_blocks(given.model) if blocks_alone else "*"
@@ -136,15 +135,35 @@ def ours(
     return influence.fit(given.train, subset=subset).scores(given.query, given.train)
 
 
+def drawn(given: Given, sampler: str, k: int) -> Any:
+    """Texts that carry the curvature. What samplers know of a text, a row of features and one of logits, is the mean
+    over the places where it has a next word."""
+    draw = torch.Generator().manual_seed(0)
+    if sampler == "random":
+        return samplers.random(given.n, k, generator=draw)
+    features, logits, _ = fastif.extract(given.model, given.train[0], progress=False)
+    follows = (given.train[0][:, 1:] != 0).float()[:, :, None]
+    x, z = ((rows[:, :-1] * follows).sum(1) / follows.sum(1).clamp(min=1) for rows in (features, logits))
+    if sampler == "leverage":
+        return samplers.leverage(x, z, k, generator=draw)
+    return samplers.logit(z, torch.zeros(given.n, dtype=torch.int64), k, generator=draw)
+
+
 def linear_of_blocks(model: nn.Module) -> list[str]:
     """Attention and MLP without norms, tables and head: what kronfluence covers of this network."""
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks" in name]
 
 
-def replayed(given: Given, halves: int) -> Tensor:
-    logs = given.logs[:halves] or [given.log]
-    replay = fastif.Replay(logs, given.model, given.train, "causal_lm", crossed=False, progress=False)
-    return replay.scores(given.query, given.train)
+def replayed(given: Given, halves: int, crossed: bool = False) -> Tensor:
+    """Crossed residuals of all epochs, texts, places and words take half a gigabyte."""
+    logs, memory = given.logs[:halves] or [given.log], 1 << (31 if crossed else 27)
+    how: dict[str, Any] = {"crossed": crossed, "memory": memory, "progress": False}
+    return fastif.Replay(logs, given.model, given.train, "causal_lm", **how).scores(given.query, given.train)
+
+
+def source(given: Given, segments: int) -> Tensor:
+    how: dict[str, Any] = {"curvature": EK, "segments": segments, "layers": "*", "progress": False}
+    return fastif.Source(given.log, given.model, given.train, "causal_lm", **how).scores(given.query)
 
 
 def cosine(given: Given) -> Tensor:
@@ -221,10 +240,21 @@ CONTENDERS: dict[str, Contender] = {
     "fastif, EK-FAC from a random 10 %": partial(ours, make=EK, share=0.1),
     **{f"fastif, EK-FAC, {k} half networks": partial(ours, make=EK, halves=k) for k in (2, 4, HALVES)},
     'fastif, "auto"': partial(ours, make=fastif.Automatic),
+    **{
+        f'fastif, "auto" from a {kind} 10 %': partial(ours, make=fastif.Automatic, share=0.1, sampler=sampler)
+        for kind, sampler in (("random", "random"), ("`logit`", "logit"), ("`leverage`", "leverage"))
+    },
     f'fastif, "auto", {HALVES} half networks': partial(ours, make=fastif.Automatic, halves=HALVES),
+    "fastif, CG": partial(ours, make=partial(fastif.CG, tolerance=1e-2)),
+    **{f"fastif, SOURCE, EK-FAC, {k} segments": partial(source, segments=k) for k in (3, 6)},
     "fastif, replay": partial(replayed, halves=0),
     f"fastif, replay, {HALVES} half networks": partial(replayed, halves=HALVES),
+    **{
+        f"fastif, replay, crossed over {k} half networks": partial(replayed, halves=k, crossed=True)
+        for k in (2, HALVES)
+    },
     "fastif, EK-FAC, a tenth of the mean eigenvalue": partial(ours, make=EK, damping="auto"),
+    'fastif, "auto", a tenth of the mean eigenvalue': partial(ours, make=fastif.Automatic, damping="auto"),
     "fastif, EK-FAC of the blocks' linear layers, a tenth of the mean eigenvalue": partial(
         ours, make=EK, damping="auto", blocks_alone=True
     ),

@@ -78,6 +78,10 @@ def add(source: Path, name: str) -> None:
         kept["benchmarks"] = others + results["benchmarks"]
         (tables.KEPT / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
         return
+    if "rows" in results:
+        _add_rows(results, kept)
+        (tables.KEPT / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+        return
     for model, facts in results["meta"]["models"].items():
         for key, value in facts.items():
             before = kept["meta"]["models"].get(model, {}).get(key)
@@ -88,6 +92,19 @@ def add(source: Path, name: str) -> None:
     rows = [row for row in kept["lds"] if (row["model"], row["contender"]) not in own] + results["lds"]
     kept["lds"] = sorted(rows, key=lambda row: order.index(row["contender"]))
     (tables.KEPT / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def _add_rows(results: dict[str, Any], kept: dict[str, Any]) -> None:
+    """Rows of some contenders that were judged by the same retrainings, in the order of the experiment."""
+    from benchmarks.experiments.lds_text import CONTENDERS
+
+    for key, before in kept["meta"].items():
+        now = results["meta"][key]
+        if key not in ("contenders", "seconds_of_a_retraining", "platform", "build", "versions") and now != before:
+            raise ValueError(f"add: {key} must be that of the kept results, {before}, got {now}")
+    own = {row["contender"] for row in results["rows"]}
+    rows = [row for row in kept["rows"] if row["contender"] not in own] + results["rows"]
+    kept["rows"] = sorted(rows, key=lambda row: [*CONTENDERS].index(row["contender"]))
 
 
 def growth_picture(name: str, path: Path) -> None:

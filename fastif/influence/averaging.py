@@ -122,27 +122,32 @@ def _each_alone(fitted: Fitted) -> list[Fitted]:
     ]
 
 
-def average_rows(parts: Sequence[Tensor]) -> Tensor:
-    """The networks' scores [q, n] each, their rows at one scale and averaged: [q, n]."""
-    rows = _Rows(1, False)
+def average_rows(parts: Sequence[Tensor], unit: int = 1, spread: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The networks' scores [q, n] each, their rows at one scale and averaged, and the standard errors of that where
+    they are asked for, over units of so many networks: [q, n] each."""
+    rows = _Rows(unit, spread)
     for number, part in enumerate(parts):
         rows.add({"": part}, _spreads([part], number))
-    return rows.averaged().values[""]
+    averaged = rows.averaged()
+    return averaged.values[""], None if averaged.errors is None else averaged.errors[""]
 
 
-def _rows_of(fitted: Fitted, spread: bool) -> _Rows:
-    """Rows by pairs where the networks come in complementary halves.
+def unit_of(kept: Sequence[Tensor], n: int, spread: bool) -> int:
+    """Networks of a unit: two where they come in complementary halves.
 
     A network's scores of the examples that it was trained on are systematically smaller than those of the others, so
-    that only pairs differ by chance alone.
+    that only pairs differ by chance alone. Raises ValueError where a spread is asked for and there is one unit.
     """
-    kept = fitted.setup.kept or ()
-    size = 2 if are_halves(kept, fitted.n) else 1
+    size = 2 if are_halves(kept, n) else 1
     units = len(kept) // size
     if spread and units < 2:
         what = "pairs of halves" if size == 2 else "networks"
         raise ValueError(f"spread=True needs at least two {what} to tell how far they differ, got {units}")
-    return _Rows(size, spread)
+    return size
+
+
+def _rows_of(fitted: Fitted, spread: bool) -> _Rows:
+    return _Rows(unit_of(fitted.setup.kept or (), fitted.n, spread), spread)
 
 
 class _Rows:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastif.files import checksum
-from fastif.fingerprints import fingerprint
+from fastif.fingerprints import VERSIONS, fingerprint, told_function
 from fastif.replay.log import TrainingLog
+from fastif.replay.path import Path
 
 
 def check_logs(op: str, logs: TrainingLog | Sequence[TrainingLog], model: nn.Module) -> list[TrainingLog]:
@@ -45,6 +47,23 @@ def _check_weights(op: str, log: TrainingLog, model: nn.Module) -> None:
                 f"{op}: the model is not what the log ended with: {name!r} differs by up to {away:.3g}; load its "
                 "weights (log.parameters()), or record the training again"
             )
+
+
+def tell_replay(replay: Any, paths: Sequence[Path]) -> dict[str, Any]:
+    """What a `Replay` was given but for the data, and the versions it runs with."""
+    return {
+        **{f"version of {name}": version for name, version in VERSIONS.items()},
+        "kind of device": paths[0].device.type,
+        "number of threads": torch.get_num_threads(),
+        "loss": told_function(replay.loss),
+        "measurement": told_function(replay.measurement),
+        **{name: getattr(replay, name) for name in ("matrix", "crossed", "memory", "max_growth", "seed")},
+        "batch_size": replay.train.batch_size,
+        "queries_at_a_time": paths[0].network.at_a_time,
+        "model": tell_model(replay.model),
+        "number of logs": len(paths),
+        **{f"log {number}": tell_log(path.log) for number, path in enumerate(paths)},
+    }
 
 
 def tell_log(log: TrainingLog) -> str:

@@ -250,6 +250,11 @@ class TrainingLog:
         """The steps before which there are checkpoints."""
         return list(range(0, len(self.steps), self.every))
 
+    @property
+    def in_folder(self) -> bool:
+        """Whether checkpoints are read when they are asked for."""
+        return self._folder is not None
+
     def point(self, number: int) -> Point:
         """A checkpoint."""
         point = self._points[number]
@@ -265,29 +270,28 @@ class TrainingLog:
         return {**self.constants, **self.layout.split(point.at)}
 
     def rates(self) -> list[float]:
-        """η_t/(1 − μ_t) of every step t of SGD: how far it goes along a constant gradient.
-
-        Raises ValueError for Adam, whose rate differs from parameter to parameter, and for groups that differ.
-        """
-        if self.rule.name != "SGD":
-            raise ValueError(f"TrainingLog: there is no training time of {self.rule.name}: it differs by parameter")
-        found = [{row[0] / (1 - row[1]) for row in step.numbers} for step in self.steps]
+        """How far every step goes along a constant gradient: η/(1 − μ) of SGD; η of Adam, where it is that gradient
+        divided by D (docs/math.md (24)). Raises ValueError for groups that differ."""
+        found = [{self.rule.rate(row) for row in step.numbers} for step in self.steps]
         for number, rates in enumerate(found):
             if len(rates) > 1:
                 raise ValueError(
-                    f"TrainingLog: parameter groups differ in step {number}: lr/(1 - momentum) is "
+                    f"TrainingLog: parameter groups differ in step {number}: {self.rule.of_rate} is "
                     f"{', '.join(f'{rate:g}' for rate in sorted(rates))}: there is no one training time"
                 )
         return [rates.pop() for rates in found]
 
     @property
     def training_time(self) -> float:
-        """τ = Σ_t η_t/(1 − μ_t), for `TrainingDamping`; raises what `rates` does."""
+        """τ = Σ_t η_t/(1 − μ_t) of SGD, for `TrainingDamping`; raises what `rates` does, and ValueError for Adam, whose
+        time differs from parameter to parameter."""
+        if self.rule.name != "SGD":
+            raise ValueError(f"TrainingLog: there is no training time of {self.rule.name}: it differs by parameter")
         return math.fsum(self.rates())
 
     @property
     def weight_decay(self) -> float:
-        """γ of SGD. Raises ValueError where it is not one for all steps and groups."""
+        """γ. Raises ValueError where it is not one for all steps and groups."""
         place = self.rule.fields.index("weight_decay")
         found = {row[place] for step in self.steps for row in step.numbers}
         if len(found) != 1:

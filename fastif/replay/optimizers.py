@@ -25,6 +25,7 @@ class Rule(Protocol):
     fields: tuple[str, ...]  # of a group's numbers, in their order
     state: tuple[str, ...]  # what the optimizer keeps of a parameter, in torch's names
     needs_gradient: bool  # whether the step backwards asks for the gradient and the state, and not for adjoints alone
+    of_rate: str  # what `rate` is, in the words of the optimizer
 
     def read(self, group: Mapping[str, Any], steps_before: float) -> list[float]:
         """The numbers of one parameter group in one step. Raises ValueError, by name, for what is not replayed."""
@@ -37,6 +38,14 @@ class Rule(Protocol):
     def loose(self, state: State, numbers: Sequence[float], off: float) -> Tensor | None:
         """How far each parameter may go elsewhere, [P], in a step that ended with `state`, where its gradient is off by
         so much; None where it is no further than the gradient is off, times the learning rate."""
+        ...
+
+    def rate(self, numbers: Sequence[float]) -> float:
+        """How far a step goes along a constant gradient: of Adam, along that gradient divided by its size."""
+        ...
+
+    def size(self, state: State, numbers: Sequence[float], steps: float) -> Tensor | None:
+        """How large gradients were, by the `state` after so many steps, [P]; None where no step divides by it."""
         ...
 
     def pull(
@@ -59,6 +68,7 @@ class Descent:
     name: str = "SGD"
     fields: tuple[str, ...] = _Descent._fields
     needs_gradient: bool = False
+    of_rate: str = "lr/(1 - momentum)"
 
     def __init__(self, momentum: bool):
         self.state: tuple[str, ...] = ("momentum_buffer",) if momentum else ()
@@ -86,6 +96,14 @@ class Descent:
 
     def loose(self, state: State, numbers: Sequence[float], off: float) -> Tensor | None:
         del state, numbers, off
+        return None
+
+    def rate(self, numbers: Sequence[float]) -> float:
+        n = _Descent(*numbers)
+        return n.lr / (1 - n.momentum)
+
+    def size(self, state: State, numbers: Sequence[float], steps: float) -> Tensor | None:
+        del state, numbers, steps
         return None
 
     def pull(
@@ -121,6 +139,7 @@ class Moments:
     fields: tuple[str, ...] = _Moments._fields
     state: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     needs_gradient: bool = True
+    of_rate: str = "lr"
 
     def read(self, group: Mapping[str, Any], steps_before: float) -> list[float]:
         _refuse(self.name, group, "amsgrad", "maximize")
@@ -142,8 +161,14 @@ class Moments:
     def loose(self, state: State, numbers: Sequence[float], off: float) -> Tensor | None:
         """Gradients that are zero but for rounding move their parameter by up to η: Adam divides by their size."""
         n = _Moments(*numbers)
-        denominator = (state[1].sqrt() / math.sqrt(1 - n.beta2**n.steps)).add_(n.eps)
+        denominator = self.size(state, numbers, n.steps).add_(n.eps)
         return denominator.reciprocal_().mul_(off).clamp_(max=1).mul_(2 * n.lr)
+
+    def rate(self, numbers: Sequence[float]) -> float:
+        return _Moments(*numbers).lr
+
+    def size(self, state: State, numbers: Sequence[float], steps: float) -> Tensor:
+        return state[1].sqrt() / math.sqrt(1 - _Moments(*numbers).beta2 ** steps)
 
     def pull(
         self, after: State, at: Tensor, state: State, gradient: Tensor | None, numbers: Sequence[float]

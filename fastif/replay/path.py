@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -10,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastif.data.batches import Walked, moved_to
-from fastif.model.losses import Loss
+from fastif.data.batches import Walked, moved_to, rows_of
+from fastif.model.losses import Loss, Measurement
 from fastif.replay.log import Point, Step, TrainingLog
 from fastif.replay.network import Network
 from fastif.replay.optimizers import State
@@ -83,6 +84,22 @@ class Path:
             total = part if total is None else total.add_(part)
         assert total is not None
         return total
+
+    def query_gradients(self, query: Walked, chosen: Tensor, groups: Tensor | None, measurement: Measurement) -> Tensor:
+        """∇m at the end of the training, of chosen queries or groups of queries, [chosen, P]."""
+        at, first = self.end.at, int(chosen[0])
+        out = at.new_zeros((len(chosen), len(at)))
+        wanted = chosen if groups is None else torch.arange(len(groups))[torch.isin(groups, chosen)]
+        if not len(wanted):  # groups without a query
+            return out
+        for (x, y), places in query.picked(wanted):
+            x, y = moved_to(x, self.device), moved_to(y, self.device)
+            for i, place in enumerate(wanted[places].tolist()):
+                one = slice(i, i + 1)
+                labels = None if y is None else rows_of(y, one)
+                gradient = self.network.query_gradient(at, rows_of(x, one), labels, measurement)
+                out[(place if groups is None else int(groups[place])) - first] += gradient
+        return out
 
     def advance(self, point: Point, number: int, gradient: Tensor | None = None) -> Point:
         """The point after a step."""
@@ -210,9 +227,7 @@ class Path:
             for last in reversed(range(start, stop)):
                 yield last, self._run(point, start, last)
         else:
-            parts = max(2, min(room // 2, math.ceil(math.sqrt(steps))))
-            begins = [start + steps * part // parts for part in range(parts)]
-            held = [point]
+            begins, held = _begins(start, stop, room), [point]
             for begin, end in pairwise(begins):
                 held.append(self._run(held[-1], begin, end))
             while held:
@@ -224,6 +239,36 @@ class Path:
         for number in range(start, stop):
             point = self.advance(point, number)
         return point
+
+
+class Reversal(NamedTuple):
+    """What it takes to go through some steps backwards from a checkpoint."""
+
+    held: int  # points at a time, the checkpoint with them
+    run: Counter[int]  # how often each step is run on the way
+
+    @classmethod
+    def of(cls, start: int, stop: int, room: int) -> Reversal:
+        """That of `Path._reverse`, of which it takes the same turns."""
+        steps = stop - start
+        if steps <= room:
+            return cls(steps, Counter(range(start, stop - 1)))
+        if room == 1:
+            return cls(2, Counter({number: stop - 1 - number for number in range(start, stop - 1)}))
+        begins, held = _begins(start, stop, room), 0
+        run = Counter(range(start, begins[-1]))
+        for before, (begin, end) in enumerate(pairwise([*begins, stop])):
+            part = cls.of(begin, end, room - before)
+            run.update(part.run)
+            held = max(held, before + part.held)
+        return cls(held, run)
+
+
+def _begins(start: int, stop: int, room: int) -> list[int]:
+    """Where the parts begin that steps are divided into, for which there is not room."""
+    steps = stop - start
+    parts = max(2, min(room // 2, math.ceil(math.sqrt(steps))))
+    return [start + steps * part // parts for part in range(parts)]
 
 
 def _joined(groups: list[tuple[Tensor, ...]]) -> list[Tensor]:

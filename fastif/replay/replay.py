@@ -5,30 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor, nn
 
 from fastif.curvature.limits import MEMORY
-from fastif.curvature.matrix_free.lissa import Diverged
-from fastif.data.batches import Sharded, Walked, moved_to, rows_of, walked
+from fastif.data.batches import Sharded, Walked, walked
 from fastif.data.dealing import tell_data
 from fastif.data.loaders import needs_all
 from fastif.data.parts import Parts
-from fastif.fingerprints import VERSIONS, fingerprint, told_function
-from fastif.influence.averaging import average_rows
+from fastif.fingerprints import fingerprint
+from fastif.influence.averaging import average_rows, unit_of
 from fastif.influence.tiles import check_groups
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement, loss_name
 from fastif.progress import tqdm
 from fastif.ranks import find_ranks, together
 from fastif.renamed import warn_outside
-from fastif.replay.agreement import check_logs, tell_log, tell_model
+from fastif.replay.agreement import check_logs, tell_replay
+from fastif.replay.backwards import Backwards
 from fastif.replay.crossing import Sums
 from fastif.replay.dealing import bring_together, cut, deal
-from fastif.replay.log import Point, TrainingLog
+from fastif.replay.log import TrainingLog
 from fastif.replay.network import Matrix
-from fastif.replay.path import Path, Piece
+from fastif.replay.path import Path
+from fastif.replay.plans import ReplayPlan, make_plan
 from fastif.replay.schedule import Schedule
 from fastif.sharded import refuse_sharded
 
@@ -156,38 +157,89 @@ class Replay:
 
     # ---------------------------------------------------------------------------------------------------------- methods
 
+    @overload
+    def scores(self, query: Any, train: Any = None, *, query_groups: Tensor | None = None) -> Tensor: ...
+    @overload
+    def scores(
+        self, query: Any, train: Any = None, *, query_groups: Tensor | None = None, spread: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
     @together
-    def scores(self, query: Any, train: Any = None, *, query_groups: Tensor | None = None) -> Tensor:
+    def scores(
+        self, query: Any, train: Any = None, *, query_groups: Tensor | None = None, spread: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predicted rise of every query's measurement if a training example were removed, [q, n], on the CPU.
 
         Args:
             query: data with labels.
             train: the data that the replay was made with, or nothing; other data is refused.
             query_groups: int64 [q]; rows are then groups of queries, whose measurements are summed, [groups, n].
+            spread: with several logs, return (scores, standard errors) of the same shapes: how far the mean over the
+                networks would move with others of the same recipe. At least two, or two pairs of halves. Crossed
+                residuals are one for all networks: what chance did to these is not in it. docs/math.md (23).
         """
-        query = self._begin("scores", query, train, query_groups)
-        return torch.cat([rows for _, rows in self._rows(query, query_groups)])
+        unit = self._unit("scores", "spread=True", spread)
+        query = self._begin("scores", query, train, query_groups, spread=spread)
+        found = [*self._rows(query, query_groups, unit, spread)]
+        values = torch.cat([rows for _, rows, _ in found])
+        return (values, torch.cat([errors for *_, errors in found if errors is not None])) if spread else values
 
     @together
-    def top(self, query: Any, train: Any, k: int, *, largest: bool = True) -> tuple[Tensor, Tensor]:
+    def top(
+        self, query: Any, train: Any, k: int, *, largest: bool = True, certainty: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """The k training examples with the largest scores for each query: (values [q, k], indices int64 [q, k]).
 
-        `largest=False` gives the most harmful, smallest first. Ties go to the lower index.
+        `largest=False` gives the most harmful, smallest first. Ties go to the lower index. With several logs,
+        `certainty` ranks by score − certainty · standard error (largest=False: plus), and these are the values: what
+        scores high with all networks comes before what scores high with some.
         """
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.n:
             raise ValueError(f"top: k must be an integer in [1, n={self.n}], got k={k}")
-        query = self._begin("top", query, train, k=k, largest=largest)
-        found = [rows.sort(dim=1, descending=largest, stable=True) for _, rows in self._rows(query, None)]
+        if not 0 <= certainty < math.inf:
+            raise ValueError(f"top: certainty must be a number >= 0 of standard errors, got {certainty}")
+        unit = self._unit("top", "certainty", certainty > 0)
+        query = self._begin("top", query, train, k=k, largest=largest, certainty=certainty)
+        found = []
+        for _, rows, errors in self._rows(query, None, unit, certainty > 0):
+            values = rows if errors is None else rows - (certainty if largest else -certainty) * errors
+            found.append(values.sort(dim=1, descending=largest, stable=True))
         return torch.cat([f.values[:, :k] for f in found]), torch.cat([f.indices[:, :k] for f in found])
 
+    @overload
+    def self_influence(self, train: Any = None) -> Tensor: ...
+    @overload
+    def self_influence(self, train: Any = None, *, spread: Literal[True]) -> tuple[Tensor, Tensor]: ...
     @together
-    def self_influence(self, train: Any = None) -> Tensor:
-        """scores[t, t] of every training example, [n]; each is a query, so it takes as long as the scores of n."""
-        parts = []
-        for first, rows in self._rows(self._begin("self_influence", self.train, train), None):
+    def self_influence(self, train: Any = None, *, spread: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """scores[t, t] of every training example, [n]; each is a query, so it takes as long as the scores of n.
+
+        spread: with several logs, return (self-influence, standard errors), as for `scores`.
+        """
+        unit = self._unit("self_influence", "spread=True", spread)
+        values, errors = list[Tensor](), list[Tensor]()
+        for first, rows, off in self._rows(
+            self._begin("self_influence", self.train, train, spread=spread), None, unit, spread
+        ):
             places = torch.arange(len(rows))
-            parts.append(rows[places, first + places])
-        return torch.cat(parts)
+            values.append(rows[places, first + places])
+            if off is not None:
+                errors.append(off[places, first + places])
+        return (torch.cat(values), torch.cat(errors)) if spread else torch.cat(values)
+
+    def plan(self, query: Any, *, query_groups: Tensor | None = None, ranks: int | None = None) -> ReplayPlan:
+        """What scores(query) will hold, compute again and pass, before any of it; a batch goes through the model.
+
+        Args:
+            query: data; as many of it as there are count, not what they are.
+            query_groups: as for `scores`.
+            ranks: plan for so many ranks too (`ReplayPlan.ranks`). Nothing is sent for it.
+        """
+        if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1):
+            raise ValueError(f"plan: ranks must be an integer >= 1, got {ranks!r}")
+        query = walked(query, self.train.batch_size)
+        if query_groups is not None:
+            check_groups("query_groups", query_groups, query.n)
+        return make_plan(self, query.n if query_groups is None else int(query_groups.max()) + 1, ranks)
 
     @together
     def verify(self) -> list[float]:
@@ -216,23 +268,19 @@ class Replay:
         self._verified()
         return data["query"]
 
+    def _unit(self, op: str, argument: str, asked: bool) -> int:
+        """Networks of which a standard error takes one; raises ValueError where there are too few for it."""
+        if asked and len(self.runs) == 1:
+            raise ValueError(f"{op}: {argument} needs several logs, over whose networks scores spread")
+        return unit_of([run.path.log.kept for run in self.runs], self.n, asked)
+
     def _compare(self, op: str, arguments: dict[str, Any], **data: Walked) -> None:
         """Raises ValueError, on all ranks, where one of them has other logs, data or arguments than the first."""
         if self.ranks.world == 1:
             return
-        told: dict[str, Any] = {
-            **{f"version of {name}": version for name, version in VERSIONS.items()},
-            "kind of device": self.runs[0].path.device.type,
-            "number of threads": torch.get_num_threads(),
-            "loss": told_function(self.loss),
-            "measurement": told_function(self.measurement),
-            **{name: getattr(self, name) for name in ("matrix", "crossed", "memory", "max_growth", "seed")},
-            "batch_size": self.train.batch_size,
-            "queries_at_a_time": self.runs[0].path.network.at_a_time,
-            "model": tell_model(self.model),
-            "number of logs": len(self.runs),
-            **{f"log {number}": tell_log(run.path.log) for number, run in enumerate(self.runs)},
-            **{f"{name}=": value for name, value in arguments.items()},
+        told = {
+            **tell_replay(self, [run.path for run in self.runs]),
+            **{f"{name}=": v for name, v in arguments.items()},
         }
         for name, value in {"the replay's train": self.train, **data}.items():
             if isinstance(value, Parts):
@@ -282,12 +330,13 @@ class Replay:
 
     # --------------------------------------------------------------------------------------------------------- the work
 
-    def _rows(self, query: Walked, query_groups: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-        """Rows of the scores, as many at a time as memory holds adjoints of, and the first one's number."""
+    def _rows(
+        self, query: Walked, query_groups: Tensor | None, unit: int, spread: bool
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """Rows of the scores, as many at a time as memory holds adjoints of: the first one's number, rows, errors."""
         total = query.n if query_groups is None else int(query_groups.max()) + 1
-        each = min(self._queries_together(run.path) for run in self.runs)
         world, networks = self.ranks.world, len(self.runs)
-        at_once = max(each, each * world // networks)  # queries, of which no rank has more than `each` of a network
+        each, at_once = self.queries_together(world)
         self.adjoint_norms = [torch.zeros(len(run.path) + 1, dtype=torch.float64) for run in self.runs]
         for first in range(0, total, at_once):
             stop = min(first + at_once, total)
@@ -295,88 +344,27 @@ class Replay:
             for network, queries in deal(networks, stop - first, self.ranks.rank, world):
                 run, chosen = self.runs[network], first + torch.arange(queries.start, queries.stop)
                 with self._running(run.path):
-                    begun = self._query_gradients(run.path, query, chosen, query_groups)
-                    own[network] = int(chosen[0]), self._backwards(network, run, begun)
+                    begun = run.path.query_gradients(query, chosen, query_groups, self.measurement)
+                    with self._bar(len(run.path), f"backwards{self._of(network)}") as bar:
+                        scores = self.backwards(network, self.adjoint_norms[network]).scores(begun, bar)
+                    own[network] = int(chosen[0]), scores
             for begin in range(first, stop, each):
                 found = bring_together(self.ranks, own, networks, begin, min(begin + each, stop))
-                yield begin, found[0] if networks == 1 else average_rows(found)
+                rows, errors = (found[0], None) if networks == 1 else average_rows(found, unit, spread)
+                yield begin, rows, errors
         told = self.ranks.gather("norms of adjoints", dict(enumerate(self.adjoint_norms)), self.ranks.device)
         self.adjoint_norms = [torch.stack([norms[n].cpu() for norms in told]).amax(0) for n in range(networks)]
 
-    def _queries_together(self, path: Path) -> int:
-        return max(1, self.memory // 2 // (2 * path.state_bytes))
+    def queries_together(self, world: int) -> tuple[int, int]:
+        """Queries that a rank carries back through one network at a time, and those of a round of all ranks."""
+        each = min(max(1, self.memory // 2 // (2 * run.path.state_bytes)) for run in self.runs)
+        return each, max(each, each * world // len(self.runs))
 
-    def _query_gradients(self, path: Path, query: Any, chosen: Tensor, groups: Tensor | None) -> Tensor:
-        """∇m at the end of the training, [queries or groups chosen, P]."""
-        at = path.end.at
-        out = at.new_zeros((len(chosen), len(at)))
-        first = int(chosen[0])
-        wanted = chosen if groups is None else torch.arange(len(groups))[torch.isin(groups, chosen)]
-        if not len(wanted):  # groups without a query
-            return out
-        for (x, y), places in query.picked(wanted):
-            x, y = moved_to(x, path.device), moved_to(y, path.device)
-            for i, place in enumerate(wanted[places].tolist()):
-                one = slice(i, i + 1)
-                labels = None if y is None else rows_of(y, one)
-                gradient = path.network.query_gradient(at, rows_of(x, one), labels, self.measurement)
-                out[(place if groups is None else int(groups[place])) - first] += gradient
-        return out
-
-    def _backwards(self, network: int, run: _Run, begun: Tensor) -> Tensor:
-        """One network's scores of as many queries as gradients were begun with, [q, n]."""
-        path, schedule = run
-        adjoints = (begun, *(torch.zeros_like(begun) for _ in path.log.rule.state))
-        scores = begun.new_zeros((len(begun), self.n))
-        start = self._note_norms(network, len(path), begun, None)
-        with self._bar(len(path), f"backwards{self._of(network)}") as bar:
-            for number, point in path.backwards():
-                pieces = path.batch(number)
-                gradient = path.gradient(point.at, pieces) if path.log.rule.needs_gradient else None
-                c, adjoints = path.pull(adjoints, point, number, gradient)
-                epoch = schedule.epoch_of[number]
-                for piece in pieces:
-                    self._take(path, point, piece, c, epoch, scores, adjoints[0])
-                joining = schedule.joining[number]
-                if len(joining):
-                    share = schedule.rate / len(path.log.steps[number].rows)
-                    for piece in path.pieces(joining, torch.full((len(joining),), share, dtype=torch.float64)):
-                        self._take(path, point, piece, c, epoch, scores, None)
-                self._note_norms(network, number, adjoints[0], start)
-                bar.update()
-        return scores.cpu()
-
-    def _take(
-        self, path: Path, point: Point, piece: Piece, c: Tensor, epoch: int, scores: Tensor, adjoint: Tensor | None
-    ) -> None:
-        """Adds what some examples of a step give: to their scores and, where they were trained on, to the adjoint."""
-        weights = None if adjoint is None else piece.weights
-        residuals = None
-        if self._residuals is not None:
-            values, known = self._residuals
-            residuals = values[epoch, piece.rows]
-            if not bool(known[piece.rows].all()):
-                own = path.network.residuals(point.at, piece.x, piece.y)
-                mask = known[piece.rows].to(own.device).view(-1, *(1,) * (own.dim() - 1))
-                residuals = torch.where(mask, residuals.view_as(own), own)
-        found = path.network.products(point.at, piece.x, piece.y, weights, self.matrix, c, residuals)
-        scores.index_add_(1, piece.rows.to(scores.device), found.changes * -piece.weights)
-        if adjoint is not None and found.curved is not None:
-            adjoint += found.curved
-
-    def _note_norms(self, network: int, place: int, adjoint: Tensor, start: Tensor | None) -> Tensor:
-        """The norms [q] of the queries' adjoints, noted; raises `Diverged` where one outgrew what it was at the end."""
-        norms = adjoint.norm(dim=1)
-        if start is not None and not bool((norms <= self.max_growth * start).all()):
-            worst = int((norms / start.clamp(min=1e-30)).nan_to_num(nan=math.inf).argmax())
-            raise Diverged(
-                f"Replay: before step {place}{self._of(network)} an adjoint's norm is {float(norms[worst]):.3g}, more "
-                f"than max_growth={self.max_growth:g} times what it was at the end ({float(start[worst]):.3g}): the "
-                "derivative of this training explodes and predicts nothing; matrix='ggn', a smaller learning rate or a "
-                "smooth activation keep it bounded"
-            )
-        self.adjoint_norms[network][place] = max(float(self.adjoint_norms[network][place]), float(norms.max()))
-        return norms
+    def backwards(self, network: int, norms: Tensor) -> Backwards:
+        """One network's way back; `norms` takes those of its adjoints."""
+        path, schedule = self.runs[network]
+        residuals, growth = self._residuals, self.max_growth
+        return Backwards(path, schedule, self.n, self.matrix, residuals, growth, norms, self._of(network))
 
     def _warn_of_kinks(self) -> None:
         path = self.runs[0].path

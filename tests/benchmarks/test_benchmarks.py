@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastif
 from benchmarks.experiments import lds, lds_text, mislabel_detection
 from benchmarks.figures import faithfulness, keep, pages, tables
 from benchmarks.influence import operations
@@ -78,7 +79,7 @@ def test_the_language_models_lds_runs_resumes_and_its_table_is_whole(tmp_path, m
     monkeypatch.setattr(lds_text, "EPOCHS", 2)
     options = dict(root=tmp_path, n=32, queries=4, subsets=3, qld=2, out=tmp_path / "a")
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    arguments += ["--contenders", "BM25", "cosine", "10 %"]
+    arguments += ["--contenders", "BM25", "cosine", "EK-FAC from a random 10 %"]
     made = lds_text.main(arguments)
     names = [row["contender"] for row in made["rows"]]
     assert names == [name for name in lds_text.CONTENDERS if any(part in name for part in arguments[-3:])]
@@ -92,6 +93,32 @@ def test_the_language_models_lds_runs_resumes_and_its_table_is_whole(tmp_path, m
     monkeypatch.setattr(tables, "KEPT", tmp_path)
     keep.keep(tmp_path / "a" / "results.json", "lds-text")
     assert faithfulness.lds_text_table("lds-text").count("\n| ") == len(names) + 1
+    kept = json.loads((tmp_path / "lds-text.json").read_text())
+    some = {**kept, "rows": [{**kept["rows"][1], "cpu_seconds": 7.0}], "meta": {**kept["meta"], "contenders": ["x"]}}
+    (tmp_path / "some.json").write_text(json.dumps(some))
+    keep.add(tmp_path / "some.json", "lds-text")
+    rows = json.loads((tmp_path / "lds-text.json").read_text())["rows"]
+    assert [row["contender"] for row in rows] == names
+    assert [row["cpu_seconds"] == 7 for row in rows] == [False, True, False]
+    (tmp_path / "some.json").write_text(json.dumps({**some, "meta": {**some["meta"], "words": 1}}))
+    with pytest.raises(ValueError, match="words must be that of the kept results"):
+        keep.add(tmp_path / "some.json", "lds-text")
+
+
+def test_a_tenth_of_the_texts_is_drawn_by_what_samplers_know_of_them():
+    torch.manual_seed(0)
+    tokens = torch.randint(1, 9, (30, lds_text.LENGTH))
+    tokens[:, 9:] = 0
+    model = lds_text.Transformer(9, lds_text.LENGTH, 8, 1, 2).eval()
+    given = lds_text.Given(lds_text.Texts(tokens, 9, []), 30, model, None, [], None)
+    drawn = {name: lds_text.drawn(given, name, 3) for name in ("random", "logit", "leverage")}
+    assert all(len(one.indices) == 3 for one in drawn.values())
+    features, _, _ = fastif.extract(model, tokens, progress=False)
+    logits = model.head(features)[:, :8].mean(1)
+    draw = torch.Generator().manual_seed(0)
+    want = fastif.samplers.logit(logits, torch.zeros(30, dtype=torch.int64), 3, generator=draw)
+    assert torch.equal(drawn["logit"].indices, want.indices)
+    torch.testing.assert_close(drawn["logit"].weights, want.weights)
 
 
 def test_bm25_by_hand():

@@ -252,7 +252,7 @@ def test_networks_on_halves_by_token():
 def test_the_chooser_chooses_what_can_be_fitted():
     model, data = llama(), mappings()
     choice = choose(model, data, data[:1], loss="causal_lm", operations=1e9)
-    assert choice.chosen.name == "CG over the whole network"
+    assert choice.chosen.name == "exact blocks and EK-FAC"
     for one in choice.considered:
         assert one.seconds > 0
         choice = choice._replace(chosen=one)

@@ -109,3 +109,30 @@ class Transformer(nn.Module):
         q, k, v = self.qkv(self.norm(h)).chunk(3, -1)
         h = h + F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return {"logits": self.out(F.silu(h))}
+
+
+WIDE = data(60, d=40, dtype=torch.float32)  # of the network `wide`, whose vectors outweigh everything else
+MANY = data(12, d=40, seed=1, dtype=torch.float32)
+
+
+def wide() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(40, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 3))
+
+
+def logs_of(
+    number: int, optimizer: str = "Nesterov", every: int = 6, epochs: int = 3, size: int = 10
+) -> tuple[Any, nn.Module]:
+    """Logs of that network on halves of WIDE, pair after pair, or a lone one on all of it, and the last network."""
+    logs, model, (x, y) = list[TrainingLog](), wide(), WIDE
+    for place in range(number):
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(place // 2))
+        kept = order if number == 1 else order[place % 2 * 30 :][:30]
+        model = wide()
+        log, chosen = TrainingLog(model, every=every), OPTIMIZERS[optimizer](model.parameters())
+        for rows in batches(kept, size, epochs, seed=place):
+            chosen.zero_grad()
+            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            log.step(chosen, rows)
+        logs.append(log)
+    return (logs[0] if number == 1 else logs), model

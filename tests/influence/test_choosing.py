@@ -1,12 +1,17 @@
 """The chooser: the most faithful candidate within the budget, by the plans' own figures."""
 
+import json
 import math
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from fastif import Automatic, Influence, Networks, TrainingDamping, choose
-from fastif.influence.choosing import measure_rate
+from fastif.influence.choosing import is_language_model, measure_rate
+from fastif.samplers import random
 from tests.helpers.problems import wide
 
 RATE = 1e9
@@ -65,3 +70,59 @@ def test_time_and_memory_are_the_plans():
 
 def test_the_rate_is_a_rate():
     assert 1e7 < measure_rate(wide()[0]) < 1e16
+
+
+class Words(nn.Module):
+    """Predicts the next of seven words."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.hidden, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7)
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.hidden(self.table(ids))))
+
+
+ROWS = {  # of docs/evaluation.md, for a language model
+    "exact blocks and EK-FAC over 8 half networks": 'fastif, "auto", 8 half networks',
+    "exact blocks and EK-FAC": 'fastif, "auto"',
+    "EK-FAC": "fastif, EK-FAC",
+    "EK-FAC from a tenth of the data": "fastif, EK-FAC from a random 10 %",
+    "exact blocks and EK-FAC over 4 half networks": "fastif, EK-FAC, 4 half networks",
+    "exact blocks and EK-FAC over 2 half networks": "fastif, EK-FAC, 2 half networks",
+}
+
+
+def test_a_language_model_has_an_order_of_its_own():
+    torch.manual_seed(0)
+    model, ids = Words(), torch.randint(0, 7, (16, 5))
+    halves = Networks([model.state_dict()] * 8, [*torch.arange(16).view(2, 8).repeat(4, 1)])
+
+    def names(loss, networks=halves, model=model):
+        found = choose(
+            model, (ids, ids), (ids[:2], ids[:2]), loss=loss, networks=networks, operations=RATE, batch_size=8
+        )
+        return [one.name for one in found.considered], found.sampler
+
+    order, sampler = names("causal_lm")
+    assert order[: len(ROWS)] == [*ROWS]
+    assert order[len(ROWS) :] == [
+        "the exact block of the head",
+        "the exact block of the head, from a tenth of the data",
+    ]
+    assert sampler is random
+    kept = json.loads((Path(__file__).parents[2] / "benchmarks/results/lds-text.json").read_text())["rows"]
+    means = {row["contender"]: row["halves"]["mean"] + row["without 5 %"]["mean"] for row in kept}
+    figures = [means[row] for row in ROWS.values()]
+    assert figures == sorted(figures, reverse=True)
+    assert names("causal_lm", halves.first(4))[0] == [*[*ROWS][1:], *order[-2:]]
+    summed = partial(own_loss, reduction="sum")
+    assert names(summed)[0] == order
+    model.head = nn.Linear(4, 3)
+    assert not is_language_model(model, summed)
+    assert not is_language_model(model, "token_cross_entropy")
+
+
+def own_loss(outputs, labels, reduction):
+    losses = nn.functional.cross_entropy(outputs[:, :-1].mT, labels[:, 1:], reduction="none")
+    return losses.sum(1) if reduction == "sum" else losses.mean(1)

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastif import Replay, TrainingLog, sharded
+from fastif import Replay, Source, TrainingLog, sharded
+from fastif.measure import Measure
 from fastif.ranks import find_ranks
-from tests.helpers.trainings import OPTIMIZERS, batches, data, network, recorded
+from tests.helpers.trainings import MANY, OPTIMIZERS, WIDE, batches, data, logs_of, network, recorded
 
 EXAMPLES, QUERY = data(), data(5, seed=1)
 GROUPS = torch.tensor([2, 0, 0, 3, 2])
@@ -112,3 +113,40 @@ def in_a_group() -> Any:
     if find_ranks().rank == 1:
         return None
     return Replay(logs, model, EXAMPLES, progress=False, group=alone).scores(QUERY)
+
+
+def sourced(optimizer: str, given: dict[str, Any] | None = None) -> Any:
+    """Scores by segments of two networks' trainings; `given`: what ranks may be given differently."""
+    logs, model = halves(2, optimizer, every=2)
+    given = {} if given is None else given
+    if given.get("log"):
+        logs[1] = halves(2, "momentum", every=2)[0][1]
+    x = QUERY[0] * given.get("query", 1.0)
+    source = Source(logs, model, EXAMPLES, segments=given.get("segments", 2), batch_size=7, progress=False)
+    few = EXAMPLES[0][:5], EXAMPLES[1][:5]  # one batch: a rank has none
+    return {
+        "scores": source.scores((x, QUERY[1])),
+        "groups": source.scores(QUERY, query_groups=GROUPS),
+        "few": source.scores(QUERY, few),
+    }
+
+
+def sent(number: int) -> dict[str, Any]:
+    """What a replay's scores sent and received, and what was planned for it."""
+    logs, model = halves(number) if number > 1 else whole()
+    replay = Replay(logs, model, EXAMPLES, progress=False)
+    plan = replay.plan(QUERY, ranks=replay.ranks.world)
+    before = replay.ranks.bytes_sent, replay.ranks.bytes_received
+    replay.scores(QUERY)
+    now = replay.ranks.bytes_sent, replay.ranks.bytes_received
+    return {"plan": plan, "sent": now[0] - before[0], "received": now[1] - before[1]}
+
+
+def peaks(number: int) -> tuple[int | None, int | None]:
+    """The peak of a replay's scores on this rank, as it was planned and as it was measured."""
+    logs, model = logs_of(number)
+    replay = Replay(logs, model, WIDE, progress=False)
+    plan = replay.plan(MANY, ranks=replay.ranks.world)
+    with Measure() as work:
+        replay.scores(MANY)
+    return plan.ranks[replay.ranks.rank].peak_bytes, work.peak_bytes

@@ -3,9 +3,20 @@
 import pytest
 import torch
 
+from fastif.measure import PeakMemory
 from fastif.replay.dealing import cut, deal
 from tests.helpers.crew import Crew
-from tests.ranks.replay_cases import answers, exploding, given_other, in_a_group, other_log, refused
+from tests.ranks.replay_cases import (
+    answers,
+    exploding,
+    given_other,
+    in_a_group,
+    other_log,
+    peaks,
+    refused,
+    sent,
+    sourced,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,6 +104,37 @@ def test_a_group_narrows_the_ranks(two):
     scores, other = two(in_a_group)
     assert torch.equal(scores, answers(2)["scores"])
     assert other is None
+
+
+@pytest.mark.parametrize("optimizer", ["Nesterov", "AdamW"])
+def test_segments_divide_the_training_examples(two, optimizer):
+    check_alike(two(sourced, optimizer), sourced(optimizer), False)
+    for given, what in (
+        ({"log": True}, "another log 1 than rank 0"),
+        ({"query": 1.001}, "another data of query="),
+        ({"segments": 1}, "another segments than rank 0 (1 and 2)"),
+    ):
+        two.begin(sourced, optimizer, by_rank=[{}, given])
+        assert all(what in failed.text for failed in two.end())
+
+
+@pytest.mark.parametrize("networks", [1, 2, 3])
+def test_what_ranks_send_is_what_was_planned(two, networks):
+    answered = two(sent, networks)
+    assert answered[0]["plan"] == answered[1]["plan"]  # a rank plans for all
+    for rank, found in enumerate(answered):
+        planned = found["plan"].ranks[rank]
+        assert (found["sent"], found["received"]) == (planned.sent_bytes, planned.received_bytes)
+    ranks, alone = answered[0]["plan"].ranks, sent(networks)["plan"]
+    assert sum(one.carried for one in ranks) == 5 * networks
+    assert alone.ranks[0].passes == alone.passes <= sum(one.passes for one in ranks)
+
+
+@pytest.mark.skipif(PeakMemory is None, reason="fastif._memory, which counts allocations, was not built")
+@pytest.mark.parametrize("networks", [1, 2])
+def test_the_peak_of_a_rank_is_the_measured_one(two, networks):
+    for planned, measured in two(peaks, networks):
+        assert 0.8 * measured < planned < 1.2 * measured
 
 
 @pytest.mark.slow

@@ -153,8 +153,5 @@ def test_what_source_refuses():
         with pytest.raises(ValueError, match="need a curvature that knows its eigenvalues"):
             source(log, model, curvature=curvature, segments=2).scores(QUERY)
         assert source(log, model, curvature=curvature, segments=1).scores(QUERY).shape == (5, 24)
-    adam, other = recorded(OPTIMIZERS["Adam"], data(), batches(torch.arange(24), 8, 2))
-    with pytest.raises(ValueError, match="no training time of Adam"):
-        Source(other, adam, data())
     with pytest.raises(ValueError, match="Source: the model is not what the log ended with"):
         source(log, nn.Sequential(nn.Linear(3, 2)).double())
