@@ -35,7 +35,10 @@ class Crew:
     def __init__(self, world: int, timeout: float = TIMEOUT):
         self.world = world
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        # Forks of one process that has imported everything: ranks that each import torch start seconds apart on a busy
+        # machine, and with a short timeout the first one gave up before the other was there.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.ranks.sharded_cases"])
         pipes = [context.Pipe() for _ in range(world)]
         self.processes = [
             context.Process(
