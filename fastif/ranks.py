@@ -36,7 +36,9 @@ __all__ = [
     "together",
 ]
 
-BUCKET = 1 << 26  # bytes that are exchanged at a time, where a single tensor does not take more
+BUCKET = (
+    1 << 24
+)  # bytes that are exchanged at a time: enough for the bandwidth, and some five times it stand beside the fit
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -108,10 +110,10 @@ class Ranks(Meetings):
             if names[0] in owners:
                 order = sorted(names, key=lambda name: owners[name])
                 sizes = [sum(len(pieces[n]) for n in order if owners[n] == rank) for rank in range(self.world)]
-                summed = self._scatter(torch.cat([pieces[name] for name in order]), sizes)
+                summed = self._scatter(_flat([pieces[name] for name in order]), sizes)
                 mine = [name for name in order if owners[name] == self.rank]
             else:
-                summed, mine = self._sum_flat(torch.cat([*pieces.values()])), names
+                summed, mine = self._sum_flat(_flat([*pieces.values()])), names
             parts = summed.split([len(pieces[name]) for name in mine]) if mine else ()
             out.update({n: part.view(known[n][0]) for n, part in zip(mine, parts, strict=True)})
         return {name: out[name] for name in known if name in out}
@@ -127,7 +129,7 @@ class Ranks(Meetings):
             for names in _buckets(theirs, {}):
                 sizes = [torch.Size(theirs[name][0]).numel() for name in names]
                 if rank == self.rank:
-                    flat = torch.cat([tensors[name].detach().reshape(-1) for name in names])
+                    flat = _flat([tensors[name].detach().reshape(-1) for name in names])
                 else:
                     flat = torch.empty(sum(sizes), dtype=theirs[names[0]][1], device=device)
                 if len(flat):
@@ -200,18 +202,24 @@ class Ranks(Meetings):
 
     def _scatter(self, flat: Tensor, sizes: list[int]) -> Tensor:
         """Part r of the sum over ranks, which is all that rank r gets; added up in the order of the ranks."""
-        mine = sizes[self.rank]
-        received = flat.new_empty(self.world * mine)
+        mine, step = sizes[self.rank], max(1, BUCKET // (self.world * flat.itemsize))
+        wide = torch.float64 if flat.is_floating_point() else flat.dtype
+        summed, parts = flat.new_empty(mine), flat.split(sizes)
         self.bytes_sent += (len(flat) - mine) * flat.itemsize
         self.bytes_received += (self.world - 1) * mine * flat.itemsize
-        with self._exchanging("a sum"):
-            dist.all_to_all_single(received, flat, [mine] * self.world, sizes, group=self.group)
-        terms = received.view(self.world, mine)
-        wide = torch.float64 if flat.is_floating_point() else flat.dtype
-        total = terms[0].to(wide, copy=True)
-        for term in terms[1:]:
-            total += term
-        return total.to(flat.dtype)
+        for begin in range(0, max(sizes), step):  # of large parts a piece at a time: every rank's arrive at once
+            pieces = [part[begin : begin + step] for part in parts]
+            own = summed[begin : begin + step]
+            received = flat.new_empty(self.world * len(own))
+            sent = flat if max(sizes) <= step else _flat([piece for piece in pieces if len(piece)])
+            with self._exchanging("a sum"):
+                dist.all_to_all_single(received, sent, [len(own)] * self.world, [*map(len, pieces)], group=self.group)
+            terms = received.view(self.world, len(own))
+            total = terms[0].to(wide, copy=True)
+            for term in terms[1:]:
+                total += term
+            own.copy_(total)
+        return summed
 
     def _count(self, sent: int, received: int, each: int) -> None:
         self.bytes_sent += sent * each
@@ -336,6 +344,11 @@ def aligned(tensor: Tensor) -> Tensor:
     bits of what one of them made and the others received."""
     own = tensor.is_contiguous() and tensor.data_ptr() % 64 == 0
     return tensor if own else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    """One after another; a single one, which may be large, is not copied."""
+    return torch.cat([*parts]) if len(parts) > 1 else parts[0]
 
 
 def _sendable(flat: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -133,6 +134,9 @@ class Sharding:
         self._following = False
         self._called: list[Any] | None = None  # units, in the order in which the forward pass at hand gathers them
         self._order: list[Any] = []  # and the last one did
+        self._gathered: list[Any] | None = None  # groups of parameters, in the order in which a backward pass does
+        self._usual: dict[tuple[Step, bool], list[Any]] = {}  # of those that ended, by whether first
+        self._behind = self._to_come = 0  # backward passes since the last forward pass; of a kind, still ahead
         owners = {
             module: [(key, part) for key, part in module._parameters.items() if part is not None and is_part(part)]
             for module in model.modules()
@@ -161,6 +165,9 @@ class Sharding:
         """Has forward passes note the whole parameters that they compute with."""
         for module in self._seen_by:
             undo.callback(module.register_forward_pre_hook(self._note).remove)
+        for group in self._groups():
+            group.unshard = partial(self._unshard, group)
+            undo.callback(vars(group).pop, "unshard", None)
         undo.callback(self._whole.clear)
 
     def _note(self, module: nn.Module, _args: Any) -> None:
@@ -184,30 +191,73 @@ class Sharding:
 
         return [of(parameter) for parameter in parameters]
 
+    def _groups(self) -> list[Any]:
+        """torch's groups of the parameters that it gathers at once, one where units were sharded together."""
+        states = [unit._get_fsdp_state() for unit in self._units]
+        return [*{group: None for state in states if (group := state._fsdp_param_group) is not None}]
+
+    def _unshard(self, group: Any, async_op: bool = False) -> None:
+        """torch's `unshard` of a group, which does nothing where it stands whole or is on its way."""
+        before = group._all_gather_result
+        type(group).unshard(group, async_op)
+        if self._gathered is not None and group._all_gather_result is not before:
+            self._gathered.append(group)
+
+    def received(self, backward: Iterable[int]) -> int:
+        """Bytes that torch brings this rank in forward passes, each with so many backward passes behind it.
+
+        Each takes the parts of all units that other ranks hold, once. What is not let go of after a forward pass, as
+        the model's own layers outside of its sharded blocks, stands for the first pass behind it.
+        """
+        every = left = 0
+        for group in self._groups():
+            size = 0
+            for parameter in group.fsdp_params:
+                part = parameter.sharded_param
+                others, along = part.device_mesh.size(-1) - 1, part.placements[-1].dim
+                rows = -(-part.shape[along] // (others + 1))  # of a part; torch fills up the last ones
+                item = (group.mp_policy.param_dtype or part.dtype).itemsize
+                size += others * rows * (part.numel() // max(1, part.shape[along])) * item
+            every += size
+            left += 0 if group._reshard_after_forward else size
+        total = standing = 0
+        for times in backward:
+            total += every - standing + (every * times - left if times else 0)
+            standing = 0 if times else left
+        return total
+
     # ----------------------------------------------------------------------------------------------------------- passes
 
     def begin(self, step: Step, times: int = 1) -> int:
         """Before a pass, or `times` of one kind: how often all ranks make it. Raises where they begin others."""
-        return times if self._following else self._agree(step, times)[1]
+        self._to_come = times if self._following else self._agree(step, times)[1]
+        return self._to_come
 
     @contextmanager
     def passing(self, step: Step) -> Iterator[None]:
-        """A pass. What goes wrong in it on this rank is told at the next meeting, to which the others come once the
-        layers behind were gathered; and an error of torch's own exchanges says which rank failed."""
+        """A pass. What goes wrong in it on this rank is told at the next meeting, to which the others come once this
+        rank, too, has gathered what they still gather; and an error of torch's own exchanges says which rank failed."""
         what = "a pass through the sharded model"
-        self._called = [] if step == "forward" else None
+        self._called, self._gathered = ([], None) if step == "forward" else (None, [])
+        self._to_come -= 1
         try:
             yield
-            self._order = self._order if self._called is None else self._called
+            if self._called is not None:
+                self._order, self._behind = self._called, 0
+            if self._gathered is not None:
+                self._usual[step, self._behind == 0] = self._gathered
+                self._behind += 1
         except Exception as error:
             told = self.ranks.explain(what, error) if isinstance(error, RuntimeError) else error
             if told is not error:
                 raise told from error
             if self._called:
                 self._gather(self._order[len(self._called) - 1 :])
+            if self._gathered is not None:
+                self._gather_backwards(step, len(self._gathered))
             raise
         finally:
-            self._called = None
+            self._called = self._gathered = None
 
     @staticmethod
     def _gather(units: Sequence[Any]) -> None:
@@ -217,6 +267,20 @@ class Sharding:
             if not together:  # of units that were sharded as one, the first is gathered for all
                 unit.unshard()
                 unit.reshard()
+
+    def _gather_backwards(self, step: Step, done: int) -> None:
+        """What the other ranks' backward passes of this kind still gather: as those before did, of which the first one
+        behind a forward pass finds more standing. Where none was made the others wait until torch's time is over."""
+        first, again = self._usual.get((step, self._behind == 0)), self._usual.get((step, False), [])
+        if first is None or (self._to_come and not again):
+            return
+        self._gathered = None
+        (root,) = (state for unit in self._units if (state := unit._get_fsdp_state())._is_root)
+        root._reset_iter_state() if hasattr(root, "_reset_iter_state") else root._root_post_backward_final_callback()
+        units = {unit._get_fsdp_state()._fsdp_param_group: unit for unit in self._units}
+        for group in (*first[done:], *self._to_come * again):
+            units[group].unshard()
+            units[group].reshard()
 
     def follow(self, take: Callable[[Step, int], None]) -> None:
         """Makes the passes that other ranks still have batches for, by `take(step, times)`, until none has."""

@@ -1,4 +1,4 @@
-"""The table and the picture of docs/index-of-gradients.md, from what `make bench-index` kept."""
+"""The tables and the picture of docs/index-of-gradients.md, from what `make bench-index` kept."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ def index_table(name: str) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     apart = []
-    for benchmark in results["benchmarks"]:
+    models = [benchmark for benchmark in results["benchmarks"] if "rows" in benchmark["extra_info"]]
+    for benchmark in models:
         extra: dict[str, Any] = benchmark["extra_info"]
         label = benchmark["name"].split("[")[1].rstrip("]")
         walks = extra["walks"]
         lines.append(
             f"| **{label}**, {extra['parameters']:,} parameters, {extra['n']:,} × {extra['q']:,}: a walk | | | "
-            + " | ".join(f"{walks[q]:.2f} s" for q in ("1", "10", "100"))
+            + " | ".join(f"{walks[q]:.2f} s" if q in walks else "" for q in _QUERIES)
             + " | 1 | 1 | 1 |"
         )
         for row in sorted(extra["rows"], key=_order):
             own = ""
             if "asked" in row:
                 own = f" ({row['bytes_each']:,.0f} each)"
-            asked = [f"{row['asked'][q]:.3f} s ({walks[q] / row['asked'][q]:.0f}×)" for q in row.get("asked", ())]
+            times: dict[str, float] = row.get("asked", {})
+            asked = [f"{times[q]:.3f} s ({walks[q] / times[q]:.0f}×)" if q in times else "" for q in _QUERIES]
             build = f"{row['build']:.2f} s ({row['build'] / walks['1']:.1f}×)" if "build" in row else ""
-            figures = " | ".join([build, *(asked or ["", "", ""])])
-            name_of = f"**{row['contender']}**" if "asked" in row else row["contender"]
+            figures = " | ".join([build, *asked])
+            name_of = f"**{row['contender']}**" if row["contender"].startswith("fastif") else row["contender"]
             lines.append(
                 f"| {name_of} | {100 * row['bytes']:.2g} %{own} | {figures} | {row['r']:.3f} | {row['rho']:.3f} | "
                 f"{row['top']:.2f} |"
@@ -42,19 +44,44 @@ def index_table(name: str) -> str:
         apart.append(
             f"{label} {one['apart']:.1f} s and {one['together']:.1f} s ({one['apart'] / one['together']:.2f}×)"
         )
+    command = "FASTIF_BENCH=large make bench-index" if "resnet9" in str(models[0]["name"]) else "make bench-index"
     lines += [
         "",
         "EK-FAC with the empirical Fisher, damping 1e-3; processor seconds. In brackets: bytes of an example, the "
         "build as a multiple of a walk with one query (its sample and its measured error are in it), and by how much "
         "asking the index is faster than a walk with as many queries. With share=1 in float32 the scores are those of "
         "`Influence.scores` to 1e-5, which is asserted. Scores, self-influence and an index one after another, and "
-        f"from one walk: {'; '.join(apart)}. {tables._machine(results)}. Made by `make bench-index`.",
+        f"from one walk: {'; '.join(apart)}. {tables._machine(results)}. Made by `{command}`.",
     ]
+    for benchmark in results["benchmarks"]:
+        if "growth" in benchmark["extra_info"]:
+            lines += ["", *_growth(benchmark["extra_info"]["growth"])]
     return "\n".join(lines)
 
 
-def _order(row: dict[str, Any]) -> tuple[bool, str, float]:
-    return "asked" not in row, row["contender"], row["bytes"]
+def _growth(rows: list[dict[str, Any]]) -> list[str]:
+    """One query of indexes that grow."""
+    lines = [
+        "| examples | MiB | one query | of an example | read | of a copy's rate |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        rate = row["bytes"] / row["seconds"]
+        lines.append(
+            f"| {row['n']:,} | {row['bytes'] / 2**20:,.0f} | {row['seconds']:.3f} s | "
+            f"{1e6 * row['seconds'] / row['n']:.2f} µs | {rate / 1e9:.2f} GB/s | {rate / row['copied']:.0%} |"
+        )
+    return [
+        *lines,
+        "",
+        "Two random int8 factors of each example in layers of 64 × 65 and 10 × 65 numbers; processor seconds of one "
+        "thread, as in the table above.",
+    ]
+
+
+def _order(row: dict[str, Any]) -> tuple[int, str, float]:
+    first = 0 if row["contender"].startswith("fastif") else 1 if "asked" in row else 2
+    return first, row["contender"], row["bytes"]
 
 
 def fidelity_picture(name: str, path: Path) -> None:
@@ -65,7 +92,7 @@ def fidelity_picture(name: str, path: Path) -> None:
     for axis, (label, rows) in zip(axes[0], panels, strict=True):
         for contender, colour in zip(dict.fromkeys(row["contender"] for row in rows), _COLOURS, strict=False):
             own = [row for row in rows if row["contender"] == contender]
-            width = 2.4 if "asked" in own[0] else 1.2
+            width = 2.4 if contender.startswith("fastif") else 1.2
             axis.semilogx(
                 [100 * row["bytes"] for row in own],
                 [row["rho"] for row in own],
@@ -79,4 +106,5 @@ def fidelity_picture(name: str, path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None, "Description": results["datetime"]})
 
 
-_COLOURS = ("#d55e00", "#0072b2", "#56b4e9")
+_QUERIES = ("1", "10", "100")
+_COLOURS = ("#d55e00", "#0072b2", "#56b4e9", "#009e73")

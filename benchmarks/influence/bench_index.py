@@ -3,14 +3,21 @@
 With share=1 in float32 the scores must be those of `Influence.scores`, which is asserted first, on a part of the data.
 Beside each index stands a random Kronecker projection of the same bytes: gradients that the curvature has whitened,
 projected on both sides by random orthogonal matrices, in the form of LoGra (Choe et al. 2024, arXiv 2405.13954), in
-float32, and with four times the numbers, as if int8 lost nothing. Models and data are those of bench_influence.py, and
-so are FASTIF_BENCH_SCALE and FASTIF_DATA.
+float32, and with four times the numbers, as if int8 lost nothing. Of the MLP, dattri's LoGra takes part, too, with a
+curvature of its own. Models and data are those of bench_influence.py, and so are FASTIF_BENCH_SCALE and FASTIF_DATA.
 
-`make bench-index` keeps the figures.
+FASTIF_BENCH=large takes a ResNet-9 and a GPT of ten million parameters instead, of fewer examples, with one share and
+no projections, and the growth with n to a million examples, whose factors are drawn at random, beside a copy's rate.
+
+`make bench-index` keeps the figures, and with FASTIF_BENCH=large those of the others.
 """
 
 from __future__ import annotations
 
+import copy
+import importlib.util
+import math
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,17 +26,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fastif
 from benchmarks.conftest import DEVICE
-from benchmarks.influence.bench_influence import DAMPING, DATA, Work, cnn, gpt, mlp
+from benchmarks.influence.bench_influence import DAMPING, DATA, Work, cnn, gpt, gpt10m, mlp, resnet9, size
+from fastif.index.factors import Factors
+from fastif.index.folder import CURVATURE, Folder, IndexBlock
 from fastif.index.sampling import compare
 from fastif.measure import Measure
 
 SHARES = (0.01, 0.04, 0.16)  # of the numbers; a quarter of that of the bytes, in int8
 BYTES = (0.0025, 0.01, 0.04)  # of float32 gradients, for projections
 QUERIES = (1, 10, 100)
+LARGE = os.environ.get("FASTIF_BENCH") == "large"
+MODELS = (resnet9, gpt10m) if LARGE else (mlp, cnn, gpt)
+MOST = size(1250)  # training examples of the large ones
+GROWTH = (10_000, 100_000, 1_000_000)
 
 pytestmark = [
     pytest.mark.skipif(DATA is None, reason="FASTIF_DATA names no folder with data sets"),
@@ -84,9 +98,43 @@ def projected(work: Work, influence: Any, share: float) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize("make", [mlp, cnn, gpt], ids=lambda f: f.__name__)
+def logra(work: Work, exact: Tensor, each: float, folder: str) -> dict[str, Any]:
+    """dattri's LoGra with about as many bytes: its own curvature of projected gradients, of linear layers."""
+    from dattri.algorithm.logra import LoGraAttributor
+    from dattri.task import AttributionTask
+
+    def loss(model: Any, batch: Any, device: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    model = copy.deepcopy(work.model)
+    task = AttributionTask(loss_func=loss, model=model, checkpoints=[model.state_dict()])
+    side = max(1, math.isqrt(int(each / 4 / len(work.layers))))
+    torch.manual_seed(0)
+    attributor = LoGraAttributor(task, work.layers, damping=DAMPING, proj_dim=side**2, cache_dir=folder)
+    train = DataLoader(TensorDataset(*work.train), batch_size=work.batch)
+    ask = lambda q: DataLoader(TensorDataset(*repeated(work.query, q)), batch_size=work.batch)  # noqa: E731
+    few = TensorDataset(*(x[: work.batch] for x in work.train))
+    attributor.cache(DataLoader(few, batch_size=work.batch))  # warms up
+    _, seconds, peak = timed(lambda: attributor.cache(train))
+    asked = {}
+    for q in QUERIES:
+        attributor.attribute(train, ask(q))  # warms up
+        asked[q] = timed(lambda q=q: attributor.attribute(train, ask(q)))[1]
+    found = compare(exact, attributor.attribute(train, ask(len(exact))).T)
+    own = 4 * side**2 * len(work.layers)
+    return {
+        "contender": "LoGra of dattri, float32", "bytes_each": own, "build": seconds, "peak_mib": peak, "asked": asked,
+        "r": found.r, "rho": found.rho, "top": found.top,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("make", MODELS, ids=lambda f: f.__name__)
 def test_index(benchmark, capsys, make):
     work = make()
+    shares, stored, queries = SHARES, BYTES, QUERIES
+    if LARGE:
+        shares, stored, queries = SHARES[1:2], (), QUERIES[:2]
+        work = work._replace(train=(work.train[0][:MOST], work.train[1][:MOST]))
     n = len(work.train[0])
     influence = fastif.Influence(
         work.model,
@@ -102,37 +150,43 @@ def test_index(benchmark, capsys, make):
         scores = fastif.Index.build(influence, some, folder, share=1, dtype="float32").scores(work.query)
         wanted = exact[:, :100]
         assert float((scores - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
-    walks = {q: timed(lambda q=q: influence.scores(repeated(work.query, q), work.train)) for q in QUERIES}
-    size = sum(torch.Size(shape).numel() for shape in work_shapes(influence))
+    walks = {q: timed(lambda q=q: influence.scores(repeated(work.query, q), work.train)) for q in queries}
+    numbers = sum(torch.Size(shape).numel() for shape in work_shapes(influence))
     rows: list[dict[str, Any]] = []
-    for share in SHARES:
+    for share in shares:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "index"
             index, seconds, peak = timed(
                 lambda out=out, share=share: fastif.Index.build(influence, work.train, out, share=share)
             )
             index.scores(repeated(work.query, 1))  # its checksums are looked at once
-            asked = {q: timed(lambda q=q, index=index: index.scores(repeated(work.query, q)))[1] for q in QUERIES}
+            asked = {q: timed(lambda q=q, index=index: index.scores(repeated(work.query, q)))[1] for q in queries}
             found = compare(exact, index.scores(work.query))
             rows.append(
                 {
-                    "contender": "fastif.Index, int8", "share": share, "bytes": index.nbytes / n / (4 * size),
+                    "contender": "fastif.Index, int8", "share": share, "bytes": index.nbytes / n / (4 * numbers),
                     "bytes_each": index.nbytes / n, "build": seconds, "peak_mib": peak, "asked": asked,
                     "r": found.r, "rho": found.rho, "top": found.top,
                 }
             )  # fmt: skip
-    for share in BYTES:
+    for share in stored:
         for name, more in (("projection, float32", 1), ("projection, as if int8 lost nothing", 4)):
             found = compare(exact, projected(work, influence, more * share))
             rows.append({"contender": name, "bytes": share, "r": found.r, "rho": found.rho, "top": found.top})
+    if make is mlp and importlib.util.find_spec("dattri") is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(logra(work, exact, rows[0]["bytes_each"], folder))
+        rows[-1]["bytes"] = rows[-1]["bytes_each"] / (4 * numbers)
     alone, together = one_pass(work, influence)
     benchmark.pedantic(lambda: None, rounds=1)
     benchmark.extra_info.update(
-        n=n, q=len(work.query[0]), parameters=size, rows=rows, one_pass={"apart": alone, "together": together},
+        n=n, q=len(work.query[0]), parameters=numbers, rows=rows, one_pass={"apart": alone, "together": together},
         walks={q: walk[1] for q, walk in walks.items()},
     )  # fmt: skip
     with capsys.disabled():
-        print(f"\n{make.__name__}: {n} train x {len(work.query[0])} queries, {size:,} parameters; a walk s: ", end="")
+        print(
+            f"\n{make.__name__}: {n} train x {len(work.query[0])} queries, {numbers:,} parameters; a walk s: ", end=""
+        )
         print(", ".join(f"{q} queries {walk[1]:.2f}" for q, walk in walks.items()))
         for row in rows:
             print(f"  {row['contender']:34} {100 * row['bytes']:.2f} % bytes: r {row['r']:.3f}", end="")
@@ -164,3 +218,63 @@ def one_pass(work: Work, influence: Any) -> tuple[float, float]:
 
 def work_shapes(influence: Any) -> list[Any]:
     return [estimator.eigenbasis().eigenvalues.shape for estimator in influence.curvature.values()]
+
+
+@pytest.mark.skipif(not LARGE, reason="FASTIF_BENCH=large")
+def test_growth(benchmark, capsys):
+    """Asking an index of n examples, whose factors are drawn at random: seconds of one query, and the rate of reading
+    beside that of a copy. The digits' network, two factors of an example in each of its layers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    few = torch.randn(100, 64), torch.randint(0, 10, (100,))
+    influence = fastif.Influence(model, curvature=fastif.EKFAC(DAMPING), progress=False).fit(few)
+    rows: list[dict[str, Any]] = []
+    for n in GROWTH:
+        with tempfile.TemporaryDirectory() as path:
+            index = drawn_index(influence, few, Path(path), n)
+            index.scores((few[0][:1], few[1][:1]))  # its checksums are looked at once
+            asked = min(timed(lambda index=index: index.scores((few[0][:1], few[1][:1])))[1] for _ in range(3))
+            rows.append({"n": n, "bytes": index.nbytes, "seconds": asked, "copied": copied(index.nbytes)})
+            assert index.scores((few[0][:1], few[1][:1])).shape == (1, n)
+    benchmark.pedantic(lambda: None, rounds=1)
+    benchmark.extra_info["growth"] = rows
+    with capsys.disabled():
+        for row in rows:
+            rate = row["bytes"] / row["seconds"]
+            share = rate / row["copied"]
+            print(f"\n  {row['n']:>9,} examples, {row['bytes'] / 2**20:.0f} MiB: one query in", end="")
+            print(f" {row['seconds']:.3f} s, {rate / 1e9:.2f} GB/s, {share:.0%} of a copy's", end="")
+
+
+def drawn_index(influence: Any, few: tuple[Tensor, Tensor], path: Path, n: int, rank: int = 2) -> fastif.Index:
+    """An index of n examples with random int8 factors, `rank` of each layer."""
+    built = fastif.Index.build(influence, few, path / "small")
+    out, draw = path / "large", torch.Generator().manual_seed(0)
+    out.mkdir()
+    (out / CURVATURE).write_bytes((path / "small" / CURVATURE).read_bytes())
+    manifest = Folder(path / "small").manifest
+    shapes = {name: shape for name, shape, _ in manifest["layers"]}
+    each = sum(rank * (o + d + 4) + 4 for _, o, d in shapes.values())
+    borders = [*range(0, n, max(1, (32 << 20) // each)), n]
+    Folder.write_manifest(out, {
+        **{name: value for name, value in manifest.items() if name != "format"},
+        "parts": [{**manifest["parts"][0], "borders": borders}],
+    })  # fmt: skip
+    folder = Folder(out)
+    integers = lambda *shape: torch.randint(-127, 128, shape, dtype=torch.int8, generator=draw)  # noqa: E731
+    for run in folder.runs:
+        m, ranks = len(run) * rank, torch.full((len(run), 1), rank, dtype=torch.int32)
+        factors = {
+            name: Factors(ranks.clone(), integers(m, o), integers(m, d), torch.ones(m))
+            for name, (_, o, d) in shapes.items()
+        }
+        folder.write_block(run, IndexBlock(torch.arange(run.start, run.stop), None, factors))
+    return fastif.Index(out, built.influence)
+
+
+def copied(size: int) -> float:
+    """Bytes per second of a copy of so many, read and written, of 256 MiB at most."""
+    values = torch.ones(min(size, 256 << 20), dtype=torch.int8)
+    into = torch.empty_like(values)
+    into.copy_(values)
+    return len(values) / min(timed(lambda: into.copy_(values))[1] for _ in range(5))

@@ -154,22 +154,32 @@ class Transformer(nn.Module):
 
 
 def gpt() -> Work:
+    return text_work(2000, 100, (100, 300), 128, 4, 4)
+
+
+def gpt10m() -> Work:
+    """Of ten million parameters in its blocks."""
+    return text_work(1250, 100, (100, 300), 384, 6, 6)
+
+
+def text_work(n: int, q: int, parts: tuple[int, int], width: int, depth: int, heads: int) -> Work:
     length = 24
     folder = next(f for f in (Path(DATA or "."), Path(DATA or ".") / "banking77") if (f / "train.csv").is_file())
     with (folder / "train.csv").open(encoding="utf-8") as file:
         texts = [row["text"].lower().split()[:length] for row in csv.DictReader(file)]
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
-    n, q = size(2000), size(100)
+    n, q = size(n), size(q)
     texts = [texts[i] for i in order[: n + q]]
     words = {word: number for number, word in enumerate(sorted({w for t in texts for w in t}), 1)}
     tokens = torch.zeros(len(texts), length, dtype=torch.int64)
     for row, text in zip(tokens, texts, strict=True):
         row[: len(text)] = torch.tensor([words[word] for word in text])
     labels = tokens.masked_fill(tokens == 0, -100)
-    model = trained(Transformer(len(words) + 1, length), tokens[:n], labels[:n], "causal_lm", epochs=2)
+    network = Transformer(len(words) + 1, length, width, depth, heads)
+    model = trained(network, tokens[:n], labels[:n], "causal_lm", epochs=2)
     layers = [k for k, m in model.named_modules() if isinstance(m, nn.Linear) and k.startswith("blocks.")]
-    parts = (size(100), size(300))
-    return Work(model, "causal_lm", layers, (tokens[:n], labels[:n]), (tokens[n:], labels[n:]), parts, 50)
+    sizes = (size(parts[0]), size(parts[1]))
+    return Work(model, "causal_lm", layers, (tokens[:n], labels[:n]), (tokens[n:], labels[n:]), sizes, 50)
 
 
 # ---------------------------------------------------------------------------------------------------------- contenders

@@ -60,7 +60,8 @@ def _run(arguments: Sequence[str] | None, ranks: Ranks, errors: Console) -> int:
         errors.print(f"interrupted: {end}" if isinstance(end, Interrupted) else "interrupted")
         return 130
     except ScriptError as error:
-        _print_traceback(error.__cause__)
+        if error.__cause__ is not None:  # another rank's script has none here: that rank prints it
+            _print_traceback(error.__cause__)
         return 1
     except (ValueError, OSError, ModuleNotFoundError, torch.OutOfMemoryError) as error:
         errors.print(f"error: {_one_line(str(error))}")
@@ -81,9 +82,8 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _print_traceback(error: BaseException | None) -> None:
+def _print_traceback(error: BaseException) -> None:
     """As Python would print it had it run the script: from its first frame there on."""
-    assert error is not None
     trace, own = error.__traceback__, str(Path(__file__).parent)
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename

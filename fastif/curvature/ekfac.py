@@ -35,6 +35,12 @@ class EKFAC(KFAC):
         else:
             self._eigenvalues = sums["eigenvalues"]
 
+    def let_go(self, pass_index: int) -> None:
+        if pass_index == 0:
+            super().let_go(pass_index)
+        else:
+            self._eigenvalues = None
+
     def made(self, pass_index: int) -> dict[str, Tensor]:
         return super().made(pass_index) if pass_index == 0 else {"eigenvalues": self.eigenvalues}
 

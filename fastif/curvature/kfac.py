@@ -114,6 +114,10 @@ class KFAC(Curvature):
         self._positions = float(sums["positions"])
         self._moments = {side: moment for side, moment in sums.items() if side != "positions"}
 
+    def let_go(self, pass_index: int) -> None:
+        del pass_index
+        self._moments = {}
+
     def ending(self, pass_index: int) -> float:
         """Of the eigenvectors of both moments."""
         del pass_index

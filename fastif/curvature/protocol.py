@@ -166,6 +166,10 @@ class Estimator(Called, ABC):
         """Takes the sums over the examples of all ranks in the place of `sums`."""
         del pass_index, sums
 
+    def let_go(self, pass_index: int) -> None:
+        """Lets go of `sums`, which the part's owner has now: a rank is not to hold them beside what is made of them."""
+        del pass_index
+
     def kept(self, pass_index: int) -> dict[str, Tensor]:
         """What a pass has kept of every example that it was shown; ranks bring theirs together."""
         del pass_index
@@ -371,6 +375,9 @@ class SingleEstimator(JointCurvature):
 
     def take_sums(self, pass_index: int, sums: dict[str, Tensor]) -> None:
         self.estimator.take_sums(pass_index, sums)
+
+    def let_go(self, pass_index: int) -> None:
+        self.estimator.let_go(pass_index)
 
     def kept(self, pass_index: int) -> dict[str, Tensor]:
         return self.estimator.kept(pass_index)

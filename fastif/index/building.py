@@ -20,8 +20,8 @@ from fastif.files import Damaged, canonical
 from fastif.fingerprints import fingerprint
 from fastif.index.encoder import Encoded, Encoder
 from fastif.index.factors import Factors, Stored, dtype_named
-from fastif.index.folder import CURVATURE, MANIFEST, Folder, Ids, IndexBlock
-from fastif.index.sampling import find_cut, measure
+from fastif.index.folder import CURVATURE, EXACT, MANIFEST, Folder, Ids, IndexBlock
+from fastif.index.sampling import look, measure
 from fastif.influence.fitted import Fitted
 from fastif.influence.score_job import Part, borders_of, fit_settings
 from fastif.influence.shared_folder import held, share_of_all
@@ -82,9 +82,9 @@ def build(
                 raise ValueError(f"{path} holds blocks of an index but no {MANIFEST} that says of what; remove them")
             if ranks.rank == 0:
                 save_tensors(path / CURVATURE, fitted.state_dict(), settings["curvature state"])
-            cut = find_cut(encoder, train, share, fitted.setup.seed, threshold)
-            encoder = encoder.with_threshold(cut.threshold)
-            measured = measure(encoder, train, fitted.setup.seed)
+            cut, exact = look(encoder, train, share, fitted.setup.seed, threshold)
+            if ranks.rank == 0 and exact is not None:
+                save_tensors(path / EXACT, {"exact": exact}, settings["curvature state"])
             layers = [[name, [*metric.shape], cut.tables[name]] for name, metric in encoder.metrics.items()]
             borders = _borders(train, cut.bytes)
             Folder.write_manifest(
@@ -94,14 +94,16 @@ def build(
                     "layers": layers,
                     "threshold": cut.threshold,
                     "numbers": cut.numbers,
-                    "measured": None if measured is None else measured._asdict(),
+                    "measured": None,
                     "parts": [{"settings": own, "bytes": cut.bytes, "borders": borders}],
                     "removed": [],
                 },
                 ranks,
             )
             folder = Folder(path)
-        _write_missing(folder, encoder.with_threshold(folder.manifest["threshold"]), train, 0, given, see)
+        encoder = encoder.with_threshold(folder.manifest["threshold"])
+        _write_missing(folder, encoder, train, 0, given, see)
+        _write_measured(folder, encoder, train)
     return folder
 
 
@@ -210,6 +212,17 @@ def _write_missing(folder: Folder, encoder: Encoder, data: Walked, first: int, i
             under_way, filled = [], 0
     if position != starts[-1]:
         raise ValueError("index: the data gave fewer examples than at its first pass")
+
+
+def _write_measured(folder: Folder, encoder: Encoder, train: Walked) -> None:
+    """The error of the finished blocks, once."""
+    ranks, path = encoder.fitted.setup.ranks, folder.path / EXACT
+    exact = load_tensors(path)[1]["exact"] if ranks.rank == 0 and path.exists() else None
+    (exact, *_) = ranks.meet("exact scores of a sample, as they were kept", exact)
+    if exact is not None and folder.manifest["measured"] is None:
+        folder.write(ranks, measured=measure(encoder, folder, train, exact)._asdict())
+    if ranks.rank == 0:
+        path.unlink(missing_ok=True)
 
 
 def _walked(fitted: Fitted, data: Walked, runs: list[range]) -> Iterator[tuple[int, Mapping[str, Gradients]]]:

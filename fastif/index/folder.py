@@ -3,6 +3,7 @@
     FOLDER/manifest.json                 what it is of, where gradients were cut off, its measured error, its blocks
     FOLDER/curvature.safetensors         the state of the curvature: what `Influence.state_dict` gave
     FOLDER/block-000000000.safetensors   one block of training examples, by its first
+    FOLDER/exact.safetensors             until the error is measured: exact scores [q, m] of a sample
 
 A block has, for the examples that it holds: `examples` int64 [n], their numbers; where they were asked for, `own` [n],
 each one's score on itself; where they were given, `ids` int64 [n], or `id_bytes` uint8 and `id_ends` int64 [n] of
@@ -34,7 +35,7 @@ from fastif.index.factors import Factors
 from fastif.influence.shared_folder import write_seen
 from fastif.ranks import ALONE, Ranks
 
-MANIFEST, CURVATURE = "manifest.json", "curvature.safetensors"
+MANIFEST, CURVATURE, EXACT = "manifest.json", "curvature.safetensors", "exact.safetensors"
 _FORMAT = 1
 _REMEDY = "remove the folder and build the index anew"
 Ids = Tensor | list[str] | None

@@ -88,7 +88,7 @@ class Index:
         key: str | None = None,
         threshold: float | None = None,
     ) -> Index:
-        """Walks through the training data once and writes the index.
+        """Walks through the training data once, after a sample of it, and writes the index.
 
         Args:
             influence: fitted, at one model, with estimators that have eigenvalues for each block: EKFAC, KFAC, Shampoo,
@@ -210,7 +210,8 @@ class Index:
 
     @property
     def measured(self) -> Measured | None:
-        """Its error as it was found while it was built, between examples drawn at random; None of very few examples."""
+        """Its error as it was found when it was built, between examples drawn at random; None of fewer than eight, and
+        until the build has ended."""
         found = self._folder.manifest["measured"]
         return None if found is None else Measured(**found)
 

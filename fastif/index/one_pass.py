@@ -16,6 +16,7 @@ from fastif.data.dealing import Part, deal
 from fastif.index.building import build
 from fastif.index.encoder import ready, walkable
 from fastif.index.index import Index
+from fastif.index.sampling import exact_scores
 from fastif.influence.fitted import Fitted
 from fastif.influence.influence import Influence
 from fastif.influence.queries import query_blocks
@@ -112,7 +113,7 @@ def _answer(
 
     def see(first: int, gradients: Mapping[str, Gradients]) -> None:
         if held:
-            found.add(0, first, _scores(fitted, held, gradients))
+            found.add(0, first, exact_scores(fitted, held, gradients))
         if self_influence and out is None:
             own.append(fitted.curvatures[0].sq_norms(gradients).cpu() / fitted.n)
 
@@ -149,11 +150,6 @@ def _first_queries(fitted: Fitted, query: Any, total: int) -> dict[str, list[Dir
         blocks = query_blocks(fitted, query, total, fitted.curvatures[0], None, None, False)
         _, held = next(blocks)
         return held
-
-
-def _scores(fitted: Fitted, held: Mapping[str, list[Directions]], gradients: Mapping[str, Gradients]) -> Tensor:
-    parts = [torch.cat([part.dots(g) for part in held[name]]).div_(fitted.n) for name, g in gradients.items()]
-    return torch.stack(parts).sum(0).cpu()
 
 
 class _Rows:

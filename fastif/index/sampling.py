@@ -1,4 +1,9 @@
-"""What a sample of the training examples says before the walk through all of them: where to cut off, what is lost."""
+"""What a sample of the training examples says of all of them: where to cut off, and what is lost by it.
+
+One walk through the sample finds the cut and the exact scores of its examples; what the index makes of these scores is
+read from its own blocks in the end. Before the blocks, a sample of n examples takes n/16 (64 at least, 256 at most)
+and as many more as the share needs, n/8 (256 at least, 2,048 at most) in all.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +15,18 @@ import torch
 from torch import Generator, Tensor
 
 from fastif.correlation import pearson, spearman
+from fastif.curvature.directions import Directions
 from fastif.data.batches import Walked
 from fastif.data.dealing import Part, deal_picked
 from fastif.index.encoder import Encoder, Sizes
-from fastif.influence.scoring import compute_scores
+from fastif.index.folder import Folder
+from fastif.influence.fitted import Fitted
+from fastif.influence.queries import query_blocks
+from fastif.influence.shared_folder import share_of_all
+from fastif.model.gradients import Gradients
 from fastif.ranks import Ranks
 
-_FIRST, _FEW, _MOST = 256, 512, 2048  # examples of a sample
-_CERTAIN = 0.02  # standard error of the share that is kept, relative, with which a sample suffices
-_QUERIES, _EXAMPLES = 32, 256  # whose scores are computed both ways
+_CERTAIN = 0.025  # standard error of the share that is kept, relative, with which a sample suffices: half of 5 %
 
 
 class Cut(NamedTuple):
@@ -52,37 +60,100 @@ def draw(n: int, seed: int) -> Tensor:
     return torch.randperm(n, generator=Generator().manual_seed(seed))
 
 
-def find_cut(encoder: Encoder, train: Walked, share: float, seed: int, threshold: float | None = None) -> Cut:
+class Pairs(NamedTuple):
+    """Training examples whose scores are known exactly: some as queries, others as what they are asked of."""
+
+    queries: Tensor  # int64 [q], increasing
+    examples: Tensor  # int64 [m], likewise
+
+
+def draw_pairs(n: int, seed: int) -> Pairs | None:
+    """Those of n examples, the first that `draw` gives and its last; None where there are fewer than eight."""
+    if n < 8:
+        return None
+    order, q = draw(n, seed), min(32, n // 4, max(16, n // 128))
+    return Pairs(order[n - q :].sort().values, order[: _first(n, q)].sort().values)
+
+
+def _first(n: int, q: int) -> int:
+    return min(n - q, max(64, min(256, n // 16)))
+
+
+def look(
+    encoder: Encoder, train: Walked, share: float, seed: int, threshold: float | None = None
+) -> tuple[Cut, Tensor | None]:
     """The one threshold on σ² per number at which `share` of the gradients' numbers is kept, on a sample that grows
-    until its standard error is small; or what a threshold that is given keeps of such a sample.
+    until its standard error is small; or what a threshold that is given keeps of such a sample. And the exact scores of
+    `draw_pairs`, [q, m].
 
     Of several ranks each looks at some batches of the sample, and all see what it found. Raises ValueError for a share
     with which no factor at all would be kept.
     """
-    order, most = draw(train.n, seed), min(train.n, max(_FEW, min(_MOST, train.n // 4)))
+    n, pairs = train.n, draw_pairs(train.n, seed)
+    order, most = draw(n, seed), min(n, max(256, min(2048, n // 8)))
+    begin, end = 0, n if pairs is None else len(pairs.examples)
     seen: dict[str, list[Sizes]] = {}
-    begin, end = 0, min(_FIRST, most)
+    exact: Tensor | None = None
     while True:
-        for name, sizes in _look_at(encoder, train, order[begin:end]):
-            seen.setdefault(name, []).append(sizes)
+        found, scores = _look_at(encoder, train, order[begin:end], None if begin else pairs)
+        exact = exact if begin else scores
+        for sizes in found:
+            for name, part in sizes.items():
+                seen.setdefault(name, []).append(part)
         cut, kept = _cut(seen, share, encoder.dtype.itemsize, threshold)
-        left = (1 - len(kept) / train.n) / len(kept)  # of a sample without replacement
-        uncertain = float(kept.std(correction=0)) / max(float(kept.mean()), 1e-30) * left**0.5
-        if end == most or cut.threshold == 0 or uncertain <= _CERTAIN:
-            return cut
-        begin, end = end, min(2 * end, most)
+        spread = float(kept.std(correction=0)) / max(float(kept.mean()), 1e-30)
+        # A sample of m examples, without replacement, errs by spread √(1/m - 1/n).
+        needed = 1 / ((_CERTAIN / spread) ** 2 + 1 / n) if spread > 0 else 0
+        if end >= most or cut.threshold == 0 or end >= needed:
+            return cut, exact
+        begin, end = end, min(most, max(int(1.05 * needed) + 1, end + 16))
 
 
-def _look_at(encoder: Encoder, train: Walked, examples: Tensor) -> Iterator[tuple[str, Sizes]]:
-    passes, ranks = encoder.fitted.passes, encoder.fitted.setup.ranks
+def _look_at(
+    encoder: Encoder, train: Walked, examples: Tensor, pairs: Pairs | None
+) -> tuple[list[dict[str, Sizes]], Tensor | None]:
+    """Sizes by batch and block, and with pairs the exact scores of the examples, [q, m]."""
+    fitted, ranks = _by_loss(encoder.fitted), encoder.fitted.setup.ranks
     part, own = own_part_of(train, examples, ranks), list[dict[str, Sizes]]()
+    rows: list[Tensor] = []
     if part is not None:
-        with passes.running(encoder.fitted.setup.states[0]):
-            for _, _, gradients in passes.gradients(part, "index, a sample"):
-                own.append(encoder.look_at(gradients))
-                del gradients
-    for found in _of_all_ranks(own, ranks):
-        yield from found.items()
+        with fitted.passes.running(fitted.setup.states[0]):
+            for first, held in _held_queries(fitted, train, pairs):
+                columns: list[Tensor] = []
+                for _, _, gradients in fitted.passes.gradients(part, "index, a sample"):
+                    if first == 0:
+                        own.append(encoder.look_at(gradients))
+                    if held:
+                        columns.append(exact_scores(fitted, held, gradients))
+                    del gradients
+                rows += [torch.cat(columns, 1)] if held else []
+    exact = None
+    if pairs is not None:
+        mine = torch.cat(rows).to(ranks.device) if rows else None
+        exact = ranks.join("exact scores of a sample", mine, ranks.device, dim=1).cpu()
+    return _of_all_ranks(own, ranks), exact
+
+
+def _held_queries(
+    fitted: Fitted, train: Walked, pairs: Pairs | None
+) -> Iterator[tuple[int, Mapping[str, list[Directions]]]]:
+    """The query side of the pairs, as many at a time as memory holds."""
+    if pairs is None:
+        yield 0, {}
+        return
+    query = part_of(train, pairs.queries)
+    yield from query_blocks(fitted, query, len(pairs.queries), fitted.curvatures[0], None, None, False)
+
+
+def exact_scores(fitted: Fitted, held: Mapping[str, list[Directions]], gradients: Mapping[str, Gradients]) -> Tensor:
+    """Scores of queries that are held with a batch, [q, n], on the CPU."""
+    parts = [torch.cat([part.dots(g) for part in held[name]]).div_(fitted.n) for name, g in gradients.items()]
+    return torch.stack(parts).sum(0).cpu()
+
+
+def _by_loss(fitted: Fitted) -> Fitted:
+    """For training examples as queries, without the other ranks."""
+    return fitted.alone._replace(setup=fitted.alone.setup._replace(measurement="loss"))
 
 
 def _of_all_ranks(own: list[dict[str, Sizes]], ranks: Ranks) -> list[dict[str, Sizes]]:
@@ -131,8 +202,8 @@ def _cut(seen: Mapping[str, list[Sizes]], share: float, item: int, given: float 
         if fits == 0:
             least = min(parts[0].each for parts in seen.values())
             raise ValueError(
-                f"index: share={share:g} keeps no factor of {n} examples, whose gradients have {numbers:,} numbers "
-                f"each; one of {least:,} for each of them would be share={least / numbers:.2g}"
+                f"index: share={share:g} keeps no factor of a sample of {n} examples, whose gradients have "
+                f"{numbers:,} numbers each; one of {least:,} for each of them would be share={least / numbers:.2g}"
             )
         # Between the last that is kept and the first that is not, so that rounding decides in no case.
         threshold = float((worth[order[fits - 1]] * worth[order[fits]]).sqrt())
@@ -154,36 +225,35 @@ def _noise(part: Sizes) -> Tensor:
     return part.squares.amax(1, keepdim=True) * 1e-12
 
 
-def measure(encoder: Encoder, train: Walked, seed: int) -> Measured | None:
-    """Scores both ways, between examples that are drawn at random; None where there are fewer than eight."""
-    if train.n < 8:
-        return None
-    chosen = draw(train.n, seed + 1)
-    q = min(_QUERIES, train.n // 4)
-    query, ranks = part_of(train, chosen[:q]), encoder.fitted.setup.ranks
-    examples = own_part_of(train, chosen[q : q + _EXAMPLES], ranks)
-    own = None if examples is None else _score_both_ways(encoder, query, q, examples).to(ranks.device)
-    exact, approximate = ranks.join("scores both ways", own, ranks.device, dim=2).cpu()
-    return compare(exact, approximate)
+def measure(encoder: Encoder, folder: Folder, train: Walked, exact: Tensor) -> Measured:
+    """Exact scores of `draw_pairs` beside those that the finished index gives; of several ranks each reads its blocks.
+
+    Examples that were taken out since are left out.
+    """
+    fitted, ranks = _by_loss(encoder.fitted), encoder.fitted.setup.ranks
+    pairs = draw_pairs(train.n, fitted.setup.seed)
+    assert pairs is not None
+    q, there = len(pairs.queries), torch.isin(pairs.examples, folder.examples)
+    query, examples = part_of(train, pairs.queries), pairs.examples[there]
+    mine = [run for run in share_of_all(folder.runs, ranks) if _any_of(examples, run)]
+    rows: list[Tensor] = []
+    if mine:
+        own = Encoder(fitted, encoder.metrics, encoder.dtype)
+        with closing(own.queries(query, q, None, fitted.memory // 2)) as blocks:
+            for _, held in blocks:
+                columns = []
+                for run in mine:
+                    block = folder.read_block(run)
+                    some = block.select(torch.isin(block.examples, examples).nonzero()[:, 0])
+                    parts = [factors.dots(held[name]) for name, factors in some.factors.items()]
+                    columns.append(torch.stack(parts).sum(0).cpu())
+                rows.append(torch.cat(columns, 1))
+    found = torch.cat(rows).to(ranks.device) if rows else None
+    return compare(exact[:, there], ranks.join("scores of a sample", found, ranks.device, dim=1).cpu())
 
 
-def _score_both_ways(encoder: Encoder, query: Part, q: int, examples: Part) -> Tensor:
-    """Exact scores and those from what is kept, [2, q, n]."""
-    fitted = encoder.fitted.alone
-    fitted = fitted._replace(setup=fitted.setup._replace(measurement="loss"))
-    exact = compute_scores(fitted, query, examples).values[""]
-    approximate = torch.zeros_like(exact)
-    own = Encoder(fitted, encoder.metrics, encoder.dtype, encoder.threshold)
-    with closing(own.queries(query, q, None, fitted.memory)) as blocks:
-        for first, held in blocks:
-            rows = slice(first, first + len(next(iter(held.values()))))
-            start = 0
-            for _, n, gradients in fitted.passes.gradients(examples, "index, its error"):
-                for name, factors in own.encode(gradients).factors.items():
-                    approximate[rows, start : start + n] += factors.dots(held[name]).cpu()
-                start += n
-                del gradients
-    return torch.stack([exact, approximate])
+def _any_of(examples: Tensor, run: range) -> bool:
+    return bool(((examples >= run.start) & (examples < run.stop)).any())
 
 
 def compare(exact: Tensor, approximate: Tensor) -> Measured:

@@ -31,7 +31,7 @@ class Truncated(NamedTuple):
 
     ranks: Tensor  # int32 [n, g]
     left: Tensor  # [F, o]; of a table int64 [F], the rows
-    right: Tensor  # [F, d]; σ is in one of them
+    right: Tensor  # [F, d]; σ is in their product
     own: Tensor | None  # [n], Σ f(Λ) g², of all of the gradient
 
 
@@ -99,21 +99,25 @@ def _rotated(gradients: Gradients, metric: Metric) -> Iterator[Dense | OneHot | 
 
 def _rotate_filled(part: Dense, metric: Metric) -> Gradients:
     """Into the eigenbasis, without the positions that have no gradient (padding) where these are many."""
-    g, n, t, o = part.output_grads.shape
+    g, n, t, _ = part.output_grads.shape
     if g > 1 or t == 1 or part.formed_to_rotate:
         return metric.basis.rotate(part)
-    filled = (part.output_grads[0] != 0).any(2)
+    # Zeros alone have the largest magnitude 0; comparing that takes a fraction of comparing every entry.
+    filled = part.output_grads[0].abs().amax(2) != 0
     counts = filled.sum(1)
     most = int(counts.max())
     if int(counts.sum()) > _FILLED * n * t or most == 0:
         return metric.basis.rotate(part)
-    one_each = Dense(part.inputs[0, filled][None, :, None], part.output_grads[0, filled][None, :, None])
-    turned = metric.basis.rotate(one_each)
+    rows = filled.flatten().nonzero()[:, 0]
+    inputs, output_grads = (x[0].flatten(0, 1).index_select(0, rows) for x in (part.inputs, part.output_grads))
+    turned = metric.basis.rotate(Dense(inputs[None, :, None], output_grads[None, :, None]))
     assert isinstance(turned, Dense)
-    there = torch.arange(most, device=counts.device) < counts[:, None]
-    inputs = part.inputs.new_zeros((1, n, most, turned.inputs.shape[3]))
-    output_grads = part.inputs.new_zeros((1, n, most, o))
-    inputs[0, there], output_grads[0, there] = turned.inputs[0, :, 0], turned.output_grads[0, :, 0]
+    examples = rows // t
+    places = examples * most + (filled.cumsum(1) - 1).flatten()[rows]
+    inputs, output_grads = (
+        x.new_zeros((n * most, x.shape[3])).index_copy_(0, places, x[0, :, 0]).view(1, n, most, -1)
+        for x in (turned.inputs, turned.output_grads)
+    )
     return Dense(inputs, output_grads)
 
 
@@ -128,6 +132,9 @@ def _decompose(
     if isinstance(part, Dense) and part.positions < min(metric.shape[1:]):
         u = (part.output_grads * x[:, None, None]).transpose(0, 1)  # [n, g, t, o]
         a = (part.inputs * y[:, None, None]).transpose(0, 1)
+        if part.positions == 1:  # it is its own factor
+            one, other = (torch.linalg.vector_norm(side, dim=3, dtype=torch.float64) for side in (u, a))
+            return (one * other).square(), u, a
         if exact:
             u, a = u.double(), a.double()
         moment = (a @ a.mT).double()

@@ -119,8 +119,11 @@ def observe(
     generator: torch.Generator,
     most_columns: int | None = None,
     draws: Draws | None = None,
-) -> None:
-    """Shows examples to the estimators; of their curvature no more columns than `most_columns`."""
+) -> set[Fisher]:
+    """Shows examples to the estimators; of their curvature no more columns than `most_columns`.
+
+    Returns of which Fishers' columns gradients were taken, a backward pass for each.
+    """
     forward = passes.forward(x)
     batch = labels_in(x, y)
     losses = per_sample(passes.loss, forward.outputs, batch, forward.n)
@@ -137,6 +140,7 @@ def observe(
     if draws is not None and drawing:
         draws.begin(forward.outputs, batch, forward.n, "monte_carlo" if "monte_carlo" in by_fisher else "exact")
     empirical = NetworkCurvature(by_fisher.pop("empirical"))
+    taken: set[Fisher] = {*by_fisher, "empirical"} if empirical.parts else {*by_fisher}
     for fisher, parts in by_fisher.items():
         columns = output_columns(passes.loss, forward.outputs, batch, forward.n, fisher, generator)
         for column, (scores, s) in enumerate(islice(columns, most_columns)):
@@ -147,3 +151,4 @@ def observe(
         gradients = forward.gradients(losses)
         del forward, losses  # and the graph with them, before the estimators take their turn
         empirical.observe(gradients, weights, 0, pass_index)
+    return taken

@@ -252,11 +252,24 @@ class Influence:
                 of `scores` does.
             low_rank: as for `scores`.
             ranks: plan for so many ranks too (`Plan.ranks`): by rank the examples, the layers that it owns, bytes held,
-                sent and received, the peak and the operations. Nothing is sent for it.
+                sent and received, the peak and the operations. Nothing is sent for it. Of a sharded model it is the
+                number of those that hold it, as by default; they call this together, each learns its own peak, in which
+                the layers stand that torch has gathered, and `RankPlan.model_received` has what torch brings.
         """
         if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1):
             raise ValueError(f"plan: ranks must be an integer >= 1, got {ranks!r}")
-        refuse_sharded(self.model, "plan")
+        if self.passes.sharding is None:
+            refuse_sharded(self.model, "plan")
+            return self._plan(train, query, low_rank, ranks)
+        if ranks not in (None, self.ranks.world):
+            raise ValueError(
+                f"plan: the model is held in parts by {self.ranks.world} ranks, which can plan for themselves alone, "
+                f"got ranks={ranks}"
+            )
+        with self.ranks.together("plan"):
+            return self._plan(train, query, low_rank, self.ranks.world)
+
+    def _plan(self, train: Any, query: Any | None, low_rank: int | None, ranks: int | None) -> Plan:
         if isinstance(train, Sharded):
             raise ValueError(needs_all("plan"))
         train = walked(train, self.passes.batch_size)

@@ -86,8 +86,9 @@ class Elsewhere(JointCurvature):
 def end_pass(curvature: NetworkCurvature, pass_index: int, setup: Setup) -> None:
     """Ends a pass of estimators.
 
-    What a part with an owner has added up travels there. The others are lent what the next pass needs of what the owner
-    made; after its last pass the part is the owner's alone, unless all are to keep it. Everything else travels to all.
+    What a part with an owner has added up travels there, some parts at a time, and is let go of elsewhere before the
+    owner makes anything of it. The others are lent what the next pass needs of what the owner made; after its last pass
+    the part is the owner's alone, unless all are to keep it. Everything else travels to all.
     """
     ranks, owners = setup.ranks, curvature.owners
     looked = curvature.open(pass_index).parts
@@ -95,34 +96,32 @@ def end_pass(curvature: NetworkCurvature, pass_index: int, setup: Setup) -> None
         for part in looked.values() if pass_index else curvature.parts.values():
             part.end(pass_index)  # those that look at nothing end with pass 0 too
         return
-    sums = {(names, key): value for names, part in looked.items() for key, value in part.sums(pass_index).items()}
-    if pass_index == 0:
-        endings = {names: part.ending(0) if part.has_owner else 0.0 for names, part in looked.items()}
-        told = ranks.meet("who ends what", [*endings.values()])
-        owners.update(divide(dict(zip(looked, map(max, *told), strict=True)), ranks.world))
-    what = f"the sums of pass {pass_index + 1}"
-    summed = ranks.sum_each(what, sums, lambda name: owners.get(name[0]), setup.device)
-    del sums
+    turns = _deal_sums(looked, pass_index, owners, ranks)
+    for together in turns:
+        sums = {(names, key): value for names in together for key, value in looked[names].sums(pass_index).items()}
+        what = f"the sums of pass {pass_index + 1}"
+        summed = ranks.sum_each(what, sums, lambda name: owners.get(name[0]), setup.device)
+        del sums
+        for names in together:
+            if owners.get(names, ranks.rank) == ranks.rank:
+                looked[names].take_sums(pass_index, _of(names, summed))
+            else:
+                looked[names].let_go(pass_index)
+        del summed
     kept = {(names, key): value for names, part in looked.items() for key, value in part.kept(pass_index).items()}
     of_ranks = ranks.gather(f"what pass {pass_index + 1} kept", kept, setup.device)
     del kept
     for names, part in looked.items():
-        if owners.get(names, ranks.rank) == ranks.rank:
-            part.take_sums(pass_index, _of(names, summed))
         part.take_kept(pass_index, [_of(names, theirs) for theirs in of_ranks])
-    del summed, of_ranks
-    made: dict[Any, Tensor] = {}
-    for names, part in looked.items():
-        if owners.get(names) == ranks.rank:
-            part.end(pass_index)
-            if setup.replicate or part.passes > pass_index + 1:
-                made.update({(names, key): value for key, value in part.made(pass_index).items()})
-    for rank, theirs in enumerate(ranks.gather(f"what was made of pass {pass_index + 1}", made, setup.device)):
-        for names in {name for name, _ in theirs} if rank != ranks.rank else ():
-            looked[names].take_made(pass_index, _of(names, theirs))
+    del of_ranks
     for names, part in curvature.parts.items():
-        if names not in owners and (names in looked or pass_index == 0):
+        own = owners.get(names, ranks.rank) == ranks.rank
+        if own and (names in looked or (names not in owners and pass_index == 0)):
             part.end(pass_index)
+    for together in turns:
+        wanted = [n for n in together if n in owners and (setup.replicate or looked[n].passes > pass_index + 1)]
+        if wanted:
+            _lend(looked, wanted, pass_index, owners, setup)
     done = [names for names in owners if names in looked and looked[names].passes == pass_index + 1]
     if setup.replicate:
         for names in done:
@@ -131,6 +130,44 @@ def end_pass(curvature: NetworkCurvature, pass_index: int, setup: Setup) -> None
     own = {names: looked[names].given.reports() for names in done if owners[names] == ranks.rank}
     told = ranks.meet("what owners report", own)
     leave_to_owners(curvature, ranks, {names: reports for theirs in told for names, reports in theirs.items()})
+
+
+def _deal_sums(
+    looked: Mapping[Names, JointCurvature], pass_index: int, owners: dict[Names, int], ranks: Ranks
+) -> list[list[Names]]:
+    """Parts whose sums travel together, the same on all ranks; after the first pass, owners are found for them."""
+    sizes, endings = dict[Names, int](), dict[Names, float]()
+    for names, part in looked.items():
+        sizes[names] = sum(value.nbytes for value in part.sums(pass_index).values())
+        endings[names] = part.ending(0) if part.has_owner and pass_index == 0 else 0.0
+    told = ranks.meet("what a pass has added up", ([*sizes.values()], [*endings.values()]))
+    sizes = dict(zip(looked, map(max, *(size for size, _ in told)), strict=True))  # 0 of a rank without examples
+    if pass_index == 0:
+        owners.update(divide(dict(zip(looked, map(max, *(cost for _, cost in told)), strict=True)), ranks.world))
+    turns, room = list[list[Names]](), 0
+    for names, size in sizes.items():
+        if not turns or size > room:
+            turns.append([])
+            room = BUCKET
+        turns[-1].append(names)
+        room -= size
+    return turns
+
+
+def _lend(
+    looked: Mapping[Names, JointCurvature],
+    wanted: Sequence[Names],
+    pass_index: int,
+    owners: Mapping[Names, int],
+    setup: Setup,
+) -> None:
+    """Gives all ranks what the owners of these parts have made."""
+    ranks = setup.ranks
+    own = [names for names in wanted if owners[names] == ranks.rank]
+    made = {(names, key): value for names in own for key, value in looked[names].made(pass_index).items()}
+    for rank, theirs in enumerate(ranks.gather(f"what was made of pass {pass_index + 1}", made, setup.device)):
+        for names in {name for name, _ in theirs} if rank != ranks.rank else ():
+            looked[names].take_made(pass_index, _of(names, theirs))
 
 
 def leave_to_owners(curvature: NetworkCurvature, ranks: Ranks, reports: Mapping[Names, Mapping[str, Any]]) -> None:

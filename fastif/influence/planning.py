@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from fastif.curvature.protocol import STANDING, BlockWork, Cost, Products
@@ -19,7 +20,7 @@ from fastif.influence.rank_plans import Asked, PartWork, RankPlan, plan_ranks
 from fastif.influence.rehearsal import Rehearsal, rehearse, rehearse_scores
 from fastif.model.calls import dtype_of
 from fastif.model.losses import Fisher
-from fastif.ranks import ALONE
+from fastif.ranks import ALONE, stretch
 
 _ALIKE = 4  # parameters skipped for one reason that are listed one by one
 
@@ -104,7 +105,7 @@ def _by_reason(skipped: dict[str, str]) -> Iterator[str]:
 
 def make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | None, ranks: int | None = None) -> Plan:
     """See `Influence.plan`; the model stands ready with its hooks."""
-    setup = setup._replace(ranks=ALONE)  # a rank may plan on its own
+    setup = setup._replace(ranks=ALONE)  # a rank may plan on its own, if it holds the whole model
     made, seen = _make_plan(setup, train, query, low_rank)
     if ranks is None:
         return made
@@ -136,8 +137,27 @@ def make_plan(setup: Setup, train: Walked, query: Any | None, low_rank: int | No
     own = sum(cost.operations for cost in seen.costs.values())
     passes, streamed = max(1, setup.estimators.passes), _streamed(seen)
     flops, memory, replicate = made.fit_flops / states - own, setup.memory, setup.replicate
-    asked = Asked(ranks, passes, states, flops, streamed, made.q, item, memory, replicate)
+    model = _received_of_model(setup, train, seen, ranks)
+    asked = Asked(ranks, passes, states, flops, streamed, made.q, item, memory, replicate, model)
     return made._replace(ranks=tuple(plan_ranks(train, works, asked)))
+
+
+def _received_of_model(setup: Setup, train: Walked, seen: Rehearsal, world: int) -> int:
+    """Bytes of a sharded model that a fit brings every rank: all of them make each pass of any."""
+    passes = setup.passes
+    if passes.sharding is None:
+        return 0
+    loose = any(block.loose for block in setup.capture.blocks.values())
+    of_ranks: list[list[int]] = []
+    for rank in range(world):
+        mine = stretch(len(train.lengths), rank, world)
+        of_ranks.append([])
+        for length in train.lengths[mine.start : mine.stop]:
+            each = passes.at_a_time(length)
+            of_ranks[-1] += [min(each, length - begin) for begin in range(0, length, each)]
+    slices = [max(together) for together in zip_longest(*of_ranks, fillvalue=0)]
+    each_of = [1 + (n if loose else 0) for n in slices]  # a bare parameter takes a backward pass per example, too
+    return passes.sharding.received(backward * times for backward in seen.backward for times in each_of)
 
 
 def _streamed(seen: Rehearsal) -> int | None:

@@ -26,17 +26,19 @@ class RankPlan(NamedTuple):
     score_received: int = 0
     score_passes: int | None = None  # of scores over its training examples; None as for `Plan`
     self_passes: int = 1  # of self_influence over them, with the factors that `memory` holds at a time
+    model_received: int = 0  # bytes of a sharded model that torch brings in a fit, beside `fit_received`
 
     def __str__(self) -> str:
         peak = "unknown" if self.fit_bytes is None else _mib(self.fit_bytes)
         owns = f"; owns {', '.join(self.owns)}" if self.owns else ""
         scores = f"; scores send {_mib(self.score_sent)}" if self.score_sent or self.score_received else ""
         more = [(self.score_passes or 1, "scores"), (self.self_passes, "self-influence")]
+        model = f", and {_mib(self.model_received)} of the model" if self.model_received else ""
         again = "".join(f"; {number:,} passes of {what}" for number, what in more if number > 1)
         return (
             f"{self.examples:,} examples in {self.passes} passes, {self.fit_flops / 1e9:.1f} GFLOP, peak {peak}, "
             f"of which {_mib(self.curvature_bytes)} stay, sends {_mib(self.fit_sent)} and receives "
-            f"{_mib(self.fit_received)}{scores}{again}{owns}"
+            f"{_mib(self.fit_received)}{model}{scores}{again}{owns}"
         )
 
 
@@ -65,6 +67,7 @@ class Asked(NamedTuple):
     item: int  # bytes of a score
     memory: int
     replicate: bool
+    model: int = 0  # bytes of a sharded model that every rank receives in a fit
 
 
 Parts = Mapping[tuple[str, ...], PartWork]
@@ -78,7 +81,11 @@ def plan_ranks(train: Walked, parts: Parts, asked: Asked) -> list[RankPlan]:
     multiplied = sum(int(part.products.fit) * part.products.together * part.vector for part in parts.values())
     everywhere = 2 * (world - 1) * (total.summed + multiplied) // world
     largest = max(max(part.exchanged.owned, part.exchanged.summed) for part in parts.values())
-    buffers = 3 * max(largest, min(BUCKET, total.owned + total.summed)) if world > 1 else 0
+    buffers = 0
+    if world > 1:  # what goes, what comes, the sum in float64 and rounded, and what torch has not let go of yet
+        buffers = 6 * min(BUCKET, total.owned + total.summed) + (largest if largest > BUCKET else 0)
+    learned = sum(part.cost.learned for part in parts.values())
+    everything = sum(part.cost.held for part in parts.values())
     observing = sum(part.cost.operations - part.exchanged.ending for part in parts.values())
     travels = world > 1 and not asked.replicate and bool(owners)
     score_passes, self_passes = _passes(parts, asked) if travels else (None, 1)
@@ -96,7 +103,8 @@ def plan_ranks(train: Walked, parts: Parts, asked: Asked) -> list[RankPlan]:
         making = max((part.cost.making + part.product_bytes for part in here), default=0)
         peak = None
         if asked.streamed is not None:
-            peak = int(max(asked.streamed, held + making)) + (states - 1) * held + buffers
+            exchanging = max(learned, everything if asked.passes > 1 else 0) + buffers
+            peak = int(max(asked.streamed, exchanging, held + making)) + (states - 1) * held
         sent, received = (world - 1) * asked.q * examples, asked.q * (train.n - examples)
         queries = _queries(rank, owners, parts, asked) if travels else (0, 0)
         planned.append(
@@ -113,6 +121,7 @@ def plan_ranks(train: Walked, parts: Parts, asked: Asked) -> list[RankPlan]:
                 received * asked.item + states * queries[1],
                 score_passes,
                 self_passes,
+                states * asked.model,
             )
         )
     return planned

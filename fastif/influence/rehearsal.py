@@ -51,6 +51,7 @@ class Rehearsal(NamedTuple):
     first_pass: int | None  # peak of the first pass, with all that the estimators make of it
     second_pass: int | None  # peak of the second, beside what is held; 0 where there is none
     gradients: int | None  # peak of the passes of a slice that bring its gradients
+    backward: list[int]  # by pass of a fit, the backward passes of a slice
     curvature: NetworkCurvature | None  # that has observed a slice; None where some estimator is too large for it
 
 
@@ -142,12 +143,12 @@ def rehearse(setup: Setup, train: Walked, n: int) -> Rehearsal:
         data = _as_whole_data(setup, names, *batch)
         rows = cost.hessian_rows
         products[names] = _rows_taken(data, rows) if rows else _products_taken(data, part.products(n), n)
-    curvature, first, second = _observe_some(setup, x, y, costs, taking)
+    curvature, first, second, taken = _observe_some(setup, x, y, costs, taking)
+    backward = [sum(columns[fisher] for fisher in of_pass) for of_pass in taken]
     flops = setup.estimators.passes * counter.get_total_flops() * (1 + 2 * max(columns.values())) / 3 / each
     batch_bytes = sum(part.nbytes for _, part in parts_of(batch[0]) if isinstance(part, Tensor))
-    return Rehearsal(
-        blocks, costs, works, fishers, products, flops, batch_bytes, first, second, passed.peak_bytes, curvature
-    )
+    peaks = first, second, passed.peak_bytes
+    return Rehearsal(blocks, costs, works, fishers, products, flops, batch_bytes, *peaks, backward, curvature)
 
 
 def _observe_some(
@@ -156,8 +157,9 @@ def _observe_some(
     y: Any,
     costs: Mapping[tuple[str, ...], Cost],
     taking: Mapping[tuple[str, ...], Cost],
-) -> tuple[NetworkCurvature | None, int | None, int | None]:
-    """The estimators after a slice of a batch, if all of them are small, and the peaks of both passes over it."""
+) -> tuple[NetworkCurvature | None, int | None, int | None, list[set[Fisher]]]:
+    """The estimators after a slice of a batch, if all of them are small; the peaks of both passes over it, and of which
+    Fishers gradients are taken in each."""
     small: set[tuple[str, ...]] = set()
     room = REHEARSED
     for names, cost in sorted(taking.items(), key=lambda entry: max(entry[1].learned, entry[1].held)):
@@ -172,21 +174,22 @@ def _observe_some(
     curvature = prepare(NetworkCurvature(shown), setup.capture.blocks, None, setup.memory)
     n = batch_length(x)
     weights = torch.full((n,), 1 / n, dtype=torch.float64, device=setup.device)
+    taken = list[set[Fisher]]()
     with Measure(setup.device, exact=True) as observed:
         for _ in range(2):  # from the second batch on, what was learned is there beside what is being learned
-            observe(setup.passes, curvature.open(0), x, y, weights, 0, Generator(), _COLUMNS)
+            taken = [observe(setup.passes, curvature.open(0), x, y, weights, 0, Generator(), _COLUMNS)]
     again = copy.deepcopy(curvature.open(1))
     for part in again.parts.values():
         part.stand_in()
     with Measure(setup.device, exact=True) as turned:
         if again.parts:
-            observe(setup.passes, again, x, y, weights, 1, Generator(), _COLUMNS)
+            taken.append(observe(setup.passes, again, x, y, weights, 1, Generator(), _COLUMNS))
     if observed.peak_bytes is None or turned.peak_bytes is None:
-        return (None if large else curvature), None, None
+        return (None if large else curvature), None, None, taken
     beside = max((cost.observing for cost in large), default=0)
     first = observed.peak_bytes + sum(cost.learned for cost in large) + beside
     second = turned.peak_bytes + beside if again.parts else 0
-    return (None if large else curvature), first, second
+    return (None if large else curvature), first, second, taken
 
 
 def rehearse_scores(

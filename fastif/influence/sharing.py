@@ -85,5 +85,6 @@ class Draws:
         if len(found) > 1:
             raise ValueError(
                 f"fisher='monte_carlo' on several ranks: some examples take {found[0]} drawn numbers and others "
-                f"{found[1]}, so that a rank cannot know where its own begin: pad the examples to one length"
+                f"{found[1]}, so that a rank cannot know where its own begin: pad the examples to one length, choose "
+                "fisher='empirical', or fit on one process and load its state_dict() on all ranks"
             )

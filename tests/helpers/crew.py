@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 12  # seconds of the process group: what a rank waits for the others
+START = timedelta(seconds=60)  # what it waits for them when the group is made
 
 
 class Failed(RuntimeError):
@@ -35,7 +36,10 @@ class Crew:
     def __init__(self, world: int, timeout: float = TIMEOUT):
         self.world = world
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        # Forks of one process that has imported everything: ranks that each import torch start seconds apart on a busy
+        # machine, and with a short timeout the first one gave up before the other was there.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.ranks.sharded_cases"])
         pipes = [context.Pipe() for _ in range(world)]
         self.processes = [
             context.Process(
@@ -104,9 +108,13 @@ def _work(rank: int, world: int, port: int, timeout: float, pipe: Any, covering:
         count.start()
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    # On a busy machine ranks may find one another seconds apart: the short wait counts from when they have.
+    store.set_timeout(START)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=START)
+    dist.barrier()
     limit = timedelta(seconds=timeout)
     store.set_timeout(limit)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
+    dist.distributed_c10d._set_pg_timeout(limit)  # torch has no public name for it
     while True:
         try:
             function, args = pickle.loads(pipe.recv_bytes())

@@ -208,7 +208,10 @@ def test_one_walk_is_one_walk():
 
 BAD = {
     "share": (lambda i, t, f: Index.build(i, t, f, share=0), r"share must be a number in \(0, 1\], got 0"),
-    "share too small": (lambda i, t, f: Index.build(i, t, f, share=1e-6), "share=1e-06 keeps no factor of 60 ex"),
+    "share too small": (
+        lambda i, t, f: Index.build(i, t, f, share=1e-6),
+        "share=1e-06 keeps no factor of a sample of 45",
+    ),
     "dtype": (lambda i, t, f: Index.build(i, t, f, dtype="int4"), "dtype must be one of 'int8', .* got 'int4'"),
     "few ids": (lambda i, t, f: Index.build(i, t, f, ids=["a"]), "one for each of 60 examples, got 1"),
     "same ids": (lambda i, t, f: Index.build(i, t, f, ids=["a", *"b" * (N - 1)]), "distinct, 'b' is there twice"),

@@ -251,3 +251,25 @@ def test_its_files_can_be_read_without_fastif(built):
         _, _, gradients = next(influence.passes.gradients((built[2][0][:BATCH], built[2][1][:BATCH]), "x"))
     weighed = metric.basis.rotate(gradients["0"]).formed()[:, 0] * metric.rows[0, :, None] * metric.columns[0]
     torch.testing.assert_close(found.double(), weighed, rtol=0, atol=0.02 * float(weighed.abs().max()))
+
+
+def test_a_build_that_was_cut_off_before_its_error_was_measured_measures_it(tmp_path, monkeypatch):
+    model, train, _, loss = language()
+    influence = fitted(model, train, loss)
+    whole = Index.build(influence, train, tmp_path / "whole", share=0.3)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "measure", full)
+        with pytest.raises(OSError, match="no space"):
+            Index.build(influence, train, tmp_path / "cut", share=0.3)
+    cut = Index(tmp_path / "cut", influence)
+    assert cut.finished
+    assert cut.measured is None
+    assert (tmp_path / "cut" / building.EXACT).exists()
+    resumed = Index.build(influence, train, tmp_path / "cut", share=0.3, resume=True)
+    assert resumed.measured == whole.measured is not None
+    names = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("cut", "whole")]
+    assert names[0] == names[1]

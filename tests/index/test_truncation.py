@@ -143,3 +143,24 @@ def test_few_queries_and_many_meet_the_same_factors(q, g):
     torch.testing.assert_close(factors.dots(queries), wanted)
     some = torch.tensor([0, 3, 4, 11])
     torch.testing.assert_close(factors.select(some).dots(queries), wanted[:, some])
+
+
+@pytest.mark.parametrize(("o", "d"), [(6, 9), (9, 6), (1, 5)])
+def test_int8_factors_meet_queries_as_integers_within_the_stated_bound(monkeypatch, o, d):
+    monkeypatch.setattr("fastif.index.factors._CACHED", 40)  # several pieces, the last one shorter
+    truncated = truncate(gradients("factors", 1, 12, 3, o, d), metric(1, o, d), 1e-3)
+    factors = Factors.store(truncated, torch.int8)
+    queries = torch.randn(3, 1, o, d, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    queries[1, :, o // 2] = 0
+    monkeypatch.setattr("fastif.index.factors._has_integer_products", lambda: False)
+    exact = factors.dots(queries)
+    monkeypatch.setattr("fastif.index.factors._has_integer_products", lambda: True)
+    found = factors.dots(queries)
+    left, right = (x.abs().double() for x in factors._vectors(slice(None), queries))
+    largest = queries[:, 0].abs().amax(2 if o <= d else 1) / (254 * 127)  # steps of each row, or column
+    each = left @ largest.T * right.sum(1)[:, None] if o <= d else right @ largest.T * left.sum(1)[:, None]
+    owners = torch.arange(12).repeat_interleave(factors.ranks[:, 0].long())
+    bound = torch.zeros_like(exact).index_add_(1, owners, each.T / 2)
+    assert bool(((found - exact).abs() <= bound * (1 + 1e-9)).all())
+    assert bool((found != exact).any())
+    assert bool((exact[1] != 0).any()) == (o > 1)

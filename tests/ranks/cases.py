@@ -37,9 +37,11 @@ from fastif import (
     remove,
     samplers,
 )
-from fastif.influence import score_job, shared_folder
+from fastif import ranks as ranks_module
+from fastif.influence import owners, rank_plans, score_job, shared_folder
 from fastif.influence.owners import Elsewhere
 from fastif.influence.scoring import compute_scores
+from fastif.measure import Measure
 from fastif.ranks import ALONE, find_ranks
 from tests.helpers.by_hand import problem
 from tests.helpers.problems import Problem
@@ -281,6 +283,33 @@ def planned_and_sent(estimator: Any, width: int = 40, low_rank: int | None = Non
     return plan, moved
 
 
+def planned_and_held(estimator: Any, divide: bool = False) -> tuple[int, int]:
+    """The peak of a fit of many like layers that a plan foretells, and the peak itself, with small messages."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(16) for layer in (nn.Linear(256, 256, bias=False), nn.Tanh())]
+    data = torch.randn(64, 256), torch.arange(64) % 5
+    model = nn.Sequential(*layers, nn.Linear(256, 5))
+    if divide:
+        for layer in model[:-1:2]:
+            fully_shard(layer)
+        fully_shard(model)
+    made = Influence(model, curvature=estimator, layers="*", progress=False, batch_size=8)
+    places = ranks_module, owners, rank_plans
+    before = ranks_module.BUCKET
+    for place in places:
+        place.BUCKET = 1 << 19
+    try:
+        planned = made.plan(data, ranks=made.ranks.world).ranks[made.ranks.rank].fit_bytes
+        with Measure(exact=True) as work:
+            made.fit(data)
+    finally:
+        for place in places:
+            place.BUCKET = before
+    assert planned is not None
+    assert work.peak_bytes is not None
+    return planned, work.peak_bytes
+
+
 def features(n: int) -> Any:
     model, (x, y), _ = problem("mlp")
     return extract(model, (x[:n], y[:n]), batch_size=5, progress=False)._asdict()
@@ -385,7 +414,7 @@ def wrapped(how: str) -> Any:
     return scores(fully_shard(copy.deepcopy(model))), want
 
 
-def in_train_mode() -> dict[str, Any]:
+def in_train_mode(folder: str) -> dict[str, Any]:
     """A model whose BatchNorm takes its statistics from the batch: an example's gradient depends on its neighbours."""
     torch.manual_seed(0)
     x, y = torch.randn(24, 5, dtype=torch.float64), torch.arange(24) % 3
@@ -394,6 +423,7 @@ def in_train_mode() -> dict[str, Any]:
     made, query = Influence(model, curvature=EKFAC(1e-2), **how).fit((x, y)), (x[:8], y[:8])
     return {
         "scores": made.scores(query, (x, y)),
+        "written": made.scores(query, (x, y), out=folder).load(),
         "query groups": made.scores(query, (x, y), query_groups=torch.arange(8) % 2),
         "low rank": made.scores(query, (x, y), low_rank=1),
         "top": made.top(query, (x, y), 3)[0],

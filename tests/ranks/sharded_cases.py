@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 
 from fastif import EKFAC, Index, Influence, Replay, extract, remove, samplers, sharded
 from fastif.influence import score_job
+from fastif.influence.owners import Elsewhere
 from fastif.ranks import find_ranks
 from tests.helpers.by_hand import CLASSES, problem
 from tests.ranks.cases import ESTIMATORS
@@ -138,7 +140,7 @@ def refusals(folder: str) -> dict[str, str]:
         **{name: partial(Influence, model, curvature=ESTIMATORS[name]) for name in ("cg", "lissa")},
         **{name: partial(Influence, model, curvature=ESTIMATORS[name]) for name in ("arnoldi", "hessian")},
         "sharded later": partial(made_before.fit, (x, y)),
-        "plan": partial(fitted.plan, (x, y)),
+        "plan": partial(fitted.plan, (x, y), ranks=5),
         "copy": partial(copy.deepcopy, fitted),
         "index": partial(Index.build, fitted, (x, y), folder),
         "remove": partial(remove, model, (x, y), [0]),
@@ -196,6 +198,27 @@ def failing_layer(name: str) -> Any:
     return said, made.scores((x[:3], y[:3]), (x, y))
 
 
+def failing_backward(name: str, kind: str, call_number: int) -> Any:
+    """A layer that fails on the last rank on the way back; what was said, after how long, and scores of another try."""
+    (x, y), ranks, calls = problem("mlp").data, find_ranks(), []
+    model = divided(network(kind))
+    made = Influence(model, curvature=EKFAC(1e-2), progress=False, batch_size=4).fit((x, y))
+
+    def fail(*_: Any) -> None:
+        calls.append(name)
+        if len(calls) == call_number and ranks.rank == ranks.world - 1:
+            raise RuntimeError("a layer that fails on one rank")
+
+    hook = model.get_submodule(name).register_full_backward_pre_hook(fail)
+    begun, said = time.monotonic(), "nothing"
+    try:
+        made.fit((x, y))
+    except RuntimeError as error:
+        said = str(error)
+    hook.remove()
+    return said, time.monotonic() - begun, made.scores((x[:3], y[:3]), (x, y))
+
+
 def gathered_bytes() -> Any:
     """The most bytes of whole parameters that stand at a time on this rank, and those of all and of the root's own."""
     x, y = problem("mlp").data
@@ -215,6 +238,40 @@ def gathered_bytes() -> Any:
     sizes = {name: parameter.numel() * parameter.itemsize for name, parameter in model.named_parameters()}
     of_blocks = [sum(size for name, size in sizes.items() if name.startswith(f"middle.{i}")) for i in range(2)]
     return most, sum(sizes.values()), of_blocks
+
+
+def planned_and_moved(name: str, kind: str = "layers", **how: Any) -> Any:
+    """A plan for this rank of a sharded model; what a fit then holds, sends, and receives of torch."""
+    x, y = problem("mlp").data
+    model, x = (network(kind).float(), x.float()) if how.get("mp_policy") else (network(kind), x)
+    made = Influence(divided(model, **how), curvature=ESTIMATORS[name], progress=False, batch_size=4)
+    ranks, received = made.ranks, 0
+    plan = made.plan((x, y)).ranks[ranks.rank]
+    made.fit((x, y))  # the first one looks at the first batch, which takes passes of its own
+    calls = [call for call in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, call)]
+    of_torch = {call: getattr(dist, call) for call in calls}
+
+    def counted(call: str) -> Any:
+        def gather(out: Tensor, part: Tensor, *args: Any, **options: Any) -> Any:
+            nonlocal received
+            received += out.nbytes - part.nbytes
+            return of_torch[call](out, part, *args, **options)
+
+        return gather
+
+    before = ranks.bytes_sent, ranks.bytes_received
+    try:
+        for call in calls:
+            setattr(dist, call, counted(call))
+        made.fit((x, y))
+    finally:
+        for call in calls:
+            setattr(dist, call, of_torch[call])
+    (curvature,) = made.fitted.curvatures
+    here = [part for part in curvature.parts.values() if not isinstance(part, Elsewhere)]
+    held = sum(value.nbytes for part in here for value in part.state_dict().values())
+    moved = ranks.bytes_sent - before[0], ranks.bytes_received - before[1]
+    return plan, held, moved, received
 
 
 def mixed_precision(kind: str) -> Any:

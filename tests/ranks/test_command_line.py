@@ -1,5 +1,7 @@
 """`torchrun -m fastif ...` writes what one process writes, says it once, and refuses what it does not divide."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -10,6 +12,8 @@ import pytest
 import torch
 
 from fastif import ScoreFolder
+from fastif.ranks import find_ranks
+from tests.ranks.test_commands import command
 
 pytest.importorskip("typer", reason="the command line needs typer")
 ROOT = Path(__file__).parents[2]
@@ -27,10 +31,10 @@ def problem():
 """
 
 
-def run(folder, *arguments, ranks=1, **environment):
-    started = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
+def run(folder, *arguments, **environment):
+    started = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastif"]
     return subprocess.run(
-        [sys.executable, "-m", *started, "fastif", *arguments],
+        [sys.executable, *started, *arguments],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
@@ -48,8 +52,8 @@ def folder(tmp_path):
 
 def test_two_ranks_write_what_one_process_writes(folder):
     asked = ("scores", "own.py:problem", "--batch-size", "10", "--self-influence", "--out")
-    alone, together = run(folder, *asked, "one"), run(folder, *asked, "two", ranks=2)
-    assert alone.returncode == 0, alone.stderr
+    assert command(str(folder), *asked, "one")[0] == 0
+    together = run(folder, *asked, "two")
     assert together.returncode == 0, together.stderr
     one, two = (ScoreFolder(folder / name).load() for name in ("one", "two"))
     assert torch.allclose(one, two, rtol=1e-9, atol=1e-9 * float(one.abs().max()))
@@ -59,26 +63,58 @@ def test_two_ranks_write_what_one_process_writes(folder):
         file.name for file in (folder / "two").iterdir()
     )
     assert together.stdout.count("two: the scores, as fastif.ScoreFolder reads them") == 1
-    again = run(folder, *asked, "two", "--resume")  # by another number of ranks
-    assert again.returncode == 0, again.stderr
+    assert command(str(folder), *asked, "two", "--resume")[0] == 0  # by another number of ranks
     assert torch.equal(ScoreFolder(folder / "two").load(), two)
 
 
+def errors_of(folder, *arguments):
+    """The exit code of a command and what it says of errors, run in a folder."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code, _ = command(folder, *arguments)
+    return code, said.getvalue()
+
+
 @pytest.mark.parametrize(
-    ("arguments", "environment", "said"),
+    ("arguments", "said"),
     [
         (
             ("sample", "logit", "--k", "3", "--out", "x.npz"),
-            {},
             "fastif sample works in one process: run it without torchrun, which divides scores, index, query, remove, "
             "class-removal",
         ),
-        (("scores", "own.py:absent", "--out", "x"), {}, "error: own.py has no function absent"),
-        (("scores", "own.py:problem", "--out", "x"), {"FAILING": "1"}, "RuntimeError: only on this rank"),
+        (("scores", "own.py:absent", "--out", "x"), "error: own.py has no function absent"),
     ],
 )
-def test_an_error_ends_all_ranks_and_is_said_once(folder, arguments, environment, said):
-    done = run(folder, *arguments, ranks=2, **environment)
+def test_an_error_is_said_by_the_first_rank_alone(two, folder, arguments, said):
+    (code, errors), (other_code, silence) = two(errors_of, str(folder), *arguments)
+    assert code != 0
+    assert other_code != 0
+    assert errors.count(said) == 1
+    assert silence == ""
+    assert not (folder / "x").exists()
+
+
+def fail_on_the_second(folder):
+    os.environ.update(RANK=str(find_ranks().rank), FAILING="1")  # as torchrun has it, and the script asks
+    try:
+        return errors_of(folder, "scores", "own.py:problem", "--out", "x")
+    finally:
+        del os.environ["RANK"], os.environ["FAILING"]
+
+
+def test_an_error_of_one_rank_is_said_once(two, folder):
+    (code, errors), (other_code, others) = two(fail_on_the_second, str(folder))
+    assert code != 0
+    assert other_code != 0
+    assert errors == ""
+    assert others.count("RuntimeError: only on this rank") == 1
+    assert not (folder / "x").exists()
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_ends_torchrun_and_is_said_once(folder):
+    done = run(folder, "scores", "own.py:problem", "--out", "x", FAILING="1")
     assert done.returncode != 0
-    assert done.stderr.count(said) == 1, done.stderr
+    assert done.stderr.count("RuntimeError: only on this rank") == 1, done.stderr
+    assert "AssertionError" not in done.stderr
     assert not (folder / "x").exists()

@@ -84,6 +84,30 @@ def test_an_index_is_built_and_asked_by_two_ranks(two, folder):
     assert (folder / "one.csv").read_text() == (folder / "two.csv").read_text()
 
 
+def test_answers_of_an_index_are_explained_by_two_ranks(two, tmp_path):
+    """The folder of `query --out`: its table and its pages; all ranks ask, the first writes."""
+    pytest.importorskip("transformers", reason="models in folders are transformers'")
+    from tests.helpers.folders import ASKED, SAID, save_language_model, write_file
+
+    save_language_model(tmp_path / "model")
+    write_file(tmp_path / "train.jsonl", text=SAID)
+    write_file(tmp_path / "query.csv", text=ASKED)
+    files = ("--model", "model", "--train", "train.jsonl", "--layers", "*.mlp.*", "--fisher", "empirical", "--quiet")
+    assert command(str(tmp_path), "index", *files, "--share", "1", "--out", "index") == (0, "")
+    for more in ((), ("--rerank", "5")):
+        asked = ("query", "index", "--query", "query.csv", "--top", "4", "--pages", "2", *more, "--out")
+        one, both = (tmp_path / f"{name} {len(more)}" for name in ("one", "two"))
+        assert command(str(tmp_path), *asked, one.name)[0] == 0
+        (code, said), (other_code, silence) = two(command, str(tmp_path), *asked, both.name)
+        assert (code, other_code, silence) == (0, 0, "")
+        assert said.count("the first 2 queries, explained") == 1
+        assert names(one) == names(both) == ["explain", "run.toml", "top.csv"]
+        assert (one / "top.csv").read_text() == (both / "top.csv").read_text()
+        assert names(one / "explain") == names(both / "explain") == ["query-0.html", "query-1.html"]
+        for name in names(one / "explain"):
+            assert (one / "explain" / name).read_text() == (both / "explain" / name).read_text()
+
+
 def test_examples_are_removed_by_two_ranks(two, folder):
     (folder / "gone.txt").write_text("3\n9\n12\n")
     asked = ("remove", "own.py:problem", "--indices", "gone.txt", "--k", "30", "--verify", "--out", "OUT")

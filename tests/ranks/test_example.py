@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -28,18 +29,25 @@ def found_in(text):
     return re.findall(r"test digit \d+: rests most on training digits (\[.*?\])", text)
 
 
-SCRIPT = [str(ROOT / "examples" / "many_ranks.py"), "--epochs", "1"]
+SCRIPT = [str(ROOT / "examples" / "many_ranks.py"), "--epochs", "1", "--examples", "512"]
 RUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *SCRIPT]
 
 
-def test_many_ranks(tmp_path):
-    alone = said(*SCRIPT, "--out", str(tmp_path / "one"))
+def said_here(monkeypatch, capsys, *arguments):
+    """What the example says when it runs in this process, which has imported everything."""
+    monkeypatch.setattr(sys, "argv", [*arguments])
+    runpy.run_path(arguments[0], run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_many_ranks(tmp_path, monkeypatch, capsys, one_thread):
+    alone = said_here(monkeypatch, capsys, *SCRIPT, "--out", str(tmp_path / "one"))
     together = said(*RUN, "--out", str(tmp_path / "two"))
     digits = found_in(alone), found_in(together)
     assert len(digits[0]) == 20
     assert sum(a == b for a, b in zip(*digits, strict=True)) >= 18  # float32: near ties may change places
-    assert alone.startswith("1 ranks; the first took 1438 of 1438 examples\nsent 0 bytes")
-    assert re.match(r"2 ranks; the first took \d+ of 1438 examples\nsent [\d,]+ bytes", together)
+    assert alone.startswith("1 ranks; the first took 512 of 512 examples\nsent 0 bytes")
+    assert re.match(r"2 ranks; the first took \d+ of 512 examples\nsent [\d,]+ bytes", together)
     one, two = (ScoreFolder(tmp_path / name).load() for name in ("one", "two"))
     assert float((one - two).norm() / one.norm()) < 1e-3
     assert torch.isfinite(two).all()

@@ -78,9 +78,9 @@ def test_an_error_of_an_owner_ends_all_with_its_number(two):
     assert all(not isinstance(one, Failed) for one in two(keeps_one))  # and they go on together
 
 
-def test_queries_of_a_model_in_train_mode_stay_in_their_batches(two):
-    want = in_train_mode()
-    for got in two(in_train_mode):
+def test_queries_of_a_model_in_train_mode_stay_in_their_batches(two, tmp_path):
+    want = in_train_mode(str(tmp_path / "one"))
+    for got in two(in_train_mode, str(tmp_path / "two")):
         compare(got, want)
 
 

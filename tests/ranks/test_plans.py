@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from fastif import CG, EKFAC, KFAC, Arnoldi, DataInf, Diagonal, ExactBlock, Influence, RandomProjection, RelativeDamping
+from fastif.measure import MEMORY_BY
 from tests.helpers.crew import Crew
-from tests.ranks.cases import planned_and_sent
+from tests.ranks.cases import planned_and_held, planned_and_sent
 
 ESTIMATORS = [
     KFAC(1e-2),
@@ -38,6 +39,14 @@ def test_two_ranks_send_what_was_planned(two, estimator):
 @pytest.mark.parametrize("options", [{"replicate": True}, {"low_rank": 2}, {"memory": 1 << 16}], ids=str)
 def test_copies_low_ranks_and_little_memory(two, options):
     hold(two, EKFAC(1e-2), **options)
+
+
+@pytest.mark.skipif(MEMORY_BY != "allocations", reason="nothing counts allocations here")
+@pytest.mark.parametrize(("kind", "divide"), [(KFAC, False), (EKFAC, False), (EKFAC, True)])
+def test_a_rank_holds_no_more_than_was_planned(two, kind, divide):
+    """Moments go to their owners before anything is made of them, and what comes back takes their place."""
+    for planned, held in two(planned_and_held, kind(1e-2, "empirical"), divide):
+        assert held <= 1.1 * planned <= 1.4 * held  # torch's threads let go of what was sent a little later
 
 
 @pytest.mark.slow

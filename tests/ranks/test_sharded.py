@@ -1,18 +1,23 @@
 """A model that ranks hold in parts answers as the whole one does on one process, and as often as it is asked."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from tests.helpers.crew import Crew
+from tests.helpers.crew import TIMEOUT, Crew
 from tests.ranks.sharded_cases import (
     answers,
     brief_answers,
+    failing_backward,
     failing_layer,
     failing_loss,
     gathered_bytes,
     mixed_precision,
     moved_state,
     on_mesh,
+    planned_and_moved,
     refusals,
     sampled,
 )
@@ -70,7 +75,8 @@ def test_what_a_sharded_model_cannot_do_is_refused_on_all_ranks(two, tmp_path):
     for said in two(refusals, str(tmp_path / "index")):
         for name, kind in (("cg", "CG"), ("lissa", "LiSSA"), ("arnoldi", "Arnoldi"), ("hessian", "ExactBlock")):
             assert said[name].startswith(f"Influence: {kind} differentiates by parameters, of which each rank holds a")
-        for name in ("plan", "copy", "index", "remove", "remove all", "replay"):
+        assert "is held in parts by 2 ranks, which can plan for themselves alone, got ranks=5" in said["plan"]
+        for name in ("copy", "index", "remove", "remove all", "replay"):
             assert "is a DTensor, of which each rank has a part" in said[name], name
             assert "get_model_state_dict" in said[name]
         assert (
@@ -99,9 +105,44 @@ def test_an_error_within_a_pass_of_one_rank_ends_all_at_once(two, name):
         assert torch.allclose(scores, want[1], rtol=0, atol=1e-9 * float(want[1].abs().max()))
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "call"),
+    [
+        ("middle.0", "layers", 4),
+        ("middle.1", "layers", 2),
+        ("head", "layers", 3),
+        ("middle.1", "bare", 7),
+    ],
+)
+def test_an_error_in_a_backward_pass_of_one_rank_ends_all_at_once(two, name, kind, call):
+    _, _, want = failing_backward(name, kind, 0)
+    for said, took, scores in two(failing_backward, name, kind, call):
+        assert said.endswith("a layer that fails on one rank")
+        assert took < 0.8 * TIMEOUT  # which torch would wait
+        assert torch.allclose(scores, want, rtol=0, atol=1e-9 * float(want.abs().max()))  # and all can go on
+
+
 def test_whole_layers_do_not_stand_all_at_once(two):
     for most, total, of_blocks in two(gathered_bytes):
         assert 0 < most <= total - min(of_blocks)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "how"),
+    [
+        ("ekfac", "layers", {}),
+        ("kfac", "bare", {}),
+        ("exact", "layers", {"reshard_after_forward": False}),
+        ("kfac monte carlo", "layers", {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}),
+    ],
+    ids=str,
+)
+def test_a_plan_of_a_sharded_model(two, name, kind, how):
+    for plan, held, moved, received in two(partial(planned_and_moved, **how), name, kind):
+        assert plan.curvature_bytes == held or name == "exact"  # which holds a factor, too
+        assert plan.model_received == received > 0
+        assert moved == pytest.approx((plan.fit_sent, plan.fit_received), rel=0.1, abs=64)
+        assert "MiB of the model" in str(plan)
 
 
 def test_layers_that_are_gathered_in_16_bits(two):

@@ -160,6 +160,10 @@ class ExactBlock(Curvature):
         del pass_index
         self._sum.block = sums["block"]
 
+    def let_go(self, pass_index: int) -> None:
+        del pass_index
+        self._forget()
+
     def ending(self, pass_index: int) -> float:
         """Of the factor."""
         del pass_index
