@@ -260,3 +260,10 @@ def test_what_source_refuses_of_adam(monkeypatch):
         log.step(optimizer, torch.arange(24))
     with pytest.raises(ValueError, match=r"steps of parameter group 0 differ in weight_decay: \[0.1, 0.2\]"):
         Source(log, model, data(), segments=1)
+
+    def still(parameters):
+        return torch.optim.AdamW(parameters, lr=0.0)
+
+    model, log = recorded(still, data(), batches(torch.arange(24), 8, 1))
+    with pytest.raises(ValueError, match="a step of the log must have a learning rate > 0, got 3 steps without"):
+        Source(log, model, data(), segments=1)
