@@ -414,7 +414,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             "parameters": sum(parameter.numel() for parameter in models[0].parameters()),
             "seconds_of_a_retraining": float(judges.halves.seconds.mean()),
             "accuracy": float((models[0](work.query[0]).argmax(1) == work.query[1]).double().mean()),
-            "training_time": [log.training_time for log in logs[:2]],
+            "training_time": [log.training_time for log in logs[:2]] or None,
             "ceilings": [evaluation.ceiling(one) if work.seeds > 1 else None for one in judges[:2]],
         }
         wanted = {k: v for k, v in CONTENDERS.items() if _wanted(k, given.contenders) and (name, k) not in done}

@@ -219,7 +219,8 @@ class Source:
 
     def _gradients(self, passes: Passes, end: dict[str, Tensor], query: Walked) -> Iterator[dict[str, Tensor]]:
         """The queries' gradients at the end of the training, as many at a time as a third of the memory holds."""
-        size = sum(block.size for block in passes.capture.blocks.values()) * 4
+        size = sum(block.size for block in passes.capture.blocks.values())
+        size *= max(value.element_size() for value in end.values())
         for chosen in torch.arange(query.n).split(max(1, self.memory // 3 // size)):
             held: dict[str, list[Tensor]] = {}
             batches = [batch for batch, _ in query.picked(chosen)]
