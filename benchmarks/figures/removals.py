@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -78,12 +79,12 @@ def frontier_picture(name: str, path: Path) -> None:
                     style = "-" if method == "retrained" else ":"
                     axis.axhline(value, color="#888888", linestyle=style, linewidth=1, label=method)
                 continue
-            name, _, layers = method.removesuffix(", then head").partition(": ")
-            marker = "*" if method.endswith("then head") else _MARKERS[name]
+            kind, _, layers = method.removesuffix(", then head").partition(": ")
+            marker = "*" if method.endswith("then head") else _MARKERS[kind]
             colour = _COLOURS.get(layers, "#777777")
             size = 13 if marker == "*" else 6
             axis.plot(share, value, marker=marker, color=colour, linestyle="", markersize=size, label=method)
-        axis.axvline(100 * MOST, color="#cccccc", linewidth=1)
+        axis.axvline(100 * MOST, color="#cccccc", linewidth=1, label=f"{100 * MOST:.0f} % of retraining's time")
         axis.set(title=removed, xscale="log", xticks=(1, 2, 5, 10, 20), xticklabels=("1", "2", "5", "10", "20"))
         axis.minorticks_off()
     for row in axes:
@@ -142,14 +143,17 @@ def sequence_picture(name: str, path: Path) -> None:
     results = results_of(name)
     figure, axes = new_figure(1, 1, 7, 3.6)
     axis = axes[0][0]
-    for row, colour in zip(results["rows"], _COLOURS.values(), strict=False):
+    for row, colour in zip(results["rows"], cycle(_COLOURS.values()), strict=False):
+        # Rounding leaves some a little below the minimum, which a logarithm does not show.
         away = [max(value, 1e-10) for value in row["head"]["above the minimum"]]
         axis.semilogy(range(1, len(away) + 1), away, color=colour, linewidth=1)
         axis.plot(len(away), max(row["head"]["of one removal"], 1e-10), marker="o", color=colour, linestyle="")
-    axis.axhline(1e-3, color="#888888", linewidth=1, linestyle=":")
+    before = _mean([row["head"] for row in results["rows"]], "before")
+    axis.axhline(before, color="#888888", linewidth=1, linestyle=":", label="as trained, before any removal")
+    axis.legend(loc="upper right", frameon=False)
     axis.set(
         xlabel="examples removed, one after another",
-        ylabel="excess: objective above its minimum",
+        ylabel="objective above its minimum",
         title="The head: lines one by one, dots all at once; a colour for each network",
     )
     figure.savefig(path, dpi=110, metadata={"Software": None, "Description": results["meta"]["date"]})

@@ -110,8 +110,7 @@ def remove_command(
     model, train, query = returned(script, function_named(script))
     torch.manual_seed(seed)  # what a sampler draws from under a certificate
     n = count(train, batch_size)
-    settings: dict[str, Any] = {"steps": steps, "weight_decay": weight_decay, "damping": damping}
-    told = {} if loss == "cross_entropy" else {"loss": loss}
+    settings: dict[str, Any] = {"steps": steps, "loss": loss, "weight_decay": weight_decay, "damping": damping}
     budget = None if k is None else check_budgets([k], n)[0]
     first = find_ranks().rank == 0  # which alone verifies, prints and writes
     with writable(out) if first else nullcontext():
@@ -122,7 +121,6 @@ def remove_command(
             layers=None if layers is None else split(layers),
             subset=None if budget is None else partial(function, k=budget),
             certificate=certificate,
-            loss=loss,  # pyright: ignore[reportArgumentType]
             batch_size=batch_size,
             device=where,
             # Under a certificate the noise must not come from a seed that is known.
@@ -131,7 +129,7 @@ def remove_command(
             **settings,
         )
         about = {"script": script, "indices": str(indices), "removed": len(gone), "n": n, "layers": layers}
-        about |= {"sampler": None if budget is None else sampler, "k": budget, "seed": seed, **settings, **told}
+        about |= {"sampler": None if budget is None else sampler, "k": budget, "seed": seed, **settings}
         if not first:
             return
         _write(out, removal, about, gone)

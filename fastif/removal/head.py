@@ -298,7 +298,8 @@ def optimal_head(
 def _check_head(features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if features.dim() != 2 or weight.dim() != 2 or features.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"remove: features must be [n, d] and weight [c, d], got {list(features.shape)} and {list(weight.shape)}"
+            f"remove: features must be [n, d] and weight [c, d], got {list(features.shape)} and {list(weight.shape)}; "
+            "of a model with an output for every position say loss='causal_lm' or 'token_cross_entropy'"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"remove: bias must be [c={len(weight)}], got {list(bias.shape)}")

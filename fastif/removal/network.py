@@ -284,6 +284,11 @@ class RetainedNetwork:
                 "times, and its last output must be the model's; name the last layer with head=, and let the model "
                 "return logits"
             )
+        if self._loss == "cross_entropy" and logits.dim() > 2:
+            raise ValueError(
+                f"remove: loss='cross_entropy' is for one label per example, got outputs {list(logits.shape)}; of "
+                "words say 'causal_lm' (each position foretells the next) or 'token_cross_entropy'"
+            )
 
     def _losses(self, x: Any, y: Any) -> Tensor:
         batch = labels_in(x, y)

@@ -31,6 +31,7 @@ from fastif.removal.head import RetainedHead, check_settings
 from fastif.removal.losses import HeadLoss, SoftmaxName, output_loss
 from fastif.removal.network import RetainedNetwork
 from fastif.removal.newton import newton
+from fastif.removal.retained import check_indices
 from fastif.removal.steps import Removal, Step, check_moves, check_start
 from fastif.samplers.draw import Sampler
 from fastif.sharded import refuse_sharded
@@ -107,9 +108,10 @@ def remove(
         head, batch_size, device, progress: as in `fastif.extract`.
         extracted: what `fastif.extract(model, train)` returned, for the head's steps: the pass over the data is then
             not made again, but for its first batch, which is compared. Several removals from one model need one pass.
-        start: an earlier removal from this model, which stays as it was trained: the steps begin where that one ended,
-            so that removal after removal takes a step or two each. `indices` are ALL examples to be without, those of
-            `start` too; steps without line search still answer ∇F_all at the trained parameters.
+        start: an earlier removal from this model and this data; the model stays as it was trained: the steps begin
+            where that one ended, so that removal after removal takes a step or two each. `indices` are ALL examples to
+            be without, those of `start` too. Nothing else is taken from it: F has the loss and weight_decay given here,
+            and steps without line search still answer ∇F_all at the trained parameters.
         generator: for samplers that draw, default torch's global one, so that runs differ unless it is seeded; and for
             the certificate's noise, default one that the operating system seeds. A seed that is known takes the noise
             away: keep it secret, or leave it out.
@@ -122,9 +124,9 @@ def remove(
     `extracted` of another number of examples, of a first batch that the model sees otherwise, or beside layers that it
     cannot serve, for a `start` from another model, with examples that `indices` lack or with parameters that do not
     move here, for parameters that moved out of the range of the model's 16 bits, and what `extract`, `Influence`, the
-    sampler and the curvature raise; with a certificate, for more than the head, weight_decay = 0 or
-    line_search=False, for a loss that is not known to be convex, for a head whose weight serves elsewhere in the model,
-    and where the steps do not reach its distance, with how far they came.
+    sampler and the curvature raise; for a head alone whose weight serves elsewhere in the model; with a certificate,
+    for more than the head, weight_decay = 0 or line_search=False, for a loss that is not known to be convex, and where
+    the steps do not reach its distance, with how far they came.
     """
     refuse_sharded(model, "remove")
     if isinstance(train, Sharded):
@@ -132,6 +134,7 @@ def remove(
     check_settings(6 if steps is None else steps, damping)
     name, layer = find_head(model, head, op="remove")
     indices = torch.as_tensor(indices)
+    check_indices(indices)
     if start is not None:
         check_start(start, model, indices)
     ranks = find_ranks()
@@ -151,8 +154,9 @@ def remove(
     softmax = loss == "cross_entropy"
     words = loss in ("causal_lm", "token_cross_entropy")
     if not words and curvature is None and (layers is None or list(Capture(model, layers).blocks) == [name or "model"]):
+        _check_own_weight(model, layer)
         if certificate is not None:
-            _check_certificate(certificate, model, layer, weight_decay, line_search, loss)
+            _check_certificate(certificate, weight_decay, line_search, loss)
         seen: dict[str, Any] = {"head": head, "batch_size": batch_size, "device": device}
         if extracted is None:
             extracted = extract(model, train if softmax else _Inputs(train, batch_size), **seen, progress=progress)
@@ -272,14 +276,7 @@ def _head_problem(
     )
 
 
-def _check_certificate(
-    certificate: Certificate,
-    model: nn.Module,
-    layer: nn.Linear,
-    weight_decay: float,
-    line_search: bool,
-    loss: HeadLoss,
-) -> None:
+def _check_certificate(certificate: Certificate, weight_decay: float, line_search: bool, loss: HeadLoss) -> None:
     if not isinstance(certificate, Certificate):
         raise TypeError(f"remove: certificate must be a fastif.Certificate, got {type(certificate).__name__}")
     if not weight_decay > 0:
@@ -297,9 +294,17 @@ def _check_certificate(
             "remove: a certificate needs a loss that is known to be convex: cross_entropy, bce, mse or "
             "nn.CrossEntropyLoss with weights >= 0; of a function of your own nobody can tell"
         )
+
+
+def _check_own_weight(model: nn.Module, layer: nn.Linear) -> None:
+    """Where the head's weight is also an embedding's, features change with it: they cannot be computed once."""
     own = {id(parameter) for parameter in layer.parameters()}
-    if sum(id(value) in own for value in model.state_dict(keep_vars=True).values()) > len(own):
-        raise ValueError("remove: a certificate needs a head of its own; its weight serves elsewhere in the model, too")
+    for name, module in model.named_modules():
+        if module is not layer and any(id(parameter) in own for parameter in module.parameters(recurse=False)):
+            raise ValueError(
+                f"remove: the head's weight serves elsewhere in the model, in {name!r}, too, and steps on the head's "
+                'features cannot move that; pass layers="*", or layers= with both'
+            )
 
 
 def _removal(

@@ -58,18 +58,23 @@ def without_removed(subset: Subset, kept: Tensor) -> Subset:
     return Subset(position[subset.indices[stays]], subset.weights[stays])
 
 
-def check_removed(removed: Tensor, n: int) -> None:
+def check_indices(removed: Tensor) -> None:
+    """What can be said of `indices` without the data."""
     if removed.numel() == 0:
         raise ValueError("remove: indices must not be empty")
     if removed.dtype == torch.bool:
         raise ValueError("remove: indices must be int64 [r], got a mask; pass mask.nonzero()[:, 0]")
     if removed.dim() != 1 or removed.dtype != torch.int64:
         raise ValueError(f"remove: indices must be int64 [r], got {removed.dtype} {list(removed.shape)}")
+    if removed.unique().numel() < removed.numel():
+        raise ValueError("remove: indices must be distinct, some appear more than once")
+
+
+def check_removed(removed: Tensor, n: int) -> None:
+    check_indices(removed)
     outside = removed[(removed < 0) | (removed >= n)]
     if outside.numel():
         raise ValueError(f"remove: indices must be in [0, n={n}), got {int(outside[0])}")
-    if removed.unique().numel() < removed.numel():
-        raise ValueError("remove: indices must be distinct, some appear more than once")
     if removed.numel() == n:
         raise ValueError(f"remove: indices name all n={n} examples; none would be retained")
 

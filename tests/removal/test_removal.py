@@ -325,3 +325,17 @@ def test_optimum_needs_weight_decay(head):
         optimal_head(**head, removed=REMOVED, weight_decay=0.0)
     with pytest.raises(ValueError, match="not converged after 1 steps"):
         optimal_head(**head, removed=torch.arange(60), weight_decay=1e-6, max_steps=1)
+
+
+def test_a_head_whose_weight_is_also_an_embeddings_is_refused_alone():
+    """On its features alone nothing would move: the weight stands under the embedding's name."""
+    torch.manual_seed(0)
+    words, labels = torch.randint(4, (30, 1)), torch.arange(30) % 4
+    table, head = nn.Embedding(4, 5), nn.Linear(5, 4, bias=False)
+    head.weight = table.weight
+    model = nn.Sequential(table, nn.Flatten(), nn.Tanh(), head)
+    with pytest.raises(ValueError, match=r"weight serves elsewhere in the model, in '0', too.*layers=\"\*\""):
+        remove(model, (words, labels), torch.arange(3), progress=False)
+    moved = remove(model, (words, labels), torch.arange(3), layers="*", steps=1, progress=False)
+    assert not torch.equal(moved.state_dict["3.weight"], head.weight)
+    assert torch.equal(moved.state_dict["3.weight"], moved.state_dict["0.weight"])

@@ -174,6 +174,71 @@ def test_what_cannot_be_gone_on_from_is_refused():
         remove(problem.model, data, BOTH, start=whole, **QUIET)
 
 
+def test_indices_are_looked_at_before_the_earlier_removal_is():
+    problem = trained()
+    data = problem.x, problem.y
+    first = remove(problem.model, data, FIRST, **QUIET)
+    mask = torch.zeros(90, dtype=torch.bool)
+    mask[BOTH] = True
+    for wrong, rule in (
+        (mask, r"got a mask; pass mask\.nonzero"),
+        (torch.cat([BOTH, FIRST]), "indices must be distinct"),
+        (BOTH.double(), "indices must be int64"),
+        (BOTH[:0], "indices must not be empty"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            remove(problem.model, data, wrong, start=first, **QUIET)
+
+
+def test_loss_and_weight_decay_are_those_of_the_call_and_not_of_the_earlier_removal():
+    problem = trained()
+    data = problem.x, problem.y
+    first = remove(problem.model, data, FIRST, **QUIET)
+    again = remove(problem.model, data, BOTH, start=first, weight_decay=0.1, steps=50, progress=False)
+    best = optimal_head(*head_of(problem), BOTH, weight_decay=0.1)
+    for key, value in best.parameters.items():
+        assert torch.allclose(again.moved[-1][f"2.{key}"], value, atol=1e-6)
+
+
+def minimum_by_lbfgs(head, features, loss, n):
+    """`head` at the minimum of F, found without anything of ours."""
+    search = torch.optim.LBFGS(
+        head.parameters(), max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def objective():
+        search.zero_grad()
+        decay = sum(p.square().sum() for p in head.parameters())
+        value = loss(head(features)).sum() / n + WEIGHT_DECAY / 2 * decay
+        value.backward()
+        return value
+
+    search.step(objective)
+    return head
+
+
+def test_a_class_weighted_head_over_texts_follows_the_minimum_that_lbfgs_finds():
+    """Texts of word numbers, class weights with a mean of 1, one example more with each removal."""
+    draw = torch.Generator().manual_seed(1)
+    torch.manual_seed(0)
+    texts = torch.randint(30, (90, 7), generator=draw)
+    labels = (texts[:, 0] % 3 > 0).long() + (texts[:, 0] % 7 == 0).long()
+    model = nn.Sequential(nn.EmbeddingBag(30, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    weights = 90 / (3 * labels.bincount(minlength=3).double())
+    assert float(weights[labels].mean()) == pytest.approx(1)
+    features = model[:2](texts).detach()
+    loss = nn.CrossEntropyLoss(weights, reduction="none")
+    removal = None
+    for number in range(1, 7):
+        gone = torch.arange(number) * 11
+        removal = remove(model, (texts, labels), gone, start=removal, loss=loss, steps=20, **QUIET)
+        kept = torch.ones(90, dtype=torch.bool)
+        kept[gone] = False
+        best = minimum_by_lbfgs(copy.deepcopy(model[2]), features[kept], lambda z, own=labels[kept]: loss(z, own), 90)
+        for key, value in best.named_parameters():
+            assert torch.allclose(removal.state_dict[f"2.{key}"], value, atol=1e-6), (number, key)
+
+
 @pytest.mark.slow
 def test_fifty_digits_one_by_one_stay_within_a_thousandth():
     """A network trained by SGD, whose head is not at its optimum; a tenth of the examples carries the curvature."""

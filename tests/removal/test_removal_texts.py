@@ -125,3 +125,12 @@ def test_a_head_without_positions_is_told_from_a_language_model():
         remove(model, (x, torch.zeros(6, dtype=torch.int64)), torch.tensor([0]), loss="causal_lm", progress=False)
     with pytest.raises(ValueError, match="words with 'causal_lm' or 'token_cross_entropy', got 'bce'"):
         remove(model, (x, x[:, :2]), torch.tensor([0]), loss="bce", layers="*", curvature=EKFAC(0.1), progress=False)
+
+
+def test_a_language_model_without_its_loss_is_told_how_to_say_it():
+    texts = torch.randint(9, (12, 5), generator=torch.Generator().manual_seed(0))
+    bigrams = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9))
+    with pytest.raises(ValueError, match=r"one label per example, got outputs \[1, 5, 9\]; of words say 'causal_lm'"):
+        remove(bigrams, (texts, texts), torch.arange(3), layers="*", progress=False)
+    with pytest.raises(ValueError, match="output for every position say loss='causal_lm'"):
+        remove(bigrams, (texts, texts), torch.arange(3), progress=False)
