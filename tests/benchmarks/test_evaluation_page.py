@@ -24,4 +24,4 @@ def test_the_code_runs(tmp_path, monkeypatch):
 
 def test_tables_are_those_of_the_results():
     assert pages.with_tables(PAGE) == PAGE
-    assert PAGE.count("<!-- table:") == 5
+    assert PAGE.count("<!-- table:") == 6
