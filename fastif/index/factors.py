@@ -125,7 +125,8 @@ class Factors:
         """Whether int8 factors meet queries as integers: the processor has instructions for that."""
         return (
             self.right.dtype == torch.int8 and not self.table and queries.device.type == "cpu"
-            and max(queries.shape[2:]) < _LONGEST and _has_integer_products()
+            and 1 < max(queries.shape[2:]) < _LONGEST  # of vectors of one entry torch returns what it never wrote
+            and _has_integer_products()
         )  # fmt: skip
 
     def _add_integer_products(self, out: Tensor, queries: Tensor, owners: Tensor) -> None:
@@ -190,9 +191,17 @@ class Factors:
 
 @cache
 def _has_integer_products() -> bool:
-    """Whether torch multiplies matrices of int8 on this processor without leaving sums that do not fit: where
-    processors lack instructions for it, products are added in 16 bits."""
-    return bool(getattr(torch.cpu, "_is_vnni_supported", bool)()) and hasattr(torch, "_int_mm")
+    """Whether torch multiplies matrices of int8 fast and exactly here.
+
+    Without instructions for it (VNNI) products are added in 16 bits, in which sums of two do not fit. The processor may
+    have them and torch not use them (ONEDNN_MAX_CPU_ISA), so the largest products there are get tried out.
+    """
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)
+    if supported is None or not supported() or not hasattr(torch, "_int_mm"):
+        return False
+    one, other = (torch.full(shape, 127, dtype=torch.int8) for shape in ((16, 64), (64, 16)))
+    found = torch._int_mm(one, other)  # pyright: ignore[reportPrivateImportUsage]
+    return bool((found == 64 * 127**2).all())
 
 
 def _digits_of(query: Tensor, step: Tensor) -> Tensor:
