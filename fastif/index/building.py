@@ -83,8 +83,10 @@ def build(
             if ranks.rank == 0:
                 save_tensors(path / CURVATURE, fitted.state_dict(), settings["curvature state"])
             cut, exact = look(encoder, train, share, fitted.setup.seed, threshold)
-            if ranks.rank == 0 and exact is not None:
-                save_tensors(path / EXACT, {"exact": exact}, settings["curvature state"])
+            if ranks.rank == 0:
+                (path / EXACT).unlink(missing_ok=True)  # of another job, which ended before its manifest
+                if exact is not None:
+                    save_tensors(path / EXACT, {"exact": exact}, settings["curvature state"])
             layers = [[name, [*metric.shape], cut.tables[name]] for name, metric in encoder.metrics.items()]
             borders = _borders(train, cut.bytes)
             Folder.write_manifest(
@@ -220,7 +222,8 @@ def _write_measured(folder: Folder, encoder: Encoder, train: Walked) -> None:
     exact = load_tensors(path)[1]["exact"] if ranks.rank == 0 and path.exists() else None
     (exact, *_) = ranks.meet("exact scores of a sample, as they were kept", exact)
     if exact is not None and folder.manifest["measured"] is None:
-        folder.write(ranks, measured=measure(encoder, folder, train, exact)._asdict())
+        measured = measure(encoder, folder, train, exact)
+        folder.write(ranks, measured=None if measured is None else measured._asdict())
     if ranks.rank == 0:
         path.unlink(missing_ok=True)
 

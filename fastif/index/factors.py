@@ -141,11 +141,13 @@ class Factors:
         each = max(1, _CACHED // (2 * e))
         for begin in range(0, len(long), each):
             rows = slice(begin, begin + each)
-            ours, scale, own = short[rows].to(out), self.scale, owners[rows]
+            ours, own = short[rows].to(out), owners[rows]
+            if self.scale is not None:
+                ours.mul_(self.scale[rows, None])
             for number, row in enumerate(out):
                 both = torch._int_mm(long[rows], digits[number])  # pyright: ignore[reportPrivateImportUsage]
                 products = both[:, :e].to(out).mul_(_BASE).add_(both[:, e:]).mul_(ours) @ step[number]
-                row.index_add_(0, own, products if scale is None else products.mul_(scale[rows]))
+                row.index_add_(0, own, products)
 
     def _add_formed(self, out: Tensor, queries: Tensor) -> None:
         """For many queries, or groups: matrices are formed once for all of them."""

@@ -372,7 +372,7 @@ class Index:
             for first, held in blocks:
                 start = begin
                 for block in own_blocks(self._folder, self.ranks):
-                    yield first, start, products(block.factors, held)
+                    yield first, start, products(block.factors, held, first)
                     start += len(block.examples)
 
     def _encoder(self) -> Encoder:
