@@ -136,6 +136,8 @@ def append(
         if resume and len(parts) > 1 and canonical(parts[-1]["settings"]) == canonical(own):
             first = parts[-1]["borders"][0]
         else:
+            if not resume:
+                parts = _without_unfinished(folder, ranks)
             if ranks.rank == 0:
                 folder.check_finished()
                 check_ids_with(folder, given)
@@ -145,6 +147,21 @@ def append(
             folder.write(ranks, parts=[*parts, part])
         encoder = Encoder.of(fitted, dtype_named(folder.manifest["settings"]["stored"]))
         _write_missing(folder, encoder.with_threshold(folder.manifest["threshold"]), more, first, given, None)
+
+
+def _without_unfinished(folder: Folder, ranks: Ranks) -> list[Any]:
+    """Takes back an append that ended early, as with data of which a batch is NaN; the parts that are left."""
+    *others, last = folder.manifest["parts"]
+    runs = [run for run in folder.runs if run.start >= last["borders"][0]]
+    unfinished = bool(others) and any(run in folder.missing() for run in runs) if ranks.rank == 0 else None
+    (unfinished, *_) = ranks.meet("whether an append ended early", unfinished)
+    if not unfinished:
+        return folder.manifest["parts"]
+    if ranks.rank == 0:  # blocks first: those that are there belong to the part that the manifest has last
+        for run in runs:
+            folder.path_of(run).unlink(missing_ok=True)
+    folder.write(ranks, parts=others)
+    return others
 
 
 def remove(folder: Folder, examples: Tensor, ranks: Ranks) -> None:

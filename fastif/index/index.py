@@ -151,7 +151,7 @@ class Index:
         self, more: Any, *, ids: Sequence[str] | Tensor | None = None, resume: bool = False, key: str | None = None
     ) -> Index:
         """Adds examples that the model was trained on, too, at the threshold of the index; they are numbered on from
-        `total`. Arguments as for `build`."""
+        `total`. Arguments as for `build`; without resume=True an append that ended early is taken back first."""
         influence = self._influence()
         fitted, data = ready(influence), walkable(influence, more)
         compare_setups(fitted.setup, "append", {"more": data, "resume": resume, "key": key})

@@ -290,3 +290,26 @@ def test_an_error_is_measured_of_what_was_left_of_its_sample(tmp_path, monkeypat
     resumed = Index.build(influence, train, tmp_path / "cut", share=0.3, resume=True)
     assert (resumed.measured and resumed.measured.examples) == (left if left > 1 else None)
     assert not (tmp_path / "cut" / building.EXACT).exists()
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_an_append_of_data_that_will_not_do_is_taken_back_by_the_next(tmp_path, monkeypatch, batch):
+    monkeypatch.setattr(building, "BLOCK_BYTES", 1)  # a batch each
+    model, (x, y), query, loss = linear()
+    influence = fitted(model, (x, y), loss)
+    first, more = (x[:32], y[:32]), (x[32:], y[32:])
+    for name in ("index", "whole"):
+        Index.build(influence, first, tmp_path / name, ids=[str(i) for i in range(32)]).remove(torch.tensor([2]))
+    index, ids = Index(tmp_path / "index", influence), [str(i) for i in range(32, N)]
+    broken = more[0].clone()
+    broken[batch * BATCH] = torch.nan
+    with pytest.raises(ValueError, match="holds NaN or Inf"):
+        index.append((broken, more[1]), ids=ids)
+    with pytest.raises(ValueError, match="with resume=True goes on, and an append without it takes their place"):
+        index.scores(query)
+    with pytest.raises(ValueError, match="is unfinished"):
+        index.append(more, ids=ids, resume=True)
+    index.append(more, ids=ids)
+    Index(tmp_path / "whole", influence).append(more, ids=ids)
+    assert bits(tmp_path / "index") == bits(tmp_path / "whole")
+    assert index.ids() == Index(tmp_path / "whole").ids()
