@@ -15,8 +15,6 @@ from fastif.samplers.subset import Subset
 from tests.helpers.stored import BLOCK
 from tests.helpers.user_script import SCRIPT
 
-collect_ignore = ["typed"]  # a user's script, which a look for doctests would run
-
 # Reproducible everywhere; more examples with `pytest --hypothesis-profile=thorough`.
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
 settings.register_profile("thorough", deadline=None, max_examples=2000, suppress_health_check=list(HealthCheck))

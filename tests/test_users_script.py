@@ -20,7 +20,7 @@ def test_it_runs(tmp_path, monkeypatch):
         pytest.importorskip(name, reason=f"the script uses {name}")
     monkeypatch.chdir(tmp_path)
     try:
-        found = runpy.run_path(str(SCRIPT))
+        found = runpy.run_path(str(SCRIPT), run_name="__main__")
     finally:
         fastif.set_progress(True)
     assert found["replayed"].shape == found["scores"].shape

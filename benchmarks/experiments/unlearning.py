@@ -1,70 +1,175 @@
-r"""Removals beside what others do, judged as the field does, on the digits that come with scikit-learn.
+r"""Removals beside what others do, judged as the field does: digits, Fashion-MNIST, CIFAR-10 with people's labels.
 
 python benchmarks/experiments/unlearning.py
+python benchmarks/experiments/unlearning.py fashion-mnist --root FOLDER
+python benchmarks/experiments/unlearning.py cifar10 --root FOLDER
 
-Three forget sets: a class, random 5 % and the 5 % that the head's self-influence says are most memorised. The head's
-and the last block's Newton steps, and one influence step of all layers, stand beside fine-tuning, NegGrad+, random
-labels, SSD and one LiSSA step. What has settings is tuned by the tug-of-war on training data alone and on ANOTHER
-forget set of the same kind: another class, other random examples, the next most memorised. Resumable: what is finished
-stays in runs/unlearning-digits, and the same command goes on. The summary is written to
-benchmarks/results/unlearning-digits.json, from which `python -m benchmarks.figures.keep tables` makes the table of
-docs/removal.md.
+Forget sets: a class, random 1, 5 and 10 %, the most and the least memorised 5 % by the head's self-influence, the light
+half of a class (a subpopulation), and half of the labels that people got wrong (CIFAR-10N). Newton steps of the head,
+of the last block and of all layers, and single influence steps of each, stand beside fine-tuning, NegGrad+, random
+labels, SSD and, on the digits, one LiSSA step. What has settings is tuned by the tug-of-war on training data alone and
+on ANOTHER forget set of the same kind: another class, other random examples, the next most memorised. Resumable: what
+is finished stays in runs/unlearning-DATA, and the same command goes on. Times are CPU seconds of one more run of each
+method, beside a training of the same process. The summary is written to benchmarks/results/unlearning-DATA.json, from
+which `python -m benchmarks.figures.keep tables` makes the tables of docs/removal.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastif import EKFAC, ExactBlock, Influence, samplers
-from fastif.data import load
-from fastif.evaluation import baselines, train_halves, unlearning
-from fastif.evaluation.models import build
-from fastif.evaluation.training import train
+from fastif import EKFAC, ExactBlock, Influence, NotPositiveDefinite, samplers
+from fastif.data import human_labels, load
+from fastif.data.image_sets import Data
+from fastif.evaluation import baselines, train_halves, unlearning, without
+from fastif.evaluation.models import SmallCNN, build
+from fastif.evaluation.training import Recipe, train
 from fastif.evaluation.unlearning import UnlearnFn
 from fastif.files import write_whole
 from fastif.measure import environment
 
 ROOT = Path(__file__).parents[2]
 BLOCK = ["body.8", "body.9", "head"]  # the last convolution, its batch norm and the head of the small CNN
+BELOW = 8  # modules of the body before it
 WEIGHT_DECAY = 5e-4
+RECIPES = {
+    "digits": Recipe("cnn", 0.5, 8, 0.15, 64, WEIGHT_DECAY, 0),
+    "fashion-mnist": Recipe("cnn", 0.5, 30, 0.1, 64, WEIGHT_DECAY, 0),
+    "cifar10": Recipe("cnn", 0.5, 30, 0.1, 64, WEIGHT_DECAY, 0),
+}
+EXAMPLES = {"digits": None, "fashion-mnist": 5000, "cifar10": 5000}  # of the training set, the first so many
 CLASS, OTHER_CLASS = 8, 3  # removed, and the one that settings are chosen with
+LIGHT, OTHER_LIGHT = 6, 4  # shirts and coats: of their images the lighter half are a subpopulation
 SHARE = 0.05
 
 
-def network(seed: int = 0) -> nn.Module:
-    return build("cnn", (1, 8, 8), 10, width=0.5, seed=seed)
+class Block(nn.Module):
+    """What is left of a small CNN above `BELOW`: a network of its own on what comes out below."""
+
+    def __init__(self, model: SmallCNN):
+        super().__init__()
+        self.body, self.head = model.body[BELOW:], model.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean((2, 3)))
 
 
-def trained(kept: Tensor, seed: int, x: Tensor, y: Tensor, epochs: int) -> nn.Module:
+@cache
+def trained_once(kept: tuple[int, ...], seed: int, x: Tensor, y: Tensor, recipe: Recipe) -> nn.Module:
+    """The forget sets have the networks of all examples in common: none is trained twice in a process."""
+    rows = torch.tensor(kept)
     return train(
-        network(seed), x[kept], y[kept],
-        epochs=epochs, lr=0.15, weight_decay=WEIGHT_DECAY, batch_size=64, seed=seed, progress=False,
+        network(x, recipe, seed), x[rows], y[rows],
+        epochs=recipe.epochs, lr=recipe.lr, weight_decay=recipe.weight_decay, batch_size=recipe.batch_size, seed=seed,
+        progress=False,
     )  # fmt: skip
 
 
+def network(x: Tensor, recipe: Recipe, seed: int = 0) -> nn.Module:
+    return build(recipe.architecture, (x.shape[1], x.shape[2], x.shape[3]), 10, width=recipe.width, seed=seed)
+
+
+def trained(kept: Tensor, seed: int, x: Tensor, y: Tensor, recipe: Recipe) -> nn.Module:
+    return trained_once(tuple(kept.tolist()), seed, x, y, recipe)
+
+
+def block_steps(model: SmallCNN, data: tuple[Tensor, Tensor], removed: Tensor, seed: int, **how: Any) -> nn.Module:
+    """`remove` of the last block, whose inputs are computed once: what stands still below need not be run again."""
+    with torch.no_grad():
+        below = model.eval().body[:BELOW]
+        seen = torch.cat([below(part) for part in data[0].split(1024)])
+    block = Block(model)
+    block.load_state_dict(baselines.newton_steps(block, (seen, data[1]), removed, seed, layers="*", **how))
+    return model
+
+
+def step_then_head(
+    model: nn.Module, data: tuple[Tensor, Tensor], removed: Tensor, seed: int, *, layers: str, head: Any, **how: Any
+) -> Any:
+    """One influence step of the last block or of all layers, then the head's steps of the retained objective.
+
+    A step so long that features explode is left as it is: no head mends that, and nobody would choose its damping.
+    """
+    if layers == "last block":
+        block_steps(cast(SmallCNN, model), data, removed, seed, **how)
+    else:
+        model.load_state_dict(baselines.newton_steps(model, data, removed, seed, layers=layers, **how))
+    try:
+        return baselines.newton_steps(model, data, removed, seed, **head)
+    except NotPositiveDefinite:
+        return model
+
+
 def ours(k: int) -> dict[str, UnlearnFn]:
-    subset = partial(samplers.logit, k=k)
+    """Steps that lower the retained objective, of ever more layers."""
+    how: dict[str, Any] = {"subset": partial(samplers.logit, k=k), "weight_decay": WEIGHT_DECAY}
+    further = {**how, "steps": 3, "batch_size": 1024}
     return {
-        "remove: head": partial(baselines.newton_steps, subset=subset, weight_decay=WEIGHT_DECAY),
-        "remove: last block": partial(
-            baselines.newton_steps, layers=BLOCK, steps=3, subset=subset, weight_decay=WEIGHT_DECAY, batch_size=1024
+        "remove: head": partial(baselines.newton_steps, **how),
+        "remove: last block": partial(block_steps, **further),
+        "remove: all": partial(baselines.newton_steps, layers="*", **further),
+    }
+
+
+def influence_step(k: int, damping: float) -> dict[str, Any]:
+    """Settings of formula (3) for several layers, without a look at the objective."""
+    curvature = {"head": ExactBlock(damping), "*": EKFAC(damping, fisher="monte_carlo")}
+    how = {"curvature": curvature, "subset": partial(samplers.random, k=2 * k), "batch_size": 1024}
+    return {**how, "steps": 1, "line_search": False, "weight_decay": WEIGHT_DECAY}
+
+
+def over(make: Callable[[float], UnlearnFn], *dampings: float) -> dict[str, UnlearnFn]:
+    return {f"damping {damping:g}": make(damping) for damping in dampings}
+
+
+def single_steps(k: int) -> dict[str, dict[str, UnlearnFn]]:
+    """One influence step; its damping is chosen."""
+    head: dict[str, Any] = {"subset": partial(samplers.logit, k=k), "weight_decay": WEIGHT_DECAY}
+    return {
+        "one step: head": over(
+            lambda d: partial(baselines.newton_steps, steps=1, line_search=False, damping=d, **head), 0.0, 0.01, 0.1
+        ),
+        "one step: last block": over(
+            lambda d: partial(block_steps, **influence_step(k, d)), 0.001, 0.003, 0.01, 0.03, 0.1
+        ),
+        "one step: all": over(
+            lambda d: partial(baselines.newton_steps, layers="*", **influence_step(k, d)), 0.003, 0.01, 0.03, 0.1, 0.3
         ),
     }
 
 
+def mended(k: int) -> dict[str, dict[str, UnlearnFn]]:
+    """One influence step, and the head refitted to what the layers below now say of the retained.
+
+    The head's curvature is damped by a thousandth: features that a long step made large would leave it singular.
+    """
+    head = {"subset": partial(samplers.logit, k=k), "weight_decay": WEIGHT_DECAY, "damping": 1e-3}
+    return {
+        f"one step: {layers}, then head": over(
+            lambda d, name=name: partial(step_then_head, layers=name, head=head, **influence_step(k, d)), *dampings
+        )
+        for layers, name, dampings in (
+            ("last block", "last block", (1e-4, 3e-4, 1e-3, 1e-2)),
+            ("all", "*", (1e-3, 3e-3, 1e-2, 3e-2)),
+        )
+    }
+
+
 def candidates(k: int) -> dict[str, dict[str, UnlearnFn]]:
-    """By method, what its settings are chosen from."""
+    """By method of others, what its settings are chosen from."""
     return {
         "fine-tuning": {
             f"lr {lr:g}, {epochs} epochs": partial(baselines.fine_tuning, lr=lr, epochs=epochs)
@@ -88,96 +193,166 @@ def candidates(k: int) -> dict[str, dict[str, UnlearnFn]]:
     }
 
 
-def whole_network() -> dict[str, dict[str, UnlearnFn]]:
-    """One influence step of all layers, formula (3), without a look at the objective; its damping is chosen."""
-    return {
-        "remove: all, one step": {
-            f"damping {damping:g}": partial(
-                baselines.newton_steps,
-                layers="*",
-                curvature={"head": ExactBlock(damping), "*": EKFAC(damping)},
-                steps=1,
-                line_search=False,
-                weight_decay=WEIGHT_DECAY,
-                batch_size=1024,
-            )
-            for damping in (0.03, 0.06, 0.1, 0.2)
-        }
+def forget_sets(x: Tensor, y: Tensor, memorised: Tensor, wrong: Tensor | None = None) -> dict[str, list[Tensor]]:
+    """By name: what is removed, and what settings are chosen with. `wrong` are the examples whose labels are wrong."""
+    n = len(y)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    least = memorised.flip(0)
+
+    def next_of(ranked: Tensor, share: float) -> list[Tensor]:
+        size = round(share * n)
+        return [ranked[:size].sort().values, ranked[size : 2 * size].sort().values]
+
+    def lighter(label: int) -> Tensor:
+        rows = (y == label).nonzero()[:, 0]
+        light = x[rows].flatten(1).mean(1)
+        return rows[light > light.median()]
+
+    sets = {
+        "random 5 %": next_of(order, SHARE),
+        "most memorised 5 %": next_of(memorised, SHARE),
+        f"class {CLASS}": [(y == CLASS).nonzero()[:, 0], (y == OTHER_CLASS).nonzero()[:, 0]],
+        "random 1 %": next_of(order, 0.01),
+        "random 10 %": next_of(order, 0.1),
+        "least memorised 5 %": next_of(least, SHARE),
+        f"light half of class {LIGHT}": [lighter(LIGHT), lighter(OTHER_LIGHT)],
     }
+    if wrong is None:
+        return sets
+    mixed = wrong[torch.randperm(len(wrong), generator=torch.Generator().manual_seed(0))]
+    return {"half of the wrong labels": [part.sort().values for part in mixed.tensor_split(2)], **sets}
 
 
-def forget_sets(y: Tensor, memorised: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """By name: what is removed, and what settings are chosen with."""
-    size = round(SHARE * len(y))
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    return {
-        f"class {CLASS}": ((y == CLASS).nonzero()[:, 0], (y == OTHER_CLASS).nonzero()[:, 0]),
-        "random 5 %": (order[:size].sort().values, order[size : 2 * size].sort().values),
-        "most memorised 5 %": (memorised[:size].sort().values, memorised[size : 2 * size].sort().values),
-    }
+def read(name: str, root: Path | None, examples: int | None) -> tuple[Data, Tensor | None]:
+    """The first so many training examples; of CIFAR-10 with people's labels, and which of them are wrong."""
+    images, most = load(name, root), EXAMPLES[name] if examples is None else examples
+    x, y = images.x_train[:most], images.y_train[:most]
+    if name != "cifar10":
+        return images._replace(x_train=x, y_train=y), None
+    assert root is not None
+    said = human_labels("aggre", root)[:most]
+    return images._replace(x_train=x, y_train=said), (said != y).nonzero()[:, 0]
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="?", default="digits", choices=[*RECIPES])
+    parser.add_argument("--root", type=Path, help="the folder of Fashion-MNIST or CIFAR-10")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=5, help="of half networks, the shadows of U-LiRA")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, help="of the trainings, default the data set's")
     parser.add_argument("--examples", type=int, help="of the training set, the first so many")
     parser.add_argument("--sets", nargs="+", metavar="NAME", help="default all")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "unlearning-digits")
-    parser.add_argument("--kept", type=Path, default=ROOT / "benchmarks" / "results" / "unlearning-digits.json")
+    parser.add_argument("--without", nargs="+", metavar="METHOD", default=[], help="methods to leave out")
+    parser.add_argument("--relearning-steps", type=int, default=100)
+    parser.add_argument("--out", type=Path, help="default runs/unlearning-DATA")
+    parser.add_argument("--kept", type=Path, help="default benchmarks/results/unlearning-DATA.json")
     given = parser.parse_args(arguments)
-    images = load("digits")
-    x, y = images.x_train[: given.examples], images.y_train[: given.examples]
-    k = len(y) // 10
-    train_fn = partial(trained, x=x, y=y, epochs=given.epochs)
-    halves = train_halves(train_fn, len(y), given.pairs, out=given.out / "halves", resume=True)
+    out = given.out or ROOT / "runs" / f"unlearning-{given.data}"
+    recipe = RECIPES[given.data]
+    recipe = recipe if given.epochs is None else recipe._replace(epochs=given.epochs)
+    images, wrong = read(given.data, given.root, given.examples)
+    x, y = images.x_train, images.y_train
+    k = min(len(y) // 10, 250)
+    train_fn = partial(trained, x=x, y=y, recipe=recipe)
+    halves = train_halves(train_fn, len(y), given.pairs, out=out / "halves", resume=True, progress=False)
     torch.manual_seed(0)
     influence = Influence(train_fn(torch.arange(len(y)), 0), curvature=ExactBlock(1e-3), layers="head", progress=False)
     memorised = influence.fit((x, y)).self_influence((x, y)).argsort(descending=True)
+    sets = forget_sets(x, y, memorised, wrong)
+    if unknown := [name for name in given.sets or [] if name not in sets]:
+        parser.error(f"--sets has {unknown[0]!r}; there are {', '.join(sets)}")
+    grids = {name: grid for name, grid in {**single_steps(k), **candidates(k)}.items() if name not in given.without}
+    later = {name: grid for name, grid in mended(k).items() if name not in given.without}
     tables: dict[str, Any] = {}
-    chosen: dict[str, dict[str, str]] = {}
-    for name, (removed, other) in forget_sets(y, memorised).items():
+    for name, (removed, other) in sets.items():
         if given.sets and name not in given.sets:
             continue
-        folder = given.out / name.replace(" ", "-").replace("%", "percent")
-        tune = partial(baselines.tune, model=network(), train_fn=train_fn, train=(x, y), removed=other, resume=True)
-        table = partial(
-            unlearning, network(), train_fn, (x, y), removed, (images.x_test, images.y_test),
-            seeds=given.seeds, networks=halves, resume=True,
+        folder = out / name.replace(" ", "-").replace("%", "percent")
+        tune = partial(
+            baselines.tune, model=network(x, recipe), train_fn=train_fn, train=(x, y), removed=other, resume=True,
+            relearning_steps=1,
         )  # fmt: skip
-        chosen[name] = best_of({**candidates(k), **whole_network()}, tune, folder)
-        tuned = {method: grid[chosen[name][method]] for method, grid in candidates(k).items()}
-        whole = {method: grid[chosen[name][method]] for method, grid in whole_network().items()}
-        tables[name] = merged(
-            table({**ours(k), **tuned}, out=folder / "table"), table(whole, out=folder / "whole-network")
-        )
-    shown = sys.argv[1:] if arguments is None else arguments
+        judge = partial(
+            unlearning, network(x, recipe), train_fn, (x, y), removed, (images.x_test, images.y_test),
+            seeds=given.seeds, networks=halves, relearning_steps=given.relearning_steps, resume=True, progress=False,
+        )  # fmt: skip
+        chosen = best_of(grids, tune, folder)
+        methods = {**ours(k), **{method: grid[chosen[method]] for method, grid in grids.items()}}
+        first = judge(methods, out=folder / "table")
+        # What was thought of after a look at these has a table of its own, of the same networks.
+        chosen |= (choice := best_of(later, tune, folder))
+        more = {method: grid[choice[method]] for method, grid in later.items()}
+        second = judge(more, out=folder / "mended")
+        methods |= more
+        seconds = times(methods, (x, y), removed, train_fn, folder / "seconds.json")
+        tables[name] = merged(first, second), chosen, seconds
+        write_whole(given.kept or _kept(given.data), _results(tables, given, images, recipe, arguments))
+    return json.loads((given.kept or _kept(given.data)).read_text(encoding="utf-8"))
+
+
+def times(
+    methods: dict[str, UnlearnFn], data: tuple[Tensor, Tensor], removed: Tensor, train_fn: Any, kept: Path
+) -> dict[str, Any]:
+    """By method its CPU seconds, and those of a retraining just before, in the same process."""
+    found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    todo = {name: method for name, method in methods.items() if name not in found}
+    if not todo:
+        return found
+    rows = without(len(data[1]), removed)
+    start = time.process_time()
+    trained_once.__wrapped__(tuple(rows.tolist()), 0, **train_fn.keywords)
+    retraining = time.process_time() - start
+    for name, method in todo.items():
+        model = copy.deepcopy(train_fn(torch.arange(len(data[1])), 0))
+        start = time.process_time()
+        method(model, data, removed, 0)
+        found[name] = {"seconds": time.process_time() - start, "retraining": retraining}
+    write_whole(kept, json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """One table of two whose networks are the same; the new methods of the second stand behind our own of the first."""
+    found = {**first}
+    for part in ("summary", "u_lira"):
+        known = {row["method"] for row in first[part]}
+        place = 1 + max(n for n, row in enumerate(first[part]) if row["method"].startswith(("remove", "one step")))
+        new = [row for row in second[part] if row["method"] not in known]
+        found[part] = [*first[part][:place], *new, *first[part][place:]]
+    return found
+
+
+def _kept(name: str) -> Path:
+    return ROOT / "benchmarks" / "results" / f"unlearning-{name}.json"
+
+
+def _results(tables: dict[str, Any], given: Any, images: Data, recipe: Recipe, arguments: list[str] | None) -> str:
+    """The summary as JSON, of the forget sets that are finished."""
     meta = {
-        "examples": len(y),
+        "data": given.data,
+        "examples": len(images.y_train),
         "held_out": len(images.y_test),
         "seeds": given.seeds,
         "pairs": given.pairs,
-        "epochs": given.epochs,
-        "chosen": chosen,
-        "removed": {name: table["meta"]["removed"] for name, table in tables.items()},
+        "epochs": recipe.epochs,
+        "relearning_steps": given.relearning_steps,
+        "chosen": {name: chosen for name, (_, chosen, _) in tables.items()},
+        "removed": {name: table["meta"]["removed"] for name, (table, _, _) in tables.items()},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": f"python benchmarks/experiments/unlearning.py {shlex.join(_without_folders(shown))}".strip(),
+        "command": command_of("unlearning", arguments),
         **environment(torch.device("cpu")),
     }
     keys = ("auc", "auc_error", "balanced_accuracy")
-    results = {
-        "meta": meta,
-        "sets": {
-            name: {
-                "summary": table["summary"],
-                "u_lira": {row["method"]: {key: row[key] for key in keys} for row in table["u_lira"]},
-            }
-            for name, table in tables.items()
-        },
+    sets = {
+        name: {
+            "summary": table["summary"],
+            "u_lira": {row["method"]: {key: row[key] for key in keys} for row in table["u_lira"]},
+            "cpu_seconds": seconds,
+        }
+        for name, (table, _, seconds) in tables.items()
     }
-    write_whole(given.kept, json.dumps(results, indent=1, allow_nan=False) + "\n")
-    return results
+    return json.dumps({"meta": meta, "sets": sets}, indent=1, allow_nan=False) + "\n"
 
 
 def best_of(grids: dict[str, dict[str, UnlearnFn]], tune: Callable[..., str], folder: Path) -> dict[str, str]:
@@ -189,20 +364,16 @@ def best_of(grids: dict[str, dict[str, UnlearnFn]], tune: Callable[..., str], fo
     return found
 
 
-def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """One table of two whose networks are the same; the new methods of the second stand behind the first's removals."""
-    found = {**first}
-    for part in ("summary", "u_lira"):
-        known = {row["method"] for row in first[part]}
-        place = 1 + max(n for n, row in enumerate(first[part]) if row["method"].startswith("remove"))
-        new = [row for row in second[part] if row["method"] not in known]
-        found[part] = [*first[part][:place], *new, *first[part][place:]]
-    return found
-
-
-def _without_folders(arguments: list[str]) -> list[str]:
-    pairs = zip(arguments, ["", *arguments], strict=False)
-    return [w for w, before in pairs if w not in ("--out", "--kept") and before not in ("--out", "--kept")]
+def command_of(script: str, arguments: list[str] | None) -> str:
+    """The command as anyone could type it: their own folder for the data, none for what is kept."""
+    words = sys.argv[1:] if arguments is None else arguments
+    pairs = list(zip(words, ["", *words], strict=False))
+    shown = [
+        "FOLDER" if before == "--root" else shlex.quote(word)
+        for word, before in pairs
+        if word not in ("--out", "--kept") and before not in ("--out", "--kept")
+    ]
+    return " ".join([f"python benchmarks/experiments/{script}.py", *shown])
 
 
 if __name__ == "__main__":

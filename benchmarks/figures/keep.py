@@ -26,7 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.figures import faithfulness, index, pages, tables
+from benchmarks.figures import faithfulness, index, pages, removals, tables
 from fastif.report.pages import new_figure
 
 ROOT = Path(__file__).parents[2]
@@ -176,6 +176,10 @@ def main(arguments: list[str]) -> None:
             faithfulness.faithfulness_picture("lds", ROOT / "docs" / "faithfulness.png")
         if (tables.KEPT / "index-cpu.json").exists():
             index.fidelity_picture("index-cpu", ROOT / "docs" / "index-fidelity.png")
+        if (tables.KEPT / "unlearning-fashion-mnist.json").exists():
+            removals.frontier_picture("unlearning-fashion-mnist", ROOT / "docs" / "removal-frontier.png")
+        if (tables.KEPT / "removal-sequence-digits.json").exists():
+            removals.sequence_picture("removal-sequence-digits", ROOT / "docs" / "removal-sequence.png")
         published_pictures()
         demo_picture()
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from . import checks, faithfulness, index, libraries, overheads, readme, scale, tables, unlearning
+from . import checks, faithfulness, index, libraries, overheads, readme, removals, scale, tables, unlearning
 
 
 def with_tables(page: str) -> str:
@@ -17,6 +17,8 @@ def with_tables(page: str) -> str:
             "certificate": unlearning.certificate_table,
             "unlearning": unlearning.unlearning_table,
             "people": unlearning.people_table,
+            "removal-glance": removals.glance_table,
+            "removal-sequence": removals.sequence_table,
             "removal-layers": tables.removal_layers_table,
             "published": tables.published_table,
             "kcenter": tables.kcenter_table,

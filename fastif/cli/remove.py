@@ -17,6 +17,7 @@ from fastif.cli.script import function_named, returned
 from fastif.data.batches import count
 from fastif.evaluation.settings import SAMPLERS, check_budgets, choose_samplers
 from fastif.files import whole, write_whole
+from fastif.model.losses import LOSSES
 from fastif.ranks import find_ranks
 from fastif.removal import Certificate, Removal, remove
 from fastif.report.evaluations import as_json
@@ -32,7 +33,8 @@ def remove_command(
         typer.Argument(
             metavar="MODULE:FUNCTION",
             help="A function of yours, also as path/to/file.py:FUNCTION. It takes nothing and returns (model, train, "
-            "query): a trained classifier, and labelled data; query is what was held out of the training.",
+            "query): a trained classifier or language model, and labelled data; query is what was held out of the "
+            "training.",
         ),
     ],
     indices: Annotated[
@@ -52,6 +54,13 @@ def remove_command(
             help="Names or patterns of layers that may move, comma separated or repeated.", show_default="the head"
         ),
     ] = None,
+    loss: Annotated[
+        str,
+        typer.Option(
+            help=f"That the model was trained with, one of {', '.join(LOSSES)}. Layers of language models (causal_lm) "
+            "and token classifiers move with --layers; bce and mse are for the head alone."
+        ),
+    ] = "cross_entropy",
     sampler: Annotated[
         str, typer.Option(help=f"Of the examples that carry the curvature: one of {', '.join(SAMPLERS)}.")
     ] = "logit",
@@ -86,6 +95,12 @@ def remove_command(
     if (epsilon is None) != (noise is None):
         raise ValueError("--epsilon and --noise make a certificate together: give both or none")
     certificate = None if epsilon is None or noise is None else Certificate(epsilon, delta, noise)
+    check("loss", loss, loss in LOSSES, f"one of {', '.join(LOSSES)}")
+    if verify and loss != "cross_entropy":
+        raise ValueError(
+            f"--verify judges classifiers with one label per example, not --loss {loss}: leave it out, and compare "
+            "with evaluation.answers (texts) or networks of your own"
+        )
     ((_, function),) = choose_samplers([sampler])
     gone = read_indices(indices)
     where = device_named(device)
@@ -96,6 +111,7 @@ def remove_command(
     torch.manual_seed(seed)  # what a sampler draws from under a certificate
     n = count(train, batch_size)
     settings: dict[str, Any] = {"steps": steps, "weight_decay": weight_decay, "damping": damping}
+    told = {} if loss == "cross_entropy" else {"loss": loss}
     budget = None if k is None else check_budgets([k], n)[0]
     first = find_ranks().rank == 0  # which alone verifies, prints and writes
     with writable(out) if first else nullcontext():
@@ -106,6 +122,7 @@ def remove_command(
             layers=None if layers is None else split(layers),
             subset=None if budget is None else partial(function, k=budget),
             certificate=certificate,
+            loss=loss,  # pyright: ignore[reportArgumentType]
             batch_size=batch_size,
             device=where,
             # Under a certificate the noise must not come from a seed that is known.
@@ -114,7 +131,7 @@ def remove_command(
             **settings,
         )
         about = {"script": script, "indices": str(indices), "removed": len(gone), "n": n, "layers": layers}
-        about |= {"sampler": None if budget is None else sampler, "k": budget, "seed": seed, **settings}
+        about |= {"sampler": None if budget is None else sampler, "k": budget, "seed": seed, **settings, **told}
         if not first:
             return
         _write(out, removal, about, gone)

@@ -5,7 +5,7 @@ The losses (`fastif.removal.losses`) are functions of the head's features, so th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -88,6 +88,13 @@ class RetainedHead:
 
     def _named(self, theta: Tensor) -> dict[str, Tensor]:
         return dict(zip(self._keys, (theta[:, :-1], theta[:, -1]) if self.has_bias else (theta,), strict=False))
+
+    def go_on_from(self, parameters: Mapping[str, Tensor]) -> None:
+        """Steps begin at these; what full steps answer is still the gradient at the trained parameters."""
+        rows = [parameters[key].to(self.theta) for key in self._keys if key in parameters]
+        self.theta = torch.cat([rows[0], rows[1][:, None]], 1) if self.has_bias else rows[0]
+        self.logits = self._logits(self.theta)
+        (self.objective,) = self._objectives([(self.logits, self.theta)])
 
     def with_noise(self, noise: Tensor) -> dict[str, Tensor]:
         """`parameters`, with noise [c, d (+1)] added before they are rounded to the head's type."""

@@ -120,15 +120,24 @@ class RetainedNetwork:
         """Copies of the parameters that move, keyed like the model's."""
         return {name: parameter.detach().clone() for parameter, name in self._names.items()}
 
+    def go_on_from(self, parameters: Mapping[str, Tensor]) -> None:
+        """Steps begin at these; what they answer is still the gradient of all data at the trained parameters."""
+        self.gradient()
+        with torch.no_grad():
+            for parameter, name in self._names.items():
+                if name in parameters:
+                    parameter.copy_(parameters[name])
+        self.objective = math.nan
+
     def gradient(self) -> float:
         if not self._shift:
             self._check_model()
         with self._note_head():
             loss, sums = self._sum_over(self.kept)
-        if math.isnan(self.objective):  # the first step; later ones know it from their search
+        if math.isnan(self.objective):  # where steps begin; later they know it from their search
             self.objective = loss / self.n + self._decay()
             if not math.isfinite(self.objective):
-                raise ValueError(f"remove: the retained objective is {self.objective} at the trained parameters")
+                raise ValueError(f"remove: the retained objective is {self.objective} where the steps begin")
         self._gradient = {p: g / self.n + self.weight_decay * p.detach() for p, g in sums.items()}
         norm = sum(float(g.square().sum()) for g in self._gradient.values()) ** 0.5
         if not self._shift:  # of the trained parameters

@@ -31,7 +31,7 @@ from fastif.removal.head import RetainedHead, check_settings
 from fastif.removal.losses import HeadLoss, SoftmaxName, output_loss
 from fastif.removal.network import RetainedNetwork
 from fastif.removal.newton import newton
-from fastif.removal.steps import Removal, Step
+from fastif.removal.steps import Removal, Step, check_moves, check_start
 from fastif.samplers.draw import Sampler
 from fastif.sharded import refuse_sharded
 
@@ -53,6 +53,7 @@ def remove(
     certificate: Certificate | None = None,
     head: str | None = None,
     extracted: Extracted | None = None,
+    start: Removal | None = None,
     batch_size: int = 256,
     device: torch.device | str | None = None,
     generator: Generator | None = None,
@@ -106,6 +107,9 @@ def remove(
         head, batch_size, device, progress: as in `fastif.extract`.
         extracted: what `fastif.extract(model, train)` returned, for the head's steps: the pass over the data is then
             not made again, but for its first batch, which is compared. Several removals from one model need one pass.
+        start: an earlier removal from this model, which stays as it was trained: the steps begin where that one ended,
+            so that removal after removal takes a step or two each. `indices` are ALL examples to be without, those of
+            `start` too; steps without line search still answer ∇F_all at the trained parameters.
         generator: for samplers that draw, default torch's global one, so that runs differ unless it is seeded; and for
             the certificate's noise, default one that the operating system seeds. A seed that is known takes the noise
             away: keep it secret, or leave it out.
@@ -116,8 +120,9 @@ def remove(
     Raises ValueError for indices out of range, repeated or all there are, for missing labels, for a loss that is not
     convex or, beside other layers than the head, not softmax cross-entropy, for damping > 0 beside an "auto", for
     `extracted` of another number of examples, of a first batch that the model sees otherwise, or beside layers that it
-    cannot serve, for parameters that moved out of the range of the model's 16 bits, and what `extract`, `Influence`,
-    the sampler and the curvature raise; with a certificate, for more than the head, weight_decay = 0 or
+    cannot serve, for a `start` from another model, with examples that `indices` lack or with parameters that do not
+    move here, for parameters that moved out of the range of the model's 16 bits, and what `extract`, `Influence`, the
+    sampler and the curvature raise; with a certificate, for more than the head, weight_decay = 0 or
     line_search=False, for a loss that is not known to be convex, for a head whose weight serves elsewhere in the model,
     and where the steps do not reach its distance, with how far they came.
     """
@@ -127,6 +132,8 @@ def remove(
     check_settings(6 if steps is None else steps, damping)
     name, layer = find_head(model, head, op="remove")
     indices = torch.as_tensor(indices)
+    if start is not None:
+        check_start(start, model, indices)
     ranks = find_ranks()
     settings: dict[str, Any] = {
         "subset": subset,
@@ -138,6 +145,7 @@ def remove(
     if ranks.world > 1:
         told = {**settings, "layers": layers, "steps": steps, "certificate": certificate, "head": head}
         told["loss"] = told_function(loss)
+        told["start"] = None if start is None else fingerprint([*start.moved[-1].values()])
         train = _compare(ranks, model, train, indices, told, batch_size)
         progress = progress and ranks.rank == 0
     softmax = loss == "cross_entropy"
@@ -159,9 +167,10 @@ def remove(
         settings["ranks"] = ranks
         problem = _head_problem(name, layer, extracted, indices, device, settings, exact=certificate is not None)
         if certificate is not None:
-            before = problem.parameters
+            before = _begin(problem, model, start)
             history, released, certified = certify(problem, certificate, steps, generator, progress)
-            return _removal(model, history, [before, *(step.parameters for step in history), released], certified)
+            moved = [before, *(step.parameters for step in history), released]
+            return _removal(model, history, moved, indices, certified)
     else:
         if certificate is not None:
             raise ValueError(
@@ -190,10 +199,28 @@ def remove(
             loss=cast(SoftmaxName, loss),
             **settings,
         )
-    before = problem.parameters
+    before = _begin(problem, model, start)
     most = 6 if steps is None else steps
     history = list(tqdm(newton(problem, most), "remove", total=most, disable=not progress))
-    return _removal(model, history, [before, *(step.parameters for step in history)])
+    moved = [before, *(step.parameters for step in history)]
+    if start is not None and not history:  # no step lowers F: the state is that of `start`
+        moved.append(problem.parameters)
+    return _removal(model, history, moved, indices)
+
+
+def _begin(problem: RetainedHead | RetainedNetwork, model: nn.Module, start: Removal | None) -> dict[str, Tensor]:
+    """The trained parameters that move; the problem then stands where `start` ended."""
+    trained = problem.parameters
+    if start is not None:
+        check_moves(start, {key for key, name in _names_of(model).items() if name in trained})
+        problem.go_on_from(start.moved[-1])
+    return trained
+
+
+def _names_of(model: nn.Module) -> dict[str, str | None]:
+    """By key of the state dict, the parameter's name: some have two keys; None for what is no parameter."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {key: names.get(value) for key, value in model.state_dict(keep_vars=True).items()}
 
 
 def _compare(ranks: Ranks, model: nn.Module, train: Any, removed: Tensor, told: dict[str, Any], batch_size: int) -> Any:
@@ -279,11 +306,11 @@ def _removal(
     model: nn.Module,
     history: list[Step],
     parameters: list[dict[str, Tensor]],
+    indices: Tensor,
     certified: Certified | None = None,
 ) -> Removal:
     """What `remove` returns; a parameter that moved stands under each of its keys in state_dict: some have two."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    keys = {key: names.get(value) for key, value in model.state_dict(keep_vars=True).items()}
+    keys = _names_of(model)
     state = {key: value.detach().clone() for key, value in model.state_dict().items()}
     moved = [
         {key: values[name].to(state[key]) for key, name in keys.items() if name in values} for values in parameters
@@ -294,7 +321,8 @@ def _removal(
             raise ValueError(
                 f"remove: {key!r} moved out of the range of {value.dtype}, to {largest:.3g}; pass model.float()"
             )
-    return Removal({**state, **{key: value.clone() for key, value in moved[-1].items()}}, history, moved, certified)
+    last = {key: value.clone() for key, value in moved[-1].items()}
+    return Removal({**state, **last}, history, moved, certified, indices.detach().cpu().clone())
 
 
 class _Inputs:

@@ -28,7 +28,7 @@ from fastif.model.passes import Passes
 from fastif.ranks import find_ranks, together
 from fastif.replay.agreement import check_logs, tell_log
 from fastif.replay.log import TrainingLog
-from fastif.replay.segments import decays_of, divide, scales_of
+from fastif.replay.segments import divide, scales_of, shifts_of
 from fastif.replay.unrolling import KNOWS_NO_EIGENVALUES, Decay, Filtered, Scaled, Undamped, Unrolling
 from fastif.samplers.subset import Subset
 
@@ -51,9 +51,10 @@ class Source:
     segment's middle: the predicted rise of query q's measurement had t not been trained on. It costs a fit and a pass
     over the data for each segment, where `Replay` costs passes for each step.
 
-    Of Adam and AdamW the same in parameters divided by P^½, P = 1/(√v̂ + ε) the diagonal that the checkpoint has, held
-    over the segment, and τ_l = Σ η: functions of P^½ (G + γ) P^½, or with AdamW's decay of P^½ G P^½ + γ, by products
-    with the estimator's G. What a gradient does to v̂ is left out.
+    Of Adam and AdamW the same in parameters divided by P^½, P = 1/(√v̂ + ε) held over the segment, v̂ the mean of those
+    that its checkpoints have, and τ_l = Σ η: functions of P^½ (G + γ) P^½, or with AdamW's decay of P^½ G P^½ + γ, by
+    products with the estimator's G; γ may differ by parameter group. What a gradient does to v̂ is left out: scores
+    come out too large, most of all those through parameters that few examples move, as rare words' vectors are.
 
     Args:
         logs: a `TrainingLog`, or several, whose networks' rows are scaled and averaged as in `Replay`.
@@ -63,12 +64,14 @@ class Source:
         curvature: makes the estimators, given a damping: `EKFAC`, or `lambda damping: {"head": ExactBlock(damping),
             "*": EKFAC(damping)}`. With several segments, or Adam, they must know their eigenvalues (not `CG`, `LiSSA`,
             `DataInf`, `RandomProjection`).
-        segments: into which the steps are divided, as equally as possible; each needs a checkpoint of its own.
+        segments: into which the steps are divided, as equally as possible; each needs a checkpoint of its own, unless
+            all its learning rates are 0.
         group: on several ranks (`torchrun`), the process group among whose ranks the passes over the training data are
             divided; default all. Each keeps every segment's curvature; every rank gets the same result.
 
-    Raises ValueError for logs whose groups differ in the learning rate, or groups or steps in weight decay: there is no
-    one time; for more segments than checkpoints; and where a thousand products do not suffice for Adam.
+    Raises ValueError for logs whose groups differ in the learning rate, as there is no one time; whose steps, or groups
+    of SGD, differ in weight decay; for more segments than checkpoints; and where a thousand products do not suffice for
+    Adam.
     """
 
     def __init__(
@@ -176,9 +179,9 @@ class Source:
             )
         subset = Subset(rows, torch.full((len(rows),), 1 / len(rows), dtype=torch.float64))
         rates, made = log.rates(), list[_Segment]()
-        for start, stop, checkpoint in self._stretches[number]:
-            time, state = math.fsum(rates[start:stop]), _state_of(self.model, log.parameters(checkpoint))
-            scales = scales_of(log, checkpoint)
+        for start, stop, checkpoints, middle in self._stretches[number]:
+            time, state = math.fsum(rates[start:stop]), _state_of(self.model, log.parameters(middle))
+            scales = scales_of(log, checkpoints)
             damping = TrainingDamping(time, log.weight_decay) if scales is None else Undamped(time)
             fitted = self._influence(self.curvature(damping), checkpoints=[state]).fit(self.train, subset)
             if scales is not None:
@@ -206,9 +209,13 @@ class Source:
             raise ValueError(KNOWS_NO_EIGENVALUES)
         _check_follows(curvature, rule)
         parameters = {name: parameter for parameter, name in fitted.capture.names.items()}
-        values = {p: scales.get(name, torch.zeros_like(p)).to(fitted.device) for name, p in parameters.items()}
-        by_block = {name: block.matrix(values) for name, block in fitted.capture.blocks.items()}
-        return Scaled(curvature, by_block, rule.time, decays_of(log), first, self.memory // 3)
+
+        def by_block(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            values = {p: given.get(name, torch.zeros_like(p)).to(fitted.device) for name, p in parameters.items()}
+            return {name: block.matrix(values) for name, block in fitted.capture.blocks.items()}
+
+        shifts = shifts_of(log, scales)
+        return Scaled(curvature, by_block(scales), by_block(shifts), rule.time, first, self.memory // 3)
 
     def _gradients(self, passes: Passes, end: dict[str, Tensor], query: Walked) -> Iterator[dict[str, Tensor]]:
         """The queries' gradients at the end of the training, as many at a time as a third of the memory holds."""

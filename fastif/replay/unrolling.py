@@ -66,13 +66,13 @@ class Filtered:
 
 
 class Scaled:
-    """Of Adam: P^½ f(A) P^½ v and P^−½ e^{−τA} P^½ v, with A = P^½ (G + γI) P^½ + γ_d I, by products with G.
+    """Of Adam: P^½ f(A) P^½ v and P^−½ e^{−τA} P^½ v, with A = P^½ G P^½ + S, by products with G.
 
     Args:
         curvature: whose solves are products with G.
-        scales: P^½ by block, [g, o, d]; where it is 0 a parameter stands still.
+        scales: P^½ by block, [g, o, d]; where it is 0 a parameter stands still but for its weight decay.
+        shifts: the diagonal S by block, what weight decay adds to P^½ G P^½.
         time: τ.
-        decays: γ, of the gradient, and γ_d, decoupled.
         first: whether no segment comes before, so that nothing has to decay.
         memory: bytes that the vectors of those queries may take that are answered side by side.
     """
@@ -81,12 +81,12 @@ class Scaled:
         self,
         curvature: NetworkCurvature,
         scales: Mapping[str, Tensor],
+        shifts: Mapping[str, Tensor],
         time: float,
-        decays: tuple[float, float],
         first: bool,
         memory: int,
     ):
-        self.curvature, self.scales, self.decays, self.memory = curvature, scales, decays, memory
+        self.curvature, self.scales, self.shifts, self.memory = curvature, scales, shifts, memory
         self.rules = [TrainingDamping(time)] if first else [TrainingDamping(time), Decay(time)]
 
     def __call__(self, vectors: Mapping[str, Tensor]) -> Unrolled:
@@ -102,25 +102,26 @@ class Scaled:
 
     def _part(self, names: tuple[str, ...], rows: Tensor, like: Mapping[str, Tensor]) -> list[Tensor]:
         """Of some queries, and the blocks of one estimator."""
-        part, (coupled, decoupled) = self.curvature.parts[names], self.decays
-        scale = torch.cat([self.scales[name].flatten() for name in names]).to(rows)
+        part, time = self.curvature.parts[names], self.rules[0].time
+        scale, shift = (
+            torch.cat([by_block[name].flatten() for name in names]).to(rows) for by_block in (self.scales, self.shifts)
+        )
 
         def product(x: Tensor) -> Tensor:
-            scaled = x * scale
-            solved = part.solve(_by_block(scaled, names, like))
+            solved = part.solve(_by_block(x * scale, names, like))
             curved = torch.cat([solved[name].flatten(1) for name in names], 1).to(x)
-            return (curved + coupled * scaled) * scale + decoupled * x
+            return curved * scale + x * shift
 
         try:
             found = apply_functions(product, rows * scale, [rule.filter for rule in self.rules], _PRODUCTS)
         except NotSettled as error:
             raise NotSettled(
-                f"Source: {' and '.join(map(repr, names))}, training time {self.rules[0].time:.3g}: {error}; take more "
+                f"Source: {' and '.join(map(repr, names))}, training time {time:.3g}: {error}; take more "
                 "segments, each of which is shorter"
             ) from error
         found[0] *= scale
         if len(found) > 1:
-            found[1] = torch.where(scale > 0, found[1] / scale, rows)
+            found[1] = torch.where(scale > 0, found[1] / scale, rows * (shift * -time).exp())
         return found
 
 

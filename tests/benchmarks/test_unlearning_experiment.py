@@ -1,12 +1,16 @@
 """The smallest form of benchmarks/experiments/unlearning: it runs, goes on where it was, and its table is its rows'."""
 
+import copy
 import json
 
 import pytest
+import torch
 
 from benchmarks.experiments import unlearning as experiment
-from benchmarks.figures import tables
+from benchmarks.figures import removals, tables
 from benchmarks.figures.unlearning import unlearning_table
+from fastif import EKFAC, ExactBlock
+from fastif.data import load
 from fastif.evaluation import baselines
 from fastif.evaluation.trainings import Trainings
 
@@ -31,15 +35,31 @@ def test_it_runs_and_goes_on(tmp_path, monkeypatch, one_thread):
         "python benchmarks/experiments/unlearning.py --examples 160 --seeds 1 --pairs 2 --epochs 1 --sets 'random 5 %'"
     )
     found = first["sets"]["random 5 %"]
-    methods = ["nothing removed", "retrained", "remove: head", "remove: last block", "remove: all, one step"]
-    methods += ["fine-tuning", "SSD"]
+    methods = ["nothing removed", "retrained", "remove: head", "remove: last block", "remove: all"]
+    steps = ["one step: head", "one step: last block", "one step: all"]
+    steps += ["one step: last block, then head", "one step: all, then head"]
+    methods += [*steps, "fine-tuning", "SSD"]
     assert [entry["method"] for entry in found["summary"]] == methods
-    assert first["meta"]["chosen"]["random 5 %"].keys() == {"fine-tuning", "SSD", "remove: all, one step"}
+    assert first["meta"]["chosen"]["random 5 %"].keys() == {*steps, "fine-tuning", "SSD"}
+    assert found["cpu_seconds"].keys() == set(methods[2:])
+    assert all(0 < took["seconds"] < 100 * took["retraining"] for took in found["cpu_seconds"].values())
     assert json.loads((tmp_path / "unlearning-small.json").read_text()) == first
     table = unlearning_table("unlearning-small")
     assert table.count("\n| ") == 1 + len(methods) - 1
     for entry in found["summary"]:
         assert f"{entry['held_out_accuracy_mean']:.3f}" in table
+
+    experiment.trained_once.cache_clear()
+    glance = removals.glance_table("removal-glance-small")
+    within = {m: found["cpu_seconds"][m]["seconds"] / found["cpu_seconds"][m]["retraining"] for m in methods[2:]}
+    rows = {entry["method"]: entry["tug_of_war_mean"] for entry in found["summary"]}
+    most = sorted(within.values())[4]
+    affordable = [method for method in methods[2:] if within[method] <= most]
+    assert removals.best_within(found, most) == max(affordable, key=lambda method: rows[method])
+    assert removals.best_within(found, 0.0) is None
+    assert glance.count("\n| ") == len(methods)
+    removals.frontier_picture("unlearning-small", tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
 
     def never(self, task):
         raise AssertionError("trained again")
@@ -48,13 +68,35 @@ def test_it_runs_and_goes_on(tmp_path, monkeypatch, one_thread):
     monkeypatch.setattr(baselines, "_descended", never)
     again = experiment.main(arguments)
     assert again["sets"] == first["sets"]
+    assert experiment.trained_once.cache_info().misses == 1, "the network whose self-influence ranks the examples"
+
+
+def test_only_the_block_moves_and_it_takes_the_steps_of_the_whole_network(one_thread):
+    """What stands still below is computed once: the same steps as through the whole network, to float32's rounding."""
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 1, 8, 8), torch.arange(60) % 10
+    recipe = experiment.RECIPES["digits"]._replace(epochs=2)
+    model, removed = experiment.trained_once(tuple(range(60)), 0, x, y, recipe), torch.tensor([1, 5, 33])
+    how = {"steps": 1, "weight_decay": 5e-4, "batch_size": 1024, "line_search": False}
+    how["curvature"] = {"head": ExactBlock(0.1), "*": EKFAC(0.1)}
+    whole = baselines.newton_steps(copy.deepcopy(model), (x, y), removed, 0, layers=experiment.BLOCK, **how)
+    found = experiment.block_steps(copy.deepcopy(model), (x, y), removed, 0, **how).state_dict()
+    for name, value in model.state_dict().items():
+        moved = name in found and not torch.equal(value, found[name])
+        assert moved == any(name.startswith(f"{layer}.") for layer in experiment.BLOCK) & value.is_floating_point() & (
+            "running" not in name
+        ), name
+        assert torch.allclose(found[name], whole[name], rtol=1e-4, atol=1e-5), name
 
 
 def test_settings_are_chosen_with_other_examples():
-    from fastif.data import load
-
-    y = load("digits").y_train
-    memorised = y.argsort()
-    for name, (removed, other) in experiment.forget_sets(y, memorised).items():
+    images = load("digits")
+    x, y = images.x_train, images.y_train
+    sets = experiment.forget_sets(x, y, y.argsort(), wrong=torch.arange(0, 1400, 9))
+    assert len(sets) == 8
+    for name, (removed, other) in sets.items():
         assert not set(removed.tolist()) & set(other.tolist()), name
-        assert min(len(removed), len(other)) > 50
+        assert min(len(removed), len(other)) >= 14, name
+    light, dark = sets["light half of class 6"][0], (y == 6).nonzero()[:, 0]
+    dark = dark[~torch.isin(dark, light)]
+    assert x[light].flatten(1).mean(1).min() > x[dark].flatten(1).mean(1).max()

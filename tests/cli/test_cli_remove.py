@@ -1,6 +1,7 @@
 """`fastif remove` on a user's own script: what it writes is what Python gives."""
 
 import json
+import runpy
 
 import numpy as np
 import pytest
@@ -56,9 +57,63 @@ def test_a_query_s_best_can_be_removed_and_layers_samplers_and_certificates_chos
     assert 0.05 < float((first - second).std()) < 0.3  # noise of its own each time, whatever --seed
 
 
+LANGUAGE = """
+import torch
+from torch import nn
+
+
+class Language(nn.Module):  # each position sees the mean of the words so far
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(7, 4), nn.Linear(4, 7)
+
+    def forward(self, tokens):
+        places = torch.arange(1, tokens.shape[1] + 1)[:, None]
+        return self.head(torch.tanh(self.words(tokens).cumsum(1) / places))
+
+
+def problem():
+    torch.manual_seed(0)
+    tokens = torch.randint(7, (40, 6))
+    model, data = Language(), (tokens, tokens)
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        logits = model(tokens)[:, :-1].flatten(0, 1)
+        (nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()) * 5).backward()
+        optimizer.step()
+    return model, data, data
+"""
+
+
+def test_all_layers_of_a_language_model(run, script):
+    (script / "language.py").write_text(LANGUAGE)
+    how = ("--loss", "causal_lm", "--layers", "*", "--sampler", "random", "--k", "50%", "--steps", "2")
+    code, printed, _ = run("remove", "language.py:problem", "--indices", "gone.txt", *how, "--out", "out")
+    assert code == 0
+    assert "4 of 40 examples, 2 steps" in printed
+    model, train, _ = runpy.run_path("language.py")["problem"]()
+    found = load_file("out/removed.safetensors")
+    assert all(bool((found[name] != value).any()) for name, value in model.state_dict().items()), "all of them move"
+    kept = torch.ones(40, dtype=torch.bool)
+    kept[GONE] = False
+
+    def loss(rows):
+        logits = model(train[0][rows])[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, train[0][rows][:, 1:].flatten()).item()
+
+    before = loss(kept)
+    model.load_state_dict(found)
+    assert loss(kept) < before
+    assert json.loads((script / "out" / "removal.json").read_text())["about"]["loss"] == "causal_lm"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--indices", "gone.txt", "--loss", "hinge"], "--loss must be one of cross_entropy, token_cross_entropy"),
+        (["--indices", "gone.txt", "--loss", "causal_lm", "--verify"], "--verify judges classifiers with one label"),
+        (["--indices", "gone.txt", "--loss", "bce", "--layers", "*"], "loss= is for the head alone"),
         (["--indices", "none.txt"], "no file none.txt for --indices"),
         (["--indices", "words.txt"], "words.txt holds no indices: invalid literal"),
         (["--indices", "empty.txt"], "empty.txt holds no indices: it is empty"),

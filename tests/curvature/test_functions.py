@@ -1,5 +1,7 @@
 """Functions of a matrix by products with it, held against its eigenvectors."""
 
+import math
+
 import pytest
 import torch
 
@@ -50,3 +52,10 @@ def test_too_few_products_are_no_result():
     _, _, a = matrix(60, 1e6)
     with pytest.raises(NotSettled, match="after 12 products with the curvature the result still changes by"):
         apply_functions(lambda x: x @ a, torch.ones(1, 60, dtype=torch.float64), [TrainingDamping(50.0).filter], 12)
+
+
+def test_a_function_that_is_not_a_number_is_no_result():
+    _, _, a = matrix(30, 1.0)
+    rows = torch.ones(1, 30, dtype=torch.float64)
+    with pytest.raises(NotSettled, match="the result still changes by nan"):
+        apply_functions(lambda x: x @ a, rows, [lambda x: x * math.nan, lambda x: x], 40)

@@ -24,7 +24,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "head, full steps": {"line_search": False, "steps": 1},
     "head, weighted classes": {"loss": WEIGHTED, "subset": FIXED},
     "head, squared errors": {"loss": "mse", "steps": 1},
+    "head, after another": {"start": {}},
     "all layers": {"layers": "*"},
+    "all layers, after another": {"layers": "*", "start": {"layers": "*"}, "steps": 1},
     "all layers, sampler": {"layers": "*", "subset": SAMPLER},
     "all layers, full steps": {"layers": "*", "line_search": False, "curvature": Identity(), "steps": 1},
     "all layers, by products": {"layers": "*", "curvature": CG(0.3, tolerance=1e-10), "steps": 1},
@@ -40,6 +42,9 @@ def removal(problem: Problem, name: str, batches: bool = False) -> dict[str, Any
     target = nn.functional.one_hot(y, 3).double() if how.get("loss") == "mse" else y
     data: Any = (x, target) if not batches else [(a, b) for a, b in zip(x.split(13), target.split(13), strict=True)]
     settings: dict[str, Any] = {"steps": 3, "weight_decay": 5e-3, "batch_size": 20, **how}
+    if "start" in how:
+        first = dict(weight_decay=5e-3, batch_size=20, progress=False, **how["start"])
+        settings["start"] = remove(model, data, REMOVED[:2], steps=1, **first)
     found = remove(model, data, REMOVED, generator=generator, progress=False, **settings)
     steps = [x for step in found.history for x in (step.objective, step.gradient_norm, *step.step_size.values())]
     return {

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fastif import Certificate, remove, samplers
+from fastif.removal import optimal_head
 from fastif.removal.certificate import gaussian_delta, largest_shift
 from fastif.removal.certifying import distance_bound
 from fastif.removal.head import RetainedHead
@@ -252,6 +253,21 @@ def test_refusals(arguments, message):
     model, x, y = trained()
     with pytest.raises(ValueError, match=message):
         remove(model, (x, y), REMOVED, **{**QUIET, "certificate": CLOSE, **arguments})
+
+
+def test_without_weight_decay_a_class_that_is_gone_is_refused_and_with_it_is_certified():
+    """Nothing holds the row of a class without retained examples: its optimum is infinitely far."""
+    model, x, y = trained()
+    gone = (y == 0).nonzero()[:, 0]
+    with pytest.raises(ValueError, match=r"head \(damping here: weight_decay \+ damping\) .* not positive definite"):
+        remove(model, (x, y), gone, weight_decay=0.0, progress=False)
+    with pytest.raises(ValueError, match=r"a certificate needs weight_decay > 0, got 0\.0"):
+        remove(model, (x, y), gone, weight_decay=0.0, certificate=CLOSE, progress=False)
+    found = remove(model, (x, y), gone, certificate=CLOSE, **QUIET)
+    head = model[:2](x).detach(), y, *(parameter.detach() for parameter in model[2].parameters())
+    best = optimal_head(*head, gone, weight_decay=WEIGHT_DECAY)
+    apart = sum(float((found.moved[-2][f"2.{key}"] - value).square().sum()) for key, value in best.parameters.items())
+    assert apart**0.5 <= found.certified.bound <= found.certified.distance
 
 
 def test_other_certificates_and_shared_heads_are_refused():

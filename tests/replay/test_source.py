@@ -141,9 +141,8 @@ def test_a_language_model_with_tied_weights():
 
 def test_what_source_refuses():
     model, log = descended(0.02, 12, every=5)
-    with pytest.raises(
-        ValueError, match=r"segment 2 \(steps 6 to 8\) has no checkpoint: choose fewer segments than the 3"
-    ):
+    words = r"segment 2 \(steps 6 to 8\) has no checkpoint, the log has one every 5 steps: choose fewer segments than 4"
+    with pytest.raises(ValueError, match=words):
         source(log, model, segments=4)
     with pytest.raises(ValueError, match="segments must be at most the log's 12 steps, got 13"):
         source(log, model, segments=13)

@@ -95,10 +95,10 @@ def _change(shares: list[Tensor], before: list[Tensor] | None, largest: list[Ten
     """How far the results have moved, in units of what is allowed."""
     if before is None:
         return float("inf")
-    settled, rounding, worst = _SETTLED.get(dtype, 1e-5), 8 * torch.finfo(dtype).eps, 0.0
+    settled, rounding, ratios = _SETTLED.get(dtype, 1e-5), 8 * torch.finfo(dtype).eps, list[Tensor]()
     for now, then, most in zip(shares, before, largest, strict=True):
         moved = now.clone()
         moved[:, : then.shape[1]] -= then
         allowed = settled * now.norm(dim=1) + rounding * most
-        worst = max(worst, float((moved.norm(dim=1) / allowed.clamp(min=1e-300)).max()))
-    return worst
+        ratios.append(moved.norm(dim=1) / allowed.clamp(min=1e-300))
+    return float(torch.stack(ratios).max())  # NaN where one of them is: that is not settled
