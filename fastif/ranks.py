@@ -36,9 +36,8 @@ __all__ = [
     "together",
 ]
 
-BUCKET = (
-    1 << 24
-)  # bytes that are exchanged at a time: enough for the bandwidth, and some five times it stand beside the fit
+# Bytes that are exchanged at a time: enough for the bandwidth. Up to six times as many stand beside the fit.
+BUCKET = 1 << 24
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 

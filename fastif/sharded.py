@@ -275,8 +275,12 @@ class Sharding:
         if first is None or (self._to_come and not again):
             return
         self._gathered = None
-        (root,) = (state for unit in self._units if (state := unit._get_fsdp_state())._is_root)
-        root._reset_iter_state() if hasattr(root, "_reset_iter_state") else root._root_post_backward_final_callback()
+        states = [unit._get_fsdp_state() for unit in self._units]
+        for root in (state for state in states if state._is_root):  # several where the model itself is not sharded
+            if hasattr(root, "_reset_iter_state"):
+                root._reset_iter_state()
+            else:  # of an older torch: what ends a backward pass
+                root._root_post_backward_final_callback()
         units = {unit._get_fsdp_state()._fsdp_param_group: unit for unit in self._units}
         for group in (*first[done:], *self._to_come * again):
             units[group].unshard()

@@ -57,6 +57,7 @@ from fastif.model.losses import MEASUREMENTS
 
 OPTIONS = "options.json"  # in the folder of an index: those of the command, with which a query finds the same curvature
 INDEXED = ("ekfac", "kfac", "diagonal", "identity")  # those with eigenvalues of single blocks
+_UNKNOWN = "not measured: few examples, or the build has not ended"
 
 
 def index_command(
@@ -245,7 +246,7 @@ def query_command(
     if not quiet:
         what = "harm" if harmful else "help"
         terminal().print(top_table("query", "queries", found.values, found.indices, index.n, what, given))
-        print(f"of an index of {index.n:,} examples; its error as measured while building: {index.measured}")
+        print(f"of an index of {index.n:,} examples; its error when it was built: {index.measured or _UNKNOWN}")
         if out is not None:
             holds = "" if table is not None else f": top.csv, {RUN}"
             print(f"{count(given.query, options['batch_size']):,} queries: {out}{holds}")
@@ -267,7 +268,7 @@ def _print_facts(index: Index) -> None:
         "curvature": settings["curvature"],
         "kept": f"share {settings['share']:g} of the numbers asked for, in {settings['stored']}",
         "size": f"{index.nbytes / 2**20:.1f} MiB, {index.nbytes // n:,} bytes per example",
-        "error": str(index.measured or "not measured: few examples"),
+        "error": str(index.measured or _UNKNOWN),
         "finished": "yes" if index.finished else "no: --resume goes on",
     }
     print(f"{index.path}: an index of training gradients")

@@ -83,8 +83,10 @@ def build(
             if ranks.rank == 0:
                 save_tensors(path / CURVATURE, fitted.state_dict(), settings["curvature state"])
             cut, exact = look(encoder, train, share, fitted.setup.seed, threshold)
-            if ranks.rank == 0 and exact is not None:
-                save_tensors(path / EXACT, {"exact": exact}, settings["curvature state"])
+            if ranks.rank == 0:
+                (path / EXACT).unlink(missing_ok=True)  # of another job, which ended before its manifest
+                if exact is not None:
+                    save_tensors(path / EXACT, {"exact": exact}, settings["curvature state"])
             layers = [[name, [*metric.shape], cut.tables[name]] for name, metric in encoder.metrics.items()]
             borders = _borders(train, cut.bytes)
             Folder.write_manifest(
@@ -134,6 +136,8 @@ def append(
         if resume and len(parts) > 1 and canonical(parts[-1]["settings"]) == canonical(own):
             first = parts[-1]["borders"][0]
         else:
+            if not resume:
+                parts = _without_unfinished(folder, ranks)
             if ranks.rank == 0:
                 folder.check_finished()
                 check_ids_with(folder, given)
@@ -143,6 +147,21 @@ def append(
             folder.write(ranks, parts=[*parts, part])
         encoder = Encoder.of(fitted, dtype_named(folder.manifest["settings"]["stored"]))
         _write_missing(folder, encoder.with_threshold(folder.manifest["threshold"]), more, first, given, None)
+
+
+def _without_unfinished(folder: Folder, ranks: Ranks) -> list[Any]:
+    """Takes back an append that ended early, as with data of which a batch is NaN; the parts that are left."""
+    *others, last = folder.manifest["parts"]
+    runs = [run for run in folder.runs if run.start >= last["borders"][0]]
+    unfinished = bool(others) and any(run in folder.missing() for run in runs) if ranks.rank == 0 else None
+    (unfinished, *_) = ranks.meet("whether an append ended early", unfinished)
+    if not unfinished:
+        return folder.manifest["parts"]
+    if ranks.rank == 0:  # blocks first: those that are there belong to the part that the manifest has last
+        for run in runs:
+            folder.path_of(run).unlink(missing_ok=True)
+    folder.write(ranks, parts=others)
+    return others
 
 
 def remove(folder: Folder, examples: Tensor, ranks: Ranks) -> None:
@@ -220,7 +239,8 @@ def _write_measured(folder: Folder, encoder: Encoder, train: Walked) -> None:
     exact = load_tensors(path)[1]["exact"] if ranks.rank == 0 and path.exists() else None
     (exact, *_) = ranks.meet("exact scores of a sample, as they were kept", exact)
     if exact is not None and folder.manifest["measured"] is None:
-        folder.write(ranks, measured=measure(encoder, folder, train, exact)._asdict())
+        measured = measure(encoder, folder, train, exact)
+        folder.write(ranks, measured=None if measured is None else measured._asdict())
     if ranks.rank == 0:
         path.unlink(missing_ok=True)
 

@@ -125,7 +125,8 @@ class Factors:
         """Whether int8 factors meet queries as integers: the processor has instructions for that."""
         return (
             self.right.dtype == torch.int8 and not self.table and queries.device.type == "cpu"
-            and max(queries.shape[2:]) < _LONGEST and _has_integer_products()
+            and 1 < max(queries.shape[2:]) < _LONGEST  # of vectors of one entry torch returns what it never wrote
+            and _has_integer_products()
         )  # fmt: skip
 
     def _add_integer_products(self, out: Tensor, queries: Tensor, owners: Tensor) -> None:
@@ -140,11 +141,13 @@ class Factors:
         each = max(1, _CACHED // (2 * e))
         for begin in range(0, len(long), each):
             rows = slice(begin, begin + each)
-            ours, scale, own = short[rows].to(out), self.scale, owners[rows]
+            ours, own = short[rows].to(out), owners[rows]
+            if self.scale is not None:
+                ours.mul_(self.scale[rows, None])
             for number, row in enumerate(out):
                 both = torch._int_mm(long[rows], digits[number])  # pyright: ignore[reportPrivateImportUsage]
                 products = both[:, :e].to(out).mul_(_BASE).add_(both[:, e:]).mul_(ours) @ step[number]
-                row.index_add_(0, own, products if scale is None else products.mul_(scale[rows]))
+                row.index_add_(0, own, products)
 
     def _add_formed(self, out: Tensor, queries: Tensor) -> None:
         """For many queries, or groups: matrices are formed once for all of them."""
@@ -190,9 +193,17 @@ class Factors:
 
 @cache
 def _has_integer_products() -> bool:
-    """Whether torch multiplies matrices of int8 on this processor without leaving sums that do not fit: where
-    processors lack instructions for it, products are added in 16 bits."""
-    return bool(getattr(torch.cpu, "_is_vnni_supported", bool)()) and hasattr(torch, "_int_mm")
+    """Whether torch multiplies matrices of int8 fast and exactly here.
+
+    Without instructions for it (VNNI) products are added in 16 bits, in which sums of two do not fit. The processor may
+    have them and torch not use them (ONEDNN_MAX_CPU_ISA), so the largest products there are get tried out.
+    """
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)
+    if supported is None or not supported() or not hasattr(torch, "_int_mm"):
+        return False
+    one, other = (torch.full(shape, 127, dtype=torch.int8) for shape in ((16, 64), (64, 16)))
+    found = torch._int_mm(one, other)  # pyright: ignore[reportPrivateImportUsage]
+    return bool((found == 64 * 127**2).all())
 
 
 def _digits_of(query: Tensor, step: Tensor) -> Tensor:

@@ -131,9 +131,11 @@ class Folder:
     def check_finished(self) -> None:
         missing = self.missing()
         if missing:
+            appended = missing[0].start >= self.manifest["parts"][0]["borders"][-1]
             raise ValueError(
                 f"{self.path} is unfinished: {len(missing)} of {len(self.runs)} blocks are not there, examples "
                 f"{missing[0].start} to {missing[0].stop - 1} first; the same call with resume=True goes on"
+                + (", and an append without it takes their place" if appended else "")
             )
 
     @property

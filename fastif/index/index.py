@@ -151,7 +151,7 @@ class Index:
         self, more: Any, *, ids: Sequence[str] | Tensor | None = None, resume: bool = False, key: str | None = None
     ) -> Index:
         """Adds examples that the model was trained on, too, at the threshold of the index; they are numbered on from
-        `total`. Arguments as for `build`."""
+        `total`. Arguments as for `build`; without resume=True an append that ended early is taken back first."""
         influence = self._influence()
         fitted, data = ready(influence), walkable(influence, more)
         compare_setups(fitted.setup, "append", {"more": data, "resume": resume, "key": key})
@@ -372,7 +372,7 @@ class Index:
             for first, held in blocks:
                 start = begin
                 for block in own_blocks(self._folder, self.ranks):
-                    yield first, start, products(block.factors, held)
+                    yield first, start, products(block.factors, held, first)
                     start += len(block.examples)
 
     def _encoder(self) -> Encoder:

@@ -40,9 +40,20 @@ def join_numbers(parts: list[Tensor], ranks: Ranks) -> Tensor:
     return ranks.join("what blocks hold", own, ranks.device).cpu()
 
 
-def products(factors: Mapping[str, Factors], queries: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scores by block, [q, n], on the CPU."""
-    return {name: part.dots(queries[name]).cpu() for name, part in factors.items()}
+def products(factors: Mapping[str, Factors], queries: Mapping[str, Tensor], first: int = 0) -> dict[str, Tensor]:
+    """Scores by block, [q, n], on the CPU, of queries from number `first` on.
+
+    Raises ValueError where their type does not hold one.
+    """
+    found = {name: part.dots(queries[name]).cpu() for name, part in factors.items()}
+    for name, scores in found.items():
+        if not bool(scores.isfinite().all()):
+            row = int((~scores.isfinite()).nonzero()[0, 0])
+            raise ValueError(
+                f"index: scores of query {first + row} are not finite in block {name!r}: its gradient there is too "
+                f"large for {str(scores.dtype).removeprefix('torch.')}"
+            )
+    return found
 
 
 def sum_of(parts: Mapping[str, Tensor]) -> Tensor:

@@ -1,8 +1,8 @@
 """What a sample of the training examples says of all of them: where to cut off, and what is lost by it.
 
 One walk through the sample finds the cut and the exact scores of its examples; what the index makes of these scores is
-read from its own blocks in the end. Before the blocks, a sample of n examples takes n/16 (64 at least, 256 at most)
-and as many more as the share needs, n/8 (256 at least, 2,048 at most) in all.
+read from its own blocks in the end. Of n training examples the sample has n/16 (64 at least, 256 at most), and where
+these leave the share uncertain as many more as it needs, up to n/8 (256 at least, 2,048 at most) in all.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fastif.data.batches import Walked
 from fastif.data.dealing import Part, deal_picked
 from fastif.index.encoder import Encoder, Sizes
 from fastif.index.folder import Folder
+from fastif.index.reading import products, sum_of
 from fastif.influence.fitted import Fitted
 from fastif.influence.queries import query_blocks
 from fastif.influence.shared_folder import share_of_all
@@ -225,16 +226,18 @@ def _noise(part: Sizes) -> Tensor:
     return part.squares.amax(1, keepdim=True) * 1e-12
 
 
-def measure(encoder: Encoder, folder: Folder, train: Walked, exact: Tensor) -> Measured:
+def measure(encoder: Encoder, folder: Folder, train: Walked, exact: Tensor) -> Measured | None:
     """Exact scores of `draw_pairs` beside those that the finished index gives; of several ranks each reads its blocks.
 
-    Examples that were taken out since are left out.
+    Examples that were taken out since are left out; None where that leaves fewer than two.
     """
     fitted, ranks = _by_loss(encoder.fitted), encoder.fitted.setup.ranks
     pairs = draw_pairs(train.n, fitted.setup.seed)
     assert pairs is not None
     q, there = len(pairs.queries), torch.isin(pairs.examples, folder.examples)
     query, examples = part_of(train, pairs.queries), pairs.examples[there]
+    if len(examples) < 2:
+        return None
     mine = [run for run in share_of_all(folder.runs, ranks) if _any_of(examples, run)]
     rows: list[Tensor] = []
     if mine:
@@ -245,8 +248,7 @@ def measure(encoder: Encoder, folder: Folder, train: Walked, exact: Tensor) -> M
                 for run in mine:
                     block = folder.read_block(run)
                     some = block.select(torch.isin(block.examples, examples).nonzero()[:, 0])
-                    parts = [factors.dots(held[name]) for name, factors in some.factors.items()]
-                    columns.append(torch.stack(parts).sum(0).cpu())
+                    columns.append(sum_of(products(some.factors, held)))
                 rows.append(torch.cat(columns, 1))
     found = torch.cat(rows).to(ranks.device) if rows else None
     return compare(exact[:, there], ranks.join("scores of a sample", found, ranks.device, dim=1).cpu())

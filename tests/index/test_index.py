@@ -53,6 +53,22 @@ def test_with_all_numbers_in_float32_scores_are_exact(tmp_path, name, curvature,
     assert index.measured.r > 1 - 1e-6
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+def test_scores_that_do_not_fit_are_refused_and_those_that_do_are_right(tmp_path, dtype):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 9), torch.nn.ReLU(), torch.nn.Linear(9, 2))
+    x, y = torch.randn(N, 5), torch.randn(N, 2)
+    influence = fitted(model, (x, y), "mse")
+    index = Index.build(influence, (x, y), tmp_path / "index", share=1, dtype=dtype)
+    large = torch.cat([x[:1], 1e18 * x[1:3]]), y[:3]  # gradients of squared errors grow by 1e36
+    close(index.scores(large), influence.scores(large, (x, y)), 1e-2)
+    for ask in (index.scores, lambda query: index.top(query, 2)):
+        with pytest.raises(
+            ValueError, match=r"scores of query 1 are not finite in block '0': .* too large for float32"
+        ):
+            ask((torch.cat([x[:1], 1e20 * x[1:3]]), y[:3]))
+
+
 @pytest.mark.parametrize("dtype", ["int8", "float16"])
 def test_gradients_of_one_position_are_kept_but_for_the_rounding_of_vectors(tmp_path, dtype):
     model, train, query, loss = linear()

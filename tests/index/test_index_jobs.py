@@ -15,6 +15,7 @@ from fastif import EKFAC, Index, Influence
 from fastif.files import Damaged
 from fastif.folder_lock import FolderInUse, locked
 from fastif.index import building
+from fastif.index.sampling import draw_pairs
 from tests.helpers.indexed import BATCH, N, bits, fitted, language, linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -253,19 +254,23 @@ def test_its_files_can_be_read_without_fastif(built):
     torch.testing.assert_close(found.double(), weighed, rtol=0, atol=0.02 * float(weighed.abs().max()))
 
 
-def test_a_build_that_was_cut_off_before_its_error_was_measured_measures_it(tmp_path, monkeypatch):
-    model, train, _, loss = language()
-    influence = fitted(model, train, loss)
-    whole = Index.build(influence, train, tmp_path / "whole", share=0.3)
-
+def cut_off_before_measuring(influence, train, folder, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "no space")
 
     with monkeypatch.context() as patch:
         patch.setattr(building, "measure", full)
         with pytest.raises(OSError, match="no space"):
-            Index.build(influence, train, tmp_path / "cut", share=0.3)
-    cut = Index(tmp_path / "cut", influence)
+            Index.build(influence, train, folder, share=0.3)
+    return Index(folder, influence)
+
+
+def test_a_build_that_was_cut_off_before_its_error_was_measured_measures_it(tmp_path, monkeypatch):
+    model, train, _, loss = language()
+    influence = fitted(model, train, loss)
+    whole = Index.build(influence, train, tmp_path / "whole", share=0.3)
+
+    cut = cut_off_before_measuring(influence, train, tmp_path / "cut", monkeypatch)
     assert cut.finished
     assert cut.measured is None
     assert (tmp_path / "cut" / building.EXACT).exists()
@@ -273,3 +278,38 @@ def test_a_build_that_was_cut_off_before_its_error_was_measured_measures_it(tmp_
     assert resumed.measured == whole.measured is not None
     names = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("cut", "whole")]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_an_error_is_measured_of_what_was_left_of_its_sample(tmp_path, monkeypatch, left):
+    model, train, _, loss = language()
+    influence = fitted(model, train, loss)
+    cut = cut_off_before_measuring(influence, train, tmp_path / "cut", monkeypatch)
+    sample = draw_pairs(N, influence.setup.seed).examples
+    cut.remove(sample[left:])
+    resumed = Index.build(influence, train, tmp_path / "cut", share=0.3, resume=True)
+    assert (resumed.measured and resumed.measured.examples) == (left if left > 1 else None)
+    assert not (tmp_path / "cut" / building.EXACT).exists()
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_an_append_of_data_that_will_not_do_is_taken_back_by_the_next(tmp_path, monkeypatch, batch):
+    monkeypatch.setattr(building, "BLOCK_BYTES", 1)  # a batch each
+    model, (x, y), query, loss = linear()
+    influence = fitted(model, (x, y), loss)
+    first, more = (x[:32], y[:32]), (x[32:], y[32:])
+    for name in ("index", "whole"):
+        Index.build(influence, first, tmp_path / name, ids=[str(i) for i in range(32)]).remove(torch.tensor([2]))
+    index, ids = Index(tmp_path / "index", influence), [str(i) for i in range(32, N)]
+    broken = more[0].clone()
+    broken[batch * BATCH] = torch.nan
+    with pytest.raises(ValueError, match="holds NaN or Inf"):
+        index.append((broken, more[1]), ids=ids)
+    with pytest.raises(ValueError, match="with resume=True goes on, and an append without it takes their place"):
+        index.scores(query)
+    with pytest.raises(ValueError, match="is unfinished"):
+        index.append(more, ids=ids, resume=True)
+    index.append(more, ids=ids)
+    Index(tmp_path / "whole", influence).append(more, ids=ids)
+    assert bits(tmp_path / "index") == bits(tmp_path / "whole")
+    assert index.ids() == Index(tmp_path / "whole").ids()

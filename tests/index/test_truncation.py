@@ -1,5 +1,9 @@
 """What is kept of gradients, against dense singular value decompositions in float64."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -164,3 +168,21 @@ def test_int8_factors_meet_queries_as_integers_within_the_stated_bound(monkeypat
     assert bool(((found - exact).abs() <= bound * (1 + 1e-9)).all())
     assert bool((found != exact).any())
     assert bool((exact[1] != 0).any()) == (o > 1)
+
+
+def test_a_block_of_one_number_meets_queries_as_floats(monkeypatch):
+    # torch's product of int8 [f, 1] and [1, k] returns memory that was never written.
+    monkeypatch.setattr("fastif.index.factors._has_integer_products", lambda: True)
+    factors = Factors.store(truncate(gradients("factors", 1, 12, 3, 1, 1), metric(1, 1, 1), 0), torch.int8)
+    queries = torch.randn(3, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    left, right = factors._vectors(slice(None), queries)
+    torch.testing.assert_close(factors.dots(queries), queries.flatten(1) @ (left * right).T)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most", ["AVX512_CORE", "AVX2"])
+def test_integers_are_not_multiplied_where_torch_is_told_to_do_without_the_instructions(most):
+    code = "from fastif.index.factors import _has_integer_products as has; print(has())"
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": most}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"

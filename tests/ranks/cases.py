@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -281,6 +281,23 @@ def planned_and_sent(estimator: Any, width: int = 40, low_rank: int | None = Non
     after = ranks.bytes_sent, ranks.bytes_received
     moved = (fitted[0] - before[0], fitted[1] - before[1], after[0] - fitted[0], after[1] - fitted[1])
     return plan, moved
+
+
+def drawn(rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(rank)
+    sizes = {"few": 7, "none": 0, "many": 130, "more": 64, "all": 3}
+    return {name: (100 * torch.randn(n, generator=draw)).to(dtype) for name, n in sizes.items()}
+
+
+def summed(dtype: torch.dtype, bucket: int) -> dict[str, Tensor]:
+    """Sums over ranks of what each has drawn, so many bytes at a time; "all" is for all ranks, the others for one."""
+    ranks, before = find_ranks(), ranks_module.BUCKET
+    ranks_module.BUCKET = bucket
+    try:
+        owners = {"few": 0, "none": 0, "many": 1, "more": 0}
+        return ranks.sum_each("sums", drawn(ranks.rank, dtype), owners.get, ranks.device)
+    finally:
+        ranks_module.BUCKET = before
 
 
 def planned_and_held(estimator: Any, divide: bool = False) -> tuple[int, int]:

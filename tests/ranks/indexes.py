@@ -75,6 +75,16 @@ def ask(folder: str, state: State) -> dict[str, Any]:
     }
 
 
+def append_anew(folder: str, state: State) -> int:
+    """The examples that `build` appends, without resume=True: how many the index then has."""
+    influence, train, _ = asked(state)
+    before, building.BLOCK_BYTES = building.BLOCK_BYTES, 1
+    try:
+        return Index(folder, influence).append(tuple(x[40:] for x in train)).n
+    finally:
+        building.BLOCK_BYTES = before
+
+
 def take_out(folder: str, state: State, examples: Any) -> int:
     return Index(folder, asked(state)[0]).remove(examples).n
 

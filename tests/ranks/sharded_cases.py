@@ -49,12 +49,13 @@ def network(kind: str = "layers") -> nn.Module:
     return Blocks(kind == "bare").double()
 
 
-def divided(model: nn.Module, **how: Any) -> nn.Module:
-    """The model as it is on one process, and as its parts where there are several."""
+def divided(model: nn.Module, whole: bool = True, **how: Any) -> nn.Module:
+    """The model as it is on one process, and as its parts where there are several; with whole=False of its blocks."""
     if dist.is_initialized():
         for block in getattr(model, "middle", ()):
             fully_shard(block, **how)
-        fully_shard(model, **how)
+        if whole:
+            fully_shard(model, **how)
     return model
 
 
@@ -198,10 +199,10 @@ def failing_layer(name: str) -> Any:
     return said, made.scores((x[:3], y[:3]), (x, y))
 
 
-def failing_backward(name: str, kind: str, call_number: int) -> Any:
+def failing_backward(name: str, kind: str, call_number: int, whole: bool = True) -> Any:
     """A layer that fails on the last rank on the way back; what was said, after how long, and scores of another try."""
     (x, y), ranks, calls = problem("mlp").data, find_ranks(), []
-    model = divided(network(kind))
+    model = divided(network(kind), whole)
     made = Influence(model, curvature=EKFAC(1e-2), progress=False, batch_size=4).fit((x, y))
 
     def fail(*_: Any) -> None:

@@ -15,6 +15,7 @@ from tests.ranks.cases import exchanges
 from tests.ranks.indexes import (
     answered,
     answered_by_products,
+    append_anew,
     ask,
     asked,
     build,
@@ -51,6 +52,9 @@ def test_two_ranks_build_append_remove_and_ask_as_one_process_does(two, alone, s
     want = ask(str(alone), state)
     for got in two(ask, folder, state):
         assert all(torch.equal(got[name], want[name]) for name in want)
+    (tmp_path / "two" / "block-000000048.safetensors").unlink()  # as if the append had ended early
+    assert two(append_anew, folder, state) == [60, 60]
+    assert bits(tmp_path / "two") == bits(alone)
     gone = torch.tensor([3, 41, 17, 18])
     assert two(take_out, folder, state, gone) == [56, 56]
     assert two(build, folder, state) == [0, 0]  # and what was removed does not come back

@@ -13,12 +13,14 @@ from tests.ranks.cases import (
     ESTIMATORS,
     answers,
     copied,
+    drawn,
     held,
     in_train_mode,
     in_turns,
     keeps_one,
     loads_and_moves,
     owner_fails,
+    summed,
 )
 from tests.ranks.test_estimators import compare
 
@@ -115,3 +117,12 @@ def test_more_ranks_hold_their_own_and_answer_alike(world):
         assert torch.allclose(got["self"], want["self"], rtol=1e-9)
     finally:
         crew.dismiss()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64], ids=str)
+@pytest.mark.parametrize("bucket", [8, 100, 1 << 20])
+def test_sums_arrive_with_their_owners_in_pieces_of_any_size(two, dtype, bucket):
+    one, other = drawn(0, dtype), drawn(1, dtype)
+    for found, names in zip(two(summed, dtype, bucket), ({"few", "none", "more", "all"}, {"many", "all"}), strict=True):
+        assert found.keys() == names
+        assert all(torch.equal(found[name], one[name] + other[name]) for name in names)

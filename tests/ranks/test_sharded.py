@@ -106,17 +106,18 @@ def test_an_error_within_a_pass_of_one_rank_ends_all_at_once(two, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "call"),
+    ("name", "kind", "call", "whole"),
     [
-        ("middle.0", "layers", 4),
-        ("middle.1", "layers", 2),
-        ("head", "layers", 3),
-        ("middle.1", "bare", 7),
+        ("middle.0", "layers", 4, True),
+        ("middle.1", "layers", 2, True),
+        ("head", "layers", 3, True),
+        ("middle.1", "bare", 7, True),
+        ("middle.1", "layers", 4, False),
     ],
 )
-def test_an_error_in_a_backward_pass_of_one_rank_ends_all_at_once(two, name, kind, call):
+def test_an_error_in_a_backward_pass_of_one_rank_ends_all_at_once(two, name, kind, call, whole):
     _, _, want = failing_backward(name, kind, 0)
-    for said, took, scores in two(failing_backward, name, kind, call):
+    for said, took, scores in two(failing_backward, name, kind, call, whole):
         assert said.endswith("a layer that fails on one rank")
         assert took < 0.8 * TIMEOUT  # which torch would wait
         assert torch.allclose(scores, want, rtol=0, atol=1e-9 * float(want.abs().max()))  # and all can go on
@@ -132,6 +133,7 @@ def test_whole_layers_do_not_stand_all_at_once(two):
     [
         ("ekfac", "layers", {}),
         ("kfac", "bare", {}),
+        ("ekfac", "layers", {"whole": False}),
         ("exact", "layers", {"reshard_after_forward": False}),
         ("kfac monte carlo", "layers", {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}),
     ],
