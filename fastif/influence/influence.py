@@ -42,7 +42,7 @@ from fastif.influence.score_job import write_scores
 from fastif.influence.scoring import compute_scores, compute_self_influence, find_top
 from fastif.influence.sharing import compare_setups
 from fastif.influence.states import gather, load_fitted, state_of
-from fastif.influence.tiles import By, best_of, check_k
+from fastif.influence.tiles import By, best_of, check_certainty, check_k
 from fastif.model.capture import Capture, LateLayer
 from fastif.model.features import extract, find_head
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement, loss_name
@@ -486,8 +486,7 @@ class Influence:
         `certainty` ranks by score − certainty · standard error (largest=False: plus), and these are the values: what
         scores high with all networks comes before what scores high with some.
         """
-        if not 0 <= certainty < float("inf"):
-            raise ValueError(f"top: certainty must be a number >= 0 of standard errors, got {certainty}")
+        check_certainty(certainty)
         self._check_spread("top", "certainty", certainty)
         query, train = self._ready().walk(query, train)
         check_k(k, count(train, self.passes.batch_size))

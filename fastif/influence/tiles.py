@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -73,6 +74,11 @@ def check_groups(what: str, groups: Tensor, n: int) -> None:
             f"scores: {what} must be [{n}] numbers >= 0, got shape {list(groups.shape)}, "
             f"the smallest {int(groups.min()) if groups.numel() else None}"
         )
+
+
+def check_certainty(certainty: float) -> None:
+    if isinstance(certainty, bool) or not isinstance(certainty, int | float) or not 0 <= certainty < math.inf:
+        raise ValueError(f"top: certainty must be a number >= 0 of standard errors, got {certainty!r}")
 
 
 def add_groups(values: Tensor, groups: Tensor) -> Tensor:

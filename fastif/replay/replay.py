@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args, overload
@@ -17,7 +16,7 @@ from fastif.data.loaders import needs_all
 from fastif.data.parts import Parts
 from fastif.fingerprints import fingerprint
 from fastif.influence.averaging import average_rows, unit_of
-from fastif.influence.tiles import check_groups
+from fastif.influence.tiles import check_certainty, check_groups
 from fastif.model.losses import Loss, Measurement, check_loss, check_measurement, loss_name
 from fastif.progress import tqdm
 from fastif.ranks import find_ranks, together
@@ -195,8 +194,7 @@ class Replay:
         """
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.n:
             raise ValueError(f"top: k must be an integer in [1, n={self.n}], got k={k}")
-        if not 0 <= certainty < math.inf:
-            raise ValueError(f"top: certainty must be a number >= 0 of standard errors, got {certainty}")
+        check_certainty(certainty)
         unit = self._unit("top", "certainty", certainty > 0)
         query = self._begin("top", query, train, k=k, largest=largest, certainty=certainty)
         found = []

@@ -207,6 +207,7 @@ REFUSED = [
     (lambda: influence_of(halves(1)).fit(TRAIN).solve({}), ValueError, "no parameters in common"),
     (lambda: influence_of(halves(1)).fit(TRAIN).top(QUERY, TRAIN, N + 1), ValueError, "k must be an integer in"),
     (lambda: influence_of(halves(2)).fit(TRAIN).top(QUERY, TRAIN, 2, certainty=-1), ValueError, "certainty must be"),
+    (lambda: influence_of(halves(2)).fit(TRAIN).top(QUERY, TRAIN, 2, certainty="2"), ValueError, "certainty must be"),
     (
         lambda: influence_of(halves(1)).fit(TRAIN).scores(QUERY, (X[:1], Y[:1])),
         ValueError,
