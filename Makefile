@@ -19,8 +19,8 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 OUT     ?= runs/demo
 
 JOBS    ?= $(shell $(PYTHON) -c "import os; print(min(4, os.cpu_count() or 1))")
-# With the .venv, tests run in JOBS processes of one thread each, a file of tests in one of them.
-TESTS   := $(if $(SETUP),OMP_NUM_THREADS=1 )$(PY) -m pytest $(if $(SETUP),-n $(JOBS) --dist loadfile)
+# With the .venv, tests run in JOBS processes of one thread each, a file of tests in one of them; the slowest are named at the end.
+TESTS   := $(if $(SETUP),OMP_NUM_THREADS=1 )$(PY) -m pytest --durations=15 --durations-min=5 $(if $(SETUP),-n $(JOBS) --dist loadfile)
 SPREAD  := $(subst loadfile,worksteal,$(TESTS))
 COVER   := $(if $(SETUP),--cov=fastif --cov-report=term:skip-covered --cov-fail-under=95)
 
