@@ -43,14 +43,16 @@ def glance() -> str:
             "[benchmarks](docs/benchmarks.md)",
         )
     rows = [row for row in results_of("lds")["lds"] if row["model"] == "MLP, Fashion-MNIST" and row["lds"]]
-    chosen = [row for row in rows if row["contender"].startswith("fastif") and "from the training" in row["contender"]]
-    ours, peer = (
-        max(some, key=lambda row: row["lds"]["mean"])
-        for some in (chosen, [row for row in rows if not row["contender"].startswith("fastif")])
-    )
+    replays = [row for row in rows if row["contender"].startswith("fastif, replay")]
+    ruled = [row for row in rows if row["contender"].startswith("fastif") and "from the training" in row["contender"]]
+    peers = [row for row in rows if not row["contender"].startswith("fastif")]
+    *ours, peer = (max(some, key=lambda row: row["lds"]["mean"]) for some in (replays, ruled, peers))
     add(
         "an MLP on Fashion-MNIST held against retraining on halves of the data: rank correlation (LDS)",
-        f"{ours['lds']['mean']:.3f} in {ours['cpu_seconds']:.1f} s ({_without_prefix(ours['contender'])})",
+        "; ".join(
+            f"{row['lds']['mean']:.3f} in {row['cpu_seconds']:.1f} s ({_without_prefix(row['contender'])})"
+            for row in ours
+        ),
         f"{peer['lds']['mean']:.3f} in {peer['cpu_seconds']:.1f} s ({peer['contender']}, best damping)",
         "[evaluation](docs/evaluation.md)",
     )
