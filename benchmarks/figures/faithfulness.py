@@ -13,11 +13,24 @@ from . import tables
 _PEERS = ("kronfluence", "dattri")
 
 
+_HEAD, _EK, _RULE = "fastif, exact block of the head", "fastif, EK-FAC", ", damping from the training"
+_PARTS = {  # rows of the table "lds" that stand by themselves elsewhere
+    "lds-index": [f"{_EK}{_RULE}", *(f"{_EK}, an index of {k} %{_RULE}" for k in (1, 4))],
+    "lds-default": [
+        _HEAD,
+        f"{_HEAD}{_RULE}",
+        *(f'fastif, "auto"{rule}' for rule in (_RULE, ", a tenth of the mean eigenvalue")),
+    ],
+}
+
+
 def lds_table(name: str) -> str:
-    results = tables.results_of(name)
+    results = tables.results_of("lds" if name in _PARTS else name)
     models = results["meta"]["models"]
     cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in results["lds"]:
+        if name in _PARTS and row["contender"] not in _PARTS[name]:
+            continue
         cells.setdefault(row["contender"], {}).setdefault(row["model"], []).append(row)
     heads = " | ".join(f"{model}: halves | 80 % kept | CPU s" for model in models)
     lines = [f"| | {heads} |", "|---|" + "---|---|---|" * len(models)]
