@@ -59,13 +59,13 @@ ESTIMATORS: dict[str, Any] = {
     "hessian": ExactBlock(1.0, "hessian"),
     "projection": RandomProjection(16, 1e-2),
     "auto": Automatic(1e-2, share=1e-4),
-    "cg": CG(0.3, tolerance=1e-10),
-    "cg preconditioned": CG(RelativeDamping(3.0), tolerance=1e-10, preconditioner=KFAC(0.3)),
-    "lissa": LiSSA(1.0, tolerance=1e-6),
+    "cg": CG(3.0, tolerance=1e-10),  # little damping takes many products, of which ranks meet for each
+    "cg preconditioned": CG(RelativeDamping(30.0), tolerance=1e-10, preconditioner=KFAC(3.0)),
+    "lissa": LiSSA(5.0, tolerance=1e-6),
     "lissa batches": LiSSA(1.0, batch=8, max_steps=5, tolerance=0.9),
     "arnoldi": Arnoldi(6, 1e-2, tolerance=1e-6),
     "identity": Identity(),
-    "mixed": {"head": CG(0.3, tolerance=1e-10), "*": EKFAC(1e-2)},
+    "mixed": {"head": CG(3.0, tolerance=1e-10), "*": EKFAC(1e-2)},
 }
 
 
