@@ -13,9 +13,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
+_CONNECTIONS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 _LOOK = 1.0  # seconds between two looks at who is missing
 _PAUSES = 2e-4, 0.02  # seconds between two looks whether all are there, at first and in the end
 _OF_EXCHANGES = ("gloo", "pair closure", "NCCL", "Timed out")  # words of errors for which torch has no class
@@ -192,7 +194,7 @@ class Meetings:
     @contextmanager
     def _living(self) -> Iterator[None]:
         """Signs of life to the others, for as long as this rank is at work."""
-        ended, store, op = threading.Event(), self._store.clone(), self._op
+        ended, store, op = threading.Event(), self._own_store(), self._op
 
         def beat() -> None:
             count = 0
@@ -212,6 +214,12 @@ class Meetings:
         finally:
             ended.set()
             thread.join()
+
+    def _own_store(self) -> Any:
+        """A connection of the signs' own, one for each group: making one can take seconds."""
+        if self.group not in _CONNECTIONS:
+            _CONNECTIONS[self.group] = self._store.clone()
+        return _CONNECTIONS[self.group]
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
