@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.figures.tables import results_of, threads_of
+from benchmarks.figures.tables import made_by, results_of
 from fastif.report.pages import new_figure
 
 MOST = 0.05  # of retraining's time
-_PLAIN = ("nothing removed", "retrained")
+PLAIN = ("nothing removed", "retrained")  # rows that are no method
 _COLOURS = {"head": "#d55e00", "last block": "#0072b2", "all": "#009e73"}
 _MARKERS = {
     "remove": "o", "one step": "D", "fine-tuning": "x", "NegGrad+": "P", "random labels": "v", "SSD": "s", "LiSSA": "1",
@@ -27,7 +27,7 @@ def share_of(found: Mapping[str, Any], method: str) -> float:
 
 def best_within(found: Mapping[str, Any], most: float = MOST) -> str | None:
     """Of the methods that take at most so much of retraining's time the one with the highest tug-of-war, if any do."""
-    rows = [row for row in found["summary"] if row["method"] not in _PLAIN and share_of(found, row["method"]) <= most]
+    rows = [row for row in found["summary"] if row["method"] not in PLAIN and share_of(found, row["method"]) <= most]
     return max(rows, key=lambda row: row["tug_of_war_mean"])["method"] if rows else None
 
 
@@ -38,7 +38,7 @@ def glance_table(name: str) -> str:
     methods = [row["method"] for row in next(iter(sets.values()))["summary"]]
     lines = [f"| | {' | '.join(sets)} | of retraining's time |", "|---" * (len(sets) + 2) + "|"]
     for method in methods:
-        plain = method in _PLAIN
+        plain = method in PLAIN
         cells = [f"*{method}*" if plain else method]
         for found in sets.values():
             value = next(row["tug_of_war_mean"] for row in found["summary"] if row["method"] == method)
@@ -54,8 +54,7 @@ def glance_table(name: str) -> str:
             f"Tug-of-war: 1 is as retraining does, judged against {meta['seeds']} retrained networks; *retrained*: by "
             f"another seed. Bold: the best of what takes at most {100 * MOST:.0f} % of retraining's processor seconds "
             f"on that set. {meta['examples']:,} training examples, {meta['epochs']} epochs, {meta['held_out']:,} held "
-            f"out; {meta['device']}, {threads_of(meta['threads'])} of a busy machine, torch "
-            f"{meta['versions']['torch']}, {meta['date'][:10]}. Made by `{meta['command']}`.",
+            f"out; {made_by(meta)}",
         ]
     )
 
@@ -73,8 +72,8 @@ def frontier_picture(name: str, path: Path) -> None:
     for axis, (removed, found) in zip(panels, sets.items(), strict=False):
         for row in found["summary"]:
             method, value = row["method"], row["tug_of_war_mean"]
-            share = math.nan if method in _PLAIN else 100 * share_of(found, method)
-            if method in _PLAIN:
+            share = math.nan if method in PLAIN else 100 * share_of(found, method)
+            if method in PLAIN:
                 if value is not None:
                     style = "-" if method == "retrained" else ":"
                     axis.axhline(value, color="#888888", linestyle=style, linewidth=1, label=method)
@@ -112,7 +111,7 @@ def sequence_table(name: str) -> str:
     }
     for network in rows[0]["networks"]:
         found = [row["networks"][network] for row in rows]
-        plain = network in _PLAIN
+        plain = network in PLAIN
         cells = [f"*{network}*" if plain else network]
         cells += ["" if network == "retrained" and key in keys[3:] else f"{_mean(found, key):.4f}" for key in keys]
         part = seconds.get(network)
@@ -131,9 +130,7 @@ def sequence_table(name: str) -> str:
             f"most {settled:.1g} after any removal from the eleventh on, and {max(v[-1] for v in above):.1g} after the "
             f"last; one removal of all ends {max(head['of one removal'] for head in heads):.1g} above, after {steps} "
             f"steps. The last block's objective ends at {_mean(blocks, 'objective'):.4f} one by one, at "
-            f"{_mean(blocks, 'of one removal'):.4f} at once. {meta['device']}, "
-            f"{threads_of(meta['threads'])} of a busy machine, torch {meta['versions']['torch']}, {meta['date'][:10]}. "
-            f"Made by `{meta['command']}`.",
+            f"{_mean(blocks, 'of one removal'):.4f} at once. {made_by(meta)}",
         ]
     )
 

@@ -20,6 +20,14 @@ def threads_of(number: int) -> str:
     return f"{number} thread{'s' if number > 1 else ''}"
 
 
+def made_by(meta: dict[str, Any], command: str | None = None) -> str:
+    """The end of a table of an experiment: machine, torch, day and the command that makes it."""
+    return (
+        f"{meta['device']}, {threads_of(meta['threads'])} of a busy machine, torch {meta['versions']['torch']}, "
+        f"{meta['date'][:10]}. Made by `{command or meta['command']}`."
+    )
+
+
 def _machine(results: dict[str, Any]) -> str:
     """Of a file that pytest-benchmark wrote: processor, threads, versions, day."""
     machine = results["machine_info"]
@@ -157,8 +165,7 @@ def removal_layers_table(name: str) -> str:
             f"Means over classes {', '.join(map(str, meta['classes']))} and {meta['seeds']} trained networks; "
             "against the head after its last step: difference of KL, run by run, ± its standard error; its parts are "
             f"those after 3 steps. {meta['examples']:,} training examples, {meta['n_test']:,} held out; "
-            f"{meta['device']}, {threads_of(meta['threads'])} of a busy machine, torch "
-            f"{meta['versions']['torch']}, {meta['date'][:10]}. Made by `{meta['command']}`.",
+            + made_by(meta),
         ]
     )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.figures.tables import results_of, threads_of
+from benchmarks.figures.removals import PLAIN
+from benchmarks.figures.tables import made_by, results_of
 
 _COLUMNS = {
     "removed_accuracy": ("accuracy on removed", "{:.3f}"),
@@ -25,7 +26,7 @@ def unlearning_table(name: str) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for number, (removed, found) in enumerate(results["sets"].items()):
         for row, entry in enumerate(found["summary"]):
-            plain = entry["method"] in ("retrained", "nothing removed")
+            plain = entry["method"] in PLAIN
             what = f"{removed} ({meta['removed'][removed]})" if row == 0 else ""
             cells = [what, f"*{entry['method']}*" if plain else entry["method"]]
             cells += [_cell(entry, metric, form) for metric, (_, form) in _COLUMNS.items()]
@@ -49,8 +50,7 @@ def unlearning_table(name: str) -> str:
             "pairs of half networks, ± its standard error over the pairs; ≥: some had not relearnt within the most "
             "steps, which count as theirs. "
             f"Settings as chosen on training data: {chosen}. {meta['examples']:,} training examples, "
-            f"{meta['held_out']:,} held out; {meta['device']}, {threads_of(meta['threads'])} of a busy machine, torch "
-            f"{meta['versions']['torch']}, {meta['date'][:10]}. Made by `{meta['command']}`.",
+            f"{meta['held_out']:,} held out; {made_by(meta)}",
         ]
     )
 
@@ -81,9 +81,7 @@ def people_table(name: str) -> str:
         f"{meta['removed']} of {meta['people']} invented people removed: {meta['removed texts']} of {meta['texts']:,} "
         f"texts, {meta['ratios']} questions that truth ratios are taken of; strangers are people that no network was "
         f"trained on. A GPT of two layers and {meta['parameters']:,} parameters, {meta['words']} words. Settings as "
-        f"chosen on other people: {chosen}. {meta['device']}, {threads_of(meta['threads'])} of a busy machine, torch "
-        f"{meta['versions']['torch']}, {meta['date'][:10]}. Made by "
-        f"`python -m benchmarks.experiments.people{share}`.",
+        f"chosen on other people: {chosen}. " + made_by(meta, f"python -m benchmarks.experiments.people{share}"),
     ]
     return "\n".join(lines)
 

@@ -136,3 +136,19 @@ def logs_of(
             log.step(chosen, rows)
         logs.append(log)
     return (logs[0] if number == 1 else logs), model
+
+
+def language_model(
+    make: Callable[[Any], torch.optim.Optimizer], epochs: int
+) -> tuple[Transformer, Tensor, TrainingLog]:
+    """A small one trained on eight texts of five random words, [8, 5], a text's loss its sum; in float32."""
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 7, (8, 5))
+    model = Transformer()
+    log, optimizer = TrainingLog(model, every=2), make(model.parameters())
+    for rows in batches(torch.arange(8), 4, epochs):
+        optimizer.zero_grad()
+        logits = model(tokens[rows])["logits"][:, :-1]
+        (F.cross_entropy(logits.mT, tokens[rows, 1:], reduction="sum") / 4).backward()
+        log.step(optimizer, rows)
+    return model, tokens, log

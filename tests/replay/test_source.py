@@ -8,7 +8,7 @@ from torch import nn
 
 from fastif import CG, EKFAC, DataInf, ExactBlock, Identity, Influence, TrainingDamping
 from fastif.replay import Replay, Source, TrainingLog
-from tests.helpers.trainings import OPTIMIZERS, Transformer, batches, data, network, recorded
+from tests.helpers.trainings import OPTIMIZERS, batches, data, language_model, network, recorded
 
 X, _ = data()
 TARGETS = X @ torch.tensor([[1.0, -0.5], [0.3, 2.0], [-1.0, 0.4]], dtype=torch.float64) + data(seed=3)[0][:, :2]
@@ -122,16 +122,8 @@ def test_halves_groups_and_the_model_left_as_it_is():
 
 
 def test_a_language_model_with_tied_weights():
-    torch.manual_seed(0)
-    tokens = torch.randint(0, 7, (8, 5))
+    model, tokens, log = language_model(partial(torch.optim.SGD, lr=0.1), 3)
     text = {"input_ids": tokens, "labels": tokens}
-    model = Transformer()
-    log, optimizer = TrainingLog(model, every=2), torch.optim.SGD(model.parameters(), lr=0.1)
-    for rows in batches(torch.arange(8), 4, 3):
-        optimizer.zero_grad()
-        logits = model(tokens[rows])["logits"][:, :-1]
-        (nn.functional.cross_entropy(logits.mT, tokens[rows, 1:], reduction="sum") / 4).backward()
-        log.step(optimizer, rows)
     empirical = partial(EKFAC, fisher="empirical")
     made = Source(log, model, text, "causal_lm", empirical, segments=2, progress=False)
     exact = Replay(log, model, text, "causal_lm", progress=False).scores(text)

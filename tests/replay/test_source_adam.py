@@ -14,7 +14,7 @@ from fastif.curvature.matrix_free.functions import NotSettled
 from fastif.replay import Replay, Source, TrainingLog
 from fastif.replay.segments import scales_of
 from fastif.replay.unrolling import Scaled
-from tests.helpers.trainings import OPTIMIZERS, Transformer, batches, data, losses, network, recorded, train
+from tests.helpers.trainings import OPTIMIZERS, batches, data, language_model, losses, network, recorded, train
 from tests.replay.test_source import QUERY, TARGETS, X, gradients
 
 JOINT = partial(ExactBlock, joint=True)
@@ -155,15 +155,7 @@ def test_words_of_one_example_do_not_drown_the_others():
 
 def test_a_language_model_with_tied_weights_and_parameters_without_a_gradient():
     """The key's biases have no gradient but rounding, and divide it by as much: they stand still."""
-    torch.manual_seed(0)
-    tokens = torch.randint(0, 7, (8, 5))
-    model = Transformer()
-    log, optimizer = TrainingLog(model, every=2), torch.optim.AdamW(model.parameters(), lr=0.01)
-    for rows in batches(torch.arange(8), 4, 6):
-        optimizer.zero_grad()
-        logits = model(tokens[rows])["logits"][:, :-1]
-        (nn.functional.cross_entropy(logits.mT, tokens[rows, 1:], reduction="sum") / 4).backward()
-        log.step(optimizer, rows)
+    model, tokens, log = language_model(partial(torch.optim.AdamW, lr=0.01), 6)
     scales = scales_of(log, [2])
     assert scales is not None
     assert bool((scales["qkv.bias"][4:8] == 0).all())
