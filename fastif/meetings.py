@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
-_CONNECTIONS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_CONNECTIONS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by group
 _LOOK = 1.0  # seconds between two looks at who is missing
 _PAUSES = 2e-4, 0.02  # seconds between two looks whether all are there, at first and in the end
 _OF_EXCHANGES = ("gloo", "pair closure", "NCCL", "Timed out")  # words of errors for which torch has no class
@@ -194,7 +194,10 @@ class Meetings:
     @contextmanager
     def _living(self) -> Iterator[None]:
         """Signs of life to the others, for as long as this rank is at work."""
-        ended, store, op = threading.Event(), self._own_store(), self._op
+        ended, op = threading.Event(), self._op
+        with self._answering():
+            store = self._own_store()
+            store.set(f"alive/{self.rank}", f"{op}:0")
 
         def beat() -> None:
             count = 0
@@ -206,8 +209,6 @@ class Meetings:
                     return  # the store is gone: the next meeting says so
 
         thread = threading.Thread(target=beat, name="fastif signs of life", daemon=True)
-        with self._answering():
-            store.set(f"alive/{self.rank}", f"{op}:0")
         thread.start()
         try:
             yield
@@ -216,7 +217,8 @@ class Meetings:
             thread.join()
 
     def _own_store(self) -> Any:
-        """A connection of the signs' own, one for each group: making one can take seconds."""
+        """A connection for signs of life, which must not wait for what this rank asks of the store; one for each group,
+        as making one can take seconds."""
         if self.group not in _CONNECTIONS:
             _CONNECTIONS[self.group] = self._store.clone()
         return _CONNECTIONS[self.group]
