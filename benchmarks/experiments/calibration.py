@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import fastif
-from benchmarks.experiments.lds import explained, works
+from benchmarks.experiments.lds_trainings import explained, works
 from fastif import evaluation
 from fastif.files import write_whole
 from fastif.measure import environment

@@ -66,7 +66,7 @@ def lds_table(name: str) -> str:
         "0.01 and 0.1, contender by contender. CPU seconds: fit and scores, of the best LDS on halves; the training of "
         "the networks that are explained comes on top. –: not run. "
         f"{meta['device']}, {tables.threads_of(meta['threads'])}, torch {meta['versions']['torch']}. "
-        "Made by `python benchmarks/experiments/lds.py`.",
+        "Made by `python -m benchmarks.experiments.lds`.",
     ]
     return "\n".join(lines)
 

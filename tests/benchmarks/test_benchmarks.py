@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastif
-from benchmarks.experiments import lds, lds_text, mislabel_detection
+from benchmarks.experiments import lds, lds_contenders, lds_text, lds_trainings, mislabel_detection
 from benchmarks.figures import faithfulness, keep, pages, tables
 from benchmarks.influence import operations
 from fastif import evaluation
@@ -59,12 +59,12 @@ def narrow() -> nn.Module:
 def test_lds_runs_and_its_table_is_whole(tmp_path, monkeypatch):
     root = real_data("fashion_mnist")
     monkeypatch.setattr(lds, "DAMPINGS", (1e-2,))
-    monkeypatch.setattr(lds, "cnn", narrow)  # eigenvectors of the wide one's head are most of the time
+    monkeypatch.setattr(lds_trainings, "cnn", narrow)  # eigenvectors of the wide one's head are most of the time
     options = dict(root=root, n=120, queries=4, subsets=3, fresh=3, out=tmp_path / "a")
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     made = lds.main([*arguments, "--left-out", "2", "--models", "digits", "--contenders", "fastif"])["lds"]
-    ours = [name for name in lds.CONTENDERS if name.startswith("fastif")]
-    two = {name: 2 if name not in lds.DESCENT else 1 for name in ours}  # logistic regression is no descent
+    ours = [name for name in lds_contenders.CONTENDERS if name.startswith("fastif")]
+    two = {name: 2 if name not in lds_contenders.DESCENT else 1 for name in ours}  # logistic regression is no descent
     assert [row["contender"] for row in made] == [name for name in ours for _ in range(two[name])]
     assert all(-1 <= row["lds"]["mean"] <= 1 for row in made)
     monkeypatch.setattr(tables, "KEPT", tmp_path)
