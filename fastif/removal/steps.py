@@ -54,9 +54,8 @@ class Removal(NamedTuple):
 
     state_dict: dict[str, Tensor]  # of the whole model: load_state_dict takes it
     history: list[Step]  # one entry per step taken; empty if none would have lowered F
-    moved: list[
-        dict[str, Tensor]
-    ]  # the part of state_dict that moved: as trained, after each step (with none, `start`), after noise
+    # The part of state_dict that moved: as trained, after each step (with none, `start`), after noise.
+    moved: list[dict[str, Tensor]]
     certified: Certified | None = None  # with a certificate: what of the state dict is certified, in words by str()
     removed: Tensor | None = None  # int64 [r], on the CPU: the examples that it is without
 
