@@ -26,7 +26,6 @@ from fastif.influence.influence import Influence
 from fastif.influence.networks import Networks
 from fastif.influence.planning import Plan
 from fastif.model.calls import dtype_of
-from fastif.model.features import find_head
 from fastif.model.losses import Loss
 from fastif.samplers.draw import Sampler
 from fastif.samplers.importance import logit
@@ -134,7 +133,9 @@ def _sampler_of(loss: Loss, train: Any, batch_size: int) -> Sampler:
 
 def _has_head_of_its_own(model: nn.Module) -> bool:
     """Whether the last linear layer can be covered alone: that of many language models is their table of words."""
-    _, head = find_head(model, op="choose")
+    head = _last_linear(model)
+    if head is None:
+        return False
     elsewhere = [p for module in model.modules() if module is not head for p in module.parameters(recurse=False)]
     return not any(p is other for p in head.parameters() for other in elsewhere)
 
@@ -144,7 +145,13 @@ def is_language_model(model: nn.Module, loss: Loss) -> bool:
     if loss == "causal_lm":
         return True
     tables = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
-    return callable(loss) and find_head(model, op="choose")[1].out_features in tables
+    head = _last_linear(model)
+    return callable(loss) and head is not None and head.out_features in tables
+
+
+def _last_linear(model: nn.Module) -> nn.Linear | None:
+    """The head, as `find_head` has it; a network may end in a convolution and have none."""
+    return next((module for module in reversed([*model.modules()]) if isinstance(module, nn.Linear)), None)
 
 
 Rule = RelativeDamping | TrainingDamping

@@ -126,3 +126,14 @@ def test_a_language_model_has_an_order_of_its_own():
 def own_loss(outputs, labels, reduction):
     losses = nn.functional.cross_entropy(outputs[:, :-1].mT, labels[:, 1:], reduction="none")
     return losses.sum(1) if reduction == "sum" else losses.mean(1)
+
+
+def test_a_network_without_a_linear_layer_has_no_head_to_choose():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(1, 3, 3), nn.Tanh(), nn.Flatten())
+    data = torch.randn(20, 1, 6), torch.randn(20, 12)
+    query = data[0][:2], data[1][:2]
+    for loss in ("mse", lambda outputs, batch: (outputs - batch).square().sum(1)):
+        choice = choose(model, data, query, loss=loss, operations=RATE)
+        assert choice.chosen.name == "CG over the whole network"
+        assert not any("head" in one.name for one in choice.considered)
