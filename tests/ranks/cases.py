@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-import pickle
 import time
-from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -32,19 +29,12 @@ from fastif import (
     RelativeDamping,
     Shampoo,
     Subset,
-    evaluation,
-    extract,
-    remove,
-    samplers,
 )
 from fastif import ranks as ranks_module
 from fastif.influence import owners, rank_plans, score_job, shared_folder
-from fastif.influence.owners import Elsewhere
-from fastif.influence.scoring import compute_scores
 from fastif.measure import Measure
-from fastif.ranks import ALONE, find_ranks
+from fastif.ranks import find_ranks
 from tests.helpers.by_hand import problem
-from tests.helpers.problems import Problem
 
 ESTIMATORS: dict[str, Any] = {
     "kfac": KFAC(1e-2),
@@ -283,23 +273,6 @@ def planned_and_sent(estimator: Any, width: int = 40, low_rank: int | None = Non
     return plan, moved
 
 
-def drawn(rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(rank)
-    sizes = {"few": 7, "none": 0, "many": 130, "more": 64, "all": 3}
-    return {name: (100 * torch.randn(n, generator=draw)).to(dtype) for name, n in sizes.items()}
-
-
-def summed(dtype: torch.dtype, bucket: int) -> dict[str, Tensor]:
-    """Sums over ranks of what each has drawn, so many bytes at a time; "all" is for all ranks, the others for one."""
-    ranks, before = find_ranks(), ranks_module.BUCKET
-    ranks_module.BUCKET = bucket
-    try:
-        owners = {"few": 0, "none": 0, "many": 1, "more": 0}
-        return ranks.sum_each("sums", drawn(ranks.rank, dtype), owners.get, ranks.device)
-    finally:
-        ranks_module.BUCKET = before
-
-
 def planned_and_held(estimator: Any, divide: bool = False) -> tuple[int, int]:
     """The peak of a fit of many like layers that a plan foretells, and the peak itself, with small messages."""
     torch.manual_seed(0)
@@ -325,223 +298,3 @@ def planned_and_held(estimator: Any, divide: bool = False) -> tuple[int, int]:
     assert planned is not None
     assert work.peak_bytes is not None
     return planned, work.peak_bytes
-
-
-def features(n: int) -> Any:
-    model, (x, y), _ = problem("mlp")
-    return extract(model, (x[:n], y[:n]), batch_size=5, progress=False)._asdict()
-
-
-def removal(problem: Problem) -> Any:
-    """What is left of the parameters after a removal from the head, and from all layers; with samplers."""
-    model, x, y = problem  # one that was trained in one place: the bits of a training need not be another's
-    removed = torch.arange(9) * 3
-    how: dict[str, Any] = dict(progress=False, weight_decay=5e-3, steps=2)
-    sampler = partial(samplers.logit, k=30)
-    drawn = torch.Generator().manual_seed(2)
-    head = remove(model, (x, y), removed, subset=sampler, generator=drawn, **how)
-    every = remove(model, (x, y), removed, layers="all", **how)
-    return torch.cat([v.flatten() for one in (head, every) for v in one.state_dict.values()])
-
-
-def subset_of_sampler() -> Any:
-    model, (x, y), _ = problem("mlp")
-    influence = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=5)
-    influence.fit((x, y), partial(samplers.logit, k=8))
-    assert influence.subset is not None
-    return influence.subset.indices, influence.subset.weights
-
-
-def groups() -> Any:
-    """Each rank alone, in a group of its own: no rank waits for another."""
-    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
-    model, (x, y), _ = problem("mlp")
-    influence = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False, group=alone)
-    if dist.get_rank() == 0:
-        influence.fit((x, y), partial(samplers.logit, k=8))
-        copied = copy.deepcopy(influence)  # within the same group: of all ranks the other would be waited for
-        scores = copied.scores((x[:2], y[:2]), (x, y))
-        return scores, copied.ranks.world, torch.equal(scores, influence.scores((x[:2], y[:2]), (x, y)))
-    return None
-
-
-def train(indices: Any, seed: int) -> nn.Module:
-    x, y = problem("mlp").data
-    model = nn.Linear(5, 3).double()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x[indices]), y[indices]).backward()
-        optimizer.step()
-    return model
-
-
-def train_and_end(indices: Any, seed: int) -> nn.Module:
-    if find_ranks().rank == 1 and len(indices) == 21:
-        os._exit(9)
-    return train(indices, seed)
-
-
-def retrained(folder: str | None, function: Any = train, **how: Any) -> Any:
-    x, y = problem("mlp").data
-    kept = [torch.arange(24 - i) for i in range(5)]
-    out = {} if folder is None else {"out": folder, "resume": True, "key": "training"}
-    return evaluation.retrain(function, kept, (x, y), progress=False, **out, **how).values
-
-
-def halves() -> Any:
-    found = evaluation.train_halves(train, 24, pairs=2, progress=False)
-    return torch.stack([state["weight"] for state in found.states])
-
-
-def centres(lengths: Any, start: Any, metric: str = "euclidean", weighted: bool = True) -> Any:
-    """Centres of points that stand on the ranks in parts of these lengths."""
-    points = torch.randn(sum(lengths), 3, generator=torch.Generator().manual_seed(0)).double()
-    ranks = find_ranks()
-    own = points.split(lengths)[ranks.rank] if ranks.world > 1 else points
-    how: dict[str, Any] = dict(start=start, metric=metric, weighted=weighted)
-    return samplers.k_center_of_ranks(own, 6, generator=torch.Generator().manual_seed(1), **how)
-
-
-def bad_centres(rank: int) -> Any:
-    points = torch.randn(5, 3)
-    if find_ranks().rank == rank:
-        points[2, 1] = float("nan")
-    return samplers.k_center_of_ranks(points, 2, start=0)
-
-
-def wrapped(how: str) -> Any:
-    """Scores of a model that torch wrapped for training on several ranks; and of the model."""
-    torch.manual_seed(0)
-    x, y = torch.randn(21, 4, dtype=torch.float64), torch.arange(21) % 3
-    # Buffers, which DistributedDataParallel sends before a pass, and 5 batches, of which no two ranks have as many.
-    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
-
-    def scores(of: nn.Module) -> Any:
-        made = Influence(of, curvature=EKFAC(damping=1e-3), batch_size=5, progress=False)
-        return made.fit((x, y)).scores((x[:3], y[:3]), (x, y))
-
-    want = scores(model)
-    if how == "data parallel":
-        made = nn.parallel.DistributedDataParallel(model)
-        found = scores(made)
-        assert made.forward_sync_buffers
-        assert made.require_backward_grad_sync
-        return found, want
-    return scores(fully_shard(copy.deepcopy(model))), want
-
-
-def in_train_mode(folder: str) -> dict[str, Any]:
-    """A model whose BatchNorm takes its statistics from the batch: an example's gradient depends on its neighbours."""
-    torch.manual_seed(0)
-    x, y = torch.randn(24, 5, dtype=torch.float64), torch.arange(24) % 3
-    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double()
-    how: dict[str, Any] = dict(allow_train_mode=True, layers=["0", "3"], batch_size=6, progress=False)
-    made, query = Influence(model, curvature=EKFAC(1e-2), **how).fit((x, y)), (x[:8], y[:8])
-    return {
-        "scores": made.scores(query, (x, y)),
-        "written": made.scores(query, (x, y), out=folder).load(),
-        "query groups": made.scores(query, (x, y), query_groups=torch.arange(8) % 2),
-        "low rank": made.scores(query, (x, y), low_rank=1),
-        "top": made.top(query, (x, y), 3)[0],
-    }
-
-
-def loads_and_moves(given: dict[str, Any]) -> Any:
-    """What a batch moves, by a state that this rank loaded, of a batch that an iterator brings it."""
-    model, (x, y), _ = problem("mlp")
-    made = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False).load_state_dict(given["state"])
-    first = given["first"]
-    moved = made.on_parameters(iter([(x[first : first + 4], y[first : first + 4])]))
-    return torch.cat([value.flatten() for value in moved.values()])
-
-
-def held(estimator: Any, replicate: bool = False) -> tuple[int, int, dict[str, Any]]:
-    """Bytes of the curvature that this rank holds, those that a plan foretold, and the damping of every layer."""
-    model, data, _ = problem("mlp")
-    influence = Influence(model, curvature=estimator, layers="*", progress=False, batch_size=5, replicate=replicate)
-    ranks = influence.ranks
-    planned = influence.plan(data, ranks=ranks.world).ranks[ranks.rank].curvature_bytes
-    influence.fit(data)
-    (curvature,) = influence.fitted.curvatures
-    here = [part for part in curvature.parts.values() if not isinstance(part, Elsewhere)]
-    size = sum(value.nbytes for part in here for value in part.state_dict().values())
-    return size, planned, {name: one.damping_used for name, one in influence.curvature.items()}
-
-
-def keeps_one() -> dict[str, Any]:
-    model, data, _ = problem("mlp")
-    influence = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=5).fit(data)
-    rank, owners = influence.ranks.rank, influence.fitted.curvatures[0].owners
-    (elsewhere,) = (names[0] for names, owner in owners.items() if owner != rank)
-    try:
-        said = str(influence.curvature[elsewhere].eigenvalues)
-    except ValueError as error:
-        said = str(error)
-    state, of_one = influence.state_dict(), influence.state_dict(rank=1)
-    return {
-        "rank": rank, "said": said, "state": [*state.values()], "state of one": bool(of_one),
-        "state of 1": [*(of_one or state).values()],
-    }  # fmt: skip
-
-
-def copied() -> dict[str, Any]:
-    """Scores of a fit, of a copy, of a pickle, and of what a rank can do on its own after `gather`."""
-    model, (x, y), _ = problem("mlp")
-    influence = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=5).fit((x, y))
-    query = x[:3], y[:3]
-    scores, copy_of_it = influence.scores(query, (x, y)), copy.deepcopy(influence)
-    again = pickle.loads(pickle.dumps(influence))
-    assert torch.equal(again.scores(query, (x, y)), scores)
-    found = {"scores": scores, "copied": copy_of_it.scores(query, (x, y))}
-    influence.gather()
-    alone = influence.fitted._replace(setup=influence.setup._replace(ranks=ALONE))
-    whole = all(not isinstance(part, Elsewhere) for part in alone.curvatures[0].parts.values())
-    return {**found, "alone": compute_scores(alone, query, (x, y)).values[""], "whole": whole}
-
-
-def in_turns(estimator: Any, memory: int) -> dict[str, Any]:
-    """Answers, and how often the training data went through the model for self-influence and for scores."""
-    model, data, _ = problem("words")
-    influence = Influence(
-        model, curvature=estimator, layers=["words", "first", "second"], progress=False, batch_size=5, memory=memory
-    )
-    influence.fit(data)
-    query, passes = (data[0][:7], data[1][:7]), influence.passes
-    seen: list[str | None] = []
-
-    def counted(data: Any, name: str | None, value: Any = "loss") -> Any:
-        seen.append(name)
-        yield from gradients(data, name, value)
-
-    gradients, passes.gradients = passes.gradients, counted
-    found = {
-        "self": influence.self_influence(data),
-        "scores": influence.scores(query, data),
-    }
-    own, of_queries = seen.count("self-influence"), sum(str(name).startswith("scores") for name in seen)
-    rest = {
-        "layers": torch.stack([*influence.scores(query, data, by="layer").values()]),
-        "tokens": influence.scores(query, data, by="token"),
-        "low rank": influence.scores(query, data, low_rank=2),
-        "groups": influence.scores(query, data, query_groups=torch.tensor([0, 1, 0, 2, 2, 1, 0])),
-    }
-    return {**found, **rest, "passes": own + of_queries, "queries": of_queries}
-
-
-def owner_fails(op: str) -> Any:
-    """The owner of a layer cannot solve."""
-    model, data, _ = problem("mlp")
-    influence = Influence(model, curvature=EKFAC(1e-2), layers="*", progress=False, batch_size=5).fit(data)
-    (curvature,) = influence.fitted.curvatures
-    owner = curvature.owners["2",]
-
-    def fail(*args: Any) -> Any:
-        raise ArithmeticError(f"layer {'2'!r} does not solve today")
-
-    assert owner == 1
-    if influence.ranks.rank == owner:
-        part = curvature.parts["2",]
-        part.solve = part.precondition = part.state_dict = fail
-    query = data[0][:3], data[1][:3]
-    return influence.scores(query, data) if op == "scores" else getattr(influence, op)(data)

@@ -8,7 +8,7 @@ import torch
 from fastif.samplers import k_center
 from tests.helpers.crew import Crew
 from tests.helpers.problems import trained
-from tests.ranks.cases import (
+from tests.ranks.other_cases import (
     bad_centres,
     centres,
     features,

@@ -9,9 +9,8 @@ import torch
 from fastif import EKFAC, ExactBlock, Influence, Shampoo
 from tests.helpers.by_hand import problem
 from tests.helpers.crew import Crew, Failed
-from tests.ranks.cases import (
-    ESTIMATORS,
-    answers,
+from tests.ranks.cases import ESTIMATORS, answers
+from tests.ranks.owner_cases import (
     copied,
     drawn,
     held,
