@@ -245,12 +245,8 @@ class Source:
                 rows = torch.cat(parts, 1) if parts else torch.zeros(queries, 0)
                 total = rows if total is None else total + rows
                 vectors = vectors if decayed is None else decayed
-        assert total is not None
-        if self.ranks.world == 1:
-            return total
-        own = {"rows": total.to(self.ranks.device)} if len(mine) else {}
-        told = self.ranks.gather("scores", own, self.ranks.device)
-        return torch.cat([theirs["rows"].cpu() for theirs in told if theirs], 1)
+        own = total.to(self.ranks.device) if total is not None and len(mine) else None
+        return self.ranks.join("scores", own, self.ranks.device, dim=1).cpu()
 
 
 def _check_follows(curvature: NetworkCurvature, rule: TrainingDamping) -> None:
