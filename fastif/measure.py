@@ -120,6 +120,11 @@ def available_bytes(device: torch.device) -> int | None:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if pages else None
 
 
+def in_mib(size: int | None, digits: int = 1) -> str:
+    """Bytes for people to read; "unknown" where nothing counted them."""
+    return "unknown" if size is None else f"{size / 2**20:.{digits}f} MiB"
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Where and with what a figure was measured."""
     build = build_info()

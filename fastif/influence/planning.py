@@ -18,6 +18,7 @@ from fastif.influence.fitted import Setup
 from fastif.influence.queries import MADE, query_bytes_of
 from fastif.influence.rank_plans import Asked, PartWork, RankPlan, plan_ranks
 from fastif.influence.rehearsal import Rehearsal, rehearse, rehearse_scores
+from fastif.measure import in_mib
 from fastif.model.calls import dtype_of
 from fastif.model.losses import Fisher
 from fastif.ranks import ALONE, stretch
@@ -57,7 +58,7 @@ class Plan(NamedTuple):
 
     def __repr__(self) -> str:
         size = sum(math.prod(shape) for shape in self.covered.values())
-        peak = "unknown" if self.fit_bytes is None else f"{self.fit_bytes / 2**20:.1f} MiB"
+        peak = in_mib(self.fit_bytes)
         return (
             f"Plan({size:,} parameters in {len(self.layers)} blocks, {len(self.skipped)} parameters skipped, "
             f"n={self.n:,}, fit: {self.fit_flops / 1e9:.1f} GFLOP, peak {peak}; print it for all)"
@@ -67,15 +68,12 @@ class Plan(NamedTuple):
         covered = "\n".join(f"  {name} {list(shape)}" for name, shape in self.covered.items()) or "  none"
         skipped = "\n".join(f"  {line}" for line in _by_reason(self.skipped)) or "  none"
         size = sum(math.prod(shape) for shape in self.covered.values())
-        peak, scores, own = (
-            "unknown" if taken is None else f"{taken / 2**20:.1f} MiB"
-            for taken in (self.fit_bytes, self.score_bytes, self.self_bytes)
-        )
+        peak, scores, own = map(in_mib, (self.fit_bytes, self.score_bytes, self.self_bytes))
         passes = "passes" if self.score_passes != 1 else "pass"
         over = "" if self.score_passes is None else f" in {self.score_passes:,} {passes} over the training data"
         queries = f"\n{self.q:,} queries; scores: peak {scores}{over}; self-influence: peak {own}" if self.q else ""
         most = "at most " if self.multiplying else ""
-        solve = "" if self.solve_bytes is None else f" and {self.solve_bytes / 2**20:.2f} MiB"
+        solve = "" if self.solve_bytes is None else f" and {in_mib(self.solve_bytes, 2)}"
         solve = f", solved for with at most {self.solve_flops / 1e9:.1f} GFLOP{solve}" if self.solve_flops else ""
         products = f"; products with the curvature: {', '.join(self.multiplying)}" if self.multiplying else ""
         kinds = Counter((layer.curvature, layer.fisher) for layer in self.layers.values())
@@ -86,7 +84,7 @@ class Plan(NamedTuple):
         return (
             f"covered: {size:,} parameters\n{covered}\nskipped (taken as fixed):\n{skipped}\ncurvature: {made}\n"
             f"{self.n:,} training examples; fit: {most}{self.fit_flops / 1e9:.1f} GFLOP on all of them, peak {peak}, "
-            f"of which {self.curvature_bytes / 2**20:.1f} MiB stay; each query {self.query_bytes / 2**20:.2f} MiB"
+            f"of which {in_mib(self.curvature_bytes)} stay; each query {in_mib(self.query_bytes, 2)}"
             f"{solve}{products}{queries}" + "".join(f"\nrank {rank}: {one}" for rank, one in enumerate(self.ranks))
         )
 

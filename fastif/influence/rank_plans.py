@@ -8,6 +8,7 @@ from typing import NamedTuple
 from fastif.curvature.protocol import Cost, Exchanged, Products
 from fastif.data.batches import Walked
 from fastif.data.dealing import deal
+from fastif.measure import in_mib
 from fastif.ranks import BUCKET, Ranks, divide, stretch
 
 
@@ -29,16 +30,16 @@ class RankPlan(NamedTuple):
     model_received: int = 0  # bytes of a sharded model that torch brings in a fit, beside `fit_received`
 
     def __str__(self) -> str:
-        peak = "unknown" if self.fit_bytes is None else _mib(self.fit_bytes)
+        peak = in_mib(self.fit_bytes)
         owns = f"; owns {', '.join(self.owns)}" if self.owns else ""
-        scores = f"; scores send {_mib(self.score_sent)}" if self.score_sent or self.score_received else ""
+        scores = f"; scores send {in_mib(self.score_sent)}" if self.score_sent or self.score_received else ""
         more = [(self.score_passes or 1, "scores"), (self.self_passes, "self-influence")]
-        model = f", and {_mib(self.model_received)} of the model" if self.model_received else ""
+        model = f", and {in_mib(self.model_received)} of the model" if self.model_received else ""
         again = "".join(f"; {number:,} passes of {what}" for number, what in more if number > 1)
         return (
             f"{self.examples:,} examples in {self.passes} passes, {self.fit_flops / 1e9:.1f} GFLOP, peak {peak}, "
-            f"of which {_mib(self.curvature_bytes)} stay, sends {_mib(self.fit_sent)} and receives "
-            f"{_mib(self.fit_received)}{model}{scores}{again}{owns}"
+            f"of which {in_mib(self.curvature_bytes)} stay, sends {in_mib(self.fit_sent)} and receives "
+            f"{in_mib(self.fit_received)}{model}{scores}{again}{owns}"
         )
 
 
@@ -158,7 +159,3 @@ def _passes(parts: Parts, asked: Asked) -> tuple[int | None, int]:
         room -= part.exchanged.made + part.exchanged.lent
     states = asked.states
     return None if multiplies or not asked.q else states * -(-asked.q // held), states * max(1, turns)
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"

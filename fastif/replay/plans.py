@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastif.measure import Measure
+from fastif.measure import Measure, in_mib
 from fastif.replay.dealing import cut, deal
 from fastif.replay.path import Reversal
 
@@ -30,7 +30,8 @@ class RankReplay(NamedTuple):
         names = ", ".join(map(str, self.networks)) or "none"
         return (
             f"networks {names}, {self.carried:,} queries carried back, {self.passes:,.0f} passes of an example, "
-            f"peak {_mib(self.peak_bytes)}, sends {_mib(self.sent_bytes)} and receives {_mib(self.received_bytes)}"
+            f"peak {in_mib(self.peak_bytes, 2)}, sends {in_mib(self.sent_bytes, 2)} and receives "
+            f"{in_mib(self.received_bytes, 2)}"
         )
 
 
@@ -55,12 +56,12 @@ class ReplayPlan(NamedTuple):
     def __str__(self) -> str:
         networks = f"{self.networks} network{'s' if self.networks > 1 else ''}"
         rounds = f"{self.rounds} round{'s' if self.rounds > 1 else ''}"
-        crossed = f"; crossed residuals {_mib(self.residual_bytes)}" if self.residual_bytes else ""
+        crossed = f"; crossed residuals {in_mib(self.residual_bytes, 2)}" if self.residual_bytes else ""
         return (
             f"{self.steps:,} steps of {networks}, {self.n:,} training examples, {self.q:,} queries in {rounds} of "
-            f"{self.queries_at_once:,}\npath: at most {self.held_states:,} states of {_mib(self.state_bytes)}, "
-            f"{self.recomputed:,} steps run again in each round\nadjoints {_mib(self.adjoint_bytes)}{crossed}; "
-            f"{self.passes:,.0f} passes of an example through the model, peak {_mib(self.peak_bytes)}"
+            f"{self.queries_at_once:,}\npath: at most {self.held_states:,} states of {in_mib(self.state_bytes, 2)}, "
+            f"{self.recomputed:,} steps run again in each round\nadjoints {in_mib(self.adjoint_bytes, 2)}{crossed}; "
+            f"{self.passes:,.0f} passes of an example through the model, peak {in_mib(self.peak_bytes, 2)}"
             + "".join(f"\nrank {rank}: {one}" for rank, one in enumerate(self.ranks))
         )
 
@@ -270,7 +271,3 @@ def _peak(
             residual + 2 * out,
         )
     )
-
-
-def _mib(number: int | None) -> str:
-    return "unknown" if number is None else f"{number / 2**20:.2f} MiB"
