@@ -45,15 +45,25 @@ def products(factors: Mapping[str, Factors], queries: Mapping[str, Tensor], firs
 
     Raises ValueError where their type does not hold one.
     """
-    found = {name: part.dots(queries[name]).cpu() for name, part in factors.items()}
-    for name, scores in found.items():
-        if not bool(scores.isfinite().all()):
-            row = int((~scores.isfinite()).nonzero()[0, 0])
-            raise ValueError(
-                f"index: scores of query {first + row} are not finite in block {name!r}: its gradient there is too "
-                f"large for {str(scores.dtype).removeprefix('torch.')}"
-            )
+    found: dict[str, Tensor] = {}
+    for name, part in factors.items():
+        _check_finite(queries[name], queries[name], name, first)
+        try:
+            found[name] = part.dots(queries[name]).cpu()
+        except ValueError as error:  # which query it is, the op does not say
+            raise ValueError(f"index: scores of queries from {first} on, in block {name!r}: {error}") from error
+        _check_finite(found[name], queries[name], name, first)
     return found
+
+
+def _check_finite(values: Tensor, queries: Tensor, block: str, first: int) -> None:
+    """Raises ValueError for numbers [q, ...] of queries, or of their scores, that their type does not hold."""
+    if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
+        row = int((~values.isfinite()).flatten(1).any(1).nonzero()[0, 0])
+        raise ValueError(
+            f"index: scores of query {first + row} are not finite in block {block!r}: its gradient there is too "
+            f"large for {str(queries.dtype).removeprefix('torch.')}"
+        )
 
 
 def sum_of(parts: Mapping[str, Tensor]) -> Tensor:

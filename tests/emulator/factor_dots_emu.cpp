@@ -1,4 +1,5 @@
-// The kernels of factor_dots against sums over factors in float64, launched as factor_dots/cuda/launch.cu launches them.
+// The kernels of factor_dots against sums over factors in float64, launched as factor_dots/cuda/launch.cu launches
+// them.
 #include "emulate.h"
 #include "factor_dots/cuda/kernel.cuh"
 
@@ -11,7 +12,8 @@ using fastif::kFactorTile;
 std::vector<int8_t> integers(int64_t count, unsigned seed, bool largest) {
   const auto drawn = uniform<double>(count, seed);
   std::vector<int8_t> values(count);
-  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<int8_t>(largest ? (drawn[i] < 0 ? -127 : 127) : 127 * drawn[i]);
+  for (int64_t i = 0; i < count; ++i)
+    values[i] = static_cast<int8_t>(largest ? (drawn[i] < 0 ? -127 : 127) : 127 * drawn[i]);
   return values;
 }
 
@@ -40,9 +42,8 @@ void factor_dots(int64_t n, int64_t most, int64_t o, int64_t d, int64_t q, bool 
       emu::launch(static_cast<unsigned>(blocks), kFactorThreads, 0, [&] {
         fastif::factor_products_kernel(left.data(), right.data(), s, queries.data(), factors, o, d, q, products.data());
       });
-      emu::launch(static_cast<unsigned>(std::min(blocks, ceil_div(q * n, kFactorThreads))), kFactorThreads, 0, [&] {
-        fastif::factor_sums_kernel(products.data(), ends.data(), factors, n, q, got.data());
-      });
+      emu::launch(static_cast<unsigned>(std::min(blocks, ceil_div(q * n, kFactorThreads))), kFactorThreads, 0,
+                  [&] { fastif::factor_sums_kernel(products.data(), ends.data(), factors, n, q, got.data()); });
       const double error = relative_error(got, want);
       expect(error <= 3e-6, "factor_dots n=%d most=%d o=%d d=%d q=%d: %.2e", int(n), int(most), int(o), int(d), int(q),
              error);

@@ -158,8 +158,15 @@ Tensor factor_dots_cpu(const Tensor& left, const Tensor& right, const std::optio
     const int64_t number = task / packed.vectors;
     pack(packed, rows.const_data_ptr<float>() + number * o * d, number, task % packed.vectors);
   });
-  const Work work{kernel, packed, longs.const_data_ptr<int8_t>(), shorts.const_data_ptr<int8_t>(),
-                  factor ? factor->const_data_ptr<float>() : nullptr, rank, q, n, out.mutable_data_ptr<float>()};
+  const Work work{kernel,
+                  packed,
+                  longs.const_data_ptr<int8_t>(),
+                  shorts.const_data_ptr<int8_t>(),
+                  factor ? factor->const_data_ptr<float>() : nullptr,
+                  rank,
+                  q,
+                  n,
+                  out.mutable_data_ptr<float>()};
   Progress::for_each(tasks, [&](int64_t task) {
     work.run(parts[task].begin, parts[task + 1].begin, parts[task].first);
     Progress::advance();

@@ -24,36 +24,35 @@ inline int32_t pair_at(const int16_t* x) {
 #ifdef FASTIF_X86
 // R factors by V vectors of lanes are in registers: 24 sums at most, V vectors of the query and a pair of a factor's.
 // A pair's products are added to a sum in one instruction with VNNI, else in two.
-#define FASTIF_TILE_512(name, isa, multiply_add)                                                             \
-  template <int R, int V>                                                                                    \
-  __attribute__((target(isa))) void name(const Tile& tile) {                                                 \
-    for (int64_t first = 0; first < kRows; first += R) {                                                     \
-      const int16_t* const longs = tile.longs + first * tile.long_stride;                                    \
-      const int16_t* panel = tile.panel;                                                                     \
-      __m512i sum[R][V];                                                                                     \
-      _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r) {                                                 \
-        _Pragma("GCC unroll 4") for (int v = 0; v < V; ++v) sum[r][v] = _mm512_setzero_si512();              \
-      }                                                                                                      \
-      for (int64_t p = 0; p < tile.pairs; ++p, panel += 2 * kLanes * V) {                                    \
-        __m512i query[V];                                                                                    \
-        _Pragma("GCC unroll 4") for (int v = 0; v < V; ++v) query[v] =                                       \
-            _mm512_loadu_si512(panel + 2 * kLanes * v);                                                      \
-        _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r) {                                               \
-          const __m512i pair = _mm512_set1_epi32(pair_at(longs + r * tile.long_stride + 2 * p));             \
-          _Pragma("GCC unroll 4") for (int v = 0; v < V; ++v) multiply_add(sum[r][v], pair, query[v]); \
-        }                                                                                                    \
-      }                                                                                                      \
-      _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r) {                                                 \
-        float* const sums = tile.sums + (first + r) * kLanes;                                                \
-        const float* const shorts = tile.shorts + (first + r) * tile.short_stride;                           \
-        __m512 total = _mm512_loadu_ps(sums);                                                                \
-        _Pragma("GCC unroll 4") for (int v = 0; v < V; ++v) {                                                \
+#define FASTIF_TILE_512(name, isa, multiply_add)                                                                       \
+  template <int R, int V>                                                                                              \
+  __attribute__((target(isa))) void name(const Tile& tile) {                                                           \
+    for (int64_t first = 0; first < kRows; first += R) {                                                               \
+      const int16_t* const longs = tile.longs + first * tile.long_stride;                                              \
+      const int16_t* panel = tile.panel;                                                                               \
+      __m512i sum[R][V];                                                                                               \
+      _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r) {                                                            \
+        _Pragma("GCC unroll 4") for (int v = 0; v < V; ++v) sum[r][v] = _mm512_setzero_si512();                        \
+      }                                                                                                                \
+      for (int64_t p = 0; p < tile.pairs; ++p, panel += 2 * kLanes * V) {                                              \
+        __m512i query[V];                                                                                              \
+        _Pragma("GCC unroll 4") for (int v = 0; v < V; ++v) query[v] = _mm512_loadu_si512(panel + 2 * kLanes * v);     \
+        _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r) {                                                          \
+          const __m512i pair = _mm512_set1_epi32(pair_at(longs + r * tile.long_stride + 2 * p));                       \
+          _Pragma("GCC unroll 4") for (int v = 0; v < V; ++v) multiply_add(sum[r][v], pair, query[v]);                 \
+        }                                                                                                              \
+      }                                                                                                                \
+      _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r) {                                                            \
+        float* const sums = tile.sums + (first + r) * kLanes;                                                          \
+        const float* const shorts = tile.shorts + (first + r) * tile.short_stride;                                     \
+        __m512 total = _mm512_loadu_ps(sums);                                                                          \
+        _Pragma("GCC unroll 4") for (int v = 0; v < V; ++v) {                                                          \
           const __m512 whole = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][v]), _mm512_loadu_ps(tile.steps + kLanes * v)); \
-          total = _mm512_add_ps(total, _mm512_mul_ps(whole, _mm512_loadu_ps(shorts + kLanes * v)));          \
-        }                                                                                                    \
-        _mm512_storeu_ps(sums, total);                                                                       \
-      }                                                                                                      \
-    }                                                                                                        \
+          total = _mm512_add_ps(total, _mm512_mul_ps(whole, _mm512_loadu_ps(shorts + kLanes * v)));                    \
+        }                                                                                                              \
+        _mm512_storeu_ps(sums, total);                                                                                 \
+      }                                                                                                                \
+    }                                                                                                                  \
   }
 // As an intrinsic, gcc copies every sum before and after it.
 #define FASTIF_DOT_PAIR(sum, pair, query) asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(pair), "v"(query))

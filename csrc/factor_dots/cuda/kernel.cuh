@@ -68,11 +68,10 @@ __global__ void __launch_bounds__(kFactorThreads)
 }
 
 // out[q, i] = sum over the factors of example i, which end before ends[i]. Thread by thread an example of one query.
-__global__ void __launch_bounds__(kFactorThreads)
-    factor_sums_kernel(const float* __restrict__ products,  // [q, F]
-                       const int64_t* __restrict__ ends,    // [n]
-                       int64_t factors, int64_t n, int64_t q,
-                       float* __restrict__ out) {  // [q, n]
+__global__ void __launch_bounds__(kFactorThreads) factor_sums_kernel(const float* __restrict__ products,  // [q, F]
+                                                                     const int64_t* __restrict__ ends,    // [n]
+                                                                     int64_t factors, int64_t n, int64_t q,
+                                                                     float* __restrict__ out) {  // [q, n]
   const int64_t step = static_cast<int64_t>(gridDim.x) * kFactorThreads;
   for (int64_t e = static_cast<int64_t>(blockIdx.x) * kFactorThreads + threadIdx.x; e < q * n; e += step) {
     const int64_t number = e / n, i = e % n;

@@ -1,8 +1,7 @@
-#include "launch.h"
-
 #include <algorithm>
 
 #include "kernel.cuh"
+#include "launch.h"
 
 namespace fastif {
 namespace {
@@ -19,8 +18,8 @@ void factor_dots_launch(const int8_t* left, const int8_t* right, const float* sc
     factor_products_kernel<<<blocks_for(q * ceil_div(factors, kFactorTile)), kFactorThreads, 0, stream>>>(
         left, right, scale, queries, factors, o, d, q, products);
   }
-  factor_sums_kernel<<<blocks_for(ceil_div(q * n, kFactorThreads)), kFactorThreads, 0, stream>>>(
-      products, ends, factors, n, q, out);
+  factor_sums_kernel<<<blocks_for(ceil_div(q * n, kFactorThreads)), kFactorThreads, 0, stream>>>(products, ends,
+                                                                                                 factors, n, q, out);
 }
 
 }  // namespace fastif
