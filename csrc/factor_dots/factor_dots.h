@@ -17,23 +17,24 @@ namespace fastif {
 
 // The type of every device's kernel.
 using FactorDotsOp = Tensor(const Tensor& left, const Tensor& right, const std::optional<Tensor>& scale,
-                            const Tensor& ranks, const Tensor& queries);
+                            const Tensor& ranks, const Tensor& queries, const std::optional<Tensor>& along);
 
 inline void check_device(const char* op, const char* name, const Tensor& x, const Tensor& left) {
   CHECK_VALUE(x.device() == left.device(), op, ": ", name, " must be on the device of left (", left.device(), "), got ",
               x.device());
 }
 
-inline void check_factor_dots(const Tensor& left,                  // [F, o] int8
-                              const Tensor& right,                 // [F, d] int8
-                              const std::optional<Tensor>& scale,  // [F] float32
-                              const Tensor& ranks,                 // [n] int32, >= 0, which sum to F
-                              const Tensor& queries) {             // [q, o, d] float32
+inline void check_factor_dots(const Tensor& left,                    // [F, o] int8
+                              const Tensor& right,                   // [F, d] int8
+                              const std::optional<Tensor>& scale,    // [F] float32
+                              const Tensor& ranks,                   // [n] int32, >= 0, which sum to F
+                              const Tensor& queries,                 // [q, o, d] float32; with along, [q, o, r]
+                              const std::optional<Tensor>& along) {  // [q, r, d] float32
   constexpr auto op = "factor_dots";
   check_rank(op, "left", "[F, o]", left, 2);
   check_rank(op, "right", "[F, d]", right, 2);
   check_rank(op, "ranks", "[n]", ranks, 1);
-  check_rank(op, "queries", "[q, o, d]", queries, 3);
+  check_rank(op, "queries", along ? "[q, o, r]" : "[q, o, d]", queries, 3);
   CHECK_TYPE(left.scalar_type() == kChar, op, ": left must be int8, got ", left.scalar_type());
   check_same_type(op, "right", right, "left", left);
   CHECK_TYPE(ranks.scalar_type() == kInt, op, ": ranks must be int32, got ", ranks.scalar_type());
@@ -43,8 +44,18 @@ inline void check_factor_dots(const Tensor& left,                  // [F, o] int
   const int64_t f = left.size(0), o = left.size(1), d = right.size(1);
   CHECK_VALUE(o > 0 && d > 0, op, ": vectors must not be empty, got left ", left.sizes(), " and right ", right.sizes());
   CHECK_VALUE(right.size(0) == f, op, ": right must have F=", f, " rows, got ", right.size(0));
-  CHECK_VALUE(queries.size(1) == o && queries.size(2) == d, op, ": queries must be [q, o=", o, ", d=", d, "], got ",
-              queries.sizes());
+  if (along) {
+    check_rank(op, "along", "[q, r, d]", *along, 3);
+    check_same_type(op, "along", *along, "queries", queries);
+    const int64_t q = queries.size(0), r = queries.size(2);
+    CHECK_VALUE(queries.size(1) == o && r > 0, op, ": queries must be [q, o=", o, ", r > 0], got ", queries.sizes());
+    CHECK_VALUE(along->size(0) == q && along->size(1) == r && along->size(2) == d, op, ": along must be [q=", q,
+                ", r=", r, ", d=", d, "], got ", along->sizes());
+    check_finite_rows(op, "along", *along);
+  } else {
+    CHECK_VALUE(queries.size(1) == o && queries.size(2) == d, op, ": queries must be [q, o=", o, ", d=", d, "], got ",
+                queries.sizes());
+  }
   if (scale) {
     check_rank(op, "scale", "[F]", *scale, 1);
     CHECK_TYPE(scale->scalar_type() == kFloat, op, ": scale must be float32, got ", scale->scalar_type());

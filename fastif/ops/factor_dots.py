@@ -12,13 +12,20 @@ _OP = "factor_dots"
 _ENTRIES = 1 << 18  # of vectors and their products at a time, in plain torch
 
 
-def factor_dots(left: Tensor, right: Tensor, ranks: Tensor, queries: Tensor, scale: Tensor | None = None) -> Tensor:
+def factor_dots(
+    left: Tensor,
+    right: Tensor,
+    ranks: Tensor,
+    queries: Tensor,
+    scale: Tensor | None = None,
+    along: Tensor | None = None,
+) -> Tensor:
     """⟨Q_q, g_i⟩ for the gradients g_i = Σ_f scale_f left_f right_fᵀ, which are neither formed nor unpacked: [q, n].
 
-    On the CPU a query's entries are rounded to 16 bits: each errs by at most 1/65,000 of the largest in its row or,
-    for some shapes, in its column, which the shape alone decides; on the GPU they are taken as they are. Sums over 512
-    entries of a vector are then exact (on the GPU, float32), sums of these float32. The CPU's bits depend neither on
-    the number of threads nor on the processor. Not differentiable. docs/math.md (26).
+    On the CPU what is given of a query is rounded to 16 bits: an entry errs by at most 1/65,000 of the largest in its
+    row or, for some shapes, in its column, which the shapes alone decide; on the GPU it is taken as it is. Sums over
+    512 entries of a vector are then exact (on the GPU, float32), sums of these float32. The CPU's bits depend neither
+    on the number of threads nor on the processor. Not differentiable. docs/math.md (26).
 
     Args:
         left: int8 [F, o], of each factor; those of an example stand together, in the order of the examples.
@@ -26,6 +33,8 @@ def factor_dots(left: Tensor, right: Tensor, ranks: Tensor, queries: Tensor, sca
         ranks: int32 [n], how many factors each example has.
         queries: float32 [q, o, d], finite.
         scale: float32 [F]; default 1 each.
+        along: float32 [q, r, d], finite: queries are then [q, o, r], and Q_q = queries_q along_q is not formed on the
+            CPU, where a factor takes r (o + d) products instead of o d.
 
     Raises:
         ValueError: shapes that do not fit, ranks that do not sum to F, NaN or Inf (with the row's index), a result
@@ -40,27 +49,29 @@ def factor_dots(left: Tensor, right: Tensor, ranks: Tensor, queries: Tensor, sca
     """
     check.rank(_OP, "left", "[F, o]", left, 2)
     check.rank(_OP, "ranks", "[n]", ranks, 1)
-    check.rank(_OP, "queries", "[q, o, d]", queries, 3)
+    check.rank(_OP, "queries", "[q, o, d]" if along is None else "[q, o, r]", queries, 3)
     check.tensor(_OP, "right", right)
-    if scale is not None:
-        check.tensor(_OP, "scale", scale)
-    given = left, right, None if scale is None else scale.detach(), ranks, queries.detach()
+    for name, x in (("scale", scale), ("along", along)):
+        if x is not None:
+            check.tensor(_OP, name, x)
+    scale, along = (None if x is None else x.detach() for x in (scale, along))
+    given = left, right, scale, ranks, queries.detach(), along
     shape = len(queries), len(ranks)
     return check.call(_OP, "[q, n]", shape, torch.float32, torch.ops.fastif.factor_dots, *given)
 
 
 @torch.library.register_fake("fastif::factor_dots")
-def _fake(left, right, scale, ranks, queries):
-    _check_shapes(left, right, scale, ranks, queries)
+def _fake(left, right, scale, ranks, queries, along=None):
+    _check_shapes(left, right, scale, ranks, queries, along)
     return queries.new_empty((queries.shape[0], ranks.shape[0]))
 
 
-def _check_shapes(left, right, scale, ranks, queries):
+def _check_shapes(left, right, scale, ranks, queries, along):
     """The shapes, types and devices of check_factor_dots in csrc/factor_dots/factor_dots.h."""
     check.rank(_OP, "left", "[F, o]", left, 2)
     check.rank(_OP, "right", "[F, d]", right, 2)
     check.rank(_OP, "ranks", "[n]", ranks, 1)
-    check.rank(_OP, "queries", "[q, o, d]", queries, 3)
+    check.rank(_OP, "queries", "[q, o, d]" if along is None else "[q, o, r]", queries, 3)
     check.dtype(_OP, "left", left, torch.int8)
     check.same_type(_OP, "right", right, "left", left)
     check.dtype(_OP, "ranks", ranks, torch.int32)
@@ -73,7 +84,15 @@ def _check_shapes(left, right, scale, ranks, queries):
         f"{_OP}: vectors must not be empty, got left {list(left.shape)} and right {list(right.shape)}",
     )
     check.require(right.shape[0] == f, f"{_OP}: right must have F={f} rows, got {right.shape[0]}")
-    check.require(queries.shape[1:] == (o, d), f"{_OP}: queries must be [q, o={o}, d={d}], got {list(queries.shape)}")
+    got = f"got {list(queries.shape)}"
+    if along is None:
+        check.require(queries.shape[1:] == (o, d), f"{_OP}: queries must be [q, o={o}, d={d}], {got}")
+    else:
+        check.rank(_OP, "along", "[q, r, d]", along, 3)
+        check.same_type(_OP, "along", along, "queries", queries)
+        q, _, r = queries.shape
+        check.require_of_sizes(queries.shape[1] == o and r > 0, f"{_OP}: queries must be [q, o={o}, r > 0], {got}")
+        check.require(along.shape == (q, r, d), f"{_OP}: along must be [q={q}, r={r}, d={d}], got {list(along.shape)}")
     if scale is not None:
         check.rank(_OP, "scale", "[F]", scale, 1)
         check.dtype(_OP, "scale", scale, torch.float32)
@@ -82,17 +101,19 @@ def _check_shapes(left, right, scale, ranks, queries):
 
 
 @plain("factor_dots")
-def _plain(left, right, scale, ranks, queries):
-    _check_shapes(left, right, scale, ranks, queries)
-    for name, x in (("left", left), ("right", right), ("ranks", ranks), ("queries", queries), ("scale", scale)):
+def _plain(left, right, scale, ranks, queries, along=None):
+    _check_shapes(left, right, scale, ranks, queries, along)
+    given = {"left": left, "right": right, "ranks": ranks, "queries": queries, "along": along, "scale": scale}
+    for name, x in given.items():
         if x is not None:
             check.memory(_OP, name, x)
-    for name, x in (("scale", scale), ("queries", queries)):
+    for name, x in (("along", along), ("scale", scale), ("queries", queries)):
         if x is not None and len(x):
             check.finite_rows(_OP, name, x)
     least = ranks.min().item() if len(ranks) else 0
     check.require(least >= 0, f"{_OP}: ranks must be >= 0, got {least}")
     check.require(int(ranks.sum()) == len(left), f"{_OP}: ranks must sum to F={len(left)}, got {int(ranks.sum())}")
+    queries = queries if along is None else queries @ along
     out = queries.new_zeros((len(queries), len(ranks)))
     owners = torch.arange(len(ranks), device=left.device).repeat_interleave(ranks.long())
     each = max(1, _ENTRIES // max(left.shape[1], right.shape[1]))

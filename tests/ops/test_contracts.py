@@ -163,8 +163,9 @@ def problems() -> dict:
         left=torch.randint(-127, 128, (N, C), generator=g).to(torch.int8),
         right=torch.randint(-127, 128, (N, D), generator=g).to(torch.int8),
         ranks=torch.tensor([2, 0, 1, 3]).int(),
-        queries=torch.randn(2, C, D, generator=g),
+        queries=torch.randn(2, C, 2, generator=g),
         scale=torch.rand(N, generator=g),
+        along=torch.randn(2, 2, D, generator=g),
     )
     return {
         "factor_dots": (factor_dots, factors),
@@ -182,8 +183,8 @@ def problems() -> dict:
 
 
 PROBLEMS = problems()
-GOOD = {"ranks": ["int32"], "queries": ["no rows"]}  # by argument, what is no spoiler of it
-OPTIONAL = {"weights", "groups", "scale", "picks", "mask", "out", "until_radius"}
+GOOD = {"ranks": ["int32"]}  # by argument, what is no spoiler of it
+OPTIONAL = {"along", "weights", "groups", "scale", "picks", "mask", "out", "until_radius"}
 
 
 def by_definition(op: str, given: dict) -> list[tuple[Tensor, Tensor]]:
@@ -212,14 +213,17 @@ def by_definition(op: str, given: dict) -> list[tuple[Tensor, Tensor]]:
     return [(want, size)] if out is None else [(want + out, size + out.abs())]
 
 
-def _factor_dots(left, right, ranks, queries, scale):
-    """Entries of a query are rounded by a share of the largest in their row or column."""
-    want = reference.factor_dots(left, right, ranks, queries, scale)
-    sizes = queries.abs()
-    if sizes.numel():
-        sizes = torch.maximum(sizes.amax(1, keepdim=True), sizes.amax(2, keepdim=True)).expand(sizes.shape)
+def _factor_dots(left, right, ranks, queries, scale, along):
+    """What is given of queries is rounded by a share of the largest in its row or column."""
+    want = reference.factor_dots(left, right, ranks, queries, scale, along)
+    sizes, others = (_largest_beside(x) if x is not None and x.numel() else x for x in (queries, along))
     scale = None if scale is None else scale.abs()
-    return want, 2 * reference.factor_dots(left.double().abs(), right.double().abs(), ranks, sizes, scale)
+    return want, 3 * reference.factor_dots(left.double().abs(), right.double().abs(), ranks, sizes, scale, others)
+
+
+def _largest_beside(x):
+    """In the place of each entry of x [q, a, b], the largest in its row or column."""
+    return torch.maximum(x.abs().amax(1, keepdim=True), x.abs().amax(2, keepdim=True)).expand(x.shape)
 
 
 def _farthest_first(points, k, start, picks, mask, until_radius):

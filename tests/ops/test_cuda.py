@@ -405,8 +405,11 @@ def test_16_bit_inputs_give_what_their_values_in_32_bits_give(shape, dtype):
     [(1, 1, 1, 1, 1), (5, 0, 3, 2, 2), (0, 1, 3, 2, 1), (4, 2, 3, 2, 0), (40, 4, 7, 33, 2), (300, 3, 130, 257, 3)],
 )
 @pytest.mark.parametrize("scaled", [True, False])
-def test_small_factor_dots(n, most, o, d, q, scaled):
+@pytest.mark.parametrize("r", [0, 5])
+def test_small_factor_dots(n, most, o, d, q, scaled, r):
     given = test_factor_dots.problem(n, most, o, d, q, extremes=o == 7)
+    if r:
+        given |= test_factor_dots.two_parts(q, o, d, r)
     if not scaled:
         del given["scale"]
     gpu = {name: x.cuda() for name, x in given.items()}

@@ -25,16 +25,40 @@ def problem(n: int, most: int, o: int, d: int, q: int, seed: int = 0, extremes: 
     return dict(zip(NAMES, (left, right, ranks, queries, scale), strict=True))
 
 
-def error_bound(left: Tensor, right: Tensor, ranks: Tensor, queries: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Of a query's entries, 1/65,000 of the largest in their row or column; of sums, float32's rounding."""
-    sizes = queries.abs()
-    if sizes.numel() == 0:
+def two_parts(q: int, o: int, d: int, r: int) -> dict[str, Tensor]:
+    """Queries as products, whose columns have unlike sizes."""
+    g = torch.Generator().manual_seed(r)
+    sizes = 10.0 ** -(torch.arange(r) % 5)
+    return {
+        "queries": torch.randn(q, o, r, generator=g) * sizes,
+        "along": torch.randn(q, r, d, generator=g) / sizes[:, None],
+    }
+
+
+def error_bound(
+    left: Tensor,
+    right: Tensor,
+    ranks: Tensor,
+    queries: Tensor,
+    scale: Tensor | None = None,
+    along: Tensor | None = None,
+) -> Tensor:
+    """Of what is given of a query, 1/65,000 of the largest in its row or column; of sums, float32's rounding."""
+    if queries.numel() == 0:
         return torch.zeros(len(queries), len(ranks))
-    largest = torch.maximum(sizes.amax(1, keepdim=True), sizes.amax(2, keepdim=True)).double() / 65_000 + 2.0**-127
+    sizes, away = queries.abs().double(), _rounding(queries)
+    if along is not None:
+        other, other_away = along.abs().double(), _rounding(along)
+        sizes, away = sizes @ other, away @ other + (sizes + away) @ other_away
     scale = None if scale is None else scale.abs()
-    steps = left.shape[1] + right.shape[1] + int(ranks.max()) if len(ranks) else 0
-    both = largest.expand(sizes.shape) + steps * 2.0**-24 * sizes.double()
+    steps = left.shape[1] + right.shape[1] + queries.shape[2] + int(ranks.max()) if len(ranks) else 0
+    both = away + steps * 2.0**-24 * sizes
     return reference.factor_dots(left.double().abs(), right.double().abs(), ranks, both, scale)
+
+
+def _rounding(x: Tensor) -> Tensor:
+    largest = torch.maximum(x.abs().amax(1, keepdim=True), x.abs().amax(2, keepdim=True)).double()
+    return (largest / 65_000 + 2.0**-127).expand(x.shape)
 
 
 def check_is_the_definition(**given: Tensor) -> None:
@@ -61,6 +85,22 @@ def test_is_the_definition(n, most, o, d, q, extremes, scaled):
     check_is_the_definition(**given if scaled else {name: given[name] for name in NAMES[:4]})
 
 
+@given(
+    n=st.sampled_from([0, 1, 25, 60]),
+    o=SIZES,
+    d=SIZES,
+    r=st.sampled_from([1, 2, 16, 17, 40, 70]),
+    q=st.sampled_from([0, 1, 3]),
+    extremes=st.booleans(),
+    scaled=st.booleans(),
+)
+def test_queries_in_two_parts_are_the_definition(n, o, d, r, q, extremes, scaled):
+    given = problem(n, 3, o, d, q, extremes=extremes) | two_parts(q, o, d, r)
+    if not scaled:
+        del given["scale"]
+    check_is_the_definition(**given)
+
+
 @pytest.mark.parametrize(("n", "most"), [(3, 1000), (40_000, 0), (1, 50)])
 def test_many_factors_of_an_example_and_many_examples_without(n, most):
     check_is_the_definition(**problem(n, most, 5, 9, 2))
@@ -71,7 +111,7 @@ def test_the_largest_sums_do_not_overflow():
     ones, ranks = torch.full((1, 4096), 127, dtype=torch.int8), torch.ones(1, dtype=torch.int32)
     left = torch.eye(16, dtype=torch.int8)[:1]
     got = factor_dots(left, ones, ranks, torch.full((1, 16, 4096), 32767.0))
-    assert float(got) == pytest.approx(127 * 32767 * 4096, rel=1e-6)
+    assert float(got) == pytest.approx(127 * 32767 * 4096, rel=1e-5)
     signs = torch.where(torch.arange(4096) % 2 == 0, 1.0, -1.0)
     signs[-1] = 0.0  # of the sum, one product is left
     if not build_info()["compiled"]:  # there, sums are float32
@@ -95,8 +135,9 @@ def test_the_ends_of_the_range(size):
 
 @pytest.mark.skipif(not build_info()["compiled"], reason="plain torch has no kernels to choose from")
 @pytest.mark.parametrize(("o", "d"), [(1, 1), (10, 65), (40, 33), (64, 1100), (100, 16), (200, 9)])
-def test_every_kernel_gives_the_same_bits(o, d, monkeypatch):
-    given = problem(60, 3, o, d, 2)
+@pytest.mark.parametrize("along", [False, True])
+def test_every_kernel_gives_the_same_bits(o, d, along, monkeypatch):
+    given = problem(60, 3, o, d, 2) | (two_parts(2, o, d, 21) if along else {})
     monkeypatch.setenv("FASTIF_FACTORS", "generic")
     want, ran = factor_dots(**given), 1
     for name in KERNELS[:3]:
@@ -120,9 +161,9 @@ def test_a_kernel_that_there_is_not_is_refused(monkeypatch):
 
 
 @pytest.mark.skipif(not build_info()["compiled"], reason="of plain torch, whose sums are torch's")
-@pytest.mark.parametrize(("o", "d", "q"), [(40, 30, 5), (10, 600, 1)])
-def test_threads_do_not_matter(o, d, q):
-    given = problem(3_000, 4, o, d, q)
+@pytest.mark.parametrize(("o", "d", "q", "r"), [(40, 30, 5, 0), (10, 600, 1, 0), (50, 60, 3, 20)])
+def test_threads_do_not_matter(o, d, q, r):
+    given = problem(3_000, 4, o, d, q) | (two_parts(q, o, d, r) if r else {})
     threads = torch.get_num_threads()
     try:
         results = []
@@ -153,9 +194,11 @@ def test_strides_do_not_matter():
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_opcheck(scaled):
-    left, right, ranks, queries, scale = problem(9, 2, 4, 3, 2).values()
-    args = left, right, scale if scaled else None, ranks, queries
+@pytest.mark.parametrize("along", [True, False])
+def test_opcheck(scaled, along):
+    given = problem(9, 2, 4, 3, 2) | (two_parts(2, 4, 3, 2) if along else {})
+    scale = given["scale"] if scaled else None
+    args = given["left"], given["right"], scale, given["ranks"], given["queries"], given.get("along")
     torch.library.opcheck(torch.ops.fastif.factor_dots.default, args)
 
 
@@ -183,6 +226,11 @@ BAD = [
     ({"ranks": GOOD["ranks"] + 1}, ValueError, f"ranks must sum to F={F}, got {F + 5}"),
     ({"ranks": torch.tensor([F + 1, -1]).int()}, ValueError, "ranks must be >= 0, got -1"),
     ({"left": GOOD["left"][:, :0]}, ValueError, rf"vectors must not be empty, got left \[{F}, 0\]"),
+    ({"along": GOOD["queries"][:, :2]}, ValueError, r"along must be \[q=2, r=4, d=4\], got \[2, 2, 4\]"),
+    ({"along": GOOD["queries"][0]}, ValueError, r"along must be \[q, r, d\], got shape \[3, 4\]"),
+    ({"along": GOOD["queries"].double()}, TypeError, r"along must have the dtype of queries \(Float\), got Double"),
+    ({"along": torch.full((2, 4, 4), torch.nan)}, ValueError, "along must be finite, row 0 holds"),
+    ({"queries": GOOD["queries"][:, :, :0], "along": torch.ones(2, 0, 4)}, ValueError, r"\[q, o=3, r > 0\], got"),
     ({"queries": GOOD["queries"] * 1e36}, ValueError, "the result overflows Float; scale the queries"),
 ]
 

@@ -119,9 +119,10 @@ def test_plain_formulations_agree_with_the_kernels(dtype):
     )
 
 
-def test_plain_factor_dots_agree_with_the_kernel():
-    given = test_factor_dots.problem(70, 3, 20, 130, 3)
-    mine = fd._plain(*(given[name] for name in ("left", "right", "scale", "ranks", "queries")))
+@pytest.mark.parametrize("along", [False, True])
+def test_plain_factor_dots_agree_with_the_kernel(along):
+    given = test_factor_dots.problem(70, 3, 20, 130, 3) | (test_factor_dots.two_parts(3, 20, 130, 5) if along else {})
+    mine = fd._plain(**given)
     errors = test_factor_dots.error_bound(**given)
     assert ((mine - fd.factor_dots(**given)).abs() <= 2 * errors).all()
 

@@ -73,17 +73,20 @@ void pack(const Packed& packed, const float* query, int64_t number, int64_t vect
 // Products of some examples, out[q, n] += ..., with kRows factors at a time: these are widened once for all queries.
 struct Work {
   TileKernel kernel;
-  const Packed& packed;
-  const int8_t *longs, *shorts;  // [F, k], [F, e]
-  const float* scale;            // null: 1
+  const Packed& packed;      // what the longs are multiplied with
+  const Packed* projection;  // what the shorts are multiplied with first; null: they are taken as they are
+  const int8_t *longs, *shorts;
+  const float* scale;  // null: 1
   const int32_t* ranks;
   int64_t q, n;
   float* out;
 
   // Those of examples [begin, end), whose first factor is `first`.
   void run(int64_t begin, int64_t end, int64_t first) const {
-    const Scratch<int16_t> wide(kRows * 2 * packed.pairs);
-    const Scratch<float> scaled(kRows * packed.width());
+    const int64_t length = 2 * packed.pairs, short_length = projection ? 2 * projection->pairs : 0;
+    const int64_t width = packed.width();
+    const Scratch<int16_t> wide(kRows * length), short_wide(kRows * short_length);
+    const Scratch<float> beside(kRows * width);
     int64_t owners[kRows];
     for (int64_t row = 0; row < q; ++row) std::fill(out + row * n + begin, out + row * n + end, 0.0f);
     int64_t example = begin, left = ranks[begin];
@@ -94,31 +97,59 @@ struct Work {
         owners[count] = example;
       }
       if (count == 0) return;
-      widen(longs + first * packed.k, count, packed.k, 2 * packed.pairs, wide.get());
-      widen(shorts + first * packed.e, count, packed.e, packed.width(), scale ? scale + first : nullptr, scaled.get());
-      if (count < kRows) {  // what the kernels compute of these is not read; they are zero for the sanitizers
-        std::fill(wide.get() + count * 2 * packed.pairs, wide.get() + kRows * 2 * packed.pairs, int16_t{0});
-        std::fill(scaled.get() + count * packed.width(), scaled.get() + kRows * packed.width(), 0.0f);
+      // Rows past `count` are multiplied too, and what comes of them is not read; they are written for the sanitizers.
+      widen(longs + first * packed.k, count, packed.k, length, wide.get());
+      std::fill(wide.get() + count * length, wide.get() + kRows * length, int16_t{0});
+      if (projection) {
+        widen(shorts + first * projection->k, count, projection->k, short_length, short_wide.get());
+        std::fill(short_wide.get() + count * short_length, short_wide.get() + kRows * short_length, int16_t{0});
+      } else {
+        widen(shorts + first * packed.e, count, packed.e, width, beside.get());
+        std::fill(beside.get() + count * width, beside.get() + kRows * width, 0.0f);
       }
-      for (int64_t row = 0; row < q; ++row) multiply(row, wide.get(), scaled.get(), owners, count);
+      for (int64_t row = 0; row < q; ++row) {
+        if (projection) {
+          std::fill(beside.get(), beside.get() + kRows * width, 0.0f);
+          multiply(*projection, row, short_wide.get(), nullptr, beside.get(), nullptr);
+        }
+        alignas(64) float sums[kRows * kLanes] = {};
+        multiply(packed, row, wide.get(), beside.get(), nullptr, sums);
+        add_lanes(sums, count, scale ? scale + first : nullptr, owners, out + row * n);
+      }
     }
   }
 
  private:
-  void multiply(int64_t row, const int16_t* wide, const float* scaled, const int64_t* owners, int64_t count) const {
-    alignas(64) float sums[kRows * kLanes] = {};
-    for (int64_t v = 0; v < packed.vectors; v += kVectors) {
-      const int vectors = packed.vectors_from(v);
-      const int16_t* const panel = packed.panels.get() + row * packed.each + v * packed.pairs * 2 * kLanes;
-      for (int64_t pair = 0; pair < packed.pairs; pair += kChunk) {
-        kernel({wide + 2 * pair, 2 * packed.pairs, scaled + v * kLanes, packed.width(),
-                panel + pair * vectors * 2 * kLanes, std::min(kChunk, packed.pairs - pair), vectors,
-                packed.steps.get() + (row * packed.vectors + v) * kLanes, sums});
+  void multiply(const Packed& by, int64_t row, const int16_t* wide, const float* beside, float* products,
+                float* sums) const {
+    for (int64_t v = 0; v < by.vectors; v += kVectors) {
+      const int vectors = by.vectors_from(v);
+      const int64_t lane = v * kLanes;
+      const int16_t* const panel = by.panels.get() + row * by.each + lane * by.pairs * 2;
+      for (int64_t pair = 0; pair < by.pairs; pair += kChunk) {
+        kernel({.longs = wide + 2 * pair,
+                .long_stride = 2 * by.pairs,
+                .panel = panel + pair * vectors * 2 * kLanes,
+                .pairs = std::min(kChunk, by.pairs - pair),
+                .vectors = vectors,
+                .steps = by.steps.get() + row * by.width() + lane,
+                .shorts = beside ? beside + lane : nullptr,
+                .short_stride = by.width(),
+                .products = products ? products + lane : nullptr,
+                .sums = sums});
       }
     }
-    add_lanes(sums, count, owners, out + row * n);
   }
 };
+
+// Packs matrices [q, e, k].
+void pack_all(const Packed& packed, const Tensor& rows, int64_t q) {
+  const float* const from = rows.const_data_ptr<float>();
+  Progress::for_each(q * packed.vectors, [&](int64_t task) {
+    const int64_t number = task / packed.vectors;
+    pack(packed, from + number * packed.e * packed.k, number, task % packed.vectors);
+  });
+}
 
 // Operations of a factor's product with rows [e, k], padding included: one on pairs is as good as two others.
 int64_t operations(int64_t e, int64_t k) {
@@ -127,19 +158,21 @@ int64_t operations(int64_t e, int64_t k) {
 }
 
 Tensor factor_dots_cpu(const Tensor& left, const Tensor& right, const std::optional<Tensor>& scale, const Tensor& ranks,
-                       const Tensor& queries) {
-  check_factor_dots(left, right, scale, ranks, queries);
+                       const Tensor& queries, const std::optional<Tensor>& along) {
+  check_factor_dots(left, right, scale, ranks, queries, along);
   const int64_t q = queries.size(0), n = ranks.size(0), o = left.size(1), d = right.size(1);
   const auto out = empty({q, n}, queries);
   if (q == 0 || n == 0) return out;
   const TileKernel kernel = tile_kernel();
   CHECK_VALUE(kernel, "factor_dots: FASTIF_FACTORS must be vnni, avx512, avx2 or generic, and what the processor has");
-  const bool turned = operations(d, o) < operations(o, d);
-  const auto given = readable(queries), rows = turned ? given.transpose(1, 2).contiguous() : given;
+  const int64_t r = queries.size(2);  // with `along`
+  const bool turned = !along && operations(d, o) < operations(o, d);
+  const auto given = readable(queries), columns = along || turned ? given.transpose(1, 2).contiguous() : given;
   const auto longs = readable(turned ? left : right), shorts = readable(turned ? right : left);
   const auto factor = scale ? std::optional(readable(*scale)) : std::nullopt;
   const auto own = readable(ranks);
-  const Packed packed(q, turned ? d : o, turned ? o : d);
+  const Packed packed(q, along ? r : turned ? d : o, turned ? o : d);
+  const auto projection = along ? std::make_unique<Packed>(q, r, o) : nullptr;
   // Each has some hundred factors, the last fewer, or many examples without.
   constexpr int64_t kFactors = 8 * kRows, kExamples = 1 << 14;
   struct Part {
@@ -154,19 +187,18 @@ Tensor factor_dots_cpu(const Tensor& left, const Tensor& right, const std::optio
   const auto tasks = static_cast<int64_t>(parts.size());
   parts.push_back({n, 0});
   Progress run(tasks);
-  Progress::for_each(q * packed.vectors, [&](int64_t task) {
-    const int64_t number = task / packed.vectors;
-    pack(packed, rows.const_data_ptr<float>() + number * o * d, number, task % packed.vectors);
-  });
-  const Work work{kernel,
-                  packed,
-                  longs.const_data_ptr<int8_t>(),
-                  shorts.const_data_ptr<int8_t>(),
-                  factor ? factor->const_data_ptr<float>() : nullptr,
-                  rank,
-                  q,
-                  n,
-                  out.mutable_data_ptr<float>()};
+  pack_all(packed, along ? readable(*along) : columns, q);
+  if (projection) pack_all(*projection, columns, q);
+  const Work work{.kernel = kernel,
+                  .packed = packed,
+                  .projection = projection.get(),
+                  .longs = longs.const_data_ptr<int8_t>(),
+                  .shorts = shorts.const_data_ptr<int8_t>(),
+                  .scale = factor ? factor->const_data_ptr<float>() : nullptr,
+                  .ranks = rank,
+                  .q = q,
+                  .n = n,
+                  .out = out.mutable_data_ptr<float>()};
   Progress::for_each(tasks, [&](int64_t task) {
     work.run(parts[task].begin, parts[task + 1].begin, parts[task].first);
     Progress::advance();

@@ -22,37 +22,50 @@ inline int32_t pair_at(const int16_t* x) {
 }
 
 #ifdef FASTIF_X86
+__attribute__((target("avx512f"), always_inline)) inline __m512 whole_512(__m512i sum, const float* steps) {
+  return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(steps));
+}
+
 // R factors by V vectors of lanes are in registers: 24 sums at most, V vectors of the query and a pair of a factor's.
 // A pair's products are added to a sum in one instruction with VNNI, else in two.
-#define FASTIF_TILE_512(name, isa, multiply_add)                                                                       \
-  template <int R, int V>                                                                                              \
-  __attribute__((target(isa))) void name(const Tile& tile) {                                                           \
-    for (int64_t first = 0; first < kRows; first += R) {                                                               \
-      const int16_t* const longs = tile.longs + first * tile.long_stride;                                              \
-      const int16_t* panel = tile.panel;                                                                               \
-      __m512i sum[R][V];                                                                                               \
-      _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r) {                                                            \
-        _Pragma("GCC unroll 4") for (int v = 0; v < V; ++v) sum[r][v] = _mm512_setzero_si512();                        \
-      }                                                                                                                \
-      for (int64_t p = 0; p < tile.pairs; ++p, panel += 2 * kLanes * V) {                                              \
-        __m512i query[V];                                                                                              \
-        _Pragma("GCC unroll 4") for (int v = 0; v < V; ++v) query[v] = _mm512_loadu_si512(panel + 2 * kLanes * v);     \
-        _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r) {                                                          \
-          const __m512i pair = _mm512_set1_epi32(pair_at(longs + r * tile.long_stride + 2 * p));                       \
-          _Pragma("GCC unroll 4") for (int v = 0; v < V; ++v) multiply_add(sum[r][v], pair, query[v]);                 \
-        }                                                                                                              \
-      }                                                                                                                \
-      _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r) {                                                            \
-        float* const sums = tile.sums + (first + r) * kLanes;                                                          \
-        const float* const shorts = tile.shorts + (first + r) * tile.short_stride;                                     \
-        __m512 total = _mm512_loadu_ps(sums);                                                                          \
-        _Pragma("GCC unroll 4") for (int v = 0; v < V; ++v) {                                                          \
-          const __m512 whole = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][v]), _mm512_loadu_ps(tile.steps + kLanes * v)); \
-          total = _mm512_add_ps(total, _mm512_mul_ps(whole, _mm512_loadu_ps(shorts + kLanes * v)));                    \
-        }                                                                                                              \
-        _mm512_storeu_ps(sums, total);                                                                                 \
-      }                                                                                                                \
-    }                                                                                                                  \
+#define FASTIF_TILE_512(name, isa, multiply_add)                                                                     \
+  template <int R, int V>                                                                                            \
+  __attribute__((target(isa))) void name(const Tile& tile) {                                                         \
+    for (int64_t first = 0; first < kRows; first += R) {                                                             \
+      const int16_t* const longs = tile.longs + first * tile.long_stride;                                            \
+      const int16_t* panel = tile.panel;                                                                             \
+      __m512i sum[R][V];                                                                                             \
+      _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r) {                                                          \
+        _Pragma("GCC unroll 4") for (int v = 0; v < V; ++v) sum[r][v] = _mm512_setzero_si512();                      \
+      }                                                                                                              \
+      for (int64_t p = 0; p < tile.pairs; ++p, panel += 2 * kLanes * V) {                                            \
+        __m512i query[V];                                                                                            \
+        _Pragma("GCC unroll 4") for (int v = 0; v < V; ++v) query[v] = _mm512_loadu_si512(panel + 2 * kLanes * v);   \
+        _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r) {                                                        \
+          const __m512i pair = _mm512_set1_epi32(pair_at(longs + r * tile.long_stride + 2 * p));                     \
+          _Pragma("GCC unroll 4") for (int v = 0; v < V; ++v) multiply_add(sum[r][v], pair, query[v]);               \
+        }                                                                                                            \
+      }                                                                                                              \
+      const int64_t place = first * tile.short_stride;                                                               \
+      if (tile.products) {                                                                                           \
+        _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r) {                                                        \
+          _Pragma("GCC unroll 4") for (int v = 0; v < V; ++v) {                                                      \
+            float* const to = tile.products + place + r * tile.short_stride + kLanes * v;                            \
+            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), whole_512(sum[r][v], tile.steps + kLanes * v))); \
+          }                                                                                                          \
+        }                                                                                                            \
+        continue;                                                                                                    \
+      }                                                                                                              \
+      _Pragma("GCC unroll 8") for (int r = 0; r < R; ++r) {                                                          \
+        float* const sums = tile.sums + (first + r) * kLanes;                                                        \
+        __m512 total = _mm512_loadu_ps(sums);                                                                        \
+        _Pragma("GCC unroll 4") for (int v = 0; v < V; ++v) {                                                        \
+          const __m512 other = _mm512_loadu_ps(tile.shorts + place + r * tile.short_stride + kLanes * v);            \
+          total = _mm512_add_ps(total, _mm512_mul_ps(whole_512(sum[r][v], tile.steps + kLanes * v), other));         \
+        }                                                                                                            \
+        _mm512_storeu_ps(sums, total);                                                                               \
+      }                                                                                                              \
+    }                                                                                                                \
   }
 // As an intrinsic, gcc copies every sum before and after it.
 #define FASTIF_DOT_PAIR(sum, pair, query) asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(pair), "v"(query))
@@ -92,11 +105,11 @@ __attribute__((target("avx2"))) void avx2(const Tile& tile) {
       }
       for (int r = 0; r < R; ++r) {
         for (int half = 0; half < 2; ++half) {
-          float* const sums = tile.sums + (first + r) * kLanes + 8 * half;
-          const float* const shorts = tile.shorts + (first + r) * tile.short_stride + kLanes * v + 8 * half;
-          const __m256 step = _mm256_loadu_ps(tile.steps + kLanes * v + 8 * half);
-          const __m256 whole = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[r][half]), step);
-          _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), _mm256_mul_ps(whole, _mm256_loadu_ps(shorts))));
+          const int64_t lane = kLanes * v + 8 * half, place = (first + r) * tile.short_stride + lane;
+          const __m256 whole = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[r][half]), _mm256_loadu_ps(tile.steps + lane));
+          float* const to = tile.products ? tile.products + place : tile.sums + (first + r) * kLanes + 8 * half;
+          const __m256 added = tile.products ? whole : _mm256_mul_ps(whole, _mm256_loadu_ps(tile.shorts + place));
+          _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), added));
         }
       }
     }
@@ -114,9 +127,15 @@ void generic(const Tile& tile) {
         const int32_t one = longs[2 * p], other = longs[2 * p + 1];
         for (int64_t l = 0; l < kLanes; ++l) sum[l] += one * query[2 * l] + other * query[2 * l + 1];
       }
-      const float* const shorts = tile.shorts + r * tile.short_stride + kLanes * v;
-      for (int64_t l = 0; l < kLanes; ++l)
-        tile.sums[r * kLanes + l] += static_cast<float>(sum[l]) * tile.steps[kLanes * v + l] * shorts[l];
+      const int64_t place = r * tile.short_stride + kLanes * v;
+      for (int64_t l = 0; l < kLanes; ++l) {
+        const float whole = static_cast<float>(sum[l]) * tile.steps[kLanes * v + l];
+        if (tile.products) {
+          tile.products[place + l] += whole;
+        } else {
+          tile.sums[r * kLanes + l] += whole * tile.shorts[place + l];
+        }
+      }
     }
   }
 }
@@ -143,21 +162,19 @@ FASTIF_CLONES void widen(const int8_t* from, int64_t rows, int64_t size, int64_t
   }
 }
 
-FASTIF_CLONES void widen(const int8_t* from, int64_t rows, int64_t size, int64_t padded, const float* scale,
-                         float* to) {
+FASTIF_CLONES void widen(const int8_t* from, int64_t rows, int64_t size, int64_t padded, float* to) {
   for (int64_t row = 0; row < rows; ++row, from += size, to += padded) {
-    const float own = scale ? scale[row] : 1;
-    for (int64_t i = 0; i < size; ++i) to[i] = own * static_cast<float>(from[i]);
+    for (int64_t i = 0; i < size; ++i) to[i] = from[i];
     for (int64_t i = size; i < padded; ++i) to[i] = 0;
   }
 }
 
-FASTIF_CLONES void add_lanes(const float* lanes, int64_t rows, const int64_t* places, float* to) {
+FASTIF_CLONES void add_lanes(const float* lanes, int64_t rows, const float* scale, const int64_t* places, float* to) {
   for (int64_t row = 0; row < rows; ++row, lanes += kLanes) {
     float half[kLanes / 2];
     for (int64_t l = 0; l < kLanes / 2; ++l) half[l] = lanes[l] + lanes[l + kLanes / 2];
     for (int64_t l = 0; l < 4; ++l) half[l] += half[l + 4];
-    to[places[row]] += (half[0] + half[2]) + (half[1] + half[3]);
+    to[places[row]] += (scale ? scale[row] : 1) * ((half[0] + half[2]) + (half[1] + half[3]));
   }
 }
 

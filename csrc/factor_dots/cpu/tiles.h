@@ -11,20 +11,22 @@ namespace fastif {
 inline constexpr int64_t kLanes = 16, kVectors = 4, kChunk = 256;
 inline constexpr int64_t kRows = 24;  // factors of a tile: a multiple of what every kernel takes at a time
 
-// sums[f][l] += sum_{v < vectors} shorts[f][16 v + l] steps[16 v + l] sum_{p < pairs, h < 2} longs[f][2 p + h]
-//               panel[p][v][l][h], for kRows factors
+// Of kRows factors, whole[f][16 v + l] = steps[16 v + l] sum_{p < pairs, h < 2} longs[f][2 p + h] panel[p][v][l][h]:
+//   products null   sums[f][l] += sum_{v < vectors} whole[f][16 v + l] shorts[f][16 v + l]
+//   else            products[f][16 v + l] += whole[f][16 v + l]
 // The sum over pairs is exact, what follows is rounded once for each operation and in this order: on every processor
 // the same bits.
 struct Tile {
   const int16_t* longs;  // [kRows], `long_stride` apart
   int64_t long_stride;
-  const float* shorts;  // [kRows], `short_stride` apart
-  int64_t short_stride;
   const int16_t* panel;  // [pairs, vectors, kLanes, 2], of 64 bytes each
   int64_t pairs;         // <= kChunk
   int vectors;           // <= kVectors
   const float* steps;    // [vectors, kLanes]
-  float* sums;           // [kRows, kLanes]
+  const float* shorts;   // [kRows], `short_stride` apart, and products likewise
+  int64_t short_stride;
+  float* products;
+  float* sums;  // [kRows, kLanes]
 };
 
 using TileKernel = void (*)(const Tile&);
@@ -35,10 +37,9 @@ TileKernel tile_kernel();
 
 // to [rows, padded] = from [rows, size], and 0 past it.
 void widen(const int8_t* from, int64_t rows, int64_t size, int64_t padded, int16_t* to);
-// The same, each row times its scale (null: 1).
-void widen(const int8_t* from, int64_t rows, int64_t size, int64_t padded, const float* scale, float* to);
-// to[places[row]] += sum_l lanes[row][l], row by row.
-void add_lanes(const float* lanes, int64_t rows, const int64_t* places, float* to);
+void widen(const int8_t* from, int64_t rows, int64_t size, int64_t padded, float* to);
+// to[places[row]] += scale[row] sum_l lanes[row][l], row by row; scale null: 1.
+void add_lanes(const float* lanes, int64_t rows, const float* scale, const int64_t* places, float* to);
 // The largest magnitude.
 float largest(const float* x, int64_t size);
 // to[i] = x[i] / step to the nearest integer, at most 32767 in magnitude.

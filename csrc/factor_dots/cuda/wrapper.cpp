@@ -9,16 +9,18 @@
 namespace fastif {
 namespace {
 
-Tensor factor_dots_cuda(const Tensor& left,                  // [F, o]
-                        const Tensor& right,                 // [F, d]
-                        const std::optional<Tensor>& scale,  // [F]
-                        const Tensor& ranks,                 // [n]
-                        const Tensor& queries) {             // [q, o, d]
-  check_factor_dots(left, right, scale, ranks, queries);
+Tensor factor_dots_cuda(const Tensor& left,                    // [F, o]
+                        const Tensor& right,                   // [F, d]
+                        const std::optional<Tensor>& scale,    // [F]
+                        const Tensor& ranks,                   // [n]
+                        const Tensor& queries,                 // [q, o, d] or [q, o, r]
+                        const std::optional<Tensor>& along) {  // [q, r, d]
+  check_factor_dots(left, right, scale, ranks, queries, along);
   const OnDeviceOf guard(queries);
   const int64_t factors = left.size(0), o = left.size(1), d = right.size(1);
   const int64_t n = ranks.size(0), q = queries.size(0);
-  const auto l = readable(left), r = readable(right), v = readable(queries);
+  const auto l = readable(left), r = readable(right), given = readable(queries);
+  const auto v = along ? call("aten::bmm", "", given, readable(*along)).contiguous() : given;
   const auto s = scale ? std::optional(readable(*scale)) : std::nullopt;
   const auto ends = call("aten::cumsum", "", readable(ranks), int64_t{0}, std::optional(kLong)).contiguous();
   const auto products = empty({q, factors}, queries), out = empty({q, n}, queries);
