@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fastif.index.thin import Runs, Thin, share_of
 from fastif.index.truncation import Truncated
 from fastif.ops import factor_dots
 
@@ -78,28 +79,35 @@ class Factors:
         scale = None if self.scale is None else self.scale[keep]
         return Factors(self.ranks[examples], self.left[keep], self.right[keep], scale)
 
-    def dots(self, queries: Tensor) -> Tensor:
+    def dots(self, queries: Tensor, runs: Runs | None = None) -> Tensor:
         """Products with weighed queries [q, g, o, d], [q, n], on their device; of 16-bit queries they are float32.
 
         Few queries meet int8 factors by `fastif.ops.factor_dots`: each of their entries errs by at most 1/65,000 of the
-        largest in its row, or in its column.
+        largest in its row, or in its column; as `thinned` has them, by what that leaves out.
         """
         if queries.dtype in (torch.float16, torch.bfloat16):
             queries = queries.float()  # the products of numbers that 16 bits hold need not fit them
         q, (n, g) = len(queries), self.ranks.shape
         integers = self.right.dtype == torch.int8 and not self.table
         products = q * len(self.right) / (_GAIN if integers else 1)  # operations per o·d
-        few = g == 1 and products <= len(self.right) + (q + _FORMING) * n
+        few = g == 1 and products * (1 if runs is None else share_of(runs)) <= len(self.right) + (q + _FORMING) * n
         if few and integers:
-            scale = None if self.scale is None else self.scale.to(queries.device)
-            left, right, ranks = (x.to(queries.device) for x in (self.left, self.right, self.ranks[:, 0]))
-            return factor_dots(left, right, ranks, queries[:, 0].float(), scale).to(queries)
+            return self._dots_of_integers([(0, queries[:, 0])] if runs is None else runs, queries)
         out = queries.new_zeros((q, n))
         if self.table or few:
             self._add_products(out, queries[:, 0])
         else:
             self._add_formed(out, queries)
         return out
+
+    def _dots_of_integers(self, runs: Runs, like: Tensor) -> Tensor:
+        left, right, ranks = (x.to(like.device) for x in (self.left, self.right, self.ranks[:, 0]))
+        scale = None if self.scale is None else self.scale.to(like.device)
+        found = [like.new_zeros((0, len(self)))]
+        for _, part in runs:
+            some, along = part if isinstance(part, Thin) else (part, None)
+            found.append(factor_dots(left, right, ranks, some.float(), scale, None if along is None else along.float()))
+        return torch.cat(found).to(like) if len(found) > 2 else found[-1].to(like)
 
     def _vectors(self, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
         """left, with the scale in it, and right of some factors; of a table, left is the rows and right has it."""

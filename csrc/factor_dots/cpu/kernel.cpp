@@ -106,15 +106,18 @@ struct Work {
       } else {
         widen(shorts + first * packed.e, count, packed.e, width, beside.get());
         std::fill(beside.get() + count * width, beside.get() + kRows * width, 0.0f);
+        if (scale)
+          scale_rows(scale + first, count, width, beside.get());  // first, so that nothing overflows on the way
       }
       for (int64_t row = 0; row < q; ++row) {
         if (projection) {
           std::fill(beside.get(), beside.get() + kRows * width, 0.0f);
           multiply(*projection, row, short_wide.get(), nullptr, beside.get(), nullptr);
+          if (scale) scale_rows(scale + first, count, width, beside.get());
         }
         alignas(64) float sums[kRows * kLanes] = {};
         multiply(packed, row, wide.get(), beside.get(), nullptr, sums);
-        add_lanes(sums, count, scale ? scale + first : nullptr, owners, out + row * n);
+        add_lanes(sums, count, owners, out + row * n);
       }
     }
   }

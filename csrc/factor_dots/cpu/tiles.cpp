@@ -169,12 +169,18 @@ FASTIF_CLONES void widen(const int8_t* from, int64_t rows, int64_t size, int64_t
   }
 }
 
-FASTIF_CLONES void add_lanes(const float* lanes, int64_t rows, const float* scale, const int64_t* places, float* to) {
+FASTIF_CLONES void scale_rows(const float* scale, int64_t rows, int64_t size, float* x) {
+  for (int64_t row = 0; row < rows; ++row, x += size) {
+    for (int64_t i = 0; i < size; ++i) x[i] *= scale[row];
+  }
+}
+
+FASTIF_CLONES void add_lanes(const float* lanes, int64_t rows, const int64_t* places, float* to) {
   for (int64_t row = 0; row < rows; ++row, lanes += kLanes) {
     float half[kLanes / 2];
     for (int64_t l = 0; l < kLanes / 2; ++l) half[l] = lanes[l] + lanes[l + kLanes / 2];
     for (int64_t l = 0; l < 4; ++l) half[l] += half[l + 4];
-    to[places[row]] += (scale ? scale[row] : 1) * ((half[0] + half[2]) + (half[1] + half[3]));
+    to[places[row]] += (half[0] + half[2]) + (half[1] + half[3]);
   }
 }
 

@@ -38,8 +38,10 @@ TileKernel tile_kernel();
 // to [rows, padded] = from [rows, size], and 0 past it.
 void widen(const int8_t* from, int64_t rows, int64_t size, int64_t padded, int16_t* to);
 void widen(const int8_t* from, int64_t rows, int64_t size, int64_t padded, float* to);
-// to[places[row]] += scale[row] sum_l lanes[row][l], row by row; scale null: 1.
-void add_lanes(const float* lanes, int64_t rows, const float* scale, const int64_t* places, float* to);
+// x [rows, size], each row times its scale.
+void scale_rows(const float* scale, int64_t rows, int64_t size, float* x);
+// to[places[row]] += sum_l lanes[row][l], row by row.
+void add_lanes(const float* lanes, int64_t rows, const int64_t* places, float* to);
 // The largest magnitude.
 float largest(const float* x, int64_t size);
 // to[i] = x[i] / step to the nearest integer, at most 32767 in magnitude.
