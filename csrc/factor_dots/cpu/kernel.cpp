@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <numeric>
@@ -53,20 +54,20 @@ struct Packed {
 void pack(const Packed& packed, const float* query, int64_t number, int64_t vector) {
   const int64_t first = vector / kVectors * kVectors, pairs = packed.pairs;  // of the panel
   const int64_t across = packed.vectors_from(first) * kLanes;                // lanes of the panel
-  int16_t* const panel = packed.panels.get() + number * packed.each + first * pairs * 2 * kLanes;
+  int16_t* to = packed.panels.get() + number * packed.each + first * pairs * 2 * kLanes + (vector - first) * 2 * kLanes;
   float* const steps = packed.steps.get() + (number * packed.vectors + vector) * kLanes;
-  const Scratch<int16_t> row(2 * pairs);
+  const Scratch<int16_t> rows(kLanes * 2 * pairs);
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     const int64_t r = vector * kLanes + lane, count = r < packed.e ? packed.k : 0;
     const float* const from = query + r * packed.k;
+    int16_t* const row = rows.get() + lane * 2 * pairs;
     steps[lane] = count ? std::max(largest(from, count) / 32767, std::numeric_limits<float>::min()) : 0;
-    quantize(from, count, steps[lane], row.get());
-    std::fill(row.get() + count, row.get() + 2 * pairs, int16_t{0});
-    int16_t* to = panel + 2 * ((vector - first) * kLanes + lane);
-    for (int64_t p = 0; p < pairs; ++p, to += 2 * across) {
-      to[0] = row.get()[2 * p];
-      to[1] = row.get()[2 * p + 1];
-    }
+    quantize(from, count, steps[lane], row);
+    std::fill(row + count, row + 2 * pairs, int16_t{0});
+  }
+  for (int64_t p = 0; p < pairs; ++p, to += 2 * across) {
+    for (int64_t lane = 0; lane < kLanes; ++lane)
+      std::memcpy(to + 2 * lane, rows.get() + (lane * pairs + p) * 2, 2 * sizeof(int16_t));
   }
 }
 
