@@ -92,7 +92,7 @@ class Factors:
         products = q * len(self.right) / (_GAIN if integers else 1)  # operations per o·d
         few = g == 1 and products * (1 if runs is None else share_of(runs)) <= len(self.right) + (q + _FORMING) * n
         if few and integers:
-            return self._dots_of_integers([(0, queries[:, 0])] if runs is None else runs, queries)
+            return self._dots_of_integers([queries[:, 0]] if runs is None else runs, queries)
         out = queries.new_zeros((q, n))
         if self.table or few:
             self._add_products(out, queries[:, 0])
@@ -103,11 +103,11 @@ class Factors:
     def _dots_of_integers(self, runs: Runs, like: Tensor) -> Tensor:
         left, right, ranks = (x.to(like.device) for x in (self.left, self.right, self.ranks[:, 0]))
         scale = None if self.scale is None else self.scale.to(like.device)
-        found = [like.new_zeros((0, len(self)))]
-        for _, part in runs:
+        found = [like.new_zeros((0, len(self)), dtype=torch.float32)]
+        for part in runs:
             some, along = part if isinstance(part, Thin) else (part, None)
             found.append(factor_dots(left, right, ranks, some.float(), scale, None if along is None else along.float()))
-        return torch.cat(found).to(like) if len(found) > 2 else found[-1].to(like)
+        return torch.cat(found[1:] or found).to(like)
 
     def _vectors(self, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
         """left, with the scale in it, and right of some factors; of a table, left is the rows and right has it."""

@@ -370,7 +370,7 @@ class Index:
         # Of the memory a half is for queries, whole and thin, the rest for a block and what is made of it.
         with closing(encoder.queries(query, total, groups, fitted.memory * 3 // 10)) as blocks:
             for first, held in blocks:
-                start, queries = begin, asked(encoder, held, self.n, first)
+                start, queries = begin, asked(encoder, self._folder, held, self.n, first)
                 for block in own_blocks(self._folder, self.ranks):
                     yield first, start, products(block.factors, queries, first)
                     start += len(block.examples)

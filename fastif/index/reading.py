@@ -49,15 +49,17 @@ class Asked(NamedTuple):
     runs: Runs | None  # the same for int8 factors, thin where that is less work
 
 
-def asked(encoder: Encoder, held: Mapping[str, Tensor], n: int, first: int = 0) -> dict[str, Asked]:
-    """Queries from number `first` on, made ready for an index of n examples.
+def asked(encoder: Encoder, folder: Folder, held: Mapping[str, Tensor], n: int, first: int = 0) -> dict[str, Asked]:
+    """Queries from number `first` on, made ready to be asked of n examples of an index.
 
     Raises ValueError where their type does not hold one.
     """
     found: dict[str, Asked] = {}
-    for name, queries in held.items():
+    for name, (g, _, _), table in folder.manifest["layers"]:
+        queries = held[name]
         _check_finite(queries, queries, name, first)
-        thin = encoder.dtype == torch.int8 and queries.shape[1] == 1
+        # On a GPU, the op forms thin queries whole again.
+        thin = encoder.dtype == torch.int8 and g == 1 and not table and queries.device.type == "cpu"
         found[name] = Asked(queries, thinned(queries[:, 0], n) if thin else None)
     return found
 

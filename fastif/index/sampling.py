@@ -245,7 +245,7 @@ def measure(encoder: Encoder, folder: Folder, train: Walked, exact: Tensor) -> M
         with closing(own.queries(query, q, None, fitted.memory // 2)) as blocks:
             for _, held in blocks:
                 # Few examples: no query is made thin for them, which costs what it saves.
-                queries, columns = asked(own, held, len(examples)), list[Tensor]()
+                queries, columns = asked(own, folder, held, len(examples)), list[Tensor]()
                 for run in mine:
                     block = folder.read_block(run)
                     some = block.select(torch.isin(block.examples, examples).nonzero()[:, 0])

@@ -27,12 +27,12 @@ class Thin(NamedTuple):
     right: Tensor  # [q, r, d]
 
 
-Runs = list[tuple[int, Thin | Tensor]]  # queries one after another, with the number of each run's first
+Runs = list[Thin | Tensor]  # queries one after another, those of like width together
 
 
 def thinned(queries: Tensor, n: int) -> Runs:
-    """Queries [q, o, d] for n examples in runs of like ones, each with its first: thin where that saves enough, else
-    as they are. What a query becomes depends on itself alone.
+    """Queries [q, o, d] for n examples: thin where that saves enough, else as they are. What a query becomes depends on
+    itself alone.
 
     Random directions are drawn on the CPU from a seed of their own: equal queries become equal ones.
     """
@@ -41,7 +41,7 @@ def thinned(queries: Tensor, n: int) -> Runs:
         return []
     most = int(o * d / (_GAIN * (o + d))) // _STEP * _STEP
     if n < _LEAST or most < _STEP:
-        return [(0, queries)]
+        return [queries]
     pairs = [_pair(query, most) for query in queries]
     found: Runs = []
     begin = 0
@@ -52,9 +52,9 @@ def thinned(queries: Tensor, n: int) -> Runs:
         some = [pair for pair in pairs[begin:end] if pair is not None]
         if some:
             left, right = zip(*some, strict=True)
-            found.append((begin, Thin(torch.stack(left), torch.stack(right))))
+            found.append(Thin(torch.stack(left), torch.stack(right)))
         else:
-            found.append((begin, queries[begin:end]))
+            found.append(queries[begin:end])
         begin = end
     return found
 
@@ -66,7 +66,7 @@ def _norm(x: Tensor) -> float:
 def share_of(runs: Runs) -> float:
     """Products with such queries, of those with whole ones."""
     products = whole = 0
-    for _, part in runs:
+    for part in runs:
         left, right = part if isinstance(part, Thin) else (part, part)
         q, o, d = len(left), left.shape[1], right.shape[2]
         products += q * (left.shape[2] * (o + d) if isinstance(part, Thin) else o * d)

@@ -23,14 +23,13 @@ def falling(q: int, o: int, d: int, rate: float, dtype: torch.dtype = torch.floa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_is_left_out_is_within_the_stated_share(o, d, dtype):
     queries = falling(3, o, d, 0.5, dtype)
-    ((begin, thin),) = thinned(queries, MANY)
-    assert begin == 0
+    (thin,) = thinned(queries, MANY)
     assert isinstance(thin, Thin)
     assert thin.left.dtype == thin.right.dtype == dtype
     assert thin.left.shape[2] == 16  # 0.5¹⁰ is REST: no fewer do, in steps of 16
     away = (thin.left.double() @ thin.right.double() - queries.double()).flatten(1).norm(dim=1)
     assert bool((away <= 1.001 * REST * queries.double().flatten(1).norm(dim=1)).all())
-    assert share_of([(0, thin)]) == pytest.approx(16 * (o + d) / (o * d))
+    assert share_of([thin]) == pytest.approx(16 * (o + d) / (o * d))
 
 
 @pytest.mark.parametrize(
@@ -44,11 +43,10 @@ def test_what_is_left_out_is_within_the_stated_share(o, d, dtype):
     ids=["flat", "few examples", "narrow", "large"],
 )
 def test_whole_where_that_is_no_more_work(queries, n):
-    ((begin, same),) = thinned(queries, n)
-    assert begin == 0
+    (same,) = thinned(queries, n)
     assert isinstance(same, torch.Tensor)
     assert torch.equal(same, queries)
-    assert share_of([(0, same)]) == 1
+    assert share_of([same]) == 1
 
 
 def test_no_queries():
@@ -60,15 +58,18 @@ def test_a_query_becomes_the_same_whatever_else_is_asked():
     flat = torch.randn(2, 100, 200, generator=torch.Generator().manual_seed(1))
     queries = torch.cat([falling(2, 100, 200, 0.5), flat, falling(1, 100, 200, 0.7), torch.zeros(1, 100, 200)])
     runs = thinned(queries, MANY)
-    assert [begin for begin, _ in runs] == [0, 2, 4, 5]
-    for begin, run in runs:
-        for row, one in enumerate(zip(*run, strict=True) if isinstance(run, Thin) else run):
-            ((_, alone),) = thinned(queries[begin + row : begin + row + 1], MANY)
+    assert [len(run[0]) if isinstance(run, Thin) else len(run) for run in runs] == [2, 2, 1, 1]
+    assert [isinstance(run, Thin) for run in runs] == [True, False, True, True]
+    row = 0
+    for run in runs:
+        parts = [*zip(*run, strict=True)] if isinstance(run, Thin) else [(one,) for one in run]
+        for part in parts:
+            (alone,) = thinned(queries[row : row + 1], MANY)
             assert isinstance(alone, Thin) == isinstance(run, Thin)
-            for mine, same in zip(
-                one if isinstance(run, Thin) else [one], alone if isinstance(run, Thin) else [alone[0]], strict=True
-            ):
-                assert torch.equal(mine, same.squeeze(0))
+            for mine, same in zip(part, alone if isinstance(alone, Thin) else (alone,), strict=True):
+                assert torch.equal(mine, same[0])
+            row += 1
+    assert row == len(queries)
 
 
 @pytest.mark.parametrize("q", [1, 4])
@@ -77,7 +78,7 @@ def test_products_with_thin_queries_err_by_no_more_than_what_is_left_out(q):
     queries = falling(q, 100, 200, 0.5)
     factors = Factors(given["ranks"][:, None], given["left"], given["right"], given["scale"])
     runs = thinned(queries, MANY)
-    ((_, thin),) = runs
+    (thin,) = runs
     assert isinstance(thin, Thin)
     found, wanted = factors.dots(queries[:, None], runs), reference.factor_dots(**given | {"queries": queries})
     rounding = error_bound(**given | {"queries": thin.left, "along": thin.right})
