@@ -44,7 +44,7 @@ def factor_dots(
 
     >>> left, right = torch.tensor([[1], [2], [3]]), torch.tensor([[1, 0], [0, 1], [1, 1]])
     >>> ranks, query = torch.tensor([2, 0, 1]), torch.tensor([[[1.0, 0.5]]])
-    >>> factor_dots(left.to(torch.int8), right.to(torch.int8), ranks.int(), query).tolist()
+    >>> factor_dots(left.to(torch.int8), right.to(torch.int8), ranks.int(), query).round(decimals=2).tolist()
     [[2.0, 0.0, 4.5]]
     """
     check.rank(_OP, "left", "[F, o]", left, 2)
