@@ -111,12 +111,12 @@ def test_the_largest_sums_do_not_overflow():
     ones, ranks = torch.full((1, 4096), 127, dtype=torch.int8), torch.ones(1, dtype=torch.int32)
     left = torch.eye(16, dtype=torch.int8)[:1]
     got = factor_dots(left, ones, ranks, torch.full((1, 16, 4096), 32767.0))
-    assert float(got) == pytest.approx(127 * 32767 * 4096, rel=1e-5)
+    compiled = build_info()["compiled"]
+    assert float(got) == pytest.approx(127 * 32767 * 4096, rel=1e-6 if compiled else 4096 * 2**-24)
     signs = torch.where(torch.arange(4096) % 2 == 0, 1.0, -1.0)
-    signs[-1] = 0.0  # of the sum, one product is left
-    if not build_info()["compiled"]:  # there, sums are float32
-        return
-    assert float(factor_dots(left, ones, ranks, (32767 * signs).expand(1, 16, 4096))) == 127 * 32767
+    signs[-1] = 0.0  # of the sum, one product is left; plain torch's sums are float32
+    left_over = float(factor_dots(left, ones, ranks, (32767 * signs).expand(1, 16, 4096)))
+    assert left_over == 127 * 32767 or not compiled
 
 
 def test_entries_far_below_the_largest_of_another_row_stay():
