@@ -16,7 +16,8 @@ from torch import Generator, Tensor
 
 REST = 1e-3  # of a query's norm, that is left out at most: a tenth of what a factor loses in int8
 _STEP = 16  # directions at a time: what the op takes at once
-_LEAST = 512  # examples from which on finding the directions takes less than it saves
+_EACH = 32  # examples for a direction, from which on finding it takes less than it saves
+_LEAST = 1024  # examples: most queries of networks need two steps
 _GAIN = 1.5  # by which products must be fewer
 
 
@@ -39,7 +40,7 @@ def thinned(queries: Tensor, n: int) -> Runs:
     q, o, d = queries.shape
     if q == 0:
         return []
-    most = int(o * d / (_GAIN * (o + d))) // _STEP * _STEP
+    most = min(int(o * d / (_GAIN * (o + d))), n // _EACH) // _STEP * _STEP
     if n < _LEAST or most < _STEP:
         return [queries]
     pairs = [_pair(query, most) for query in queries]

@@ -36,17 +36,25 @@ def test_what_is_left_out_is_within_the_stated_share(o, d, dtype):
     ("queries", "n"),
     [
         (torch.randn(2, 100, 200, generator=torch.Generator().manual_seed(1)), MANY),  # no direction counts more
-        (falling(2, 100, 200, 0.5), 10),  # few examples
+        (falling(2, 100, 200, 0.5), 1023),  # few examples
+        (falling(2, 200, 400, 0.8), 1535),  # 48 directions take longer to find than they save
         (falling(2, 20, 200, 0.5), MANY),  # sixteen columns would be no less
         (falling(1, 100, 200, 0.5) * 3e38, MANY),  # sums on the way overflow
     ],
-    ids=["flat", "few examples", "narrow", "large"],
+    ids=["flat", "few examples", "many directions", "narrow", "large"],
 )
 def test_whole_where_that_is_no_more_work(queries, n):
     (same,) = thinned(queries, n)
     assert isinstance(same, torch.Tensor)
     assert torch.equal(same, queries)
     assert share_of([same]) == 1
+
+
+@pytest.mark.parametrize(("rate", "n", "width"), [(0.5, 1024, 16), (0.8, 1536, 48)])
+def test_thin_from_as_many_examples_as_pay_for_the_directions(rate, n, width):
+    (thin,) = thinned(falling(2, 200, 400, rate), n)
+    assert isinstance(thin, Thin)
+    assert thin.left.shape[2] == width
 
 
 def test_no_queries():
