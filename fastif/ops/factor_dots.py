@@ -23,7 +23,8 @@ def factor_dots(
     """⟨Q_q, g_i⟩ for the gradients g_i = Σ_f scale_f left_f right_fᵀ, which are neither formed nor unpacked: [q, n].
 
     On the CPU what is given of a query is rounded to 16 bits: an entry errs by at most 1/65,000 of the largest in its
-    row or, for some shapes, in its column, which the shapes alone decide; on the GPU it is taken as it is. Sums over
+    row or, for some shapes, in its column, which the shapes alone decide, or by 2⁻¹²⁷ where that is more (entries below
+    it become 0); on the GPU it is taken as it is. Sums over
     512 entries of a vector are then exact (on the GPU, float32), sums of these float32. The CPU's bits depend neither
     on the number of threads nor on the processor. Not differentiable. docs/math.md (26).
 
@@ -37,8 +38,8 @@ def factor_dots(
             CPU, where a factor takes r (o + d) products instead of o d.
 
     Raises:
-        ValueError: shapes that do not fit, ranks that do not sum to F, NaN or Inf (with the row's index), a result
-            that overflows.
+        ValueError: shapes that do not fit, ranks that do not sum to F, NaN or Inf (with the row's index), a result, or
+            a product on the way to it, that overflows.
         TypeError: other dtypes, or no tensors.
         MemoryError: a result that cannot be held.
 

@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -168,7 +169,8 @@ Tensor factor_dots_cpu(const Tensor& left, const Tensor& right, const std::optio
   const auto out = empty({q, n}, queries);
   if (q == 0 || n == 0) return out;
   const TileKernel kernel = tile_kernel();
-  CHECK_VALUE(kernel, "factor_dots: FASTIF_FACTORS must be vnni, avx512, avx2 or generic, and what the processor has");
+  CHECK_VALUE(kernel, "factor_dots: FASTIF_FACTORS must be vnni, avx512, avx2 or generic, and what the processor has, ",
+              "got ", std::getenv("FASTIF_FACTORS"));
   const int64_t r = queries.size(2);  // with `along`
   const bool turned = !along && operations(d, o) < operations(o, d);
   const auto given = readable(queries), columns = along || turned ? given.transpose(1, 2).contiguous() : given;
