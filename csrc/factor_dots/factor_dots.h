@@ -4,7 +4,8 @@
 //   out[q, i] = sum_{f of i} scale_f left_f^T Q_q right_f          [q, n] float32
 //
 // An entry of a query may be rounded: by 1/65,000 of the largest in its row or in its column, which the shapes decide,
-// or by 2^-127 where that is more. Sums over 512 entries of a vector are then exact, or float32; those of all these are float32.
+// or by 2^-127 where that is more. Sums over 512 entries of a vector are then exact, or float32; those of all these are
+// float32.
 #pragma once
 
 #include <cstdint>
