@@ -77,7 +77,7 @@ bench-ranks: build/ready  ## EK-FAC on 1, 2 and 4 ranks: CPU seconds in all, byt
 	$(PY) -m benchmarks.figures.keep keep runs/ranks.json ranks-cpu
 	$(PY) -m benchmarks.figures.keep tables
 
-bench-index: build/ready  ## the index against walking again: seconds, bytes, what is lost; FASTIF_DATA=folder, FASTIF_BENCH=large for larger models
+bench-index: build/ready  ## the index against walking again: seconds, bytes, what is lost; FASTIF_DATA=folder, FASTIF_BENCH=large for larger models, growth for a million examples
 	@mkdir -p runs
 	OMP_NUM_THREADS=1 FASTIF_BENCH_SCALE=$${FASTIF_BENCH_SCALE:-0.2} $(PY) -m pytest benchmarks/influence/bench_index.py --benchmark-enable -s --benchmark-json runs/index.json
 	$(PY) -m benchmarks.figures.keep keep runs/index.json index$${FASTIF_BENCH:+-$$FASTIF_BENCH}-cpu

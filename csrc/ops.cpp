@@ -7,6 +7,9 @@ STABLE_TORCH_LIBRARY(fastif, m) {
   m.def(
       "farthest_first(Tensor points, int k, Tensor start, Tensor? picks=None, Tensor? mask=None, "
       "float? until_radius=None) -> (Tensor indices, Tensor sq_radii, Tensor sq_dists, Tensor nearest)");
+  m.def(
+      "factor_dots(Tensor left, Tensor right, Tensor? scale, Tensor ranks, Tensor queries, Tensor? along=None) -> "
+      "Tensor");
   m.def("ggn_block_(Tensor(a!) out, Tensor features, Tensor probs, Tensor weights) -> ()");
   m.def("kronecker_block_(Tensor(a!) out, Tensor features, Tensor outer) -> ()");
   m.def(

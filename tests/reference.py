@@ -86,6 +86,22 @@ def dots(inputs: Tensor, output_grads: Tensor, directions: Tensor) -> Tensor:
     return torch.einsum("qod,nod->qn", directions.double(), per_sample_grads(inputs, output_grads))
 
 
+def factor_dots(
+    left: Tensor,
+    right: Tensor,
+    ranks: Tensor,
+    queries: Tensor,
+    scale: Tensor | None = None,
+    along: Tensor | None = None,
+) -> Tensor:
+    """⟨Q_q, Σ_f scale_f left_f right_fᵀ⟩ of every example, [q, n], docs/math.md (26)."""
+    scale = torch.ones(len(left)) if scale is None else scale
+    queries = queries if along is None else queries.double() @ along.double()
+    products = torch.einsum("fo,qod,fd,f->qf", left.double(), queries.double(), right.double(), scale.double())
+    owners = torch.arange(len(ranks)).repeat_interleave(ranks.long())
+    return products.new_zeros(len(queries), len(ranks)).index_add_(1, owners, products)
+
+
 def kfac_factors(inputs: Tensor, columns: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """A [d, d] and B [o, o] of a layer with inputs [n, t, d] and output gradients columns [s, n, t, o]."""
     share = weights.sum() * inputs.shape[1]

@@ -44,6 +44,10 @@ def index_table(name: str) -> str:
         apart.append(
             f"{label} {one['apart']:.1f} s and {one['together']:.1f} s ({one['apart'] / one['together']:.2f}×)"
         )
+    if not models:
+        grown = next(benchmark["extra_info"]["growth"] for benchmark in results["benchmarks"])
+        made = f"{tables._machine(results)}. Made by `FASTIF_BENCH=growth make bench-index`."
+        return "\n".join([*_growth(grown), made])
     command = "FASTIF_BENCH=large make bench-index" if "resnet9" in str(models[0]["name"]) else "make bench-index"
     lines += [
         "",
@@ -53,9 +57,6 @@ def index_table(name: str) -> str:
         "`Influence.scores` to 1e-5, which is asserted. Scores, self-influence and an index one after another, and "
         f"from one walk: {'; '.join(apart)}. {tables._machine(results)}. Made by `{command}`.",
     ]
-    for benchmark in results["benchmarks"]:
-        if "growth" in benchmark["extra_info"]:
-            lines += ["", *_growth(benchmark["extra_info"]["growth"])]
     return "\n".join(lines)
 
 
@@ -75,7 +76,7 @@ def _growth(rows: list[dict[str, Any]]) -> list[str]:
         *lines,
         "",
         "Two random int8 factors of each example in layers of 64 × 65 and 10 × 65 numbers; processor seconds of one "
-        "thread, as in the table above.",
+        "thread.",
     ]
 
 

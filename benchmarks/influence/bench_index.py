@@ -7,9 +7,10 @@ float32, and with four times the numbers, as if int8 lost nothing. Of the MLP, d
 curvature of its own. Models and data are those of bench_influence.py, and so are FASTIF_BENCH_SCALE and FASTIF_DATA.
 
 FASTIF_BENCH=large takes a ResNet-9 and a GPT of ten million parameters instead, of fewer examples, with one share and
-no projections, and the growth with n to a million examples, whose factors are drawn at random, beside a copy's rate.
+no projections; FASTIF_BENCH=growth the growth with n to a million examples, whose factors are drawn at random, beside a
+copy's rate.
 
-`make bench-index` keeps the figures, and with FASTIF_BENCH=large those of the others.
+`make bench-index` keeps the figures, and with FASTIF_BENCH those of the others.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ SHARES = (0.01, 0.04, 0.16)  # of the numbers; a quarter of that of the bytes, i
 BYTES = (0.0025, 0.01, 0.04)  # of float32 gradients, for projections
 QUERIES = (1, 10, 100)
 LARGE = os.environ.get("FASTIF_BENCH") == "large"
-MODELS = (resnet9, gpt10m) if LARGE else (mlp, cnn, gpt)
+GROWS = os.environ.get("FASTIF_BENCH") == "growth"
+MODELS = () if GROWS else (resnet9, gpt10m) if LARGE else (mlp, cnn, gpt)
 MOST = size(1250)  # training examples of the large ones
 GROWTH = (10_000, 100_000, 1_000_000)
 
@@ -220,7 +222,7 @@ def work_shapes(influence: Any) -> list[Any]:
     return [estimator.eigenbasis().eigenvalues.shape for estimator in influence.curvature.values()]
 
 
-@pytest.mark.skipif(not LARGE, reason="FASTIF_BENCH=large")
+@pytest.mark.skipif(not GROWS, reason="FASTIF_BENCH=growth")
 def test_growth(benchmark, capsys):
     """Asking an index of n examples, whose factors are drawn at random: seconds of one query, and the rate of reading
     beside that of a copy. The digits' network, two factors of an example in each of its layers."""

@@ -25,7 +25,7 @@ namespace fastif {
 using torch::headeronly::ScalarType;
 inline constexpr ScalarType kFloat = ScalarType::Float, kDouble = ScalarType::Double, kHalf = ScalarType::Half,
                             kBFloat16 = ScalarType::BFloat16, kLong = ScalarType::Long, kBool = ScalarType::Bool,
-                            kByte = ScalarType::Byte;
+                            kByte = ScalarType::Byte, kChar = ScalarType::Char, kInt = ScalarType::Int;
 template <typename T>
 inline constexpr ScalarType type_of = std::is_same_v<T, float>     ? kFloat
                                       : std::is_same_v<T, double>  ? kDouble

@@ -103,14 +103,15 @@ class Encoder:
                     end = n if groups is not None else min(n, begin + len(next(iter(held.values()))) - filled)
                     for name, metric in self.metrics.items():
                         for i in range(begin, end, step):
-                            part = gradients[name].rows(i, min(i + step, end))
-                            weighed = metric.weigh_query(metric.basis.rotate(part).formed().to(metric.rows).clone())
-                            weighed.div_(self.fitted.n)
+                            formed = metric.basis.rotate(gradients[name].rows(i, min(i + step, end))).formed()
+                            formed = formed.to(metric.rows)
                             if groups is not None:
+                                weighed = metric.weigh_query(formed, torch.empty_like(formed), self.fitted.n)
                                 rows = groups[start + i : start + i + len(weighed)].to(weighed.device)
                                 held[name].index_add_(0, rows, weighed)
                             else:
-                                held[name][filled + i - begin : filled + i - begin + len(weighed)] = weighed
+                                place = held[name][filled + i - begin : filled + i - begin + len(formed)]
+                                metric.weigh_query(formed, place, self.fitted.n)
                     if groups is None:
                         filled += end - begin
                     begin = end

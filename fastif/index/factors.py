@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from fastif.index.thin import Runs, Thin, share_of
 from fastif.index.truncation import Truncated
+from fastif.ops import factor_dots
 
 Stored = Literal["int8", "float16", "float32"]
 _LARGEST = {torch.int8: 127.0, torch.float16: 1.0}  # what the largest entry of a vector becomes
 _ENTRIES = 1 << 21  # of matrices that are made of factors at a time
 _CACHED = 1 << 18  # of vectors and their products at a time: what is written stays near until it is read
-_BASE = 254  # of the two digits, int8 each, that an entry of a query has in products with int8 factors
-_LONGEST = (1 << 31) // 127**2  # of vectors whose products int32 holds
-_GAIN = 2  # by which such products are faster than those of floats
+_GAIN = 3  # by which products with int8 factors are faster than those with floats
 _FORMING = 48  # products with a matrix that take as long as forming it, writing and reading it again
 
 
@@ -80,21 +79,35 @@ class Factors:
         scale = None if self.scale is None else self.scale[keep]
         return Factors(self.ranks[examples], self.left[keep], self.right[keep], scale)
 
-    def dots(self, queries: Tensor) -> Tensor:
-        """Products with weighed queries [q, g, o, d], [q, n], on their device."""
-        out = queries.new_zeros((len(queries), len(self)))
+    def dots(self, queries: Tensor, runs: Runs | None = None) -> Tensor:
+        """Products with weighed queries [q, g, o, d], [q, n], on their device; of 16-bit queries they are float32.
+
+        Few queries meet int8 factors by `fastif.ops.factor_dots`: each of their entries errs by at most 1/65,000 of the
+        largest in its row, or in its column; as `thinned` has them, by what that leaves out.
+        """
+        if queries.dtype in (torch.float16, torch.bfloat16):
+            queries = queries.float()  # the products of numbers that 16 bits hold need not fit them
         q, (n, g) = len(queries), self.ranks.shape
-        owners = torch.arange(n * g).repeat_interleave(self.ranks.flatten().long())
-        integers = self._multiplies_integers(queries)
+        integers = self.right.dtype == torch.int8 and not self.table
         products = q * len(self.right) / (_GAIN if integers else 1)  # operations per o·d
-        few = g == 1 and products <= len(self.right) + (q + _FORMING) * n
+        few = g == 1 and products * (1 if runs is None else share_of(runs)) <= len(self.right) + (q + _FORMING) * n
         if few and integers:
-            self._add_integer_products(out, queries[:, 0], owners)
-        elif self.table or few:
-            self._add_products(out, queries[:, 0], owners)
+            return self._dots_of_integers([queries[:, 0]] if runs is None else runs, queries)
+        out = queries.new_zeros((q, n))
+        if self.table or few:
+            self._add_products(out, queries[:, 0])
         else:
             self._add_formed(out, queries)
         return out
+
+    def _dots_of_integers(self, runs: Runs, like: Tensor) -> Tensor:
+        left, right, ranks = (x.to(like.device) for x in (self.left, self.right, self.ranks[:, 0]))
+        scale = None if self.scale is None else self.scale.to(like.device)
+        found = [like.new_zeros((0, len(self)), dtype=torch.float32)]
+        for part in runs:
+            some, along = part if isinstance(part, Thin) else (part, None)
+            found.append(factor_dots(left, right, ranks, some.float(), scale, None if along is None else along.float()))
+        return torch.cat(found[1:] or found).to(like)
 
     def _vectors(self, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
         """left, with the scale in it, and right of some factors; of a table, left is the rows and right has it."""
@@ -104,8 +117,9 @@ class Factors:
             return left.long(), right if scale is None else right.mul_(scale)
         return (left.to(like) if scale is None else left.to(like).mul_(scale)), right
 
-    def _add_products(self, out: Tensor, queries: Tensor, owners: Tensor) -> None:
+    def _add_products(self, out: Tensor, queries: Tensor) -> None:
         """Factor by factor: a matrix product with each query."""
+        owners = torch.arange(len(self)).repeat_interleave(self.ranks[:, 0].long())
         d = self.right.shape[1]
         each = max(1, _CACHED // (d if self.table else max(d, self.left.shape[1])))
         for begin in range(0, len(self.right), each):
@@ -119,34 +133,6 @@ class Factors:
                     products = (right @ query.T).mul_(left).sum(1)
                 else:
                     products = (left @ query).mul_(right).sum(1)
-                row.index_add_(0, own, products)
-
-    def _multiplies_integers(self, queries: Tensor) -> bool:
-        """Whether int8 factors meet queries as integers: the processor has instructions for that."""
-        return (
-            self.right.dtype == torch.int8 and not self.table and queries.device.type == "cpu"
-            and 1 < max(queries.shape[2:]) < _LONGEST  # of vectors of one entry torch returns what it never wrote
-            and _has_integer_products()
-        )  # fmt: skip
-
-    def _add_integer_products(self, out: Tensor, queries: Tensor, owners: Tensor) -> None:
-        """The same for int8 factors, which are not unpacked: a query has two digits, so that each of its entries errs
-        by less than 1/64,000 of the largest in its row (of o ≤ d; else in its column). Sums are exact."""
-        turned = queries.shape[1] > queries.shape[2]
-        long, short = (self.left, self.right) if turned else (self.right, self.left)
-        queries = queries.mT if turned else queries  # [q, short, long]
-        step = queries.abs().amax(2) / (_BASE * 127)
-        digits = [_digits_of(query, own) for query, own in zip(queries, step, strict=True)]
-        e = short.shape[1]
-        each = max(1, _CACHED // (2 * e))
-        for begin in range(0, len(long), each):
-            rows = slice(begin, begin + each)
-            ours, own = short[rows].to(out), owners[rows]
-            if self.scale is not None:
-                ours.mul_(self.scale[rows, None])
-            for number, row in enumerate(out):
-                both = torch._int_mm(long[rows], digits[number])  # pyright: ignore[reportPrivateImportUsage]
-                products = both[:, :e].to(out).mul_(_BASE).add_(both[:, e:]).mul_(ours) @ step[number]
                 row.index_add_(0, own, products)
 
     def _add_formed(self, out: Tensor, queries: Tensor) -> None:
@@ -189,28 +175,6 @@ class Factors:
     def _gathered(self, factors: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         some = Factors(self.ranks, self.left[factors], self.right[factors], _rows(self.scale, factors))
         return some._vectors(slice(None), like)
-
-
-@cache
-def _has_integer_products() -> bool:
-    """Whether torch multiplies matrices of int8 fast and exactly here.
-
-    Without instructions for it (VNNI) products are added in 16 bits, in which sums of two do not fit. The processor may
-    have them and torch not use them (ONEDNN_MAX_CPU_ISA), so the largest products there are get tried out.
-    """
-    supported = getattr(torch.cpu, "_is_vnni_supported", None)
-    if supported is None or not supported() or not hasattr(torch, "_int_mm"):
-        return False
-    one, other = (torch.full(shape, 127, dtype=torch.int8) for shape in ((16, 64), (64, 16)))
-    found = torch._int_mm(one, other)  # pyright: ignore[reportPrivateImportUsage]
-    return bool((found == 64 * 127**2).all())
-
-
-def _digits_of(query: Tensor, step: Tensor) -> Tensor:
-    """A query [e, k] in multiples of its rows' steps, as two digits, int8 [k, 2e]."""
-    whole = (query / torch.where(step > 0, step, 1)[:, None]).round_()
-    high = (whole / _BASE).round_()
-    return torch.cat([high, whole.sub_(high, alpha=_BASE)]).to(torch.int8).T
 
 
 def _rows(values: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -21,7 +21,7 @@ from fastif.index.encoder import Encoder, ready, walkable
 from fastif.index.factors import Stored, dtype_named
 from fastif.index.folder import Folder, Ids
 from fastif.index.merging import merge
-from fastif.index.reading import Top, join_numbers, own_blocks, own_columns, products, sum_of
+from fastif.index.reading import Top, asked, join_numbers, own_blocks, own_columns, products, sum_of
 from fastif.index.sampling import Measured, own_part_of
 from fastif.influence.influence import Influence
 from fastif.influence.scoring import best_of_ranks, compute_scores, of_all_ranks
@@ -367,12 +367,12 @@ class Index:
         encoder, (begin, n) = self._encoder(), own_columns(self._folder, self.ranks)
         if n == 0:
             return
-        # Of the memory a half is for queries, the rest for a block and what is made of it.
-        with closing(encoder.queries(query, total, groups, fitted.memory // 2)) as blocks:
+        # Of the memory a half is for queries, whole and thin, the rest for a block and what is made of it.
+        with closing(encoder.queries(query, total, groups, fitted.memory * 3 // 10)) as blocks:
             for first, held in blocks:
-                start = begin
+                start, queries = begin, asked(encoder, self._folder, held, self.n, first)
                 for block in own_blocks(self._folder, self.ranks):
-                    yield first, start, products(block.factors, held, first)
+                    yield first, start, products(block.factors, queries, first)
                     start += len(block.examples)
 
     def _encoder(self) -> Encoder:

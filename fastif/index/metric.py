@@ -53,7 +53,7 @@ class Metric:
         """f(Λ)/M², [g, o, d]: what squares of stored entries count for in a score on itself."""
         return self.basis.inverse.to(self.rows) / (self.rows[:, :, None] * self.columns[:, None]).square()
 
-    def weigh_query(self, matrices: Tensor) -> Tensor:
-        """f(Λ)/M ∘ q for matrices q [..., g, o, d] in the eigenbasis; they are written to."""
-        inverse = self.basis.inverse.to(matrices)
-        return matrices.mul_(inverse).div_(self.rows[:, :, None]).div_(self.columns[:, None, :])
+    def weigh_query(self, matrices: Tensor, out: Tensor, count: int = 1) -> Tensor:
+        """f(Λ)/M ∘ q over `count`, for matrices q [..., g, o, d] in the eigenbasis, in out."""
+        torch.mul(matrices, self.basis.inverse.to(out), out=out)
+        return out.div_(count * self.rows[:, :, None]).div_(self.columns[:, None, :])

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastif.index.encoder import Encoder
 from fastif.index.factors import Factors
 from fastif.index.folder import Folder, IndexBlock
+from fastif.index.thin import Runs, thinned
 from fastif.influence.shared_folder import share_of_all
 from fastif.ranks import Ranks
 
@@ -40,20 +42,62 @@ def join_numbers(parts: list[Tensor], ranks: Ranks) -> Tensor:
     return ranks.join("what blocks hold", own, ranks.device).cpu()
 
 
-def products(factors: Mapping[str, Factors], queries: Mapping[str, Tensor], first: int = 0) -> dict[str, Tensor]:
-    """Scores by block, [q, n], on the CPU, of queries from number `first` on.
+class Asked(NamedTuple):
+    """Weighed queries of one block of parameters."""
+
+    queries: Tensor  # [q, g, o, d]
+    runs: Runs | None  # the same for int8 factors, thin where that is less work
+
+
+def asked(encoder: Encoder, folder: Folder, held: Mapping[str, Tensor], n: int, first: int = 0) -> dict[str, Asked]:
+    """Queries from number `first` on, made ready to be asked of n examples of an index.
 
     Raises ValueError where their type does not hold one.
     """
-    found = {name: part.dots(queries[name]).cpu() for name, part in factors.items()}
-    for name, scores in found.items():
-        if not bool(scores.isfinite().all()):
-            row = int((~scores.isfinite()).nonzero()[0, 0])
-            raise ValueError(
-                f"index: scores of query {first + row} are not finite in block {name!r}: its gradient there is too "
-                f"large for {str(scores.dtype).removeprefix('torch.')}"
-            )
+    found: dict[str, Asked] = {}
+    for name, (g, _, _), table in folder.manifest["layers"]:
+        queries = held[name]
+        _check_finite(queries, queries, name, first)
+        # On a GPU, the op forms thin queries whole again.
+        thin = encoder.dtype == torch.int8 and g == 1 and not table and queries.device.type == "cpu"
+        found[name] = Asked(queries, thinned(queries[:, 0], n) if thin else None)
     return found
+
+
+def products(factors: Mapping[str, Factors], held: Mapping[str, Asked], first: int = 0) -> dict[str, Tensor]:
+    """Scores by block, [q, n], on the CPU. Raises ValueError where the queries' type does not hold one."""
+    found: dict[str, Tensor] = {}
+    for name, part in factors.items():
+        try:
+            found[name] = part.dots(*held[name]).cpu()
+        except ValueError as error:
+            raise _too_large(first + _first_too_large(part, held[name].queries), name, held[name].queries) from error
+        _check_finite(found[name], held[name].queries, name, first)
+    return found
+
+
+def _check_finite(values: Tensor, queries: Tensor, block: str, first: int) -> None:
+    """Raises ValueError for numbers [q, ...] of queries, or of their scores, that their type does not hold."""
+    if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
+        row = int((~values.isfinite()).flatten(1).any(1).nonzero()[0, 0])
+        raise _too_large(first + row, block, queries)
+
+
+def _first_too_large(factors: Factors, queries: Tensor) -> int:
+    """Of queries whose products overflow: the op does not say which they are."""
+    for row in range(len(queries)):
+        try:
+            factors.dots(queries[row : row + 1])
+        except ValueError:
+            return row
+    return 0
+
+
+def _too_large(query: int, block: str, queries: Tensor) -> ValueError:
+    return ValueError(
+        f"index: scores of query {query} are not finite in block {block!r}: its gradient there is too "
+        f"large for {str(queries.dtype).removeprefix('torch.')}"
+    )
 
 
 def sum_of(parts: Mapping[str, Tensor]) -> Tensor:

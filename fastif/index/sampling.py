@@ -20,7 +20,7 @@ from fastif.data.batches import Walked
 from fastif.data.dealing import Part, deal_picked
 from fastif.index.encoder import Encoder, Sizes
 from fastif.index.folder import Folder
-from fastif.index.reading import products, sum_of
+from fastif.index.reading import asked, products, sum_of
 from fastif.influence.fitted import Fitted
 from fastif.influence.queries import query_blocks
 from fastif.influence.shared_folder import share_of_all
@@ -244,11 +244,12 @@ def measure(encoder: Encoder, folder: Folder, train: Walked, exact: Tensor) -> M
         own = Encoder(fitted, encoder.metrics, encoder.dtype)
         with closing(own.queries(query, q, None, fitted.memory // 2)) as blocks:
             for _, held in blocks:
-                columns = []
+                # Few examples: no query is made thin for them, which costs what it saves.
+                queries, columns = asked(own, folder, held, len(examples)), list[Tensor]()
                 for run in mine:
                     block = folder.read_block(run)
                     some = block.select(torch.isin(block.examples, examples).nonzero()[:, 0])
-                    columns.append(sum_of(products(some.factors, held)))
+                    columns.append(sum_of(products(some.factors, queries)))
                 rows.append(torch.cat(columns, 1))
     found = torch.cat(rows).to(ranks.device) if rows else None
     return compare(exact[:, there], ranks.join("scores of a sample", found, ranks.device, dim=1).cpu())

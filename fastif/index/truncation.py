@@ -142,7 +142,7 @@ def _decompose(
         rounding = _NEGLIGIBLE if a.dtype == torch.float64 else _ROUNDING
         diagonal += rounding * diagonal.sum(-1, keepdim=True) + _TINY
         lower = torch.linalg.cholesky(moment)
-        squares, vectors = _eigh(lower.mT @ (u @ u.mT).double() @ lower)
+        squares, vectors = _eigh(lower.mT @ (u @ u.mT).double() @ lower, least is not None)
         few = _few(squares, vectors, least)
         left = (lower @ few).mT.to(u) @ u
         right = torch.linalg.solve_triangular(lower.mT, few, upper=True).mT.to(a) @ a
@@ -151,7 +151,7 @@ def _decompose(
     wide = matrices.shape[2] <= matrices.shape[3]
     sided = matrices if wide else matrices.mT
     summed = sided.double() if exact else sided
-    squares, vectors = _eigh(summed @ summed.mT)
+    squares, vectors = _eigh(summed @ summed.mT, least is not None)
     few = _few(squares, vectors, least).to(x)
     one, other = few.mT, few.mT @ sided  # vectors of length one, and what the matrix makes of them
     return (squares, one, other) if wide else (squares, other, one)
@@ -173,10 +173,12 @@ def _decompose_table(part: OneHot, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor
     return squares[:, None], rows.gather(1, largest)[:, None], rights[:, None]
 
 
-def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, float64, largest first, and their vectors as columns."""
-    values, vectors = torch.linalg.eigh(matrices)
-    return values.flip(-1).double(), vectors.flip(-1)
+def _eigh(matrices: Tensor, vectors: bool) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, float64, largest first, and their vectors as columns, or none of them."""
+    if not vectors:
+        return torch.linalg.eigvalsh(matrices).flip(-1).double(), matrices[..., :0]
+    values, columns = torch.linalg.eigh(matrices)
+    return values.flip(-1).double(), columns.flip(-1)
 
 
 def _few(squares: Tensor, vectors: Tensor, least: float | None) -> Tensor:

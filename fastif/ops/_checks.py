@@ -22,6 +22,7 @@ _NAMES = {
     torch.bfloat16: "BFloat16",
     torch.float32: "Float",
     torch.float64: "Double",
+    torch.int8: "Char",
     torch.int32: "Int",
     torch.int64: "Long",
     torch.bool: "Bool",

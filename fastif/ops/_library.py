@@ -24,6 +24,8 @@ from fastif.renamed import warn_outside
 SCHEMAS = {
     "farthest_first": "(Tensor points, int k, Tensor start, Tensor? picks=None, Tensor? mask=None, "
     "float? until_radius=None) -> (Tensor indices, Tensor sq_radii, Tensor sq_dists, Tensor nearest)",
+    "factor_dots": "(Tensor left, Tensor right, Tensor? scale, Tensor ranks, Tensor queries, Tensor? along=None) "
+    "-> Tensor",
     "ggn_block_": "(Tensor(a!) out, Tensor features, Tensor probs, Tensor weights) -> ()",
     "kronecker_block_": "(Tensor(a!) out, Tensor features, Tensor outer) -> ()",
     "per_sample_grad_accumulate": "(Tensor inputs, Tensor output_grads, Tensor weights, Tensor groups, int num_groups) "

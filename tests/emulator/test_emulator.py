@@ -53,7 +53,9 @@ SANITIZERS = {"plain": [], "thread": ["-fsanitize=thread"], "address": ["-fsanit
 
 
 @pytest.mark.parametrize("how", SANITIZERS)
-@pytest.mark.parametrize("op", ["farthest_first", "farthest_first_lazy", "ggn_block", "per_sample_grad", "tensor_tile"])
+@pytest.mark.parametrize(
+    "op", ["factor_dots", "farthest_first", "farthest_first_lazy", "ggn_block", "per_sample_grad", "tensor_tile"]
+)
 def test_kernels(op, how, tmp_path):
     status, output = run(build(f"{op}_emu.cpp", tmp_path / op, *SANITIZERS[how]))
     assert status == 0, output[-4000:]

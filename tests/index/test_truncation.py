@@ -1,9 +1,5 @@
 """What is kept of gradients, against dense singular value decompositions in float64."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -12,6 +8,7 @@ from fastif.index.factors import Factors
 from fastif.index.metric import Metric
 from fastif.index.truncation import squares_of, truncate
 from fastif.model.gradients import Dense, Formed, OneHot
+from tests.ops.test_factor_dots import error_bound
 
 
 def metric(g, o, d, dtype=torch.float64):
@@ -149,40 +146,33 @@ def test_few_queries_and_many_meet_the_same_factors(q, g):
     torch.testing.assert_close(factors.select(some).dots(queries), wanted[:, some])
 
 
-@pytest.mark.parametrize(("o", "d"), [(6, 9), (9, 6), (1, 5)])
-def test_int8_factors_meet_queries_as_integers_within_the_stated_bound(monkeypatch, o, d):
-    monkeypatch.setattr("fastif.index.factors._CACHED", 40)  # several pieces, the last one shorter
+@pytest.mark.parametrize(("o", "d"), [(6, 9), (9, 6), (1, 5), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_int8_factors_meet_few_queries_within_the_stated_bound(o, d, dtype):
     truncated = truncate(gradients("factors", 1, 12, 3, o, d), metric(1, o, d), 1e-3)
     factors = Factors.store(truncated, torch.int8)
     queries = torch.randn(3, 1, o, d, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     queries[1, :, o // 2] = 0
-    monkeypatch.setattr("fastif.index.factors._has_integer_products", lambda: False)
-    exact = factors.dots(queries)
-    monkeypatch.setattr("fastif.index.factors._has_integer_products", lambda: True)
-    found = factors.dots(queries)
-    left, right = (x.abs().double() for x in factors._vectors(slice(None), queries))
-    largest = queries[:, 0].abs().amax(2 if o <= d else 1) / (254 * 127)  # steps of each row, or column
-    each = left @ largest.T * right.sum(1)[:, None] if o <= d else right @ largest.T * left.sum(1)[:, None]
-    owners = torch.arange(12).repeat_interleave(factors.ranks[:, 0].long())
-    bound = torch.zeros_like(exact).index_add_(1, owners, each.T / 2)
-    assert bool(((found - exact).abs() <= bound * (1 + 1e-9)).all())
-    assert bool((found != exact).any())
+    queries = queries.to(dtype)
+    found, exact = factors.dots(queries), torch.zeros(3, 12, dtype=torch.float64)
+    factors._add_products(exact, queries[:, 0].double())
+    assert found.dtype == dtype
+    given = {"left": factors.left, "right": factors.right, "ranks": factors.ranks[:, 0], "scale": factors.scale}
+    bound = error_bound(**given, queries=queries[:, 0].float())
+    assert bool(((found - exact).abs() <= bound).all())
     assert bool((exact[1] != 0).any()) == (o > 1)
 
 
-def test_a_block_of_one_number_meets_queries_as_floats(monkeypatch):
-    # torch's product of int8 [f, 1] and [1, k] returns memory that was never written.
-    monkeypatch.setattr("fastif.index.factors._has_integer_products", lambda: True)
-    factors = Factors.store(truncate(gradients("factors", 1, 12, 3, 1, 1), metric(1, 1, 1), 0), torch.int8)
-    queries = torch.randn(3, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
-    left, right = factors._vectors(slice(None), queries)
-    torch.testing.assert_close(factors.dots(queries), queries.flatten(1) @ (left * right).T)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("most", ["AVX512_CORE", "AVX2"])
-def test_integers_are_not_multiplied_where_torch_is_told_to_do_without_the_instructions(most):
-    code = "from fastif.index.factors import _has_integer_products as has; print(has())"
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": most}
-    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "False"
+@pytest.mark.parametrize("q", [1, 40])  # by factors, and by formed matrices
+@pytest.mark.parametrize("stored", [torch.int8, torch.float16, torch.float32])
+@pytest.mark.parametrize("kind", ["factors", "table"])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_products_with_16_bit_queries_are_not_held_by_16_bits(kind, stored, q, half):
+    given = gradients(kind, 1, 12, 3, 6, 9)
+    factors = Factors.store(truncate(given, metric(1, 6, 9), 0), stored)
+    queries = torch.full((q, 1, 6, 9), 6e4, dtype=half)
+    found = factors.dots(queries)
+    assert found.dtype == torch.float32
+    assert bool(found.isfinite().all())
+    assert float(found.abs().max()) > 65504
+    torch.testing.assert_close(found.double(), factors.dots(queries.double()), rtol=1e-4, atol=1e-4 * 6e4)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastif.measure import Measure
-from fastif.ops import _checks, farthest_first, ggn_block, kronecker_block
+from fastif.ops import _checks, factor_dots, farthest_first, ggn_block, kronecker_block
 from fastif.ops import per_sample_grad as psg
 from tests import reference
 
@@ -159,7 +159,16 @@ def problems() -> dict:
         mask=torch.arange(N).expand(2, N) < 5,
         until_radius=1e-3,
     )
+    factors = dict(
+        left=torch.randint(-127, 128, (N, C), generator=g).to(torch.int8),
+        right=torch.randint(-127, 128, (N, D), generator=g).to(torch.int8),
+        ranks=torch.tensor([2, 0, 1, 3]).int(),
+        queries=torch.randn(2, C, 2, generator=g),
+        scale=torch.rand(N, generator=g),
+        along=torch.randn(2, 2, D, generator=g),
+    )
     return {
+        "factor_dots": (factor_dots, factors),
         "ggn_block": (ggn_block, dict(features=features, probs=probs, weights=weights, out=torch.zeros(C, D, C, D))),
         "kronecker_block": (kronecker_block, dict(features=features, outer=half + half.mT, out=torch.ones(C, D, C, D))),
         "per_sample_grad.accumulate": (
@@ -174,13 +183,16 @@ def problems() -> dict:
 
 
 PROBLEMS = problems()
-OPTIONAL = {"weights", "groups", "scale", "picks", "mask", "out", "until_radius"}
+GOOD = {"ranks": ["int32"]}  # by argument, what is no spoiler of it
+OPTIONAL = {"along", "weights", "groups", "scale", "picks", "mask", "out", "until_radius"}
 
 
 def by_definition(op: str, given: dict) -> list[tuple[Tensor, Tensor]]:
     """What the op must return, and how large the terms are that it sums, in float64."""
     if op == "farthest_first":
         return [(x, x) for x in _farthest_first(**given)]
+    if op == "factor_dots":
+        return [_factor_dots(**given)]
     name = op.rpartition(".")[2]
     out = given.pop("out", None)
     maps = name not in ("ggn_block", "kronecker_block")
@@ -199,6 +211,19 @@ def by_definition(op: str, given: dict) -> list[tuple[Tensor, Tensor]]:
     sizes = {name: x.abs() if isinstance(x, Tensor) else x for name, x in given.items()}
     want, size = definition(**given), definition(**sizes).abs()
     return [(want, size)] if out is None else [(want + out, size + out.abs())]
+
+
+def _factor_dots(left, right, ranks, queries, scale, along):
+    """What is given of queries is rounded by a share of the largest in its row or column."""
+    want = reference.factor_dots(left, right, ranks, queries, scale, along)
+    sizes, others = (_largest_beside(x) if x is not None and x.numel() else x for x in (queries, along))
+    scale = None if scale is None else scale.abs()
+    return want, 3 * reference.factor_dots(left.double().abs(), right.double().abs(), ranks, sizes, scale, others)
+
+
+def _largest_beside(x):
+    """In the place of each entry of x [q, a, b], the largest in its row or column."""
+    return torch.maximum(x.abs().amax(1, keepdim=True), x.abs().amax(2, keepdim=True)).expand(x.shape)
 
 
 def _farthest_first(points, k, start, picks, mask, until_radius):
@@ -222,6 +247,8 @@ def spoilers(name: str, good) -> dict[str, Callable]:
 
     if isinstance(good, Tensor):
         found = {label: partial(of_tensor, *how) for label, applies, *how in TENSORS if applies(good)}
+        for label in GOOD.get(name, ()):
+            del found[label]
     else:
         values = RADII if isinstance(good, float) else INTEGERS
         found = {f"{x} of {type(x).__name__}": partial(tuple, pair) for pair in values for x in pair[:1]}
@@ -231,7 +258,7 @@ def spoilers(name: str, good) -> dict[str, Callable]:
 def assert_right_or_refused(op: str, spoiled: dict[str, tuple[object, object]], dtype: torch.dtype) -> None:
     """Calls the op with these spoilers: right by its definition, or refused in its own name with nothing written."""
     function, good = PROBLEMS[op]
-    good = {name: in_type(x, dtype) for name, x in good.items()}
+    good = {name: in_type(op, x, dtype) for name, x in good.items()}
     if "out" in good:
         good["out"] = good["out"].clone()
     given = good | {name: value for name, (value, _) in spoiled.items()}
@@ -261,7 +288,8 @@ def assert_right_or_refused(op: str, spoiled: dict[str, tuple[object, object]], 
         assert ((mine - want).abs() <= rounding * size.abs() + 1e-30).all()
 
 
-def in_type(x, dtype: torch.dtype):
+def in_type(op: str, x, dtype: torch.dtype):
+    dtype = torch.float32 if op == "factor_dots" else dtype  # which knows no other
     return x.to(dtype) if isinstance(x, Tensor) and floats(x) else x
 
 
@@ -270,14 +298,14 @@ def in_type(x, dtype: torch.dtype):
 def test_each_spoiler_alone(op, dtype):
     assert_right_or_refused(op, {}, dtype)
     for name, good in PROBLEMS[op][1].items():
-        for make in spoilers(name, in_type(good, dtype)).values():
+        for make in spoilers(name, in_type(op, good, dtype)).values():
             assert_right_or_refused(op, {name: make()}, dtype)
 
 
 def test_several_spoilers_at_once():
     """FASTIF_FUZZ calls, each with none to three of its arguments spoiled."""
     made = {
-        (op, dtype, name): [*spoilers(name, in_type(good, dtype)).items()]
+        (op, dtype, name): [*spoilers(name, in_type(op, good, dtype)).items()]
         for op, (_, goods) in PROBLEMS.items()
         for dtype in (torch.float32, torch.float64)
         for name, good in goods.items()

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastif.ops import _library, farthest_first
+from fastif.ops import _library, factor_dots, farthest_first
 from tests import reference
+from tests.ops import test_factor_dots
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -397,6 +398,25 @@ def test_16_bit_inputs_give_what_their_values_in_32_bits_give(shape, dtype):
         lambda a, u: ops.per_sample_grad_dots(a, u, directions),
     ):
         assert_close(call(a, u), call(a.float(), u.float()), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("n", "most", "o", "d", "q"),
+    [(1, 1, 1, 1, 1), (5, 0, 3, 2, 2), (0, 1, 3, 2, 1), (4, 2, 3, 2, 0), (40, 4, 7, 33, 2), (300, 3, 130, 257, 3)],
+)
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("r", [0, 5])
+def test_small_factor_dots(n, most, o, d, q, scaled, r):
+    given = test_factor_dots.problem(n, most, o, d, q, extremes=o == 7)
+    if r:
+        given |= test_factor_dots.two_parts(q, o, d, r)
+    if not scaled:
+        del given["scale"]
+    gpu = {name: x.cuda() for name, x in given.items()}
+    got, want = factor_dots(**gpu), reference.factor_dots(**given)
+    assert got.is_cuda
+    assert ((got.cpu().double() - want).abs() <= test_factor_dots.error_bound(**given) + 1e-37).all()
+    assert torch.equal(factor_dots(**gpu), got)
 
 
 def test_strides_do_not_matter():

@@ -14,10 +14,12 @@ import torch
 
 from fastif.ops import _library, build_info
 from fastif.ops import per_sample_grad as psg
+from tests.ops import test_factor_dots
 from tests.ops.test_farthest_first import BAD as BAD_FARTHEST_FIRST
 from tests.ops.test_farthest_first import GOOD as GOOD_FARTHEST_FIRST
 
 ff = importlib.import_module("fastif.ops.farthest_first")  # the package's names of these are the functions
+fd = importlib.import_module("fastif.ops.factor_dots")
 gb = importlib.import_module("fastif.ops.ggn_block")
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +42,7 @@ def test_every_op_test_passes_in_plain_torch():
         + [
             str(ROOT / "tests" / "ops" / f"test_{name}.py")
             for name in (
+                "factor_dots",
                 "farthest_first",
                 "farthest_first_clouds",
                 "ggn_block",
@@ -114,6 +117,25 @@ def test_plain_formulations_agree_with_the_kernels(dtype):
     assert torch.allclose(
         psg._accumulate_plain(a, u, weights[:9], groups, 2), psg.accumulate(a, u, weights[:9], groups, 2), **close
     )
+
+
+@pytest.mark.parametrize("along", [False, True])
+def test_plain_factor_dots_agree_with_the_kernel(along):
+    given = test_factor_dots.problem(70, 3, 20, 130, 3) | (test_factor_dots.two_parts(3, 20, 130, 5) if along else {})
+    mine = fd._plain(**given)
+    errors = test_factor_dots.error_bound(**given)
+    assert ((mine - fd.factor_dots(**given)).abs() <= 2 * errors).all()
+
+
+@pytest.mark.skipif(not build_info()["compiled"], reason="the extension is not compiled")
+@pytest.mark.parametrize(("given", "error", "message"), test_factor_dots.BAD)
+def test_factor_dots_says_the_same_words(given, error, message):
+    messages = []
+    for call in (fd._plain, torch.ops.fastif.factor_dots):
+        with pytest.raises(error) as caught:
+            _library.run(call, **test_factor_dots.GOOD | given)
+        messages.append(str(caught.value).splitlines()[0])
+    assert messages[0] == messages[1]
 
 
 def test_plain_checks_say_what_the_compiled_ones_say():
