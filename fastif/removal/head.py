@@ -100,6 +100,13 @@ class RetainedHead:
         """`parameters`, with noise [c, d (+1)] added before they are rounded to the head's type."""
         return self._named((self.theta + noise).to(self.dtype))
 
+    def mean_losses(self) -> tuple[float, float]:
+        """Of the removed and of the retained examples, at the parameters."""
+        inputs, labels = self._removed
+        removed = self.loss.values(inputs @ self.theta.to(inputs.dtype).T, labels).double().mean()
+        decay = 0.5 * self.weight_decay * float(self.theta.square().sum())
+        return float(removed), (self.objective - decay) / self.share
+
     def gradient(self) -> float:
         self._gradient = self._gradient_at(self.theta, self.logits)
         return self._gradient.norm().item()
