@@ -23,6 +23,7 @@ from fastif.model.calls import call
 from fastif.model.features import find_head
 from fastif.model.forward import computable
 from fastif.model.losses import labels_in, labels_of, logits_of, output_columns, per_sample, settle_fisher
+from fastif.removal.below import Below
 from fastif.removal.losses import SoftmaxName
 from fastif.removal.retained import SMALLEST_STEP, Picks, add_damping, check_removed, check_weight_decay
 from fastif.samplers.draw import Sampler
@@ -109,6 +110,7 @@ class RetainedNetwork:
         self._seen: dict[str, Tensor] = {}  # features, logits and labels of the retained at the current parameters
         self._shift: dict[Tensor, Tensor] = {}  # ∇F_all at the trained parameters
         self._removed_loss = math.nan  # Σ ℓ over the removed, there
+        self._below = Below(self.model, self._names, n, self._pass_one)
         self._last: Matrices = {}  # the step before
         self._trust = _TRUST
 
@@ -263,7 +265,13 @@ class RetainedNetwork:
             return
         with torch.autocast(self.device.type, enabled=False):
             for (x, y), places in picked(self._train, self._batch_size, indices):
-                yield moved_to(x, self.device), moved_to(y, self.device), places
+                with self._below.of(indices[places]):
+                    yield moved_to(x, self.device), moved_to(y, self.device), places
+
+    @torch.no_grad()
+    def _pass_one(self) -> None:
+        ((x, _), _), *_ = picked(self._train, self._batch_size, self.kept[:1])
+        call(self.model, moved_to(x, self.device))
 
     def _check_model(self) -> None:
         """Refuses, on one example, layers that are not called (`Capture` does) and a head that is not the last one."""

@@ -17,14 +17,14 @@ from fastif.curvature import EKFAC, ExactBlock, NotPositiveDefinite
 from fastif.measure import Measure
 from fastif.model.calls import call
 from fastif.model.features import find_head
+from fastif.model.losses import labels_in, labels_of
 from fastif.progress import tqdm
 from fastif.removal.head import RetainedHead
 from fastif.removal.network import Matrices, RetainedNetwork, combine
 from fastif.removal.newton import newton
-from fastif.removal.retained import STEP_SIZES
 from fastif.removal.steps import Step
 
-LENGTHS = (0.0, *STEP_SIZES)  # of the influence step; with 0 the head alone moves
+LENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the influence step; with 0 the head alone moves
 TRIAL_STEPS = 2  # of the head behind all but the first: they begin where the length before has led, nearly there
 
 
@@ -34,6 +34,7 @@ class Refit(NamedTuple):
     length: float
     parameters: dict[str, Tensor]  # that move, before the head's steps
     objective: float  # F with these
+    decay: float  # the part of F that is not the head's: ½ γ ‖θ‖² of the layers below
     problem: RetainedHead  # which stands where the head's steps have led
     head: list[Step]
     removed: float  # mean loss of the removed examples there
@@ -57,7 +58,7 @@ class RefittedNetwork(RetainedNetwork):
         self._of_head = {key: settings[key] for key in names if key in settings}
         self._of_head |= {"name": name or "model", "keys": self._keys, "ranks": self._ranks}
         self._everyone = torch.arange(self.n)
-        self._labels, self._gone = self._labels_of(self._everyone).to(self.device), self.removed.to(self.device)
+        self._labels, self._gone = torch.empty(0), self.removed.to(self.device)
         self.trained = self.parameters
 
     @property
@@ -80,10 +81,9 @@ class RefittedNetwork(RetainedNetwork):
             found = longest(tqdm(tried, "remove", total=None, disable=not progress), foretold)
         sizes = dict.fromkeys(step, found.length)
         history = [Step(1, found.parameters, found.objective, norm, sizes, examples, work.seconds, work.peak_bytes)]
-        decay = self._decay_below()
         for number, s in enumerate([*found.head, *newton(found.problem, steps - len(found.head))], 2):
             moved = {**found.parameters, **s.parameters}
-            history.append(s._replace(step=number, parameters=moved, objective=s.objective + decay))
+            history.append(s._replace(step=number, parameters=moved, objective=s.objective + found.decay))
         return history
 
     def influence_step(self) -> tuple[Matrices, float]:
@@ -101,11 +101,12 @@ class RefittedNetwork(RetainedNetwork):
             features = self._head_inputs()
             if length > 0 and not bool(features.isfinite().all()):
                 return
+            decay = self._decay([p for p, name in self._names.items() if name not in self._keys])
             weight, bias = self._head.weight.detach(), self._head.bias
             bias = None if bias is None else bias.detach()
             try:
                 problem = RetainedHead(features, self._labels, weight, bias, self._gone, **self._of_head)
-                objective = problem.objective + self._decay_below()
+                objective = problem.objective + decay
                 if before:
                     problem.go_on_from(before)
                 head = list(newton(problem, min(steps, TRIAL_STEPS) if before else steps))
@@ -116,12 +117,8 @@ class RefittedNetwork(RetainedNetwork):
             removed, retained = problem.mean_losses()
             if length > 0 and not removed + retained < torch.inf:
                 return
-            yield Refit(length, self.parameters, objective, problem, head, removed, retained)
+            yield Refit(length, self.parameters, objective, decay, problem, head, removed, retained)
             before = problem.parameters
-
-    def _decay_below(self) -> float:
-        """½ γ ‖θ‖² of the layers that move, the head left out."""
-        return self._decay([p for p, name in self._names.items() if name not in self._keys])
 
     def _place(self, step: Matrices, length: float) -> None:
         with torch.no_grad():
@@ -130,10 +127,14 @@ class RefittedNetwork(RetainedNetwork):
         self._move(combine([step], [length]))
 
     def _head_inputs(self) -> Tensor:
-        """What the head sees of all examples, [n, d]."""
+        """What the head sees of all examples, [n, d]; the first time, notes their labels, too."""
+        labels: list[Tensor] = []
         with self._noting_head() as notes, torch.no_grad():
-            for x, _, _ in self._batches(self._everyone[self._own(self._everyone)]):
+            for x, y, _ in self._batches(self._everyone[self._own(self._everyone)]):
                 call(self.model, x)
+                labels.append(labels_of(labels_in(x, y)))
+        if not len(self._labels):
+            self._labels = self._joined("labels", torch.cat(labels) if labels else None).to(self.device)
         return self._noted(notes)[0].to(self.device)
 
 
