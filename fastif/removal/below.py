@@ -38,8 +38,8 @@ class Below:
         finally:
             self._rows = None
 
-    def _forward(self, x: Any) -> Any:
-        rows = self._rows
+    def _forward(self, input: Any) -> Any:
+        rows, x = self._rows, input
         if rows is None or not bool(self._known[rows].all()):
             for module in self._before:
                 x = module(x)
@@ -70,7 +70,8 @@ def _split(model: nn.Module, moving: Collection[Tensor], run: Callable[[], Any])
     calls: list[nn.Module] = []
     hooks = [m.register_forward_pre_hook(lambda module, _args: calls.append(module)) for m in model.modules()]
     try:
-        run()
+        with torch.no_grad():
+            run()
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
@@ -92,7 +91,8 @@ class RetainedNetwork:
         )
         kept = torch.ones(n, dtype=torch.bool)
         kept[removed.cpu()] = False
-        if all(labels_in(x, y) is None for (x, y), _ in islice(picked(train, batch_size, kept.nonzero()[:, 0]), 1)):
+        ((x, y), _), *_ = picked(train, batch_size, kept.nonzero()[:1, 0])
+        if labels_in(x, y) is None:
             raise ValueError("remove: the training data has no labels")
         with self._influence.passes.running(None):
             self._influence.look_at(train, kept.nonzero()[:, 0])
@@ -110,7 +110,7 @@ class RetainedNetwork:
         self._seen: dict[str, Tensor] = {}  # features, logits and labels of the retained at the current parameters
         self._shift: dict[Tensor, Tensor] = {}  # ∇F_all at the trained parameters
         self._removed_loss = math.nan  # Σ ℓ over the removed, there
-        self._below = Below(self.model, self._names, n, self._pass_one)
+        self._below = Below(self.model, self._names, n, lambda: call(self.model, moved_to(x, self.device)))
         self._last: Matrices = {}  # the step before
         self._trust = _TRUST
 
@@ -267,11 +267,6 @@ class RetainedNetwork:
             for (x, y), places in picked(self._train, self._batch_size, indices):
                 with self._below.of(indices[places]):
                     yield moved_to(x, self.device), moved_to(y, self.device), places
-
-    @torch.no_grad()
-    def _pass_one(self) -> None:
-        ((x, _), _), *_ = picked(self._train, self._batch_size, self.kept[:1])
-        call(self.model, moved_to(x, self.device))
 
     def _check_model(self) -> None:
         """Refuses, on one example, layers that are not called (`Capture` does) and a head that is not the last one."""

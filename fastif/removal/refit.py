@@ -1,4 +1,4 @@
-"""One influence step of some layers, as long as it foretells, and the head refitted behind it. docs/math.md (31).
+"""One influence step of some layers, as long as it foretells, and the head refitted behind it. docs/math.md (33).
 
 The step is (3). To first order it says how far the loss of the removed examples will rise. The network, which is not
 linear, gets there sooner or later than with the whole step, and the refitted head takes some of it back: so the step is

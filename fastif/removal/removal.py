@@ -80,6 +80,15 @@ def remove(
             weight_decay is not added and beside which damping > 0 is refused.
             Default the exact block for the head and EKFAC(damping="auto") for the rest; of a language model
             EKFAC(damping="auto", fisher="monte_carlo") for all.
+        refit_head: one influence step of `layers` (docs/math.md (3)), without a search, then steps of the head on the
+            retained objective, from what the moved layers say. It is for single examples, which the layers below the
+            head know, too. The step has the longest of the lengths 0, ¼, ½, 1, 2, 4 up to which the mean loss of the
+            removed examples, behind the refitted head, is at most what the whole step foretells to first order, and
+            each lengthening raises it by more than that of the retained (docs/math.md (33)): nothing is left to
+            choose. `steps` are then the head's; the first entry of `history` is the layers', whose `step_size` is the
+            length. Default curvature here the exact block for the head and EKFAC(0.0, fisher="monte_carlo") for the
+            rest, damped by weight_decay alone. Softmax cross-entropy with one label per example; for no certificate,
+            and not beside `start`, `extracted` or line_search=False.
         subset: which retained examples carry the curvature: None for all; a sampler with its k bound, such as
             `functools.partial(samplers.logit, k=500)`, drawn afresh from the retained data in each step; or anything
             with `indices` (counted in `train`) and `weights`: its removed examples are left out, the other weights
@@ -123,13 +132,13 @@ def remove(
     the same bits: every rank makes the same call, and what the first one draws counts.
 
     Raises ValueError for indices out of range, repeated or all there are, for missing labels, for a loss that is not
-    convex or, beside other layers than the head, not softmax cross-entropy, for damping > 0 beside an "auto", for
-    `extracted` of another number of examples, of a first batch that the model sees otherwise, or beside layers that it
-    cannot serve, for a `start` from another model, with examples that `indices` lack or with parameters that do not
-    move here, for parameters that moved out of the range of the model's 16 bits, and what `extract`, `Influence`, the
-    sampler and the curvature raise; for a head alone whose weight serves elsewhere in the model; with a certificate,
-    for more than the head, weight_decay = 0 or line_search=False, for a loss that is not known to be convex, and where
-    the steps do not reach its distance, with how far they came.
+    convex or, beside other layers than the head, not softmax cross-entropy, for damping > 0 beside an "auto", for what
+    cannot be beside refit_head, for `extracted` of another number of examples, of a first batch that the model sees
+    otherwise, or beside layers that it cannot serve, for a `start` from another model, with examples that `indices`
+    lack or with parameters that do not move here, for parameters that moved out of the range of the model's 16 bits,
+    and what `extract`, `Influence`, the sampler and the curvature raise; for a head alone whose weight serves elsewhere
+    in the model; with a certificate, for more than the head, weight_decay = 0 or line_search=False, for a loss that is
+    not known to be convex, and where the steps do not reach its distance, with how far they came.
     """
     refuse_sharded(model, "remove")
     if isinstance(train, Sharded):

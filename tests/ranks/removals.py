@@ -29,6 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "all layers, after another": {"layers": "*", "start": {"layers": "*"}, "steps": 1},
     "all layers, sampler": {"layers": "*", "subset": SAMPLER},
     "all layers, full steps": {"layers": "*", "line_search": False, "curvature": Identity(), "steps": 1},
+    "all layers, the head refitted": {"layers": "*", "refit_head": True, "subset": SAMPLER},
     "all layers, by products": {"layers": "*", "curvature": CG(0.3, tolerance=1e-10), "steps": 1},
 }
 
