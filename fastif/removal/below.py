@@ -22,6 +22,7 @@ class Below:
     def __init__(self, model: nn.Module, moving: Collection[Tensor], n: int, run: Callable[[], Any]):
         self._rows: Tensor | None = None  # the examples of the batch, where their numbers are known
         self._n, self._outputs = n, torch.empty(0)
+        self._shape: tuple[int, ...] | None = None  # of an example, where it enters
         self._known = torch.zeros(n, dtype=torch.bool)
         found = _split(model, moving, run)
         if found is not None:
@@ -40,24 +41,25 @@ class Below:
 
     def _forward(self, input: Any) -> Any:
         rows, x = self._rows, input
-        if rows is None or not bool(self._known[rows].all()):
+        shape = tuple(input.shape[1:]) if isinstance(input, Tensor) else None
+        if rows is not None and shape == self._shape and bool(self._known[rows].all()):
+            x = self._outputs[rows.to(self._outputs.device)]
+        else:
             for module in self._before:
                 x = module(x)
-            if rows is not None and isinstance(x, Tensor):
-                self._keep(rows, x.detach())
-        else:
-            x = self._outputs[rows.to(self._outputs.device)]
+            if rows is not None and shape is not None and isinstance(x, Tensor):
+                self._keep(rows, shape, x.detach())
         for module in self._after:
             x = module(x)
         return x
 
-    def _keep(self, rows: Tensor, outputs: Tensor) -> None:
-        """Nothing where a row is not an example's, or all would be too much."""
+    def _keep(self, rows: Tensor, shape: tuple[int, ...], outputs: Tensor) -> None:
+        """Nothing where a row is not an example's, all would be too much, or examples come in several shapes."""
         if len(outputs) != len(rows) or self._n * outputs[0].numel() * outputs.element_size() > MOST_BYTES:
             return
-        if not self._outputs.numel():
-            self._outputs = outputs.new_empty(self._n, *outputs.shape[1:])
-        if outputs.shape[1:] == self._outputs.shape[1:]:
+        if self._shape is None:
+            self._shape, self._outputs = shape, outputs.new_empty(self._n, *outputs.shape[1:])
+        if shape == self._shape and outputs.shape[1:] == self._outputs.shape[1:]:
             self._outputs[rows.to(outputs.device)] = outputs
             self._known[rows] = True
 

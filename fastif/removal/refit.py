@@ -81,7 +81,7 @@ class RefittedNetwork(RetainedNetwork):
             found = longest(tqdm(tried, "remove", total=None, disable=not progress), foretold)
         sizes = dict.fromkeys(step, found.length)
         history = [Step(1, found.parameters, found.objective, norm, sizes, examples, work.seconds, work.peak_bytes)]
-        for number, s in enumerate([*found.head, *newton(found.problem, steps - len(found.head))], 2):
+        for number, s in enumerate([*found.head, *further(found.problem, steps - len(found.head))], 2):
             moved = {**found.parameters, **s.parameters}
             history.append(s._replace(step=number, parameters=moved, objective=s.objective + found.decay))
         return history
@@ -136,6 +136,14 @@ class RefittedNetwork(RetainedNetwork):
         if not len(self._labels):
             self._labels = self._joined("labels", torch.cat(labels) if labels else None).to(self.device)
         return self._noted(notes)[0].to(self.device)
+
+
+def further(problem: RetainedHead, steps: int) -> Iterator[Step]:
+    """The head's steps; they end, too, where its block is no longer positive definite: it is nearly where they lead."""
+    try:
+        yield from newton(problem, steps)
+    except NotPositiveDefinite:
+        return
 
 
 def longest(refits: Iterable[Refit], foretold: float) -> Refit:

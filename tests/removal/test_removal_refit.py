@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from fastif import EKFAC, Certificate, ExactBlock, extract, remove, samplers
 from fastif.removal import below, head_steps, optimal_head
 from fastif.removal.refit import LENGTHS, Refit, RefittedNetwork, longest
-from tests.helpers.problems import QUIET, REMOVED, WEIGHT_DECAY, clusters, flat, small_images, trained
+from tests.helpers.problems import QUIET, REMOVED, WEIGHT_DECAY, clusters, flat, small_images, sure, trained
 from tests.removal.test_removal_layers import dense, kept_of, loaded, objective
 
 EXACT = ExactBlock(0.02, joint=True)
@@ -132,23 +132,9 @@ def test_the_rule():
 # ------------------------------------------------------------------------------------------------------ what it is for
 
 
-def sure(seed=0):
-    """A network that is sure of all of its training data, some labels of which are wrong: it knows them by heart."""
-    torch.manual_seed(seed)
-    x, y = clusters(60, seed)
-    y[:4] = (y[:4] + 1) % 3
-    model = nn.Sequential(nn.Linear(5, 40), nn.ReLU(), nn.Linear(40, 3)).double()
-    optimizer = torch.optim.Adam(model.parameters(), 0.02)
-    for _ in range(500):
-        optimizer.zero_grad()
-        cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return model, x, y
-
-
 def test_a_step_that_would_wreck_the_network_is_shortened():
     """The whole step, nearly undamped where the network is sure, raises the retained loss by far."""
-    model, x, y = sure()
+    model, x, y = sure(seed=1)
     removed, kept = torch.arange(4), kept_of(60, torch.arange(4))
     how = dict(layers="*", weight_decay=1e-6, progress=False)
     curvature = ExactBlock(0.0, joint=True)
@@ -161,6 +147,24 @@ def test_a_step_that_would_wreck_the_network_is_shortened():
     rise = mean_loss(after, x, y, kept) - mean_loss(model, x, y, kept)
     assert rise < 0.05
     assert mean_loss(after, x, y, removed) - before > rise
+
+
+def test_a_length_for_whose_features_no_head_is_found_ends_the_search():
+    """In float32 the head's block behind a quarter of the step is not positive definite."""
+    model, x, y = sure(seed=1)
+    model, x = model.float(), x.float()
+    how = dict(layers="*", weight_decay=1e-6, progress=False, curvature=ExactBlock(0.0, joint=True))
+    network = RefittedNetwork(
+        model, (x, y), torch.arange(4), **{k: how[k] for k in ("layers", "weight_decay", "curvature")}
+    )
+    network.gradient()
+    network.curvature()
+    step, foretold = network.influence_step()
+    (found,) = network.refits(step, 6)
+    assert found.length == 0
+    assert found.removed < foretold
+    removal = remove(model, (x, y), torch.arange(4), refit_head=True, **how)
+    assert set(removal.history[0].step_size.values()) == {0.0}
 
 
 def test_a_class_is_the_heads(problem):
