@@ -91,7 +91,8 @@ class RefittedNetwork(RetainedNetwork):
         step = self._newton_steps()
         removed = self._matrices({p: self.n * (shift - self._gradient[p]) for p, shift in self._shift.items()})
         rise = sum(float((removed[name].double() * matrix).sum()) for name, matrix in step.items())
-        return step, (self._removed_loss + rise) / len(self.removed)
+        (foretold, *_) = self._ranks.meet("the loss foretold", (self._removed_loss + rise) / len(self.removed))
+        return step, foretold
 
     def refits(self, step: Matrices, steps: int) -> Iterator[Refit]:
         """By length, up to the longest that leaves a network for which a head can be found."""
@@ -114,7 +115,7 @@ class RefittedNetwork(RetainedNetwork):
                 if length == 0:
                     raise
                 return
-            removed, retained = problem.mean_losses()
+            ((removed, retained), *_) = self._ranks.meet("the losses behind the head", problem.mean_losses())
             if length > 0 and not removed + retained < torch.inf:
                 return
             yield Refit(length, self.parameters, objective, decay, problem, head, removed, retained)
