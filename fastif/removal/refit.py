@@ -2,7 +2,7 @@
 
 The step is (3). To first order it says how far the loss of the removed examples will rise. The network, which is not
 linear, gets there sooner or later than with the whole step, and the refitted head takes some of it back: so the step is
-lengthened from nothing until the loss is there, or until it takes more from what is retained than from what is removed.
+lengthened from nothing until the loss is there, or until it takes half as much from what is retained, or more.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from fastif.removal.steps import Step
 
 LENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the influence step; with 0 the head alone moves
 TRIAL_STEPS = 2  # of the head behind all but the first: they begin where the length before has led, nearly there
+WORTH = 2.0  # a lengthening has to take so many times as much from the removed, in mean loss, as from the retained
 
 
 class Refit(NamedTuple):
@@ -150,12 +151,13 @@ def further(problem: RetainedHead, steps: int) -> Iterator[Step]:
 def longest(refits: Iterable[Refit], foretold: float) -> Refit:
     """The last before the removed examples' mean loss is above what is foretold, or the step does more harm than good.
 
-    It does where it raises the mean loss of the retained by as much as that of the removed. The first is always taken.
+    It does where it raises the mean loss of the retained by half as much as that of the removed, or more. The first is
+    always taken.
     """
     best: Refit | None = None
     for found in refits:
         if best is not None:
-            harm = found.removed - best.removed <= found.retained - best.retained
+            harm = found.removed - best.removed <= WORTH * (found.retained - best.retained)
             if harm or found.removed > foretold:
                 break
         best = found

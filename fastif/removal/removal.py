@@ -84,11 +84,11 @@ def remove(
             retained objective, from what the moved layers say. It is for single examples, which the layers below the
             head know, too. The step has the longest of the lengths 0, ¼, ½, 1, 2, 4 up to which the mean loss of the
             removed examples, behind the refitted head, is at most what the whole step foretells to first order, and
-            each lengthening raises it by more than that of the retained (docs/math.md (33)): nothing is left to
-            choose. `steps` are then the head's; the first entry of `history` is the layers', whose `step_size` is the
-            length. Default curvature here the exact block for the head and EKFAC(0.0, fisher="monte_carlo") for the
-            rest, damped by weight_decay alone. Softmax cross-entropy with one label per example; for no certificate,
-            and not beside `start`, `extracted` or line_search=False.
+            each lengthening raises it by more than twice as much as that of the retained (docs/math.md (33)): nothing
+            is left to choose. `steps` are then the head's; the first entry of `history` is the layers', whose
+            `step_size` is the length. Default curvature here the exact block for the head and EKFAC(0.0,
+            fisher="monte_carlo") for the rest, damped by weight_decay alone. Softmax cross-entropy with one label per
+            example; for no certificate, and not beside `start`, `extracted` or line_search=False.
         subset: which retained examples carry the curvature: None for all; a sampler with its k bound, such as
             `functools.partial(samplers.logit, k=500)`, drawn afresh from the retained data in each step; or anything
             with `indices` (counted in `train`) and `weights`: its removed examples are left out, the other weights

@@ -107,7 +107,7 @@ def test_the_length_is_the_rules(seed):
     place = 0
     for number in range(1, len(LENGTHS)):
         (gone, stays), (gone_before, stays_before) = losses[number], losses[number - 1]
-        if losses[0][0] >= foretold or gone > foretold or gone - gone_before <= stays - stays_before:
+        if losses[0][0] >= foretold or gone > foretold or gone - gone_before <= 2 * (stays - stays_before):
             break
         place = number
     removal = refitted(problem, curvature=EXACT, steps=30)
