@@ -32,6 +32,7 @@ from fastif.measure import environment
 from fastif.model.losses import Loss
 
 N, Q, BATCH = 120, 6, 32
+SIDE = 32  # of the images that `linear` sees
 
 ESTIMATORS: dict[str, Callable[[], Any]] = {
     "KFAC": fastif.KFAC,
@@ -155,8 +156,8 @@ def varied(name: str, dtype: torch.dtype, kind: str, folder: Path) -> dict[str, 
 
 def linear() -> Problem:
     """Large inputs and next to no work on them."""
-    x, y = torch.randn(4_000, 3, 32, 32), torch.randint(0, 10, (4_000,))
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3_072, 10))
+    x, y = torch.randn(4_000, 3, SIDE, SIDE), torch.randint(0, 10, (4_000,))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE**2, 10))
     return Problem(model, "cross_entropy", (x, y), (x[:10], y[:10]), lambda part, size: as_loader(part, size))
 
 

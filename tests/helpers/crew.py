@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -100,6 +101,7 @@ def _covering() -> bool:
 
 
 def _work(rank: int, world: int, port: int, timeout: float, pipe: Any, covering: bool) -> None:
+    gc.freeze()  # what the fork has from its parent stays: no collection of garbage need look at it
     count = None
     if covering:  # what ranks run is run nowhere else
         import coverage

@@ -38,13 +38,13 @@ class Transformer(nn.Module):
 
 
 def mlp():
-    sizes = (nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
-    return nn.Sequential(nn.Flatten(), *sizes), torch.randn(600, 1, 28, 28)
+    sizes = (nn.Linear(400, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10))
+    return nn.Sequential(nn.Flatten(), *sizes), torch.randn(600, 1, 20, 20)
 
 
 def cnn():
     body = (nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU())
-    return nn.Sequential(*body, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 49, 10)), torch.randn(600, 1, 28, 28)
+    return nn.Sequential(*body, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 25, 10)), torch.randn(600, 1, 20, 20)
 
 
 def transformer():
@@ -200,13 +200,13 @@ def test_positions_bytes_and_operations_are_those_of_the_layers():
     model, x = cnn()
     plan = Influence(model, curvature=EKFAC(), layers=["0", "7"], progress=False).plan((x, torch.zeros(600).long()))
     assert {name: (layer.shape, layer.positions) for name, layer in plan.layers.items()} == {
-        "0": ((1, 8, 10), 784),
-        "7": ((1, 10, 785), 1),
+        "0": ((1, 8, 10), 400),
+        "7": ((1, 10, 401), 1),
     }
-    assert plan.query_bytes == 4 * (80 + 7850)
-    assert plan.curvature_bytes == 4 * (8 * 8 + 10 * 10 + 80 + 10 * 10 + 785 * 785 + 7850)
+    assert plan.query_bytes == 4 * (80 + 4010)
+    assert plan.curvature_bytes == 4 * (8 * 8 + 10 * 10 + 80 + 10 * 10 + 401 * 401 + 4010)
     assert plan.skipped == {"3.weight": "layers= leaves '3' out", "3.bias": "layers= leaves '3' out"}
-    assert plan.fit_flops > 600 * 2 * 2 * 785 * 785
+    assert plan.fit_flops > 600 * 2 * 2 * 401 * 401
     assert "600 training examples" in str(plan)
 
 
