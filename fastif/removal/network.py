@@ -91,8 +91,8 @@ class RetainedNetwork:
         )
         kept = torch.ones(n, dtype=torch.bool)
         kept[removed.cpu()] = False
-        ((x, y), _), *_ = picked(train, batch_size, kept.nonzero()[:1, 0])
-        if labels_in(x, y) is None:
+        singly = [next(picked(train, batch_size, row))[0] for row in kept.nonzero()[:2]]
+        if labels_in(*singly[0]) is None:
             raise ValueError("remove: the training data has no labels")
         with self._influence.passes.running(None):
             self._influence.look_at(train, kept.nonzero()[:, 0])
@@ -110,7 +110,8 @@ class RetainedNetwork:
         self._seen: dict[str, Tensor] = {}  # features, logits and labels of the retained at the current parameters
         self._shift: dict[Tensor, Tensor] = {}  # ∇F_all at the trained parameters
         self._removed_loss = math.nan  # Σ ℓ over the removed, there
-        self._below = Below(self.model, self._names, n, lambda: call(self.model, moved_to(x, self.device)))
+        runs = [lambda x=x: logits_of(call(self.model, moved_to(x, self.device))) for x, _ in singly]
+        self._below = Below(self.model, self._names, n, runs)
         self._last: Matrices = {}  # the step before
         self._trust = _TRUST
 

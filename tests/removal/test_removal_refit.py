@@ -1,6 +1,7 @@
 """The influence step with the head refitted behind it, against its definition in float64, docs/math.md (33)."""
 
 import copy
+import time
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from fastif import EKFAC, Certificate, ExactBlock, extract, remove, samplers
 from fastif.removal import below, head_steps, optimal_head
+from fastif.removal.head import RetainedHead
 from fastif.removal.refit import LENGTHS, Refit, RefittedNetwork, longest
 from tests.helpers.problems import QUIET, REMOVED, WEIGHT_DECAY, clusters, flat, small_images, sure, trained
 from tests.removal.test_removal_layers import dense, kept_of, loaded, objective
@@ -54,6 +56,16 @@ def test_the_layers_take_formula_3_at_a_length_of_the_ladder(problem):
             assert entry.step_size.keys() == {"2"}
             assert torch.equal(state["0.weight"], removal.after(1)["0.weight"])
     assert all(torch.equal(removal.after(0)[name], p) for name, p in problem.model.named_parameters())
+
+
+def test_seconds_are_counted_once(problem, monkeypatch):
+    """The head's steps behind the length that is taken are entries of their own."""
+    gradient = RetainedHead.gradient
+    monkeypatch.setattr(RetainedHead, "gradient", lambda head: time.sleep(0.02) or gradient(head))
+    begun = time.perf_counter()
+    removal = refitted(problem, (problem.y == 1).nonzero()[:, 0])
+    assert sum(entry.seconds for entry in removal.history) <= time.perf_counter() - begun
+    assert all(entry.seconds > 0 for entry in removal.history)
 
 
 def test_it_foretells_the_removed_loss_to_first_order(problem):
@@ -296,6 +308,61 @@ def test_below_the_first_layer_that_moves_each_example_is_computed_once(how):
     assert counts[1] > counts[0] + 80
 
 
+class Sorted(nn.Module):
+    """Hands its rows to the layers in another order, as networks of texts of several lengths do."""
+
+    def __init__(self):
+        super().__init__()
+        self.seq, self.head = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 5)), nn.Linear(5, 3)
+
+    def forward(self, x):
+        order = x[:, 0].argsort()
+        return self.head(torch.tanh(self.seq(x[order]))[order.argsort()])
+
+
+class Tied(Sorted):
+    """What enters the layers is made with a weight of theirs, without a module."""
+
+    def forward(self, x):
+        weight = self.seq[2].weight
+        return self.head(torch.tanh(self.seq(torch.tanh(x @ weight @ weight.T))))
+
+
+class Note(nn.Module):
+    def __init__(self, notes):
+        super().__init__()
+        self.notes = notes
+
+    def forward(self, x):
+        self.notes["x"] = x
+        return x
+
+
+class Add(Note):
+    def forward(self, x):
+        return x + self.notes["x"]
+
+
+def noting():
+    notes = {}
+    return nn.Sequential(nn.Linear(5, 7), Note(notes), nn.Linear(7, 7), nn.Tanh(), Add(notes), nn.Linear(7, 3))
+
+
+@pytest.mark.parametrize("how", [{"refit_head": True}, {"steps": 2}])
+@pytest.mark.parametrize(
+    ("make", "layers"), [(Sorted, ["seq.2", "head"]), (Tied, ["seq.2", "head"]), (noting, ["2", "5"])]
+)
+def test_what_is_kept_is_what_would_be_computed(monkeypatch, make, layers, how):
+    torch.manual_seed(4)
+    model, (x, y) = make().double(), clusters(48, 3)
+    found, moving = [], dict(layers=layers, curvature=EKFAC(0.1), batch_size=16)
+    for split in (below._split, lambda *_: None):
+        monkeypatch.setattr(below, "_split", split)
+        removal = remove(model, (x, y), torch.arange(0, 48, 3), **moving, **QUIET, **how)
+        found.append(flat(removal.history[-1].parameters))
+    assert torch.allclose(*found, atol=1e-10)
+
+
 def split_of(model, moving, x):
     return below._split(model, set(moving.parameters()), lambda: model(x))
 
@@ -313,6 +380,9 @@ def test_where_it_is_kept():
     hooked = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     hooked[0].register_forward_hook(lambda *_: None)
     assert split_of(hooked, hooked[1], x) is None
+    patched = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    patched.forward = lambda x: patched[1](patched[0](x)) + x
+    assert split_of(patched, patched[1], x) is None, "a forward of its own"
 
 
 def test_what_would_be_too_much_is_not_kept(monkeypatch):
