@@ -34,6 +34,7 @@ class Below:
             if not self._same_after_keeping(runs):
                 del sequential.forward  # the class's own again
             self._known.zero_()
+            self._inputs = self._outputs = torch.empty(0)  # passes over the data may have other shapes and types
 
     @contextmanager
     def of(self, rows: Tensor) -> Iterator[None]:

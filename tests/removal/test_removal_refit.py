@@ -385,6 +385,17 @@ def test_where_it_is_kept():
     assert split_of(patched, patched[1], x) is None, "a forward of its own"
 
 
+def test_under_autocast_it_is_kept_too():
+    """Passes over the data run without autocast; a first look within it must not settle the type of what is kept."""
+    model, x, y = deep()
+    COUNTS.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        few = samplers.Subset(torch.arange(20, 25), torch.full((5,), 0.2, dtype=torch.float64))
+        moving = dict(layers=["2", "4"], curvature=EKFAC(0.1), subset=few, steps=2)
+        remove(model.float(), (x.float(), y), REMOVED, **moving, **QUIET)
+    assert sum(COUNTS) <= 100
+
+
 def test_what_would_be_too_much_is_not_kept(monkeypatch):
     monkeypatch.setattr(below, "MOST_BYTES", 100)
     model, x, y = deep()
