@@ -28,10 +28,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks.experiments.unlearning import BELOW, RECIPES, WEIGHT_DECAY, Block, command_of, read, trained
+from benchmarks.experiments.unlearning import RECIPES, WEIGHT_DECAY, command_of, read, trained
 from fastif import Removal, extract, remove, samplers
 from fastif.data.image_sets import Data as ImageData
 from fastif.evaluation import without
+from fastif.evaluation.models import SmallCNN
 from fastif.evaluation.training import Recipe
 from fastif.evaluation.unlearned import Outputs, compare, outputs_of
 from fastif.files import write_whole
@@ -40,6 +41,7 @@ from fastif.measure import environment
 from fastif.removal import optimal_head
 
 ROOT = Path(__file__).parents[2]
+BELOW = 8  # modules of the small CNN's body before its last block
 Data = tuple[Tensor, Tensor]
 States = dict[str, dict[str, Tensor]]
 Made = TypeVar("Made")
@@ -114,6 +116,17 @@ def head_in_sequence(model: nn.Module, data: Data, order: Tensor, k: int, seed: 
         "head, one influence step": influence_at_once,
     }
     return row, {name: removal.state_dict for name, removal in states.items()}
+
+
+class Block(nn.Module):
+    """What is left of a small CNN above `BELOW`: many removals have what comes out below computed once for all."""
+
+    def __init__(self, model: SmallCNN):
+        super().__init__()
+        self.body, self.head = model.body[BELOW:], model.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean((2, 3)))
 
 
 def block_in_sequence(model: Any, data: Data, order: Tensor, k: int, seed: int) -> tuple[dict[str, Any], States]:

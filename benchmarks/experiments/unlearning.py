@@ -6,8 +6,9 @@ python benchmarks/experiments/unlearning.py cifar10 --root FOLDER
 
 Forget sets: a class, random 1, 5 and 10 %, the most and the least memorised 5 % by the head's self-influence, the light
 half of a class (a subpopulation), and half of the labels that people got wrong (CIFAR-10N). Newton steps of the head,
-of the last block and of all layers, and single influence steps of each, stand beside fine-tuning, NegGrad+, random
-labels, SSD and, on the digits, one LiSSA step. What has settings is tuned by the tug-of-war on training data alone and
+of the last block and of all layers, the influence step of the two with the head refitted behind it, and single
+influence steps of each stand beside fine-tuning, NegGrad+, random labels, SSD and, on the digits, one LiSSA step. What
+has settings is tuned by the tug-of-war on training data alone and
 on ANOTHER forget set of the same kind: another class, other random examples, the next most memorised. Resumable: what
 is finished stays in runs/unlearning-DATA, and the same command goes on. Times are CPU seconds of one more run of each
 method, beside a training of the same process. The summary is written to benchmarks/results/unlearning-DATA.json, from
@@ -26,16 +27,16 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastif import EKFAC, ExactBlock, Influence, NotPositiveDefinite, samplers
+from fastif import EKFAC, ExactBlock, Influence, samplers
 from fastif.data import human_labels, load
 from fastif.data.image_sets import Data
 from fastif.evaluation import baselines, train_halves, unlearning, without
-from fastif.evaluation.models import SmallCNN, build
+from fastif.evaluation.models import build
 from fastif.evaluation.training import Recipe, train
 from fastif.evaluation.unlearning import UnlearnFn
 from fastif.files import write_whole
@@ -43,7 +44,6 @@ from fastif.measure import environment
 
 ROOT = Path(__file__).parents[2]
 BLOCK = ["body.8", "body.9", "head"]  # the last convolution, its batch norm and the head of the small CNN
-BELOW = 8  # modules of the body before it
 WEIGHT_DECAY = 5e-4
 RECIPES = {
     "digits": Recipe("cnn", 0.5, 8, 0.15, 64, WEIGHT_DECAY, 0),
@@ -54,17 +54,6 @@ EXAMPLES = {"digits": None, "fashion-mnist": 5000, "cifar10": 5000}  # of the tr
 CLASS, OTHER_CLASS = 8, 3  # removed, and the one that settings are chosen with
 LIGHT, OTHER_LIGHT = 6, 4  # shirts and coats: of their images the lighter half are a subpopulation
 SHARE = 0.05
-
-
-class Block(nn.Module):
-    """What is left of a small CNN above `BELOW`: a network of its own on what comes out below."""
-
-    def __init__(self, model: SmallCNN):
-        super().__init__()
-        self.body, self.head = model.body[BELOW:], model.head
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x).mean((2, 3)))
 
 
 @cache
@@ -86,41 +75,17 @@ def trained(kept: Tensor, seed: int, x: Tensor, y: Tensor, recipe: Recipe) -> nn
     return trained_once(tuple(kept.tolist()), seed, x, y, recipe)
 
 
-def block_steps(model: SmallCNN, data: tuple[Tensor, Tensor], removed: Tensor, seed: int, **how: Any) -> nn.Module:
-    """`remove` of the last block, whose inputs are computed once: what stands still below need not be run again."""
-    with torch.no_grad():
-        below = model.eval().body[:BELOW]
-        seen = torch.cat([below(part) for part in data[0].split(1024)])
-    block = Block(model)
-    block.load_state_dict(baselines.newton_steps(block, (seen, data[1]), removed, seed, layers="*", **how))
-    return model
-
-
-def step_then_head(
-    model: nn.Module, data: tuple[Tensor, Tensor], removed: Tensor, seed: int, *, layers: str, head: Any, **how: Any
-) -> Any:
-    """One influence step of the last block or of all layers, then the head's steps of the retained objective.
-
-    A step so long that features explode is left as it is: no head mends that, and nobody would choose its damping.
-    """
-    if layers == "last block":
-        block_steps(cast(SmallCNN, model), data, removed, seed, **how)
-    else:
-        model.load_state_dict(baselines.newton_steps(model, data, removed, seed, layers=layers, **how))
-    try:
-        return baselines.newton_steps(model, data, removed, seed, **head)
-    except NotPositiveDefinite:
-        return model
-
-
 def ours(k: int) -> dict[str, UnlearnFn]:
-    """Steps that lower the retained objective, of ever more layers."""
+    """What has no settings: steps that lower the retained objective, and the influence step with the head refitted."""
     how: dict[str, Any] = {"subset": partial(samplers.logit, k=k), "weight_decay": WEIGHT_DECAY}
     further = {**how, "steps": 3, "batch_size": 1024}
+    refitted = {**further, "refit_head": True, "subset": partial(samplers.random, k=2 * k), "steps": 4}
     return {
         "remove: head": partial(baselines.newton_steps, **how),
-        "remove: last block": partial(block_steps, **further),
+        "remove: last block": partial(baselines.newton_steps, layers=BLOCK, **further),
         "remove: all": partial(baselines.newton_steps, layers="*", **further),
+        "step and refit: last block": partial(baselines.newton_steps, layers=BLOCK, **refitted),
+        "step and refit: all": partial(baselines.newton_steps, layers="*", **refitted),
     }
 
 
@@ -143,28 +108,16 @@ def single_steps(k: int) -> dict[str, dict[str, UnlearnFn]]:
             lambda d: partial(baselines.newton_steps, steps=1, line_search=False, damping=d, **head), 0.0, 0.01, 0.1
         ),
         "one step: last block": over(
-            lambda d: partial(block_steps, **influence_step(k, d)), 0.001, 0.003, 0.01, 0.03, 0.1
+            lambda d: partial(baselines.newton_steps, layers=BLOCK, **influence_step(k, d)),
+            0.001,
+            0.003,
+            0.01,
+            0.03,
+            0.1,
         ),
         "one step: all": over(
             lambda d: partial(baselines.newton_steps, layers="*", **influence_step(k, d)), 0.003, 0.01, 0.03, 0.1, 0.3
         ),
-    }
-
-
-def mended(k: int) -> dict[str, dict[str, UnlearnFn]]:
-    """One influence step, and the head refitted to what the layers below now say of the retained.
-
-    The head's curvature is damped by a thousandth: features that a long step made large would leave it singular.
-    """
-    head = {"subset": partial(samplers.logit, k=k), "weight_decay": WEIGHT_DECAY, "damping": 1e-3}
-    return {
-        f"one step: {layers}, then head": over(
-            lambda d, name=name: partial(step_then_head, layers=name, head=head, **influence_step(k, d)), *dampings
-        )
-        for layers, name, dampings in (
-            ("last block", "last block", (1e-4, 3e-4, 1e-3, 1e-2)),
-            ("all", "*", (1e-3, 3e-3, 1e-2, 3e-2)),
-        )
     }
 
 
@@ -263,7 +216,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if unknown := [name for name in given.sets or [] if name not in sets]:
         parser.error(f"--sets has {unknown[0]!r}; there are {', '.join(sets)}")
     grids = {name: grid for name, grid in {**single_steps(k), **candidates(k)}.items() if name not in given.without}
-    later = {name: grid for name, grid in mended(k).items() if name not in given.without}
     tables: dict[str, Any] = {}
     for name, (removed, other) in sets.items():
         if given.sets and name not in given.sets:
@@ -279,14 +231,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         )  # fmt: skip
         chosen = best_of(grids, tune, folder)
         methods = {**ours(k), **{method: grid[chosen[method]] for method, grid in grids.items()}}
-        first = judge(methods, out=folder / "table")
-        # What was thought of after a look at these has a table of its own, of the same networks.
-        chosen |= (choice := best_of(later, tune, folder))
-        more = {method: grid[choice[method]] for method, grid in later.items()}
-        second = judge(more, out=folder / "mended")
-        methods |= more
+        table = judge(methods, out=folder / "table")
         seconds = times(methods, (x, y), removed, train_fn, folder / "seconds.json")
-        tables[name] = merged(first, second), chosen, seconds
+        tables[name] = table, chosen, seconds
         write_whole(given.kept or _kept(given.data), _results(tables, given, images, recipe, arguments))
     return json.loads((given.kept or _kept(given.data)).read_text(encoding="utf-8"))
 
@@ -309,17 +256,6 @@ def times(
         method(model, data, removed, 0)
         found[name] = {"seconds": time.process_time() - start, "retraining": retraining}
     write_whole(kept, json.dumps(found, indent=1) + "\n")
-    return found
-
-
-def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """One table of two whose networks are the same; the new methods of the second stand behind our own of the first."""
-    found = {**first}
-    for part in ("summary", "u_lira"):
-        known = {row["method"] for row in first[part]}
-        place = 1 + max(n for n, row in enumerate(first[part]) if row["method"].startswith(("remove", "one step")))
-        new = [row for row in second[part] if row["method"] not in known]
-        found[part] = [*first[part][:place], *new, *first[part][place:]]
     return found
 
 

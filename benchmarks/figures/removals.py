@@ -16,7 +16,8 @@ MOST = 0.05  # of retraining's time
 PLAIN = ("nothing removed", "retrained")  # rows that are no method
 _COLOURS = {"head": "#d55e00", "last block": "#0072b2", "all": "#009e73"}
 _MARKERS = {
-    "remove": "o", "one step": "D", "fine-tuning": "x", "NegGrad+": "P", "random labels": "v", "SSD": "s", "LiSSA": "1",
+    "remove": "o", "step and refit": "*", "one step": "D",
+    "fine-tuning": "x", "NegGrad+": "P", "random labels": "v", "SSD": "s", "LiSSA": "1",
 }  # fmt: skip
 
 
@@ -78,9 +79,8 @@ def frontier_picture(name: str, path: Path) -> None:
                     style = "-" if method == "retrained" else ":"
                     axis.axhline(value, color="#888888", linestyle=style, linewidth=1, label=method)
                 continue
-            kind, _, layers = method.removesuffix(", then head").partition(": ")
-            marker = "*" if method.endswith("then head") else _MARKERS[kind]
-            colour = _COLOURS.get(layers, "#777777")
+            kind, _, layers = method.partition(": ")
+            marker, colour = _MARKERS[kind], _COLOURS.get(layers, "#777777")
             size = 13 if marker == "*" else 6
             axis.plot(share, value, marker=marker, color=colour, linestyle="", markersize=size, label=method)
         axis.axvline(100 * MOST, color="#cccccc", linewidth=1, label=f"{100 * MOST:.0f} % of retraining's time")

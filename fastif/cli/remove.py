@@ -54,6 +54,13 @@ def remove_command(
             help="Names or patterns of layers that may move, comma separated or repeated.", show_default="the head"
         ),
     ] = None,
+    refit_head: Annotated[
+        bool,
+        typer.Option(
+            "--refit-head",
+            help="One influence step of --layers, as long as it foretells, and the head refitted behind it.",
+        ),
+    ] = False,
     loss: Annotated[
         str,
         typer.Option(
@@ -111,6 +118,7 @@ def remove_command(
     torch.manual_seed(seed)  # what a sampler draws from under a certificate
     n = count(train, batch_size)
     settings: dict[str, Any] = {"steps": steps, "loss": loss, "weight_decay": weight_decay, "damping": damping}
+    settings["refit_head"] = refit_head
     budget = None if k is None else check_budgets([k], n)[0]
     first = find_ranks().rank == 0  # which alone verifies, prints and writes
     with writable(out) if first else nullcontext():

@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from fastif import ops
-from fastif.curvature import ExactBlock
+from fastif.curvature import ExactBlock, NotPositiveDefinite
 from fastif.curvature.damping import check_damping
 from fastif.ranks import ALONE, Ranks, stretch
 from fastif.removal.losses import HeadLoss, Solver, output_loss
@@ -100,6 +100,13 @@ class RetainedHead:
         """`parameters`, with noise [c, d (+1)] added before they are rounded to the head's type."""
         return self._named((self.theta + noise).to(self.dtype))
 
+    def mean_losses(self) -> tuple[float, float]:
+        """Of the removed and of the retained examples, at the parameters."""
+        inputs, labels = self._removed
+        removed = self.loss.values(inputs @ self.theta.to(inputs.dtype).T, labels).double().mean()
+        decay = 0.5 * self.weight_decay * float(self.theta.square().sum())
+        return float(removed), (self.objective - decay) / self.share
+
     def gradient(self) -> float:
         self._gradient = self._gradient_at(self.theta, self.logits)
         return self._gradient.norm().item()
@@ -148,10 +155,17 @@ class RetainedHead:
         return len(picks.weights)
 
     def step(self) -> bool:
-        own: dict[str, Tensor] = {}
+        own, said = dict[str, Tensor](), ""
         if self.ranks.rank == 0:
-            own[""] = -self._block.solve(self._gradient if self._shift is None else self._gradient - self._shift)
-        direction = self.ranks.of_first("the head's step", own, self.device)[""]
+            try:
+                own[""] = -self._block.solve(self._gradient if self._shift is None else self._gradient - self._shift)
+            except NotPositiveDefinite as error:
+                said = str(error)
+        found = self.ranks.of_first("the head's step", own, self.device)
+        if not found:  # raised on all ranks, so that what catches it does so on all
+            (said, *_) = self.ranks.meet("why there is none", said)
+            raise NotPositiveDefinite(said)
+        direction = found[""]
         along = self._logits(direction)  # logits are linear in θ: one product serves every step size
         size, value = self._best_step(direction, along)
         if self._line_search and not value < self.objective:

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
@@ -23,8 +22,9 @@ from fastif.model.calls import call
 from fastif.model.features import find_head
 from fastif.model.forward import computable
 from fastif.model.losses import labels_in, labels_of, logits_of, output_columns, per_sample, settle_fisher
+from fastif.removal.below import Below
 from fastif.removal.losses import SoftmaxName
-from fastif.removal.retained import SMALLEST_STEP, Picks, check_removed, check_weight_decay
+from fastif.removal.retained import SMALLEST_STEP, Picks, add_damping, check_removed, check_weight_decay
 from fastif.samplers.draw import Sampler
 from fastif.samplers.subset import Subset
 
@@ -84,14 +84,15 @@ class RetainedNetwork:
         self._influence = Influence(
             self.model,
             loss,
-            curvature=_add_damping(curvature, weight_decay, damping),
+            curvature=add_damping(curvature, weight_decay, damping),
             layers=layers,
             batch_size=batch_size,
             progress=False,
         )
         kept = torch.ones(n, dtype=torch.bool)
         kept[removed.cpu()] = False
-        if all(labels_in(x, y) is None for (x, y), _ in islice(picked(train, batch_size, kept.nonzero()[:, 0]), 1)):
+        singly = [next(picked(train, batch_size, row))[0] for row in kept.nonzero()[:2]]
+        if labels_in(*singly[0]) is None:
             raise ValueError("remove: the training data has no labels")
         with self._influence.passes.running(None):
             self._influence.look_at(train, kept.nonzero()[:, 0])
@@ -108,6 +109,9 @@ class RetainedNetwork:
         self._picks = Picks(subset, kept, generator, self._ranks)
         self._seen: dict[str, Tensor] = {}  # features, logits and labels of the retained at the current parameters
         self._shift: dict[Tensor, Tensor] = {}  # ∇F_all at the trained parameters
+        self._removed_loss = math.nan  # Σ ℓ over the removed, there
+        runs = [lambda x=x: logits_of(call(self.model, moved_to(x, self.device))) for x, _ in singly]
+        self._below = Below(self.model, self._names, n, runs)
         self._last: Matrices = {}  # the step before
         self._trust = _TRUST
 
@@ -141,7 +145,7 @@ class RetainedNetwork:
         self._gradient = {p: g / self.n + self.weight_decay * p.detach() for p, g in sums.items()}
         norm = sum(float(g.square().sum()) for g in self._gradient.values()) ** 0.5
         if not self._shift:  # of the trained parameters
-            _, removed = self._sum_over(self.removed)
+            self._removed_loss, removed = self._sum_over(self.removed)
             self._shift = {p: g + removed[p] / self.n for p, g in self._gradient.items()}
         return norm
 
@@ -170,7 +174,7 @@ class RetainedNetwork:
             foretold = float(slopes @ sizes - 0.5 * sizes @ hessian @ sizes)
             if not foretold > 0:  # the gradient is zero, or below what float64 resolves: no step descends
                 return False
-            step = _combine(directions.values(), sizes.tolist())
+            step = combine(directions.values(), sizes.tolist())
             self._move(step)
             value = self._objective()
             ratio = (self.objective - value) / foretold
@@ -262,7 +266,8 @@ class RetainedNetwork:
             return
         with torch.autocast(self.device.type, enabled=False):
             for (x, y), places in picked(self._train, self._batch_size, indices):
-                yield moved_to(x, self.device), moved_to(y, self.device), places
+                with self._below.of(indices[places]):
+                    yield moved_to(x, self.device), moved_to(y, self.device), places
 
     def _check_model(self) -> None:
         """Refuses, on one example, layers that are not called (`Capture` does) and a head that is not the last one."""
@@ -317,17 +322,27 @@ class RetainedNetwork:
             total += self._losses(x, y).double().sum()
         return float(self._ranks.sum("losses", total)) / self.n + self._decay()
 
-    def _decay(self) -> float:
-        total = 0.5 * self.weight_decay * sum(float(p.detach().double().square().sum()) for p in self._names)
+    def _decay(self, parameters: Iterable[Tensor] | None = None) -> float:
+        """½ γ ‖θ‖² of all that move, or of these."""
+        parameters = self._names if parameters is None else parameters
+        total = 0.5 * self.weight_decay * sum(float(p.detach().double().square().sum()) for p in parameters)
         (first, *_) = self._ranks.meet("the decay", total)
         return first
 
     @contextmanager
     def _note_head(self) -> Iterator[None]:
-        """Notes what the head sees and says, where a sampler will ask for it."""
+        """Notes what the head sees and says of the retained, where a sampler will ask for it."""
         if self._picks.sampler is None:
             yield
             return
+        with self._noting_head() as notes:
+            yield
+        features, logits = self._noted(notes)
+        labels = self._seen["labels"] if self._seen else self._labels_of(self.kept)
+        self._seen = {"features": features, "logits": logits, "labels": labels}
+
+    @contextmanager
+    def _noting_head(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         notes: list[tuple[Tensor, Tensor]] = []
 
         def note(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -335,17 +350,18 @@ class RetainedNetwork:
 
         hook = self._head.register_forward_hook(note)
         try:
-            yield
+            yield notes
         finally:
             hook.remove()
+
+    def _noted(self, notes: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """What the head saw and said of the examples of a pass, those of all ranks."""
         own = [torch.cat(parts) for parts in zip(*notes, strict=True)] or [None, None]
         features, logits = (self._joined(name, rows) for name, rows in zip(("features", "logits"), own, strict=True))
-        self._seen = {"features": features, "logits": logits, "labels": self._labels()}
+        return features, logits
 
-    def _labels(self) -> Tensor:
-        if self._seen:
-            return self._seen["labels"]
-        found = [labels_of(labels_in(x, y)) for x, y, _ in self._batches(self.kept[self._own(self.kept)])]
+    def _labels_of(self, indices: Tensor) -> Tensor:
+        found = [labels_of(labels_in(x, y)) for x, y, _ in self._batches(indices[self._own(indices)])]
         return self._joined("labels", torch.cat(found).cpu() if found else None)
 
     def _joined(self, what: str, own: Tensor | None) -> Tensor:
@@ -375,25 +391,9 @@ def damped_minimum(slopes: Tensor, hessian: Tensor, damping: float) -> Tensor:
     return torch.linalg.solve(unit, slopes / scale) / scale
 
 
-def _combine(directions: Iterable[Matrices], sizes: list[float]) -> Matrices:
+def combine(directions: Iterable[Matrices], sizes: list[float]) -> Matrices:
     out: Matrices = {}
     for direction, size in zip(directions, sizes, strict=True):
         for name, matrix in direction.items():
             out[name] = out[name] + size * matrix if name in out else size * matrix
     return out
-
-
-def _add_damping(curvature: Any | Mapping[str, Any], weight_decay: float, damping: float) -> Any:
-    """Copies of the estimators, damped by so much more. "auto" and rules find their own: damping beside is refused."""
-    if isinstance(curvature, Mapping):
-        return {pattern: _add_damping(estimator, weight_decay, damping) for pattern, estimator in curvature.items()}
-    estimator = copy.deepcopy(curvature)
-    own = getattr(estimator, "damping", None)
-    if own is not None and not isinstance(own, float | int) and damping > 0:
-        raise ValueError(
-            f"remove: damping is added to numbers, got damping={damping} beside {type(estimator).__name__}"
-            f"(damping={own!r}); give curvature= a number"
-        )
-    if isinstance(own, float | int):
-        estimator.damping += weight_decay + damping
-    return estimator

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Generator, Tensor, nn
 
-from fastif.data.batches import as_loader, count, walked
+from fastif.data.batches import as_loader, walked
 from fastif.data.dealing import tell_data
 from fastif.data.loaders import Sharded, needs_all
 from fastif.fingerprints import fingerprint, told_function
@@ -27,10 +27,12 @@ from fastif.progress import tqdm
 from fastif.ranks import Ranks, find_ranks, on_all_ranks
 from fastif.removal.certificate import Certificate, Certified
 from fastif.removal.certifying import certify
+from fastif.removal.checks import check_certificate, check_extracted, check_own_weight, check_refit
 from fastif.removal.head import RetainedHead, check_settings
-from fastif.removal.losses import HeadLoss, SoftmaxName, output_loss
+from fastif.removal.losses import HeadLoss, SoftmaxName
 from fastif.removal.network import RetainedNetwork
 from fastif.removal.newton import newton
+from fastif.removal.refit import RefittedNetwork
 from fastif.removal.retained import check_indices
 from fastif.removal.steps import Removal, Step, check_moves, check_start
 from fastif.samplers.draw import Sampler
@@ -45,6 +47,7 @@ def remove(
     *,
     layers: str | Sequence[str] | None = None,
     curvature: Any | Mapping[str, Any] | None = None,
+    refit_head: bool = False,
     subset: Any | Sampler | None = None,
     steps: int | None = None,
     damping: float = 0.0,
@@ -77,6 +80,15 @@ def remove(
             weight_decay is not added and beside which damping > 0 is refused.
             Default the exact block for the head and EKFAC(damping="auto") for the rest; of a language model
             EKFAC(damping="auto", fisher="monte_carlo") for all.
+        refit_head: one influence step of `layers` (docs/math.md (3)), without a search, then steps of the head on the
+            retained objective, from what the moved layers say. It is for single examples, which the layers below the
+            head know, too. The step has the longest of the lengths 0, ¼, ½, 1, 2, 4 up to which the mean loss of the
+            removed examples, behind the refitted head, is at most what the whole step foretells to first order, and
+            each lengthening raises it by more than twice as much as that of the retained (docs/math.md (33)): nothing
+            is left to choose. `steps` are then the head's; the first entry of `history` is the layers', whose
+            `step_size` is the length. Default curvature here the exact block for the head and EKFAC(0.0,
+            fisher="monte_carlo") for the rest, damped by weight_decay alone. Softmax cross-entropy with one label per
+            example; for no certificate, and not beside `start`, `extracted` or line_search=False.
         subset: which retained examples carry the curvature: None for all; a sampler with its k bound, such as
             `functools.partial(samplers.logit, k=500)`, drawn afresh from the retained data in each step; or anything
             with `indices` (counted in `train`) and `weights`: its removed examples are left out, the other weights
@@ -120,13 +132,13 @@ def remove(
     the same bits: every rank makes the same call, and what the first one draws counts.
 
     Raises ValueError for indices out of range, repeated or all there are, for missing labels, for a loss that is not
-    convex or, beside other layers than the head, not softmax cross-entropy, for damping > 0 beside an "auto", for
-    `extracted` of another number of examples, of a first batch that the model sees otherwise, or beside layers that it
-    cannot serve, for a `start` from another model, with examples that `indices` lack or with parameters that do not
-    move here, for parameters that moved out of the range of the model's 16 bits, and what `extract`, `Influence`, the
-    sampler and the curvature raise; for a head alone whose weight serves elsewhere in the model; with a certificate,
-    for more than the head, weight_decay = 0 or line_search=False, for a loss that is not known to be convex, and where
-    the steps do not reach its distance, with how far they came.
+    convex or, beside other layers than the head, not softmax cross-entropy, for damping > 0 beside an "auto", for what
+    cannot be beside refit_head, for `extracted` of another number of examples, of a first batch that the model sees
+    otherwise, or beside layers that it cannot serve, for a `start` from another model, with examples that `indices`
+    lack or with parameters that do not move here, for parameters that moved out of the range of the model's 16 bits,
+    and what `extract`, `Influence`, the sampler and the curvature raise; for a head alone whose weight serves elsewhere
+    in the model; with a certificate, for more than the head, weight_decay = 0 or line_search=False, for a loss that is
+    not known to be convex, and where the steps do not reach its distance, with how far they came.
     """
     refuse_sharded(model, "remove")
     if isinstance(train, Sharded):
@@ -147,21 +159,30 @@ def remove(
     }
     if ranks.world > 1:
         told = {**settings, "layers": layers, "steps": steps, "certificate": certificate, "head": head}
+        told["refit_head"] = refit_head
         told["loss"] = told_function(loss)
         told["start"] = None if start is None else fingerprint([*start.moved[-1].values()])
         train = _compare(ranks, model, train, indices, told, batch_size)
         progress = progress and ranks.rank == 0
+    if refit_head:
+        check_refit(layers, certificate, line_search, loss, extracted, start)
+        check_own_weight(model, layer)
+        del settings["line_search"]
+        how: dict[str, Any] = {"layers": layers, "curvature": curvature, "head": head, "batch_size": batch_size}
+        network = RefittedNetwork(model, train, indices, device=device, **how, **settings)
+        history = network.remove(6 if steps is None else steps, progress)
+        return _removal(model, history, [network.trained, *(step.parameters for step in history)], indices)
     softmax = loss == "cross_entropy"
     words = loss in ("causal_lm", "token_cross_entropy")
     if not words and curvature is None and (layers is None or list(Capture(model, layers).blocks) == [name or "model"]):
-        _check_own_weight(model, layer)
+        check_own_weight(model, layer)
         if certificate is not None:
-            _check_certificate(certificate, weight_decay, line_search, loss)
+            check_certificate(certificate, weight_decay, line_search, loss)
         seen: dict[str, Any] = {"head": head, "batch_size": batch_size, "device": device}
         if extracted is None:
             extracted = extract(model, train if softmax else _Inputs(train, batch_size), **seen, progress=progress)
         else:
-            _check_extracted(extracted, model, layer, train if softmax else _Inputs(train, batch_size), **seen)
+            check_extracted(extracted, model, layer, train if softmax else _Inputs(train, batch_size), **seen)
         if not softmax:
             extracted = extracted._replace(labels=_targets(train, batch_size))
             settings["loss"] = loss
@@ -276,37 +297,6 @@ def _head_problem(
     )
 
 
-def _check_certificate(certificate: Certificate, weight_decay: float, line_search: bool, loss: HeadLoss) -> None:
-    if not isinstance(certificate, Certificate):
-        raise TypeError(f"remove: certificate must be a fastif.Certificate, got {type(certificate).__name__}")
-    if not weight_decay > 0:
-        raise ValueError(
-            f"remove: a certificate needs weight_decay > 0, got {weight_decay}: without it the objective is not "
-            "strongly convex, and a small gradient says nothing of the distance to the retrained head"
-        )
-    if not line_search:
-        raise ValueError(
-            "remove: a certificate needs line_search=True: full steps lead to where the training left the objective, "
-            "not to the retrained head"
-        )
-    if output_loss(loss).smoothness is None:
-        raise ValueError(
-            "remove: a certificate needs a loss that is known to be convex: cross_entropy, bce, mse or "
-            "nn.CrossEntropyLoss with weights >= 0; of a function of your own nobody can tell"
-        )
-
-
-def _check_own_weight(model: nn.Module, layer: nn.Linear) -> None:
-    """Where the head's weight is also an embedding's, features change with it: they cannot be computed once."""
-    own = {id(parameter) for parameter in layer.parameters()}
-    for name, module in model.named_modules():
-        if module is not layer and any(id(parameter) in own for parameter in module.parameters(recurse=False)):
-            raise ValueError(
-                f"remove: the head's weight serves elsewhere in the model, in {name!r}, too, and steps on the head's "
-                'features cannot move that; pass layers="*", or layers= with both'
-            )
-
-
 def _removal(
     model: nn.Module,
     history: list[Step],
@@ -345,37 +335,3 @@ def _targets(train: Any, batch_size: int) -> Tensor:
     if any(not isinstance(y, Tensor) for y in found):
         raise ValueError("remove: the training data has no targets")
     return torch.cat(found)
-
-
-def _check_extracted(
-    extracted: Extracted,
-    model: nn.Module,
-    layer: nn.Linear,
-    train: Any,
-    head: str | None,
-    batch_size: int,
-    device: torch.device | str | None,
-) -> None:
-    """Raises ValueError unless there is a row for each example of `train`, its first batch's as the model makes them.
-
-    Another order of the data, other labels and layers below the head that have changed show in a batch.
-    """
-    n, (c, d) = count(train, batch_size), layer.weight.shape
-    if extracted.features.shape != (n, d) or extracted.logits.shape != (n, c):
-        raise ValueError(
-            f"remove: extracted must be of the n={n} training examples and this head, features [n, d={d}] and logits "
-            f"[n, c={c}], got {list(extracted.features.shape)} and {list(extracted.logits.shape)}"
-        )
-    x, y = next(iter(as_loader(train, batch_size)))
-    own = extract(model, [x if y is None else (x, y)], head=head, device=device, progress=False)
-    what = f"of other data or another model: of the first {len(own.logits)} examples its"
-    for name in ("features", "logits"):
-        want, given = getattr(own, name), getattr(extracted, name)
-        away = float((given[: len(want)].to(want) - want).abs().max())
-        allowed = 4 * torch.finfo(given.dtype).eps ** 0.5 * float(want.abs().max())
-        if not away <= allowed:
-            raise ValueError(f"remove: extracted is {what} {name} are off by up to {away:.2g}, more than {allowed:.2g}")
-    if own.labels is not None and extracted.labels is not None:
-        wrong = int((extracted.labels[: len(own.labels)].to(own.labels) != own.labels).sum())
-        if wrong:
-            raise ValueError(f"remove: extracted is {what} labels differ in {wrong}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,3 +83,19 @@ def check_removed(removed: Tensor, n: int) -> None:
 def check_weight_decay(weight_decay: float) -> None:
     if not 0 <= weight_decay < float("inf"):
         raise ValueError(f"remove: weight_decay must be a finite number >= 0, got {weight_decay}")
+
+
+def add_damping(curvature: Any | Mapping[str, Any], weight_decay: float, damping: float) -> Any:
+    """Copies of the estimators, damped by so much more. "auto" and rules find their own: damping beside is refused."""
+    if isinstance(curvature, Mapping):
+        return {pattern: add_damping(estimator, weight_decay, damping) for pattern, estimator in curvature.items()}
+    estimator = copy.deepcopy(curvature)
+    own = getattr(estimator, "damping", None)
+    if own is not None and not isinstance(own, float | int) and damping > 0:
+        raise ValueError(
+            f"remove: damping is added to numbers, got damping={damping} beside {type(estimator).__name__}"
+            f"(damping={own!r}); give curvature= a number"
+        )
+    if isinstance(own, float | int):
+        estimator.damping += weight_decay + damping
+    return estimator

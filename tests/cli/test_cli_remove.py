@@ -48,6 +48,18 @@ def test_a_query_s_best_can_be_removed_and_layers_samplers_and_certificates_chos
     assert record["removed"] == [9, 30]
     assert record["steps"][0]["subset_size"] == 20
     assert files(script / "all") == ["removal.json", "removed.safetensors"]
+    refitted = ("remove", "ownscript:problem", "--indices", "best.csv", "--layers", "*", "--refit-head", "--quiet")
+    assert run(*refitted, "--out", "refitted")[0] == 0
+    model, train, _ = returned()
+    seeded = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    want = remove(
+        model, train, torch.tensor([9, 30]), layers="*", refit_head=True, generator=seeded, progress=False
+    ).state_dict
+    found = load_file("refitted/removed.safetensors")
+    assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in want.items())
+    record = json.loads((script / "refitted" / "removal.json").read_text())
+    assert record["about"]["refit_head"] is True
     certified = ("remove", "ownscript:problem", "--indices", "gone.npy", "--epsilon", "1", "--noise", "0.1")
     code, printed, _ = run(*certified, "--out", "first")
     assert code == 0

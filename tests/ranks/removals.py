@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from fastif import CG, Certificate, Identity, remove, samplers
+from fastif import CG, Certificate, ExactBlock, Identity, remove, samplers
 from fastif.ranks import find_ranks
 from tests.helpers.problems import Problem
 
@@ -29,6 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "all layers, after another": {"layers": "*", "start": {"layers": "*"}, "steps": 1},
     "all layers, sampler": {"layers": "*", "subset": SAMPLER},
     "all layers, full steps": {"layers": "*", "line_search": False, "curvature": Identity(), "steps": 1},
+    "all layers, the head refitted": {"layers": "*", "refit_head": True, "subset": SAMPLER},
     "all layers, by products": {"layers": "*", "curvature": CG(0.3, tolerance=1e-10), "steps": 1},
 }
 
@@ -52,6 +54,14 @@ def removal(problem: Problem, name: str, batches: bool = False) -> dict[str, Any
         "history": torch.tensor(steps, dtype=torch.float64),
         "carried": [step.subset_size for step in found.history],
     }
+
+
+def shortened(problem: Problem) -> Any:
+    """The head behind the step in float32: the first rank finds that its block cannot be factored."""
+    model, data = copy.deepcopy(problem.model).float(), (problem.x.float(), problem.y)
+    how: dict[str, Any] = dict(layers="*", refit_head=True, weight_decay=1e-6, progress=False)
+    found = remove(model, data, torch.arange(4), curvature=ExactBlock(0.0, joint=True), **how)
+    return found.history[0].step_size, torch.cat([value.flatten() for value in found.state_dict.values()])
 
 
 class Language(nn.Module):

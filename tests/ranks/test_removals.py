@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.helpers.crew import Crew
-from tests.helpers.problems import trained
-from tests.ranks.removals import WAYS, bad_removal, certified, removal, removal_of_texts
+from tests.helpers.problems import sure, trained
+from tests.ranks.removals import WAYS, bad_removal, certified, removal, removal_of_texts, shortened
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,6 +33,14 @@ def test_three_ranks_too(batches):
             held_against(removal(trained(), name, batches), crew(removal, trained(), name, batches))
     finally:
         crew.dismiss()
+
+
+def test_a_head_that_the_first_rank_cannot_refit_ends_the_search_on_all(two):
+    problem = sure(seed=1)
+    want, _ = shortened(problem)
+    (first, state), (second, other) = two(shortened, problem)
+    assert first == second == want == {"0": 0.0, "2": 0.0}
+    assert torch.equal(state, other)
 
 
 def test_texts_are_removed_with_the_labels_that_one_process_draws(two):

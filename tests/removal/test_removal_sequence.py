@@ -27,7 +27,7 @@ def test_single_removals_stay_at_the_optimum(monkeypatch):
     seen = extract(problem.model, data, progress=False)
     gone = torch.randperm(90, generator=torch.Generator().manual_seed(1))[:20]
     passes = []
-    monkeypatch.setattr("fastif.removal.removal.extract", lambda *_, **how: passes.append(how) or extract(*_, **how))
+    monkeypatch.setattr("fastif.removal.checks.extract", lambda *_, **how: passes.append(how) or extract(*_, **how))
     removal, steps = None, []
     for number in range(1, len(gone) + 1):
         removal = remove(problem.model, data, gone[:number], start=removal, extracted=seen, steps=1, **QUIET)
