@@ -48,7 +48,8 @@ def index_table(name: str) -> str:
         grown = next(benchmark["extra_info"]["growth"] for benchmark in results["benchmarks"])
         made = f"{tables._machine(results)}. Made by `FASTIF_BENCH=growth make bench-index`."
         return "\n".join([*_growth(grown), made])
-    command = "FASTIF_BENCH=large make bench-index" if "resnet9" in str(models[0]["name"]) else "make bench-index"
+    kinds = {"index-large-cpu": "FASTIF_BENCH=large ", "index-whole-cpu": "FASTIF_BENCH=whole FASTIF_BENCH_SCALE=1 "}
+    command = f"{kinds.get(name, '')}make bench-index"
     lines += [
         "",
         "EK-FAC with the empirical Fisher, damping 1e-3; processor seconds. In brackets: bytes of an example, the "

@@ -7,7 +7,8 @@ float32, and with four times the numbers, as if int8 lost nothing. Of the MLP, d
 curvature of its own. Models and data are those of bench_influence.py, and so are FASTIF_BENCH_SCALE and FASTIF_DATA.
 
 FASTIF_BENCH=large takes a ResNet-9 and a GPT of ten million parameters instead, of fewer examples, with one share and
-no projections; FASTIF_BENCH=growth the growth with n to a million examples, whose factors are drawn at random, beside a
+no projections; FASTIF_BENCH=whole with FASTIF_BENCH_SCALE=1 the MLP and the CNN with all examples, likewise;
+FASTIF_BENCH=growth the growth with n to a million examples, whose factors are drawn at random, beside a
 copy's rate.
 
 `make bench-index` keeps the figures, and with FASTIF_BENCH those of the others.
@@ -41,9 +42,8 @@ from fastif.measure import Measure
 SHARES = (0.01, 0.04, 0.16)  # of the numbers; a quarter of that of the bytes, in int8
 BYTES = (0.0025, 0.01, 0.04)  # of float32 gradients, for projections
 QUERIES = (1, 10, 100)
-LARGE = os.environ.get("FASTIF_BENCH") == "large"
-GROWS = os.environ.get("FASTIF_BENCH") == "growth"
-MODELS = () if GROWS else (resnet9, gpt10m) if LARGE else (mlp, cnn, gpt)
+BENCH = os.environ.get("FASTIF_BENCH", "")
+MODELS = {"growth": (), "large": (resnet9, gpt10m), "whole": (mlp, cnn)}.get(BENCH, (mlp, cnn, gpt))
 MOST = size(1250)  # training examples of the large ones
 GROWTH = (10_000, 100_000, 1_000_000)
 
@@ -134,8 +134,10 @@ def logra(work: Work, exact: Tensor, each: float, folder: str) -> dict[str, Any]
 def test_index(benchmark, capsys, make):
     work = make()
     shares, stored, queries = SHARES, BYTES, QUERIES
-    if LARGE:
-        shares, stored, queries = SHARES[1:2], (), QUERIES[:2]
+    if BENCH in ("large", "whole"):
+        shares, stored = SHARES[1:2], ()
+    if BENCH == "large":
+        queries = QUERIES[:2]
         work = work._replace(train=(work.train[0][:MOST], work.train[1][:MOST]))
     n = len(work.train[0])
     influence = fastif.Influence(
@@ -222,7 +224,7 @@ def work_shapes(influence: Any) -> list[Any]:
     return [estimator.eigenbasis().eigenvalues.shape for estimator in influence.curvature.values()]
 
 
-@pytest.mark.skipif(not GROWS, reason="FASTIF_BENCH=growth")
+@pytest.mark.skipif(BENCH != "growth", reason="FASTIF_BENCH=growth")
 def test_growth(benchmark, capsys):
     """Asking an index of n examples, whose factors are drawn at random: seconds of one query, and the rate of reading
     beside that of a copy. The digits' network, two factors of an example in each of its layers."""
