@@ -1,8 +1,8 @@
 """What other libraries keep of training gradients, and their scores: dattri's LoGra and TRAK, dattri-llm's store.
 
-dattri's keep about as many bytes as they are told to, dattri-llm's keeps gradients whole. dattri-llm 0.1.0 was installed
-by `pip install --no-deps --target`, so that torch stayed as it was, into a folder on PYTHONPATH; what is not installed
-is left out.
+dattri's keep about as many bytes as they are told to, dattri-llm's keeps gradients whole. dattri-llm 0.1.0 was
+installed by `pip install --no-deps --target`, so that torch stayed as it was, into a folder on PYTHONPATH. What is not
+installed is left out.
 """
 
 from __future__ import annotations
