@@ -32,7 +32,7 @@ def index_table(name: str) -> str:
             if "asked" in row:
                 own = f" ({row['bytes_each']:,.0f} each)"
             times: dict[str, float] = row.get("asked", {})
-            asked = [f"{times[q]:.3f} s ({walks[q] / times[q]:.0f}×)" if q in times else "" for q in _QUERIES]
+            asked = [f"{times[q]:.3f} s ({_ratio(walks[q] / times[q])}×)" if q in times else "" for q in _QUERIES]
             build = f"{row['build']:.2f} s ({row['build'] / walks['1']:.1f}×)" if "build" in row else ""
             figures = " | ".join([build, *asked])
             name_of = f"**{row['contender']}**" if row["contender"].startswith("fastif") else row["contender"]
@@ -79,6 +79,11 @@ def _growth(rows: list[dict[str, Any]]) -> list[str]:
         "Two random int8 factors of each example in layers of 64 × 65 and 10 × 65 numbers; processor seconds of one "
         "thread.",
     ]
+
+
+def _ratio(times: float) -> str:
+    """Of what is slower than a walk, a figure other than 0."""
+    return f"{times:.0f}" if times >= 1 else f"{times:.1g}"
 
 
 def _order(row: dict[str, Any]) -> tuple[int, str, float]:
