@@ -11,6 +11,7 @@ a search on F itself. θ is the head or any layers. No held-out example takes pa
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -39,7 +40,15 @@ from fastif.samplers.draw import Sampler
 from fastif.sharded import refuse_sharded
 
 
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Steps keep the digits that autocast around the call would take from their products."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
 @on_all_ranks
+@_without_autocast()
 def remove(
     model: nn.Module,
     train: Any,

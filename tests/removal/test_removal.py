@@ -227,6 +227,19 @@ def test_the_head_of_a_model_in_16_bits_is_computed_in_full(problem):
         assert (found.state_dict[key].float() - value).norm() < 3e-2 * value.norm()
 
 
+@pytest.mark.parametrize("layers", [None, "*"])
+def test_autocast_around_the_call_changes_nothing(problem, layers):
+    def call():
+        generator = torch.Generator().manual_seed(0)
+        data = problem.x, problem.y
+        return remove(problem.model, data, REMOVED, layers=layers, steps=2, generator=generator, progress=False)
+
+    plain = call()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = call()
+    assert all(torch.equal(under.state_dict[key], value) for key, value in plain.state_dict.items())
+
+
 def test_several_removals_share_one_pass(problem):
     data = problem.x, problem.y
     seen = extract(problem.model, data, progress=False)
