@@ -32,7 +32,7 @@ def index_table(name: str) -> str:
             if "asked" in row:
                 own = f" ({row['bytes_each']:,.0f} each)"
             times: dict[str, float] = row.get("asked", {})
-            asked = [f"{times[q]:.3f} s ({walks[q] / times[q]:.0f}×)" if q in times else "" for q in _QUERIES]
+            asked = [f"{times[q]:.3f} s ({_ratio(walks[q] / times[q])}×)" if q in times else "" for q in _QUERIES]
             build = f"{row['build']:.2f} s ({row['build'] / walks['1']:.1f}×)" if "build" in row else ""
             figures = " | ".join([build, *asked])
             name_of = f"**{row['contender']}**" if row["contender"].startswith("fastif") else row["contender"]
@@ -81,6 +81,11 @@ def _growth(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def _ratio(times: float) -> str:
+    """Of what is slower than a walk, a figure other than 0."""
+    return f"{times:.0f}" if times >= 1 else f"{times:.1g}"
+
+
 def _order(row: dict[str, Any]) -> tuple[int, str, float]:
     first = 0 if row["contender"].startswith("fastif") else 1 if "asked" in row else 2
     return first, row["contender"], row["bytes"]
@@ -90,23 +95,25 @@ def fidelity_picture(name: str, path: Path) -> None:
     """Spearman's ρ of scores from what is kept against its bytes, a panel for each model."""
     results = tables.results_of(name)
     panels = [(b["name"].split("[")[1].rstrip("]"), b["extra_info"]["rows"]) for b in results["benchmarks"]]
+    contenders = dict.fromkeys(row["contender"] for _, rows in panels for row in rows)
+    colours, lines = dict(zip(contenders, _COLOURS, strict=False)), {}
     figure, axes = new_figure(len(panels), 1, 11, 3.6, sharey="row")
     for axis, (label, rows) in zip(axes[0], panels, strict=True):
-        for contender, colour in zip(dict.fromkeys(row["contender"] for row in rows), _COLOURS, strict=False):
+        for contender in dict.fromkeys(row["contender"] for row in rows):
             own = [row for row in rows if row["contender"] == contender]
             width = 2.4 if contender.startswith("fastif") else 1.2
-            axis.semilogx(
+            (lines[contender],) = axis.semilogx(
                 [100 * row["bytes"] for row in own],
                 [row["rho"] for row in own],
-                label=contender, color=colour, linewidth=width, marker="o", markersize=width + 2,
+                label=contender, color=colours[contender], linewidth=width, marker="o", markersize=width + 2,
             )  # fmt: skip
         axis.set(title=label, xlabel="% of the bytes of float32 gradients", ylim=(0, 1.02))
-        axis.set_xticks([0.25, 1, 4], ["0.25", "1", "4"])
+        axis.set_xticks([0.25, 1, 4, 16], ["0.25", "1", "4", "16"])
         axis.minorticks_off()
     axes[0][0].set_ylabel("Spearman's ρ with exact scores")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None, "Description": results["datetime"]})
 
 
 _QUERIES = ("1", "10", "100")
-_COLOURS = ("#d55e00", "#0072b2", "#56b4e9", "#009e73")
+_COLOURS = ("#d55e00", "#0072b2", "#56b4e9", "#009e73", "#cc79a7", "#000000")

@@ -3,8 +3,8 @@
 With share=1 in float32 the scores must be those of `Influence.scores`, which is asserted first, on a part of the data.
 Beside each index stands a random Kronecker projection of the same bytes: gradients that the curvature has whitened,
 projected on both sides by random orthogonal matrices, in the form of LoGra (Choe et al. 2024, arXiv 2405.13954), in
-float32, and with four times the numbers, as if int8 lost nothing. Of the MLP, dattri's LoGra takes part, too, with a
-curvature of its own. Models and data are those of bench_influence.py, and so are FASTIF_BENCH_SCALE and FASTIF_DATA.
+float32, and with four times the numbers, as if int8 lost nothing. Libraries that are installed take part, too:
+index_peers.py. Models and data are those of bench_influence.py, and so are FASTIF_BENCH_SCALE and FASTIF_DATA.
 
 FASTIF_BENCH=large takes a ResNet-9 and a GPT of ten million parameters instead, of fewer examples, with one share and
 no projections; FASTIF_BENCH=whole with FASTIF_BENCH_SCALE=1 the MLP and the CNN with all examples, likewise;
@@ -16,12 +16,8 @@ copy's rate.
 
 from __future__ import annotations
 
-import copy
-import importlib.util
-import math
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,19 +25,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import fastif
-from benchmarks.conftest import DEVICE
 from benchmarks.influence.bench_influence import DAMPING, DATA, Work, cnn, gpt, gpt10m, mlp, resnet9, size
+from benchmarks.influence.index_peers import QUERIES, installed, logra, repeated, stored_pairs, timed, trak
 from fastif.index.factors import Factors
 from fastif.index.folder import CURVATURE, Folder, IndexBlock
 from fastif.index.sampling import compare
-from fastif.measure import Measure
 
 SHARES = (0.01, 0.04, 0.16)  # of the numbers; a quarter of that of the bytes, in int8
 BYTES = (0.0025, 0.01, 0.04)  # of float32 gradients, for projections
-QUERIES = (1, 10, 100)
 BENCH = os.environ.get("FASTIF_BENCH", "")
 MODELS = {"growth": (), "large": (resnet9, gpt10m), "whole": (mlp, cnn)}.get(BENCH, (mlp, cnn, gpt))
 MOST = size(1250)  # training examples of the large ones
@@ -51,21 +44,6 @@ pytestmark = [
     pytest.mark.skipif(DATA is None, reason="FASTIF_DATA names no folder with data sets"),
     pytest.mark.filterwarnings("ignore"),
 ]
-
-
-def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
-    """A result, its processor seconds and its peak MiB."""
-    with Measure(DEVICE) as measured:
-        start = time.process_time()
-        result = work()
-        seconds = time.process_time() - start
-    return result, seconds, (measured.peak_bytes or 0) / 2**20
-
-
-def repeated(query: tuple[Tensor, Tensor], q: int) -> tuple[Tensor, Tensor]:
-    """q queries, the same ones again where there are fewer."""
-    x, y = (part.repeat(-(-q // len(part)), *[1] * (part.dim() - 1))[:q] for part in query)
-    return x, y
 
 
 def orthogonal(size: int, few: int, draw: torch.Generator) -> Tensor:
@@ -100,34 +78,13 @@ def projected(work: Work, influence: Any, share: float) -> Tensor:
     return total
 
 
-def logra(work: Work, exact: Tensor, each: float, folder: str) -> dict[str, Any]:
-    """dattri's LoGra with about as many bytes: its own curvature of projected gradients, of linear layers."""
-    from dattri.algorithm.logra import LoGraAttributor
-    from dattri.task import AttributionTask
-
-    def loss(model: Any, batch: Any, device: Any) -> Tensor:
-        return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-    model = copy.deepcopy(work.model)
-    task = AttributionTask(loss_func=loss, model=model, checkpoints=[model.state_dict()])
-    side = max(1, math.isqrt(int(each / 4 / len(work.layers))))
-    torch.manual_seed(0)
-    attributor = LoGraAttributor(task, work.layers, damping=DAMPING, proj_dim=side**2, cache_dir=folder)
-    train = DataLoader(TensorDataset(*work.train), batch_size=work.batch)
-    ask = lambda q: DataLoader(TensorDataset(*repeated(work.query, q)), batch_size=work.batch)  # noqa: E731
-    few = TensorDataset(*(x[: work.batch] for x in work.train))
-    attributor.cache(DataLoader(few, batch_size=work.batch))  # warms up
-    _, seconds, peak = timed(lambda: attributor.cache(train))
-    asked = {}
-    for q in QUERIES:
-        attributor.attribute(train, ask(q))  # warms up
-        asked[q] = timed(lambda q=q: attributor.attribute(train, ask(q)))[1]
-    found = compare(exact, attributor.attribute(train, ask(len(exact))).T)
-    own = 4 * side**2 * len(work.layers)
-    return {
-        "contender": "LoGra of dattri, float32", "bytes_each": own, "build": seconds, "peak_mib": peak, "asked": asked,
-        "r": found.r, "rho": found.rho, "top": found.top,
-    }  # fmt: skip
+def peers(make: Callable[[], Work]) -> list[Callable[[Work, Tensor, float, str], dict[str, Any]]]:
+    """The libraries' indexes that take part: dattri's of networks for images; without FASTIF_BENCH all of them."""
+    found = [logra] if make is mlp and installed("dattri") else []
+    if not BENCH:
+        found += [trak] if make in (mlp, cnn) and installed("dattri") else []
+        found += [stored_pairs] if installed("dattri_llm") else []
+    return found
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda f: f.__name__)
@@ -177,10 +134,10 @@ def test_index(benchmark, capsys, make):
         for name, more in (("projection, float32", 1), ("projection, as if int8 lost nothing", 4)):
             found = compare(exact, projected(work, influence, more * share))
             rows.append({"contender": name, "bytes": share, "r": found.r, "rho": found.rho, "top": found.top})
-    if make is mlp and importlib.util.find_spec("dattri") is not None:
+    for peer in peers(make):
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(logra(work, exact, rows[0]["bytes_each"], folder))
-        rows[-1]["bytes"] = rows[-1]["bytes_each"] / (4 * numbers)
+            row = peer(work, exact, rows[0]["bytes_each"], folder)
+        rows.append({**row, "bytes": row["bytes_each"] / (4 * numbers)})
     alone, together = one_pass(work, influence)
     benchmark.pedantic(lambda: None, rounds=1)
     benchmark.extra_info.update(
