@@ -11,7 +11,7 @@ from torch import Tensor
 from fastif.index.encoder import Encoder
 from fastif.index.factors import Factors
 from fastif.index.folder import Folder, IndexBlock
-from fastif.index.thin import Runs, thinned
+from fastif.index.thin import Runs, singly, thinned
 from fastif.influence.shared_folder import share_of_all
 from fastif.ranks import Ranks
 
@@ -71,7 +71,10 @@ def products(factors: Mapping[str, Factors], held: Mapping[str, Asked], first: i
         try:
             found[name] = part.dots(*held[name]).cpu()
         except ValueError as error:
-            raise _too_large(first + _first_too_large(part, held[name].queries), name, held[name].queries) from error
+            number = _first_refused(part, held[name])
+            if number is None:
+                raise
+            raise _too_large(first + number, name, held[name].queries) from error
         _check_finite(found[name], held[name].queries, name, first)
     return found
 
@@ -83,14 +86,21 @@ def _check_finite(values: Tensor, queries: Tensor, block: str, first: int) -> No
         raise _too_large(first + row, block, queries)
 
 
-def _first_too_large(factors: Factors, queries: Tensor) -> int:
-    """Of queries whose products overflow: the op does not say which they are."""
-    for row in range(len(queries)):
+def _first_refused(factors: Factors, held: Asked) -> int | None:
+    """The first query whose products the op refuses by themselves, thin or whole as they were: it does not say which
+    overflow. None: it is no single one's fault."""
+    for number, one in enumerate(_one_by_one(held)):
         try:
-            factors.dots(queries[row : row + 1])
+            factors.dots(*one)
         except ValueError:
-            return row
-    return 0
+            return number
+    return None
+
+
+def _one_by_one(held: Asked) -> Iterator[Asked]:
+    runs = None if held.runs is None else [one for part in held.runs for one in singly(part)]
+    for number, query in enumerate(held.queries.split(1)):
+        yield Asked(query, None if runs is None else [runs[number]])
 
 
 def _too_large(query: int, block: str, queries: Tensor) -> ValueError:

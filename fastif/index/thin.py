@@ -60,6 +60,13 @@ def thinned(queries: Tensor, n: int) -> Runs:
     return found
 
 
+def singly(part: Thin | Tensor) -> list[Thin | Tensor]:
+    """The same queries, each a part of its own."""
+    if isinstance(part, Thin):
+        return [Thin(*pair) for pair in zip(part.left.split(1), part.right.split(1), strict=True)]
+    return [*part.split(1)]
+
+
 def _norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x, dtype=torch.float64))
 

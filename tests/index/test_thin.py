@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastif.index.factors import Factors
+from fastif.index.reading import Asked, products
 from fastif.index.thin import REST, Thin, share_of, thinned
 from tests import reference
 from tests.ops.test_factor_dots import error_bound, problem
@@ -55,6 +56,31 @@ def test_thin_from_as_many_examples_as_pay_for_the_directions(rate, n, width):
     (thin,) = thinned(falling(2, 200, 400, rate), n)
     assert isinstance(thin, Thin)
     assert thin.left.shape[2] == width
+
+
+def test_the_query_that_overflows_is_named_thin_or_whole():
+    """Thin ones overflow at other sizes than whole ones do: each is asked again as it was."""
+    vectors = {name: torch.full((4, size), 127, dtype=torch.int8) for name, size in (("left", 100), ("right", 200))}
+    factors = Factors(torch.ones(4, 1, dtype=torch.int32), **vectors, scale=torch.full((4,), 1e3))
+    queries = torch.stack([torch.ones(100, 200), torch.full((100, 200), 1e30)])
+    for runs in ([queries], thinned(queries, MANY)):
+        assert isinstance(runs[0], Thin) == (runs[0] is not queries)
+        with pytest.raises(ValueError, match="scores of query 4 are not finite in block 'w'"):
+            products({"w": factors}, {"w": Asked(queries[:, None], runs)}, first=3)
+
+
+def test_what_no_single_query_is_at_fault_for_is_said_as_it_is(monkeypatch):
+    def dots(_, queries, runs):
+        assert runs is None
+        if len(queries) > 1:
+            raise ValueError("two at once")
+        return torch.zeros(1, 4)
+
+    monkeypatch.setattr(Factors, "dots", dots)
+    nothing = torch.zeros(4, 1, dtype=torch.int8)
+    factors = Factors(torch.ones(4, 1, dtype=torch.int32), nothing, nothing, None)
+    with pytest.raises(ValueError, match="^two at once$"):
+        products({"w": factors}, {"w": Asked(torch.zeros(2, 1, 1, 1), None)})
 
 
 def test_no_queries():
