@@ -264,10 +264,9 @@ class RetainedNetwork:
     def _batches(self, indices: Tensor) -> Iterator[tuple[Any, Any, Tensor]]:
         if not len(indices):
             return
-        with torch.autocast(self.device.type, enabled=False):
-            for (x, y), places in picked(self._train, self._batch_size, indices):
-                with self._below.of(indices[places]):
-                    yield moved_to(x, self.device), moved_to(y, self.device), places
+        for (x, y), places in picked(self._train, self._batch_size, indices):
+            with self._below.of(indices[places]):
+                yield moved_to(x, self.device), moved_to(y, self.device), places
 
     def _check_model(self) -> None:
         """Refuses, on one example, layers that are not called (`Capture` does) and a head that is not the last one."""
