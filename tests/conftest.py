@@ -27,8 +27,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_collection_modifyitems(items):
-    """Which lines run is noted in the first and the last case of each test: to note it takes a third as long again as
-    the work, and the cases between seldom reach further."""
+    """Which lines run is noted in the first and the last case of each test: to note it takes long, and the cases
+    between seldom reach further."""
     cases = {}
     for item in items:
         cases.setdefault(item.nodeid.split("[")[0], []).append(item)
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What was imported stays: without it each collection of garbage is four times as fast, a third of some tests."""
+    """What was imported stays: collections of garbage, which some libraries ask for at each step, can pass it by."""
     gc.collect()
     gc.freeze()
 

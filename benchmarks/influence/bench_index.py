@@ -8,8 +8,7 @@ index_peers.py. Models and data are those of bench_influence.py, and so are FAST
 
 FASTIF_BENCH=large takes a ResNet-9 and a GPT of ten million parameters instead, of fewer examples, with one share and
 no projections; FASTIF_BENCH=whole with FASTIF_BENCH_SCALE=1 the MLP and the CNN with all examples, likewise;
-FASTIF_BENCH=growth the growth with n to a million examples, whose factors are drawn at random, beside a
-copy's rate.
+FASTIF_BENCH=growth the growth with n to a million examples, whose factors are drawn at random, beside a copy's rate.
 
 `make bench-index` keeps the figures, and with FASTIF_BENCH those of the others.
 """

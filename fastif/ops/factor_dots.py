@@ -24,9 +24,9 @@ def factor_dots(
 
     On the CPU what is given of a query is rounded to 16 bits: an entry errs by at most 1/65,000 of the largest in its
     row or, for some shapes, in its column, which the shapes alone decide, or by 2⁻¹²⁷ where that is more (entries below
-    it become 0); on the GPU it is taken as it is. Sums over
-    512 entries of a vector are then exact (on the GPU, float32), sums of these float32. The CPU's bits depend neither
-    on the number of threads nor on the processor. Not differentiable. docs/math.md (26).
+    it become 0); on the GPU it is taken as it is. Sums over 512 entries of a vector are then exact (on the GPU,
+    float32), sums of these float32. The CPU's bits depend neither on the number of threads nor on the processor. Not
+    differentiable. docs/math.md (26).
 
     Args:
         left: int8 [F, o], of each factor; those of an example stand together, in the order of the examples.

@@ -29,17 +29,21 @@ def clusters(n: int, seed: int, classes: int = 3) -> tuple[Tensor, Tensor]:
     return centres[y] + torch.randn(n, 5, generator=g, dtype=torch.float64), y
 
 
+def _descend(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
 @cache
 def trained(n: int = 90, seed: int = 0) -> Problem:
     """A float64 net whose head is at the optimum of the mean loss + ½ WEIGHT_DECAY ‖θ‖²."""
     torch.manual_seed(seed)
     x, y = clusters(n, seed)
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-    optimizer = torch.optim.Adam(model.parameters(), 0.02)
-    for _ in range(200):
-        optimizer.zero_grad()
-        cross_entropy(model(x), y).backward()
-        optimizer.step()
+    _descend(model, x, y, 200)
     converge(model[2], model[:2](x).detach(), y)
     return Problem(model, x, y)
 
@@ -50,11 +54,7 @@ def sure(seed: int = 0) -> Problem:
     x, y = clusters(60, seed)
     y[:4] = (y[:4] + 1) % 3
     model = nn.Sequential(nn.Linear(5, 40), nn.ReLU(), nn.Linear(40, 3)).double()
-    optimizer = torch.optim.Adam(model.parameters(), 0.02)
-    for _ in range(500):
-        optimizer.zero_grad()
-        cross_entropy(model(x), y).backward()
-        optimizer.step()
+    _descend(model, x, y, 500)
     return Problem(model, x, y)
 
 
