@@ -23,6 +23,6 @@ short = torch.zeros(20)
 longer = numpy.frombuffer((ctypes.c_float * 30).from_address(short.data_ptr()), dtype=numpy.float32)
 per_sample_grad.sq_norms(torch.from_numpy(longer).view(3, 10), torch.ones(3, 2))' > log 2>&1 || true
 grep -q "heap-buffer-overflow" log || { echo "memory-check: a planted overflow was not seen:"; cat log; exit 1; }
-"$PY" -m pytest -q --capture=sys -p no:cacheprovider -m "not slow" tests/ops/test_contracts.py tests/ops/test_per_sample_grad.py \
-  tests/ops/test_ggn_block.py tests/ops/test_kronecker_block.py tests/ops/test_farthest_first.py \
-  tests/ops/test_farthest_first_lazy.py
+"$PY" -m pytest -q --capture=sys -p no:cacheprovider -m "not slow" tests/ops/test_contracts.py tests/ops/test_outs.py \
+  tests/ops/test_per_sample_grad.py tests/ops/test_ggn_block.py tests/ops/test_kronecker_block.py \
+  tests/ops/test_farthest_first.py tests/ops/test_farthest_first_lazy.py tests/ops/test_factor_dots.py

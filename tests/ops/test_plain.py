@@ -49,6 +49,7 @@ def test_every_op_test_passes_in_plain_torch():
                 "kronecker_block",
                 "per_sample_grad",
                 "contracts",
+                "outs",
             )
         ],
         env={**os.environ, "FASTIF_PLAIN": "1"},
