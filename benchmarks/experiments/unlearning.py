@@ -3,6 +3,8 @@ r"""Removals beside what others do, judged as the field does: digits, Fashion-MN
 python benchmarks/experiments/unlearning.py
 python benchmarks/experiments/unlearning.py fashion-mnist --root FOLDER
 python benchmarks/experiments/unlearning.py cifar10 --root FOLDER
+python benchmarks/experiments/unlearning.py cifar10 --root FOLDER --architecture vgg11
+python benchmarks/experiments/unlearning.py fashion-mnist --root FOLDER --draws 5 --sets 'random 5 %' ...
 
 Forget sets: a class, random 1, 5 and 10 %, the most and the least memorised 5 % by the head's self-influence, the light
 half of a class (a subpopulation), and half of the labels that people got wrong (CIFAR-10N). Newton steps of the head,
@@ -43,13 +45,17 @@ from fastif.files import write_whole
 from fastif.measure import environment
 
 ROOT = Path(__file__).parents[2]
-BLOCK = ["body.8", "body.9", "head"]  # the last convolution, its batch norm and the head of the small CNN
+BLOCKS = {  # what is below the last pooling of each network, and its head
+    "cnn": ["body.8", "body.9", "head"],
+    "vgg11": ["body.22", "body.23", "body.25", "body.26", "head"],
+}
 WEIGHT_DECAY = 5e-4
 RECIPES = {
     "digits": Recipe("cnn", 0.5, 8, 0.15, 64, WEIGHT_DECAY, 0),
     "fashion-mnist": Recipe("cnn", 0.5, 30, 0.1, 64, WEIGHT_DECAY, 0),
     "cifar10": Recipe("cnn", 0.5, 30, 0.1, 64, WEIGHT_DECAY, 0),
 }
+WIDTH_OF_VGG11 = 0.25
 EXAMPLES = {"digits": None, "fashion-mnist": 5000, "cifar10": 5000}  # of the training set, the first so many
 CLASS, OTHER_CLASS = 8, 3  # removed, and the one that settings are chosen with
 LIGHT, OTHER_LIGHT = 6, 4  # shirts and coats: of their images the lighter half are a subpopulation
@@ -75,16 +81,16 @@ def trained(kept: Tensor, seed: int, x: Tensor, y: Tensor, recipe: Recipe) -> nn
     return trained_once(tuple(kept.tolist()), seed, x, y, recipe)
 
 
-def ours(k: int) -> dict[str, UnlearnFn]:
+def ours(k: int, block: list[str]) -> dict[str, UnlearnFn]:
     """What has no settings: steps that lower the retained objective, and the influence step with the head refitted."""
     how: dict[str, Any] = {"subset": partial(samplers.logit, k=k), "weight_decay": WEIGHT_DECAY}
     further = {**how, "steps": 3, "batch_size": 1024}
     refitted = {**further, "refit_head": True, "subset": partial(samplers.random, k=2 * k), "steps": 4}
     return {
         "remove: head": partial(baselines.newton_steps, **how),
-        "remove: last block": partial(baselines.newton_steps, layers=BLOCK, **further),
+        "remove: last block": partial(baselines.newton_steps, layers=block, **further),
         "remove: all": partial(baselines.newton_steps, layers="*", **further),
-        "step and refit: last block": partial(baselines.newton_steps, layers=BLOCK, **refitted),
+        "step and refit: last block": partial(baselines.newton_steps, layers=block, **refitted),
         "step and refit: all": partial(baselines.newton_steps, layers="*", **refitted),
     }
 
@@ -100,7 +106,7 @@ def over(make: Callable[[float], UnlearnFn], *dampings: float) -> dict[str, Unle
     return {f"damping {damping:g}": make(damping) for damping in dampings}
 
 
-def single_steps(k: int) -> dict[str, dict[str, UnlearnFn]]:
+def single_steps(k: int, block: list[str]) -> dict[str, dict[str, UnlearnFn]]:
     """One influence step; its damping is chosen."""
     head: dict[str, Any] = {"subset": partial(samplers.logit, k=k), "weight_decay": WEIGHT_DECAY}
     return {
@@ -108,7 +114,7 @@ def single_steps(k: int) -> dict[str, dict[str, UnlearnFn]]:
             lambda d: partial(baselines.newton_steps, steps=1, line_search=False, damping=d, **head), 0.0, 0.01, 0.1
         ),
         "one step: last block": over(
-            lambda d: partial(baselines.newton_steps, layers=BLOCK, **influence_step(k, d)),
+            lambda d: partial(baselines.newton_steps, layers=block, **influence_step(k, d)),
             0.001,
             0.003,
             0.01,
@@ -146,8 +152,13 @@ def candidates(k: int) -> dict[str, dict[str, UnlearnFn]]:
     }
 
 
-def forget_sets(x: Tensor, y: Tensor, memorised: Tensor, wrong: Tensor | None = None) -> dict[str, list[Tensor]]:
-    """By name: what is removed, and what settings are chosen with. `wrong` are the examples whose labels are wrong."""
+def forget_sets(
+    x: Tensor, y: Tensor, memorised: Tensor, wrong: Tensor | None = None, draws: int = 1
+) -> dict[str, list[Tensor]]:
+    """By name: what is removed, and what settings are chosen with. `wrong` are the examples whose labels are wrong.
+
+    Of the random 5 % there are as many as `draws`.
+    """
     n = len(y)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     least = memorised.flip(0)
@@ -170,6 +181,9 @@ def forget_sets(x: Tensor, y: Tensor, memorised: Tensor, wrong: Tensor | None = 
         "least memorised 5 %": next_of(least, SHARE),
         f"light half of class {LIGHT}": [lighter(LIGHT), lighter(OTHER_LIGHT)],
     }
+    for draw in range(2, draws + 1):
+        again = torch.randperm(n, generator=torch.Generator().manual_seed(draw - 1))
+        sets[f"random 5 %, draw {draw}"] = next_of(again, SHARE)
     if wrong is None:
         return sets
     mixed = wrong[torch.randperm(len(wrong), generator=torch.Generator().manual_seed(0))]
@@ -191,18 +205,26 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", default="digits", choices=[*RECIPES])
     parser.add_argument("--root", type=Path, help="the folder of Fashion-MNIST or CIFAR-10")
+    parser.add_argument(
+        "--architecture", default="cnn", choices=[*BLOCKS], help="vgg11 is a quarter as wide as published"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=5, help="of half networks, the shadows of U-LiRA")
     parser.add_argument("--epochs", type=int, help="of the trainings, default the data set's")
     parser.add_argument("--examples", type=int, help="of the training set, the first so many")
+    parser.add_argument("--draws", type=int, default=1, help="of the random 5 %%, each a forget set of its own")
     parser.add_argument("--sets", nargs="+", metavar="NAME", help="default all")
     parser.add_argument("--without", nargs="+", metavar="METHOD", default=[], help="methods to leave out")
     parser.add_argument("--relearning-steps", type=int, default=100)
-    parser.add_argument("--out", type=Path, help="default runs/unlearning-DATA")
-    parser.add_argument("--kept", type=Path, help="default benchmarks/results/unlearning-DATA.json")
+    parser.add_argument("--out", type=Path, help="default runs/unlearning-DATA[-ARCHITECTURE]")
+    parser.add_argument("--kept", type=Path, help="default benchmarks/results/unlearning-DATA[-ARCHITECTURE].json")
     given = parser.parse_args(arguments)
-    out = given.out or ROOT / "runs" / f"unlearning-{given.data}"
-    recipe = RECIPES[given.data]
+    name = given.data if given.architecture == "cnn" else f"{given.data}-{given.architecture}"
+    out = given.out or ROOT / "runs" / f"unlearning-{name}"
+    results = given.kept or ROOT / "benchmarks" / "results" / f"unlearning-{name}.json"
+    recipe, block = RECIPES[given.data], BLOCKS[given.architecture]
+    if given.architecture == "vgg11":
+        recipe = recipe._replace(architecture="vgg11", width=WIDTH_OF_VGG11)
     recipe = recipe if given.epochs is None else recipe._replace(epochs=given.epochs)
     images, wrong = read(given.data, given.root, given.examples)
     x, y = images.x_train, images.y_train
@@ -212,15 +234,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     torch.manual_seed(0)
     influence = Influence(train_fn(torch.arange(len(y)), 0), curvature=ExactBlock(1e-3), layers="head", progress=False)
     memorised = influence.fit((x, y)).self_influence((x, y)).argsort(descending=True)
-    sets = forget_sets(x, y, memorised, wrong)
+    sets = forget_sets(x, y, memorised, wrong, given.draws)
     if unknown := [name for name in given.sets or [] if name not in sets]:
         parser.error(f"--sets has {unknown[0]!r}; there are {', '.join(sets)}")
-    grids = {name: grid for name, grid in {**single_steps(k), **candidates(k)}.items() if name not in given.without}
+    grids = {
+        name: grid for name, grid in {**single_steps(k, block), **candidates(k)}.items() if name not in given.without
+    }
     tables: dict[str, Any] = {}
     for name, (removed, other) in sets.items():
         if given.sets and name not in given.sets:
             continue
-        folder = out / name.replace(" ", "-").replace("%", "percent")
+        folder = out / name.replace(",", "").replace(" ", "-").replace("%", "percent")
         tune = partial(
             baselines.tune, model=network(x, recipe), train_fn=train_fn, train=(x, y), removed=other, resume=True,
             relearning_steps=1,
@@ -230,12 +254,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             seeds=given.seeds, networks=halves, relearning_steps=given.relearning_steps, resume=True, progress=False,
         )  # fmt: skip
         chosen = best_of(grids, tune, folder)
-        methods = {**ours(k), **{method: grid[chosen[method]] for method, grid in grids.items()}}
+        methods = {**ours(k, block), **{method: grid[chosen[method]] for method, grid in grids.items()}}
         table = judge(methods, out=folder / "table")
         seconds = times(methods, (x, y), removed, train_fn, folder / "seconds.json")
         tables[name] = table, chosen, seconds
-        write_whole(given.kept or _kept(given.data), _results(tables, given, images, recipe, arguments))
-    return json.loads((given.kept or _kept(given.data)).read_text(encoding="utf-8"))
+        write_whole(results, _results(tables, given, images, recipe, arguments))
+    return json.loads(results.read_text(encoding="utf-8"))
 
 
 def times(
@@ -259,14 +283,11 @@ def times(
     return found
 
 
-def _kept(name: str) -> Path:
-    return ROOT / "benchmarks" / "results" / f"unlearning-{name}.json"
-
-
 def _results(tables: dict[str, Any], given: Any, images: Data, recipe: Recipe, arguments: list[str] | None) -> str:
     """The summary as JSON, of the forget sets that are finished."""
     meta = {
         "data": given.data,
+        "architecture": recipe.architecture,
         "examples": len(images.y_train),
         "held_out": len(images.y_test),
         "seeds": given.seeds,
