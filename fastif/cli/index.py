@@ -14,7 +14,7 @@ import typer
 from fastif.cli.arguments import check, device_named, interruptible, split, terminal, writable
 from fastif.cli.config import RUN, write_config
 from fastif.cli.explaining import PAGES, write_index_pages
-from fastif.cli.fitting import FISHERS, SHOWN, TOP, damping_of, estimator_of, fisher_of, top_table
+from fastif.cli.fitting import CURVATURES, FISHERS, SHOWN, TOP, damping_of, estimator_of, fisher_of, top_table
 from fastif.cli.options import (
     FOLDER,
     Asked,
@@ -56,7 +56,7 @@ from fastif.influence.shared_folder import held
 from fastif.model.losses import MEASUREMENTS
 
 OPTIONS = "options.json"  # in the folder of an index: those of the command, with which a query finds the same curvature
-INDEXED = ("ekfac", "kfac", "diagonal", "identity")  # those with eigenvalues of single blocks
+INDEXED = tuple(name for name in CURVATURES if name not in ("cg", "lissa"))  # those that do not need the data later
 _UNKNOWN = "not measured: few examples, or the build has not ended"
 
 

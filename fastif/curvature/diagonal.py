@@ -79,7 +79,7 @@ class Diagonal(Curvature):
         return invert(self.diagonal, self.damping, used)
 
     def eigenbasis(self) -> Eigenbasis:
-        return Eigenbasis(self.diagonal, self.inverse_diagonal, _unchanged)
+        return Eigenbasis(self.diagonal, self.inverse_diagonal)
 
     def solve(self, rhs: Tensor) -> Tensor:
         """(diag(G) + λI)⁻¹ rhs for rhs [..., g, o, d]."""
@@ -121,7 +121,7 @@ class Identity(Curvature):
 
     def eigenbasis(self) -> Eigenbasis:
         ones = torch.ones(self.shape)
-        return Eigenbasis(ones, ones, _unchanged)
+        return Eigenbasis(ones, ones)
 
     def solve(self, rhs: Tensor) -> Tensor:
         return rhs
@@ -139,7 +139,3 @@ class Identity(Curvature):
     def cost(self, block: BlockWork, fit: FitWork) -> Cost:
         del block, fit
         return Cost()
-
-
-def _unchanged(gradients: Gradients) -> Gradients:
-    return gradients

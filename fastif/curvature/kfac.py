@@ -211,7 +211,7 @@ class KFAC(Curvature):
         return self._inverse
 
     def eigenbasis(self) -> Eigenbasis:
-        return Eigenbasis(self.eigenvalues, self.inverse_eigenvalues, self.rotate)
+        return Eigenbasis(self.eigenvalues, self.inverse_eigenvalues, self.output_basis, self.input_basis)
 
     def solve(self, rhs: Tensor) -> Tensor:
         """(G + λI)⁻¹ rhs for rhs [..., g, o, d]."""

@@ -18,10 +18,10 @@ from fastif.data.batches import Walked
 from fastif.data.tensor_files import load_tensors, save_tensors
 from fastif.files import Damaged, canonical
 from fastif.fingerprints import fingerprint
-from fastif.index.encoder import Encoded, Encoder
+from fastif.index.encoder import Encoded, Encoder, choose_unrotated, refuse_products
 from fastif.index.factors import Factors, Stored, dtype_named
 from fastif.index.folder import CURVATURE, EXACT, MANIFEST, Folder, Ids, IndexBlock
-from fastif.index.sampling import look, measure
+from fastif.index.sampling import draw, look, measure
 from fastif.influence.fitted import Fitted
 from fastif.influence.score_job import Part, borders_of, fit_settings
 from fastif.influence.shared_folder import held, share_of_all
@@ -30,6 +30,7 @@ from fastif.model.gradients import Gradients
 from fastif.ranks import Ranks
 
 BLOCK_BYTES = 32 << 20  # of a block, as a sample has it, where a single batch does not take more
+FEW = 8  # training examples that say how many positions a block has, and what solving makes of gradients
 _SHARED = ("loss", "model", "model code", "curvature", "estimators", "dtype", "autocast", "allow_train_mode")
 See = Callable[[int, Mapping[str, Gradients]], None]  # examples from a number on
 
@@ -52,7 +53,8 @@ def build(
 
     `see` is shown every gradient, of several ranks those of the blocks that are this one's.
     """
-    encoder, ranks = Encoder.of(fitted, dtype_named(dtype)), fitted.setup.ranks
+    stored, ranks = dtype_named(dtype), fitted.setup.ranks
+    refuse_products(fitted)
     if isinstance(share, bool) or not 0 < share <= 1:
         raise ValueError(f"index: share must be a number in (0, 1], got {share!r}")
     if threshold is not None and not 0 <= threshold < float("inf"):
@@ -82,6 +84,8 @@ def build(
                 raise ValueError(f"{path} holds blocks of an index but no {MANIFEST} that says of what; remove them")
             if ranks.rank == 0:
                 save_tensors(path / CURVATURE, fitted.state_dict(), settings["curvature state"])
+            unrotated = choose_unrotated(fitted, train, draw(train.n, fitted.setup.seed)[:FEW])
+            encoder = Encoder.of(fitted, stored, unrotated)
             cut, exact = look(encoder, train, share, fitted.setup.seed, threshold)
             if ranks.rank == 0:
                 (path / EXACT).unlink(missing_ok=True)  # of another job, which ended before its manifest
@@ -94,6 +98,7 @@ def build(
                 {
                     "settings": asked,
                     "layers": layers,
+                    "unrotated": dict(unrotated),
                     "threshold": cut.threshold,
                     "numbers": cut.numbers,
                     "measured": None,
@@ -103,7 +108,7 @@ def build(
                 ranks,
             )
             folder = Folder(path)
-        encoder = encoder.with_threshold(folder.manifest["threshold"])
+        encoder = encoder_of(folder, fitted)
         _write_missing(folder, encoder, train, 0, given, see)
         _write_measured(folder, encoder, train)
     return folder
@@ -145,8 +150,13 @@ def append(
             borders = [first + border for border in _borders(more, parts[0]["bytes"])]
             part = {"settings": own, "bytes": parts[0]["bytes"], "borders": borders}
             folder.write(ranks, parts=[*parts, part])
-        encoder = Encoder.of(fitted, dtype_named(folder.manifest["settings"]["stored"]))
-        _write_missing(folder, encoder.with_threshold(folder.manifest["threshold"]), more, first, given, None)
+        _write_missing(folder, encoder_of(folder, fitted), more, first, given, None)
+
+
+def encoder_of(folder: Folder, fitted: Fitted) -> Encoder:
+    """As the index was built."""
+    encoder = Encoder.of(fitted, dtype_named(folder.manifest["settings"]["stored"]), folder.manifest["unrotated"])
+    return encoder.with_threshold(folder.manifest["threshold"])
 
 
 def _without_unfinished(folder: Folder, ranks: Ranks) -> list[Any]:

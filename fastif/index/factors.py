@@ -11,10 +11,12 @@ from torch import Tensor
 
 from fastif.index.thin import Runs, Thin, share_of
 from fastif.index.truncation import Truncated
+from fastif.model.gradients import Dense, OneHot
 from fastif.ops import factor_dots
 
 Stored = Literal["int8", "float16", "float32"]
 _LARGEST = {torch.int8: 127.0, torch.float16: 1.0}  # what the largest entry of a vector becomes
+_HALF = (torch.float16, torch.bfloat16)
 _ENTRIES = 1 << 21  # of matrices that are made of factors at a time
 _CACHED = 1 << 18  # of vectors and their products at a time: what is written stays near until it is read
 _GAIN = 3  # by which products with int8 factors are faster than those with floats
@@ -79,35 +81,67 @@ class Factors:
         scale = None if self.scale is None else self.scale[keep]
         return Factors(self.ranks[examples], self.left[keep], self.right[keep], scale)
 
-    def dots(self, queries: Tensor, runs: Runs | None = None) -> Tensor:
+    def dots(self, queries: Tensor) -> Tensor:
         """Products with weighed queries [q, g, o, d], [q, n], on their device; of 16-bit queries they are float32.
 
         Few queries meet int8 factors by `fastif.ops.factor_dots`: each of their entries errs by at most 1/65,000 of the
-        largest in its row, or in its column; as `thinned` has them, by what that leaves out.
+        largest in its row, or in its column.
         """
-        if queries.dtype in (torch.float16, torch.bfloat16):
+        if queries.dtype in _HALF:
             queries = queries.float()  # the products of numbers that 16 bits hold need not fit them
-        q, (n, g) = len(queries), self.ranks.shape
-        integers = self.right.dtype == torch.int8 and not self.table
-        products = q * len(self.right) / (_GAIN if integers else 1)  # operations per o·d
-        few = g == 1 and products * (1 if runs is None else share_of(runs)) <= len(self.right) + (q + _FORMING) * n
-        if few and integers:
-            return self._dots_of_integers([queries[:, 0]] if runs is None else runs, queries)
-        out = queries.new_zeros((q, n))
-        if self.table or few:
+        found = self.dots_of_few([queries[:, 0]]) if self.ranks.shape[1] == 1 else None
+        if found is not None:
+            return found
+        out = queries.new_zeros((len(queries), len(self)))
+        if self.table or self._are_few(len(queries), 1.0):
             self._add_products(out, queries[:, 0])
         else:
             self._add_formed(out, queries)
         return out
 
-    def _dots_of_integers(self, runs: Runs, like: Tensor) -> Tensor:
+    def dots_of_few(self, runs: Runs) -> Tensor | None:
+        """The same with weighed queries of one group, thin or [q, o, d], where int8 factors meet them by the op; None
+        where it is less work to form matrices of the factors."""
+        one = runs[0] if runs else None
+        if one is None or self.right.dtype != torch.int8 or self.table:
+            return None
+        if not self._are_few(
+            sum(len(part[0]) if isinstance(part, Thin) else len(part) for part in runs), share_of(runs)
+        ):
+            return None
+        like = one.left if isinstance(one, Thin) else one
         left, right, ranks = (x.to(like.device) for x in (self.left, self.right, self.ranks[:, 0]))
         scale = None if self.scale is None else self.scale.to(like.device)
-        found = [like.new_zeros((0, len(self)), dtype=torch.float32)]
+        found: list[Tensor] = []
         for part in runs:
             some, along = part if isinstance(part, Thin) else (part, None)
             found.append(factor_dots(left, right, ranks, some.float(), scale, None if along is None else along.float()))
-        return torch.cat(found[1:] or found).to(like)
+        return torch.cat(found).to(torch.float32 if like.dtype in _HALF else like.dtype)
+
+    def _are_few(self, q: int, share: float) -> bool:
+        """Whether products of factors with q queries, of which `share` is left where these are thin, are less work than
+        forming each example's matrix first."""
+        products = share * q * len(self.right) / (_GAIN if self.right.dtype == torch.int8 and not self.table else 1)
+        return self.ranks.shape[1] == 1 and products <= len(self.right) + (q + _FORMING) * len(self)
+
+    def gradients(self, rows: Tensor, columns: Tensor) -> Dense | OneHot:
+        """The examples' gradients that they stand for, whose metric is x [g, o] and y [g, d]."""
+        n, g = self.ranks.shape
+        ranks = self.ranks.flatten().long()
+        most = max(1, int(ranks.max())) if len(ranks) else 1
+        there = torch.arange(most) < ranks[:, None]  # [n g, t]
+        left, right = self._vectors(slice(None), columns)
+        inputs = columns.new_zeros((n * g, most, columns.shape[1]))
+        inputs[there] = right
+        inputs = inputs.view(n, g, most, -1).transpose(0, 1) / columns[:, None, None]
+        if self.table:
+            places = torch.zeros((n, most), dtype=torch.int64)
+            places[there] = left.cpu()
+            places = places.to(columns.device)
+            return OneHot(places, inputs[0] / rows[0, places][:, :, None], rows.shape[1])
+        output_grads = rows.new_zeros((n * g, most, rows.shape[1]))
+        output_grads[there] = left
+        return Dense(inputs, output_grads.view(n, g, most, -1).transpose(0, 1) / rows[:, None, None])
 
     def _vectors(self, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
         """left, with the scale in it, and right of some factors; of a table, left is the rows and right has it."""

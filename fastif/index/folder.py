@@ -14,8 +14,8 @@ strings; and for the block of parameters that stands k-th in the manifest's `lay
     k/right [F, d]           likewise
     k/scale float32 [F]      what their product is multiplied by; not with float32
 
-Σ_f scale_f left_f right_fᵀ is M ∘ Qᵀ g, docs/math.md (26). Files appear whole or not at all, and have checksums of what
-they hold and of what it belongs to.
+Σ_f scale_f left_f right_fᵀ is M ∘ Qᵀ g, or x yᵀ ∘ g where the manifest has the layer as unrotated, docs/math.md (26).
+Files appear whole or not at all, and have checksums of what they hold and of what it belongs to.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fastif.influence.shared_folder import write_seen
 from fastif.ranks import ALONE, Ranks
 
 MANIFEST, CURVATURE, EXACT = "manifest.json", "curvature.safetensors", "exact.safetensors"
-_FORMAT = 1
+_FORMAT = 2
 _REMEDY = "remove the folder and build the index anew"
 Ids = Tensor | list[str] | None
 
@@ -60,8 +60,10 @@ class IndexBlock(NamedTuple):
 class Folder:
     """The files of an index. `manifest` is what the manifest holds:
 
-    settings: what all parts share; layers: [[name, [g, o, d], table]]; threshold; numbers: of a gradient; measured;
-    parts: of each build or append its settings and the borders of its blocks; removed: numbers of examples.
+    settings: what all parts share; layers: [[name, [g, o, d], table]]; unrotated: names of layers whose gradients stand
+    in the parameters' coordinates, with null, or with the `Metric.worth` of one whose estimator has no eigenbasis;
+    threshold; numbers: of a gradient; measured; parts: of each build or append its settings and the borders of its
+    blocks; removed: numbers of examples.
 
     Raises FileNotFoundError for a folder without an index, and `Damaged`.
     """
@@ -103,7 +105,7 @@ class Folder:
     def job(self) -> str:
         """What a block's checksum holds beside its bytes: it belongs to this index alone."""
         settings = self.manifest["settings"]
-        return checksum(canonical([settings, self.manifest["threshold"], self.manifest["layers"]]))
+        return checksum(canonical([settings, *(self.manifest[name] for name in ("threshold", "layers", "unrotated"))]))
 
     @property
     def runs(self) -> list[range]:

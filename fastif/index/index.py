@@ -1,7 +1,8 @@
 """The index: training gradients once, any number of queries.
 
-Every example's gradient is kept layer by layer in the eigenbasis of the fitted curvature, cut off where the scores feel
-it least. Scores from it have the sign, the units and the indices of `Influence.scores`. docs/math.md (26).
+Every example's gradient is kept layer by layer, in the eigenbasis of the fitted curvature where it has several
+positions, cut off where the scores feel it least. Scores from it have the sign, the units and the indices of
+`Influence.scores`. docs/math.md (26).
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from fastif.data.batches import count
 from fastif.fingerprints import fingerprint
-from fastif.index.building import append, build, check_state, load_state, remove
+from fastif.index.building import append, build, check_state, encoder_of, load_state, remove
 from fastif.index.encoder import Encoder, ready, walkable
-from fastif.index.factors import Stored, dtype_named
+from fastif.index.factors import Stored
 from fastif.index.folder import Folder, Ids
 from fastif.index.merging import merge
 from fastif.index.reading import Top, asked, join_numbers, own_blocks, own_columns, products, sum_of
@@ -91,8 +92,8 @@ class Index:
         """Walks through the training data once, after a sample of it, and writes the index.
 
         Args:
-            influence: fitted, at one model, with estimators that have eigenvalues for each block: EKFAC, KFAC, Shampoo,
-                Diagonal, Identity. Its `memory` bounds what stands beside model and data, its `seed` draws the sample.
+            influence: fitted, at one model, with estimators whose state is all that solving needs: not CG and LiSSA.
+                Its `memory` bounds what stands beside model and data, its `seed` draws the sample.
             train: the training data.
             out: the folder.
             share: of the gradients' numbers, what is kept, in (0, 1]; 1 keeps all, which of t positions is t (o + d)
@@ -112,7 +113,7 @@ class Index:
         state of the curvature (`Influence.state_dict`) the files have the bits of one process, and a job that was cut
         off goes on with any number of ranks.
 
-        Raises ValueError for estimators without eigenvalues, several checkpoints, a share that keeps nothing and
+        Raises ValueError for CG and LiSSA, several checkpoints, a share that keeps nothing and
         a folder that holds an index already; `fastif.folder_lock.FolderInUse` where somebody else writes to it.
         """
         options: dict[str, Any] = dict(share=share, dtype=dtype, self_influence=self_influence, threshold=threshold)
@@ -245,8 +246,7 @@ class Index:
         encoder = self._encoder()
         parts = list[Tensor]()
         for block in own_blocks(self._folder, self.ranks):
-            norms = [block.factors[name].sq_norms(metric.own) for name, metric in encoder.metrics.items()]
-            parts.append(torch.stack(norms).sum(0).cpu() / encoder.fitted.n)
+            parts.append(encoder.sq_norms(block.factors).cpu() / encoder.fitted.n)
         return join_numbers(parts, self.ranks)
 
     def _compare(self, op: str, arguments: Mapping[str, Any]) -> None:
@@ -378,7 +378,7 @@ class Index:
     def _encoder(self) -> Encoder:
         fitted = ready(self._influence())
         if self._made is None or self._made.fitted is not fitted:
-            self._made = Encoder.of(fitted, dtype_named(self.settings["stored"]))
+            self._made = encoder_of(self._folder, fitted)
         return self._made
 
     def _rows(self, query: Any, groups: Tensor | None) -> int:

@@ -86,7 +86,11 @@ def _determined(folder: Folder) -> dict[str, Any]:
     names = {"stored": "dtype", "own": "self_influence"}
     settings: dict[str, Any] = manifest["settings"]
     found = {names.get(name, name): value for name, value in settings.items()}
-    return {**found, "threshold": manifest["threshold"], "list of layers": manifest["layers"]}
+    return {
+        **found,
+        "threshold": manifest["threshold"],
+        "list of layers": [manifest["layers"], sorted(manifest["unrotated"])],
+    }
 
 
 def _check_ids(parts: Sequence[Folder]) -> None:

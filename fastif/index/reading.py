@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -11,8 +13,10 @@ from torch import Tensor
 from fastif.index.encoder import Encoder
 from fastif.index.factors import Factors
 from fastif.index.folder import Folder, IndexBlock
+from fastif.index.metric import Metric
 from fastif.index.thin import Runs, singly, thinned
 from fastif.influence.shared_folder import share_of_all
+from fastif.model.gradients import Dense
 from fastif.ranks import Ranks
 
 
@@ -42,11 +46,34 @@ def join_numbers(parts: list[Tensor], ranks: Ranks) -> Tensor:
     return ranks.join("what blocks hold", own, ranks.device).cpu()
 
 
-class Asked(NamedTuple):
+@dataclass(frozen=True)
+class Asked:
     """Weighed queries of one block of parameters."""
 
-    queries: Tensor  # [q, g, o, d]
-    runs: Runs | None  # the same for int8 factors, thin where that is less work
+    weighed: Tensor  # [q, g, o, d]
+    metric: Metric
+    runs: Runs | None = None  # as they meet int8 factors, thin where that is less work
+    turns_factors: bool = False  # whether factors are turned to meet them
+
+    @cached_property
+    def queries(self) -> Tensor:
+        """As they meet factors, [q, g, o, d]."""
+        return self.metric.to_meet(self.weighed)
+
+    def products(self, factors: Factors) -> Tensor:
+        """[q, n]."""
+        if self.turns_factors:
+            gradients = factors.gradients(self.metric.rows, self.metric.columns)
+            assert isinstance(gradients, Dense)
+            return self.metric.turn(gradients).dots(self.weighed)
+        found = None if self.runs is None else factors.dots_of_few(self.runs)
+        return factors.dots(self.queries) if found is None else found
+
+    def singly(self) -> Iterator[Asked]:
+        """The same queries, each asked on its own."""
+        runs = None if self.runs is None else [one for part in self.runs for one in singly(part)]
+        for number, query in enumerate(self.weighed.split(1)):
+            yield Asked(query, self.metric, None if runs is None else [runs[number]], self.turns_factors)
 
 
 def asked(encoder: Encoder, folder: Folder, held: Mapping[str, Tensor], n: int, first: int = 0) -> dict[str, Asked]:
@@ -56,11 +83,18 @@ def asked(encoder: Encoder, folder: Folder, held: Mapping[str, Tensor], n: int, 
     """
     found: dict[str, Asked] = {}
     for name, (g, _, _), table in folder.manifest["layers"]:
-        queries = held[name]
-        _check_finite(queries, queries, name, first)
+        weighed, metric = held[name], encoder.metrics[name]
+        _check_finite(weighed, weighed, name, first)
         # On a GPU, the op forms thin queries whole again.
-        thin = encoder.dtype == torch.int8 and g == 1 and not table and queries.device.type == "cpu"
-        found[name] = Asked(queries, thinned(queries[:, 0], n) if thin else None)
+        integers = encoder.dtype == torch.int8 and g == 1 and not table and weighed.device.type == "cpu"
+        runs = thinned(weighed[:, 0], n) if integers else None
+        whole = 0 if runs is None else sum(len(part) for part in runs if isinstance(part, Tensor))
+        if metric.turns_factors(len(weighed) if runs is None else whole, n):
+            found[name] = Asked(weighed, metric, turns_factors=True)
+        elif runs is None:
+            found[name] = Asked(weighed, metric)
+        else:
+            found[name] = Asked(weighed, metric, [metric.to_meet(part) for part in runs])
     return found
 
 
@@ -69,13 +103,13 @@ def products(factors: Mapping[str, Factors], held: Mapping[str, Asked], first: i
     found: dict[str, Tensor] = {}
     for name, part in factors.items():
         try:
-            found[name] = part.dots(*held[name]).cpu()
+            found[name] = held[name].products(part).cpu()
         except ValueError as error:
             number = _first_refused(part, held[name])
             if number is None:
                 raise
-            raise _too_large(first + number, name, held[name].queries) from error
-        _check_finite(found[name], held[name].queries, name, first)
+            raise _too_large(first + number, name, held[name].weighed) from error
+        _check_finite(found[name], held[name].weighed, name, first)
     return found
 
 
@@ -89,18 +123,12 @@ def _check_finite(values: Tensor, queries: Tensor, block: str, first: int) -> No
 def _first_refused(factors: Factors, held: Asked) -> int | None:
     """The first query whose products the op refuses by themselves, thin or whole as they were: it does not say which
     overflow. None: it is no single one's fault."""
-    for number, one in enumerate(_one_by_one(held)):
+    for number, one in enumerate(held.singly()):
         try:
-            factors.dots(*one)
+            one.products(factors)
         except ValueError:
             return number
     return None
-
-
-def _one_by_one(held: Asked) -> Iterator[Asked]:
-    runs = None if held.runs is None else [one for part in held.runs for one in singly(part)]
-    for number, query in enumerate(held.queries.split(1)):
-        yield Asked(query, None if runs is None else [runs[number]])
 
 
 def _too_large(query: int, block: str, queries: Tensor) -> ValueError:

@@ -18,7 +18,7 @@ from fastif.correlation import pearson, spearman
 from fastif.curvature.directions import Directions
 from fastif.data.batches import Walked
 from fastif.data.dealing import Part, deal_picked
-from fastif.index.encoder import Encoder, Sizes
+from fastif.index.encoder import Encoder, Sizes, by_loss, part_of
 from fastif.index.folder import Folder
 from fastif.index.reading import asked, products, sum_of
 from fastif.influence.fitted import Fitted
@@ -114,7 +114,7 @@ def _look_at(
     encoder: Encoder, train: Walked, examples: Tensor, pairs: Pairs | None
 ) -> tuple[list[dict[str, Sizes]], Tensor | None]:
     """Sizes by batch and block, and with pairs the exact scores of the examples, [q, m]."""
-    fitted, ranks = _by_loss(encoder.fitted), encoder.fitted.setup.ranks
+    fitted, ranks = by_loss(encoder.fitted), encoder.fitted.setup.ranks
     part, own = own_part_of(train, examples, ranks), list[dict[str, Sizes]]()
     rows: list[Tensor] = []
     if part is not None:
@@ -152,11 +152,6 @@ def exact_scores(fitted: Fitted, held: Mapping[str, list[Directions]], gradients
     return torch.stack(parts).sum(0).cpu()
 
 
-def _by_loss(fitted: Fitted) -> Fitted:
-    """For training examples as queries, without the other ranks."""
-    return fitted.alone._replace(setup=fitted.alone.setup._replace(measurement="loss"))
-
-
 def _of_all_ranks(own: list[dict[str, Sizes]], ranks: Ranks) -> list[dict[str, Sizes]]:
     """Sizes by batch and block, those of the first rank's batches first."""
     if ranks.world == 1:
@@ -169,11 +164,6 @@ def _of_all_ranks(own: list[dict[str, Sizes]], ranks: Ranks) -> list[dict[str, S
         for theirs, batches in zip(gathered, told, strict=True)
         for i, one in enumerate(batches)
     ]
-
-
-def part_of(train: Walked, examples: Tensor) -> Part:
-    """Some examples, in the order of the data."""
-    return Part(train, train.batch_size, [range(i, i + 1) for i in examples.sort().values.tolist()])
 
 
 def own_part_of(train: Walked, examples: Tensor, ranks: Ranks) -> Part | None:
@@ -231,7 +221,7 @@ def measure(encoder: Encoder, folder: Folder, train: Walked, exact: Tensor) -> M
 
     Examples that were taken out since are left out; None where that leaves fewer than two.
     """
-    fitted, ranks = _by_loss(encoder.fitted), encoder.fitted.setup.ranks
+    fitted, ranks = by_loss(encoder.fitted), encoder.fitted.setup.ranks
     pairs = draw_pairs(train.n, fitted.setup.seed)
     assert pairs is not None
     q, there = len(pairs.queries), torch.isin(pairs.examples, folder.examples)

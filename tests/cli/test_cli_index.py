@@ -66,7 +66,8 @@ def test_it_goes_on_where_it_was_cut_off(run, script, built):
         (["index", "ownscript:problem", "--out", "b", "--share", "2"], "--share must be in (0, 1], got 2.0"),
         (
             ["index", "ownscript:problem", "--out", "b", "--curvature", "cg"],
-            "--curvature must be one of ekfac, kfac, diagonal, identity, got cg",
+            "--curvature must be one of ekfac, kfac, diagonal, identity, exact, arnoldi, data-inf, random-projection, "
+            "got cg",
         ),
         (["query", "out", "ownscript:problem", "--top", "41"], "--top must be in [1, 40], the training examples"),
         (["query", "out", "ownscript:problem", "--rerank", "5"], "--rerank must be 0, or in [--top 10, 40], got 5"),

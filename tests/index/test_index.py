@@ -4,7 +4,21 @@ import pytest
 import torch
 
 import fastif
-from fastif import EKFAC, KFAC, Diagonal, Identity, Index, Influence, Shampoo, TrainingDamping, answer
+from fastif import (
+    EKFAC,
+    KFAC,
+    Arnoldi,
+    DataInf,
+    Diagonal,
+    ExactBlock,
+    Identity,
+    Index,
+    Influence,
+    RandomProjection,
+    Shampoo,
+    TrainingDamping,
+    answer,
+)
 from fastif.index import building
 from tests.helpers.indexed import BATCH, PROBLEMS, N, bits, fitted, linear
 
@@ -16,6 +30,11 @@ CURVATURES = {
     "shampoo": lambda: Shampoo(1e-2, fisher="empirical"),
     "diagonal": lambda: Diagonal(1e-2, fisher="empirical"),
     "identity": lambda: Identity(),
+    "exact": lambda: ExactBlock(1e-2, fisher="empirical"),
+    "exact, joint": lambda: ExactBlock(1e-2, fisher="empirical", joint=True),
+    "datainf": lambda: DataInf(0.1),
+    "arnoldi": lambda: Arnoldi(4, 1e-2),
+    "random projection": lambda: RandomProjection(20, damping=1e-2, fisher="empirical"),
     "training damping": lambda: EKFAC(TrainingDamping(20.0), fisher="empirical"),
 }
 
@@ -252,14 +271,13 @@ def test_bad_input_is_named(tmp_path, name):
         assert not (tmp_path / "index" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize(
-    "curvature", [fastif.ExactBlock(1e-2), fastif.DataInf(0.1), fastif.CG(1e-2), fastif.Arnoldi(4, 1e-2)], ids=str
-)
-def test_estimators_without_eigenvalues_are_refused_with_what_would_do(tmp_path, curvature):
+@pytest.mark.parametrize("curvature", [fastif.CG(1e-2), fastif.LiSSA(1e-2, scale=20.0)], ids=["cg", "lissa"])
+def test_estimators_that_need_the_data_for_each_query_are_refused_with_what_would_do(tmp_path, curvature):
     model, train, _, loss = linear()
     influence = fitted(model, train, loss, curvature)
-    with pytest.raises(ValueError, match=r"has no eigenvalues of single blocks.*EKFAC, KFAC, Shampoo, Diagonal and"):
-        Index.build(influence, train, tmp_path)
+    with pytest.raises(ValueError, match=r"of which no state is kept.*EKFAC, KFAC, Shampoo, Diagonal, Identity, Exact"):
+        Index.build(influence, train, tmp_path / "index")
+    assert not (tmp_path / "index").exists()
 
 
 def test_several_checkpoints_are_refused(tmp_path):

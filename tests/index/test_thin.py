@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from fastif.index.factors import Factors
+from fastif.index.metric import Metric
 from fastif.index.reading import Asked, products
 from fastif.index.thin import REST, Thin, share_of, thinned
 from tests import reference
 from tests.ops.test_factor_dots import error_bound, problem
 
+PLAIN = Metric.without_basis((1, 1, 1), 1.0, torch.device("cpu"), torch.float32)
 MANY = 10**6  # examples: enough that any saving pays
 
 
@@ -66,12 +68,11 @@ def test_the_query_that_overflows_is_named_thin_or_whole():
     for runs in ([queries], thinned(queries, MANY)):
         assert isinstance(runs[0], Thin) == (runs[0] is not queries)
         with pytest.raises(ValueError, match="scores of query 4 are not finite in block 'w'"):
-            products({"w": factors}, {"w": Asked(queries[:, None], runs)}, first=3)
+            products({"w": factors}, {"w": Asked(queries[:, None], PLAIN, runs)}, first=3)
 
 
 def test_what_no_single_query_is_at_fault_for_is_said_as_it_is(monkeypatch):
-    def dots(_, queries, runs):
-        assert runs is None
+    def dots(_, queries):
         if len(queries) > 1:
             raise ValueError("two at once")
         return torch.zeros(1, 4)
@@ -80,7 +81,7 @@ def test_what_no_single_query_is_at_fault_for_is_said_as_it_is(monkeypatch):
     nothing = torch.zeros(4, 1, dtype=torch.int8)
     factors = Factors(torch.ones(4, 1, dtype=torch.int32), nothing, nothing, None)
     with pytest.raises(ValueError, match="^two at once$"):
-        products({"w": factors}, {"w": Asked(torch.zeros(2, 1, 1, 1), None)})
+        products({"w": factors}, {"w": Asked(torch.zeros(2, 1, 1, 1), PLAIN)})
 
 
 def test_no_queries():
@@ -114,7 +115,7 @@ def test_products_with_thin_queries_err_by_no_more_than_what_is_left_out(q):
     runs = thinned(queries, MANY)
     (thin,) = runs
     assert isinstance(thin, Thin)
-    found, wanted = factors.dots(queries[:, None], runs), reference.factor_dots(**given | {"queries": queries})
+    found, wanted = factors.dots_of_few(runs), reference.factor_dots(**given | {"queries": queries})
     rounding = error_bound(**given | {"queries": thin.left, "along": thin.right})
     left, right = (given[name].double().norm(dim=1) for name in ("left", "right"))
     owners = torch.arange(300).repeat_interleave(given["ranks"].long())

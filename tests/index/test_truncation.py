@@ -15,7 +15,7 @@ def metric(g, o, d, dtype=torch.float64):
     draw = torch.Generator().manual_seed(3)
     values = torch.rand((g, o, d), generator=draw, dtype=torch.float64).pow(4) * 10
     inverse = 1 / (values + 0.1)
-    return Metric.of(Eigenbasis(values.to(dtype), inverse.to(dtype), lambda g: g), torch.device("cpu"), dtype)
+    return Metric.of(Eigenbasis(values.to(dtype), inverse.to(dtype)), torch.device("cpu"), dtype)
 
 
 def gradients(kind, g, n, t, o, d, dtype=torch.float64):
@@ -125,7 +125,7 @@ def test_the_metric_is_a_product_with_the_sums_of_its_own():
     draw = torch.Generator().manual_seed(5)
     values = torch.rand((2, 6, 5), generator=draw, dtype=torch.float64).pow(3)
     inverse = 1 / (values + 0.01)
-    own = Metric.of(Eigenbasis(values, inverse, lambda g: g), torch.device("cpu"), torch.float64)
+    own = Metric.of(Eigenbasis(values, inverse), torch.device("cpu"), torch.float64)
     weights = values + values.mean((1, 2), keepdim=True) / 1000
     wanted = weights * weights * inverse.square()
     found = weights * (own.rows[:, :, None] * own.columns[:, None]).square()
