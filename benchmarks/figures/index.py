@@ -40,23 +40,27 @@ def index_table(name: str) -> str:
                 f"| {name_of} | {100 * row['bytes']:.2g} %{own} | {figures} | {row['r']:.3f} | {row['rho']:.3f} | "
                 f"{row['top']:.2f} |"
             )
-        one = extra["one_pass"]
-        apart.append(
-            f"{label} {one['apart']:.1f} s and {one['together']:.1f} s ({one['apart'] / one['together']:.2f}×)"
-        )
+        if one := extra["one_pass"]:
+            ratio = one["apart"] / one["together"]
+            apart.append(f"{label} {one['apart']:.1f} s and {one['together']:.1f} s ({ratio:.2f}×)")
     if not models:
         grown = next(benchmark["extra_info"]["growth"] for benchmark in results["benchmarks"])
         made = f"{tables._machine(results)}. Made by `FASTIF_BENCH=growth make bench-index`."
         return "\n".join([*_growth(grown), made])
-    kinds = {"index-large-cpu": "FASTIF_BENCH=large ", "index-whole-cpu": "FASTIF_BENCH=whole FASTIF_BENCH_SCALE=1 "}
+    kinds = {
+        "index-large-cpu": "FASTIF_BENCH=large ",
+        "index-whole-cpu": "FASTIF_BENCH=whole FASTIF_BENCH_SCALE=1 ",
+        "index-texts-cpu": "FASTIF_BENCH=texts FASTIF_BENCH_SCALE=1 ",
+    }
+    from_one = "Scores, self-influence and an index one after another, and from one walk: "
+    once = f"{from_one}{'; '.join(apart)}. " if apart else ""
     command = f"{kinds.get(name, '')}make bench-index"
     lines += [
         "",
         "EK-FAC with the empirical Fisher, damping 1e-3; processor seconds. In brackets: bytes of an example, the "
         "build as a multiple of a walk with one query (its sample and its measured error are in it), and by how much "
         "asking the index is faster than a walk with as many queries. With share=1 in float32 the scores are those of "
-        "`Influence.scores` to 1e-5, which is asserted. Scores, self-influence and an index one after another, and "
-        f"from one walk: {'; '.join(apart)}. {tables._machine(results)}. Made by `{command}`.",
+        f"`Influence.scores` to 1e-5, which is asserted. {once}{tables._machine(results)}. Made by `{command}`.",
     ]
     return "\n".join(lines)
 

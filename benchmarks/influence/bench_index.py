@@ -8,6 +8,7 @@ index_peers.py. Models and data are those of bench_influence.py, and so are FAST
 
 FASTIF_BENCH=large takes a ResNet-9 and a GPT of ten million parameters instead, of fewer examples, with one share and
 no projections; FASTIF_BENCH=whole with FASTIF_BENCH_SCALE=1 the MLP and the CNN with all examples, likewise;
+FASTIF_BENCH=texts with FASTIF_BENCH_SCALE=1 that GPT with ten thousand texts and a single query, an hour;
 FASTIF_BENCH=growth the growth with n to a million examples, whose factors are drawn at random, beside a copy's rate.
 
 `make bench-index` keeps the figures, and with FASTIF_BENCH those of the others.
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import fastif
-from benchmarks.influence.bench_influence import DAMPING, DATA, Work, cnn, gpt, gpt10m, mlp, resnet9, size
+from benchmarks.influence.bench_influence import DAMPING, DATA, Work, cnn, gpt, gpt10m, gpt10m_whole, mlp, resnet9, size
 from benchmarks.influence.index_peers import QUERIES, installed, logra, repeated, stored_pairs, timed, trak
 from fastif.index.factors import Factors
 from fastif.index.folder import CURVATURE, Folder, IndexBlock
@@ -35,7 +36,9 @@ from fastif.index.sampling import compare
 SHARES = (0.01, 0.04, 0.16)  # of the numbers; a quarter of that of the bytes, in int8
 BYTES = (0.0025, 0.01, 0.04)  # of float32 gradients, for projections
 BENCH = os.environ.get("FASTIF_BENCH", "")
-MODELS = {"growth": (), "large": (resnet9, gpt10m), "whole": (mlp, cnn)}.get(BENCH, (mlp, cnn, gpt))
+MODELS = {"growth": (), "large": (resnet9, gpt10m), "whole": (mlp, cnn), "texts": (gpt10m_whole,)}.get(
+    BENCH, (mlp, cnn, gpt)
+)
 MOST = size(1250)  # training examples of the large ones
 GROWTH = (10_000, 100_000, 1_000_000)
 
@@ -90,11 +93,13 @@ def peers(make: Callable[[], Work]) -> list[Callable[[Work, Tensor, float, str],
 def test_index(benchmark, capsys, make):
     work = make()
     shares, stored, queries = SHARES, BYTES, QUERIES
-    if BENCH in ("large", "whole"):
+    if BENCH:
         shares, stored = SHARES[1:2], ()
     if BENCH == "large":
         queries = QUERIES[:2]
         work = work._replace(train=(work.train[0][:MOST], work.train[1][:MOST]))
+    if BENCH == "texts":
+        queries = QUERIES[:1]
     n = len(work.train[0])
     influence = fastif.Influence(
         work.model,
@@ -106,9 +111,10 @@ def test_index(benchmark, capsys, make):
     ).fit(work.train)
     exact = influence.scores(work.query, work.train)
     with tempfile.TemporaryDirectory() as folder:
-        some = tuple(x[:100] for x in work.train)
+        few = 16 if BENCH == "texts" else 100
+        some = tuple(x[:few] for x in work.train)
         scores = fastif.Index.build(influence, some, folder, share=1, dtype="float32").scores(work.query)
-        wanted = exact[:, :100]
+        wanted = exact[:, :few]
         assert float((scores - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
     walks = {q: timed(lambda q=q: influence.scores(repeated(work.query, q), work.train)) for q in queries}
     numbers = sum(torch.Size(shape).numel() for shape in work_shapes(influence))
@@ -137,10 +143,13 @@ def test_index(benchmark, capsys, make):
         with tempfile.TemporaryDirectory() as folder:
             row = peer(work, exact, rows[0]["bytes_each"], folder)
         rows.append({**row, "bytes": row["bytes_each"] / (4 * numbers)})
-    alone, together = one_pass(work, influence)
+    once = None
+    if BENCH != "texts":
+        alone, together = one_pass(work, influence)
+        once = {"apart": alone, "together": together}
     benchmark.pedantic(lambda: None, rounds=1)
     benchmark.extra_info.update(
-        n=n, q=len(work.query[0]), parameters=numbers, rows=rows, one_pass={"apart": alone, "together": together},
+        n=n, q=len(work.query[0]), parameters=numbers, rows=rows, one_pass=once,
         walks={q: walk[1] for q, walk in walks.items()},
     )  # fmt: skip
     with capsys.disabled():
@@ -155,7 +164,9 @@ def test_index(benchmark, capsys, make):
                 asked = ", ".join(f"{q}: {s:.3f}" for q, s in row["asked"].items())
                 print(f"; build {row['build']:.2f} s, asked {asked}", end="")
             print()
-        print(f"  scores, self-influence and index apart {alone:.2f} s, from one walk {together:.2f} s")
+        if once is not None:
+            apart, one = once["apart"], once["together"]
+            print(f"  scores, self-influence and index apart {apart:.2f} s, from one walk {one:.2f} s")
 
 
 def one_pass(work: Work, influence: Any) -> tuple[float, float]:

@@ -162,6 +162,11 @@ def gpt10m() -> Work:
     return text_work(1250, 100, (100, 300), 384, 6, 6)
 
 
+def gpt10m_whole() -> Work:
+    """The same, with the texts of BANKING77 but for a few."""
+    return text_work(9_990, 4, (100, 300), 384, 6, 6)
+
+
 def text_work(n: int, q: int, parts: tuple[int, int], width: int, depth: int, heads: int) -> Work:
     length = 24
     folder = next(f for f in (Path(DATA or "."), Path(DATA or ".") / "banking77") if (f / "train.csv").is_file())
