@@ -216,10 +216,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--sets", nargs="+", metavar="NAME", help="default all")
     parser.add_argument("--without", nargs="+", metavar="METHOD", default=[], help="methods to leave out")
     parser.add_argument("--relearning-steps", type=int, default=100)
-    parser.add_argument("--out", type=Path, help="default runs/unlearning-DATA[-ARCHITECTURE]")
-    parser.add_argument("--kept", type=Path, help="default benchmarks/results/unlearning-DATA[-ARCHITECTURE].json")
+    parser.add_argument("--out", type=Path, help="default runs/unlearning-DATA[-ARCHITECTURE][-draws]")
+    parser.add_argument(
+        "--kept", type=Path, help="default benchmarks/results/unlearning-DATA[-ARCHITECTURE][-draws].json"
+    )
     given = parser.parse_args(arguments)
-    name = given.data if given.architecture == "cnn" else f"{given.data}-{given.architecture}"
+    name = given.data + ("" if given.architecture == "cnn" else f"-{given.architecture}")
+    name += "-draws" if given.draws > 1 else ""
     out = given.out or ROOT / "runs" / f"unlearning-{name}"
     results = given.kept or ROOT / "benchmarks" / "results" / f"unlearning-{name}.json"
     recipe, block = RECIPES[given.data], BLOCKS[given.architecture]

@@ -18,6 +18,7 @@ def with_tables(page: str) -> str:
             "unlearning": unlearning.unlearning_table,
             "people": unlearning.people_table,
             "removal-glance": removals.glance_table,
+            "removal-spread": removals.spread_table,
             "removal-sequence": removals.sequence_table,
             "removal-layers": tables.removal_layers_table,
             "published": tables.published_table,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.figures.tables import made_by, results_of
@@ -56,6 +56,37 @@ def glance_table(name: str) -> str:
             f"another seed. Bold: the best of what takes at most {100 * MOST:.0f} % of retraining's processor seconds "
             f"on that set. {meta['examples']:,} training examples, {meta['epochs']} epochs, {meta['held_out']:,} held "
             f"out; {made_by(meta)}",
+        ]
+    )
+
+
+def spread_table(name: str) -> str:
+    """Tug-of-war and membership of every method over several draws of the same share, ± their standard deviation."""
+    results = results_of(name.replace("removal-spread", "unlearning"))
+    meta, sets = results["meta"], [*results["sets"].values()]
+    lines = [
+        "| | tug-of-war | least | most | membership AUC | of the retrained ones' | best within "
+        f"{100 * MOST:.0f} % | of retraining's time |",
+        "|---" * 8 + "|",
+    ]
+    best = [best_within(found) for found in sets]
+    for method in (row["method"] for row in sets[0]["summary"]):
+        rows = [{row["method"]: row for row in found["summary"]} for found in sets]
+        worth, auc = ([row[method][f"{key}_mean"] for row in rows] for key in ("tug_of_war", "membership_auc"))
+        away = [mine - row["retrained"]["membership_auc_mean"] for mine, row in zip(auc, rows, strict=True)]
+        plain = method in PLAIN
+        cells = [f"*{method}*" if plain else method, f"{fmean(worth):.3f} ± {stdev(worth):.3f}"]
+        cells += [f"{min(worth):.3f}", f"{max(worth):.3f}", f"{fmean(auc):.3f} ± {stdev(auc):.3f}"]
+        cells.append("" if method == "retrained" else f"{fmean(away):+.3f} ± {stdev(away):.3f}")
+        cells.append("" if plain else f"{best.count(method)} of {len(sets)}")
+        cells.append("" if plain else f"{100 * fmean(share_of(found, method) for found in sets):.1f} %")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{len(sets)} draws of {min(meta['removed'].values())} of {meta['examples']:,} training examples, "
+            f"{meta['seeds']} trained networks of each; ± the standard deviation over draws. {made_by(meta)}",
         ]
     )
 
