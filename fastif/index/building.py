@@ -18,7 +18,7 @@ from fastif.data.batches import Walked
 from fastif.data.tensor_files import load_tensors, save_tensors
 from fastif.files import Damaged, canonical
 from fastif.fingerprints import fingerprint
-from fastif.index.encoder import Encoded, Encoder, choose_unrotated, refuse_products
+from fastif.index.encoder import Encoded, Encoder, refuse_products, worth_of
 from fastif.index.factors import Factors, Stored, dtype_named
 from fastif.index.folder import CURVATURE, EXACT, MANIFEST, Folder, Ids, IndexBlock
 from fastif.index.sampling import draw, look, measure
@@ -30,7 +30,7 @@ from fastif.model.gradients import Gradients
 from fastif.ranks import Ranks
 
 BLOCK_BYTES = 32 << 20  # of a block, as a sample has it, where a single batch does not take more
-FEW = 8  # training examples that say how many positions a block has, and what solving makes of gradients
+FEW = 8  # training examples that say what solving makes of gradients
 _SHARED = ("loss", "model", "model code", "curvature", "estimators", "dtype", "autocast", "allow_train_mode")
 See = Callable[[int, Mapping[str, Gradients]], None]  # examples from a number on
 
@@ -84,8 +84,8 @@ def build(
                 raise ValueError(f"{path} holds blocks of an index but no {MANIFEST} that says of what; remove them")
             if ranks.rank == 0:
                 save_tensors(path / CURVATURE, fitted.state_dict(), settings["curvature state"])
-            unrotated = choose_unrotated(fitted, train, draw(train.n, fitted.setup.seed)[:FEW])
-            encoder = Encoder.of(fitted, stored, unrotated)
+            worth = worth_of(fitted, train, draw(train.n, fitted.setup.seed)[:FEW])
+            encoder = Encoder.of(fitted, stored, worth)
             cut, exact = look(encoder, train, share, fitted.setup.seed, threshold)
             if ranks.rank == 0:
                 (path / EXACT).unlink(missing_ok=True)  # of another job, which ended before its manifest
@@ -98,7 +98,7 @@ def build(
                 {
                     "settings": asked,
                     "layers": layers,
-                    "unrotated": dict(unrotated),
+                    "worth": worth,
                     "threshold": cut.threshold,
                     "numbers": cut.numbers,
                     "measured": None,
@@ -155,7 +155,7 @@ def append(
 
 def encoder_of(folder: Folder, fitted: Fitted) -> Encoder:
     """As the index was built."""
-    encoder = Encoder.of(fitted, dtype_named(folder.manifest["settings"]["stored"]), folder.manifest["unrotated"])
+    encoder = Encoder.of(fitted, dtype_named(folder.manifest["settings"]["stored"]), folder.manifest["worth"])
     return encoder.with_threshold(folder.manifest["threshold"])
 
 

@@ -14,14 +14,14 @@ from fastif.curvature.network import NetworkCurvature
 from fastif.data.batches import Walked, walked
 from fastif.data.dealing import Part
 from fastif.data.loaders import Sharded, needs_all
-from fastif.index.factors import Factors
-from fastif.index.metric import Metric, Unrotated
+from fastif.index.factors import ENTRIES, Factors
+from fastif.index.metric import Metric
 from fastif.index.truncation import count_numbers, is_table, squares_of, truncate, vector_numbers
 from fastif.influence.fitted import Fitted
 from fastif.influence.influence import Influence
 from fastif.influence.queries import MADE
 from fastif.model.calls import dtype_of
-from fastif.model.gradients import Dense, Gradients
+from fastif.model.gradients import Gradients
 from fastif.sharded import refuse_sharded
 
 
@@ -42,17 +42,16 @@ class Encoder:
     threshold: float = 0.0  # σ² per number of a factor, below which it is dropped
 
     @classmethod
-    def of(cls, fitted: Fitted, dtype: torch.dtype, unrotated: Unrotated) -> Encoder:
-        """`unrotated` as `choose_unrotated` gives it, and a folder keeps it."""
+    def of(cls, fitted: Fitted, dtype: torch.dtype, worth: Mapping[str, float]) -> Encoder:
+        """`worth` as `worth_of` gives it, and a folder keeps it."""
         metrics: dict[str, Metric] = {}
         like: dict[str, Any] = {"device": fitted.setup.device, "dtype": dtype_of(fitted.setup.model)}
         for name, estimator in _only(fitted).by_block.items():
-            basis, worth = estimator.eigenbasis(), unrotated.get(name)
-            if basis is not None:
-                metrics[name] = Metric.of(basis, **like, unrotated=name in unrotated)
+            basis = estimator.eigenbasis()
+            if basis is None:
+                metrics[name] = Metric.without_basis(fitted.setup.capture.blocks[name].shape, worth[name], **like)
             else:
-                assert worth is not None
-                metrics[name] = Metric.without_basis(fitted.setup.capture.blocks[name].shape, worth, **like)
+                metrics[name] = Metric.of(basis, **like)
         return cls(fitted, metrics, dtype)
 
     def with_threshold(self, threshold: float) -> Encoder:
@@ -60,31 +59,24 @@ class Encoder:
 
     def encode(self, gradients: Mapping[str, Gradients], own: bool = False) -> Encoded:
         """As they are stored; with own, each one's score on itself too, of all of the gradient."""
-        factors, norms = dict[str, Factors](), list[Tensor]()
-        for name, metric in self.metrics.items():
-            truncated = truncate(gradients[name], metric, self.threshold, own and metric.stores_rotated)
-            factors[name] = Factors.store(truncated, self.dtype)
-            if truncated.own is not None:
-                norms.append(truncated.own)
-        if own:
-            norms += self._sq_norms_of_parts(gradients)
-        return Encoded(factors, (torch.stack(norms).sum(0) / self.fitted.n).cpu() if own else None)
+        factors = {
+            name: Factors.store(truncate(gradients[name], metric, self.threshold), self.dtype)
+            for name, metric in self.metrics.items()
+        }
+        return Encoded(factors, self._own(gradients) if own else None)
 
-    def sq_norms(self, factors: Mapping[str, Factors]) -> Tensor:
-        """Of examples that are stored each one's score on itself, [n], times n: of what is kept of its gradient."""
-        norms = [factors[name].sq_norms(metric.own) for name, metric in self.metrics.items() if metric.stores_rotated]
-        own = {name: metric for name, metric in self.metrics.items() if not metric.stores_rotated}
-        as_gradients = {name: factors[name].gradients(metric.rows, metric.columns) for name, metric in own.items()}
-        return torch.stack(norms + self._sq_norms_of_parts(as_gradients)).sum(0)
+    def self_influence(self, factors: Mapping[str, Factors]) -> Tensor:
+        """Of examples that are stored each one's score on itself, [n], of what is kept of its gradient."""
+        sizes = [int(factors[name].ranks.max()) * m.shape[0] * sum(m.shape[1:]) for name, m in self.metrics.items()]
+        each, n = max(1, ENTRIES // max(1, sum(sizes))), len(next(iter(factors.values())))
+        parts: list[Tensor] = []
+        for rows in torch.arange(n).split(each):
+            some = {name: factors[name].select(rows).gradients(m.rows, m.columns) for name, m in self.metrics.items()}
+            parts.append(self._own(some))
+        return torch.cat(parts)
 
-    def _sq_norms_of_parts(self, gradients: Mapping[str, Gradients]) -> list[Tensor]:
-        """Those of blocks that are stored unrotated, as their estimators have them."""
-        parts = _only(self.fitted).parts.items()
-        return [
-            part.sq_norms({name: gradients[name] for name in names})
-            for names, part in parts
-            if not any(self.metrics[name].stores_rotated for name in names)
-        ]
+    def _own(self, gradients: Mapping[str, Gradients]) -> Tensor:
+        return (_only(self.fitted).sq_norms(gradients) / self.fitted.n).cpu()
 
     def look_at(self, gradients: Mapping[str, Gradients]) -> dict[str, Sizes]:
         """σ² of some examples by block, and what factors of the block take."""
@@ -172,39 +164,29 @@ def refuse_products(fitted: Fitted) -> None:
             )
 
 
-def choose_unrotated(fitted: Fitted, train: Walked, sample: Tensor) -> Unrotated:
-    """Which blocks' gradients are stored unrotated: those that have one position in a few training examples, int64 [m],
-    and those of estimators without an eigenbasis, with their `Metric.worth`: the mean square of what these solve for.
-
-    Of several ranks the first looks.
-    """
-    ranks = fitted.setup.ranks
-    (found, *_) = ranks.meet("which blocks to rotate", _unrotated(fitted, train, sample) if ranks.rank == 0 else None)
-    return found
-
-
-def _unrotated(fitted: Fitted, train: Walked, sample: Tensor) -> Unrotated:
-    curvature, fitted = _only(fitted), by_loss(fitted)
-    positions = dict.fromkeys(curvature.by_block, 1)
-    squares: dict[str, list[float]] = {}
-    with fitted.passes.running(fitted.setup.states[0]):
-        for _, n, gradients in fitted.passes.gradients(part_of(train, sample), "index, a few examples"):
-            for names, part in curvature.parts.items():
-                if all(
-                    estimator.eigenbasis() is not None for estimator in (curvature.by_block[name] for name in names)
-                ):
-                    for name in names:
-                        one = gradients[name].rows(0, 1)
-                        single = isinstance(one, Dense) and one.inputs.shape[0] == one.positions == 1
-                        positions[name] = max(positions[name], 1 if single else 2)
-                    continue
+def worth_of(fitted: Fitted, train: Walked, sample: Tensor) -> dict[str, float]:
+    """`Metric.worth` of blocks whose estimators have no eigenbasis: the mean square of what these solve for, for a few
+    training examples' gradients, int64 [m]. Of several ranks the first looks."""
+    parts = {
+        names: part
+        for names, part in _only(fitted).parts.items()
+        if any(_only(fitted).by_block[name].eigenbasis() is None for name in names)
+    }
+    if not parts:
+        return {}
+    squares: dict[str, list[float]] = {name: [] for names in parts for name in names}
+    alone, ranks = by_loss(fitted), fitted.setup.ranks
+    with alone.passes.running(alone.setup.states[0]):
+        some = alone.passes.gradients(part_of(train, sample), "index, a few examples") if ranks.rank == 0 else ()
+        for _, n, gradients in some:
+            for names, part in parts.items():
                 for i in range(n):
                     solved = part.precondition({name: gradients[name].rows(i, i + 1) for name in names})
                     for name, matrix in solved.items():
-                        squares.setdefault(name, []).append(float(matrix.double().square().mean()))
+                        squares[name].append(float(matrix.double().square().mean()))
             del gradients
-    worth = {name: fmean(values) for name, values in squares.items()}
-    return {name: worth.get(name) for name in positions if name in worth or positions[name] == 1}
+    (first, *_) = ranks.meet("what solving makes of a few examples", squares)
+    return {name: fmean(values) for name, values in first.items()}
 
 
 def by_loss(fitted: Fitted) -> Fitted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -16,8 +16,8 @@ from fastif.ops import factor_dots
 
 Stored = Literal["int8", "float16", "float32"]
 _LARGEST = {torch.int8: 127.0, torch.float16: 1.0}  # what the largest entry of a vector becomes
-_HALF = (torch.float16, torch.bfloat16)
-_ENTRIES = 1 << 21  # of matrices that are made of factors at a time
+HALF = (torch.float16, torch.bfloat16)
+ENTRIES = 1 << 21  # of matrices that are made of factors at a time
 _CACHED = 1 << 18  # of vectors and their products at a time: what is written stays near until it is read
 _GAIN = 3  # by which products with int8 factors are faster than those with floats
 _FORMING = 48  # products with a matrix that take as long as forming it, writing and reading it again
@@ -38,7 +38,7 @@ class Factors:
 
     @classmethod
     def store(cls, truncated: Truncated, dtype: torch.dtype) -> Factors:
-        ranks, left, right, _ = truncated
+        ranks, left, right = truncated
         table = left.dim() == 1
         if dtype == torch.float32:
             return cls(ranks.cpu(), (left.int() if table else left.to(dtype)).cpu(), right.to(dtype).cpu(), None)
@@ -81,13 +81,30 @@ class Factors:
         scale = None if self.scale is None else self.scale[keep]
         return Factors(self.ranks[examples], self.left[keep], self.right[keep], scale)
 
+    def split(self, numbers: int) -> Iterator[Factors]:
+        """Runs of examples, each of about so many numbers."""
+        ends = self.ranks.sum(1).long().cumsum(0)
+        size = self.right.shape[1] + (1 if self.table else self.left.shape[1])
+        each, begin, first = max(1, numbers // size), 0, 0
+        while begin < len(self):
+            end = max(begin + 1, int((ends <= first + each).sum()))
+            last = int(ends[end - 1])
+            scale = None if self.scale is None else self.scale[first:last]
+            yield Factors(self.ranks[begin:end], self.left[first:last], self.right[first:last], scale)
+            begin, first = end, last
+
+    def turned(self, turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], like: Tensor) -> Factors:
+        """With vectors that `turn` makes of these, unpacked."""
+        left, right = turn(*self._vectors(slice(None), like))
+        return Factors(self.ranks, left, right, None)
+
     def dots(self, queries: Tensor) -> Tensor:
         """Products with weighed queries [q, g, o, d], [q, n], on their device; of 16-bit queries they are float32.
 
         Few queries meet int8 factors by `fastif.ops.factor_dots`: each of their entries errs by at most 1/65,000 of the
         largest in its row, or in its column.
         """
-        if queries.dtype in _HALF:
+        if queries.dtype in HALF:
             queries = queries.float()  # the products of numbers that 16 bits hold need not fit them
         found = self.dots_of_few([queries[:, 0]]) if self.ranks.shape[1] == 1 else None
         if found is not None:
@@ -116,7 +133,7 @@ class Factors:
         for part in runs:
             some, along = part if isinstance(part, Thin) else (part, None)
             found.append(factor_dots(left, right, ranks, some.float(), scale, None if along is None else along.float()))
-        return torch.cat(found).to(torch.float32 if like.dtype in _HALF else like.dtype)
+        return torch.cat(found).to(torch.float32 if like.dtype in HALF else like.dtype)
 
     def _are_few(self, q: int, share: float) -> bool:
         """Whether products of factors with q queries, of which `share` is left where these are thin, are less work than
@@ -175,24 +192,13 @@ class Factors:
         for chosen, formed in self._formed(queries):
             out[:, chosen] = flat @ formed.T
 
-    def sq_norms(self, scale: Tensor) -> Tensor:
-        """Σ over entries of scale times their squares, [n], for scale [g, o, d]."""
-        out = scale.new_zeros(len(self))
-        if self.table:
-            rows, right = self._vectors(slice(None), scale)
-            owners = torch.arange(len(self)).repeat_interleave(self.ranks.flatten().long())
-            return out.index_add_(0, owners.to(out.device), (right.square() * scale[0, rows]).sum(1))
-        for chosen, formed in self._formed(scale[None]):
-            out[chosen] = formed.square_() @ scale.flatten()
-        return out
-
     def _formed(self, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Some examples and their matrices, [m, g·o·d], those of like ranks together; like [..., g, o, d]."""
         g, o, d = like.shape[-3:]
         ranks = self.ranks.flatten().long()
         begins = ranks.cumsum(0) - ranks
         order = self.ranks.sum(1).argsort(stable=True)
-        each = max(1, _ENTRIES // (g * o * d))
+        each = max(1, ENTRIES // (g * o * d))
         for chosen in order.split(each):
             few = (chosen[:, None] * g + torch.arange(g)).flatten()  # matrices
             most = int(ranks[few].max())

@@ -14,7 +14,7 @@ strings; and for the block of parameters that stands k-th in the manifest's `lay
     k/right [F, d]           likewise
     k/scale float32 [F]      what their product is multiplied by; not with float32
 
-Σ_f scale_f left_f right_fᵀ is M ∘ Qᵀ g, or x yᵀ ∘ g where the manifest has the layer as unrotated, docs/math.md (26).
+Σ_f scale_f left_f right_fᵀ is x yᵀ ∘ g, with x and y that the state of the curvature gives, docs/math.md (26).
 Files appear whole or not at all, and have checksums of what they hold and of what it belongs to.
 """
 
@@ -60,10 +60,9 @@ class IndexBlock(NamedTuple):
 class Folder:
     """The files of an index. `manifest` is what the manifest holds:
 
-    settings: what all parts share; layers: [[name, [g, o, d], table]]; unrotated: names of layers whose gradients stand
-    in the parameters' coordinates, with null, or with the `Metric.worth` of one whose estimator has no eigenbasis;
-    threshold; numbers: of a gradient; measured; parts: of each build or append its settings and the borders of its
-    blocks; removed: numbers of examples.
+    settings: what all parts share; layers: [[name, [g, o, d], table]]; worth: `Metric.worth` of those whose estimators
+    have no eigenbasis; threshold; numbers: of a gradient; measured; parts: of each build or append its settings and the
+    borders of its blocks; removed: numbers of examples.
 
     Raises FileNotFoundError for a folder without an index, and `Damaged`.
     """
@@ -105,7 +104,7 @@ class Folder:
     def job(self) -> str:
         """What a block's checksum holds beside its bytes: it belongs to this index alone."""
         settings = self.manifest["settings"]
-        return checksum(canonical([settings, *(self.manifest[name] for name in ("threshold", "layers", "unrotated"))]))
+        return checksum(canonical([settings, *(self.manifest[name] for name in ("threshold", "layers", "worth"))]))
 
     @property
     def runs(self) -> list[range]:

@@ -1,8 +1,7 @@
 """The index: training gradients once, any number of queries.
 
-Every example's gradient is kept layer by layer, in the eigenbasis of the fitted curvature where it has several
-positions, cut off where the scores feel it least. Scores from it have the sign, the units and the indices of
-`Influence.scores`. docs/math.md (26).
+Every example's gradient is kept layer by layer, cut off where the scores that the fitted curvature gives feel it least.
+Scores from it have the sign, the units and the indices of `Influence.scores`. docs/math.md (26).
 """
 
 from __future__ import annotations
@@ -246,7 +245,7 @@ class Index:
         encoder = self._encoder()
         parts = list[Tensor]()
         for block in own_blocks(self._folder, self.ranks):
-            parts.append(encoder.sq_norms(block.factors).cpu() / encoder.fitted.n)
+            parts.append(encoder.self_influence(block.factors))
         return join_numbers(parts, self.ranks)
 
     def _compare(self, op: str, arguments: Mapping[str, Any]) -> None:

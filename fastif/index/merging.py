@@ -89,7 +89,7 @@ def _determined(folder: Folder) -> dict[str, Any]:
     return {
         **found,
         "threshold": manifest["threshold"],
-        "list of layers": [manifest["layers"], sorted(manifest["unrotated"])],
+        "list of layers": manifest["layers"],
     }
 
 

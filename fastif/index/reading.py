@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from fastif.index.encoder import Encoder
-from fastif.index.factors import Factors
+from fastif.index.factors import ENTRIES, HALF, Factors
 from fastif.index.folder import Folder, IndexBlock
 from fastif.index.metric import Metric
 from fastif.index.thin import Runs, singly, thinned
 from fastif.influence.shared_folder import share_of_all
-from fastif.model.gradients import Dense
 from fastif.ranks import Ranks
 
 
@@ -63,9 +62,9 @@ class Asked:
     def products(self, factors: Factors) -> Tensor:
         """[q, n]."""
         if self.turns_factors:
-            gradients = factors.gradients(self.metric.rows, self.metric.columns)
-            assert isinstance(gradients, Dense)
-            return self.metric.turn(gradients).dots(self.weighed)
+            queries = self.weighed.float() if self.weighed.dtype in HALF else self.weighed
+            parts = [part.turned(self.metric.turn, queries).dots(queries) for part in factors.split(ENTRIES)]
+            return torch.cat([queries.new_zeros((len(queries), 0)), *parts], 1)
         found = None if self.runs is None else factors.dots_of_few(self.runs)
         return factors.dots(self.queries) if found is None else found
 

@@ -22,7 +22,6 @@ _NEGLIGIBLE = 1e-14  # of the largest σ²: below float32's rounding of the grad
 _ZERO = 1e-90  # σ² of what float32 does not hold
 _TINY = 1e-300  # on the diagonal of a Gram matrix of zeros, which has no factor
 _ROUNDING = 1e-6  # of the trace of a Gram matrix: more than what sums in float32 are away by
-_FILLED = 0.8  # share of the positions up to which the rest is left out
 _ENTRIES = 1 << 21  # of matrices that are decomposed at a time
 
 
@@ -32,7 +31,6 @@ class Truncated(NamedTuple):
     ranks: Tensor  # int32 [n, g]
     left: Tensor  # [F, o]; of a table int64 [F], the rows
     right: Tensor  # [F, d]; σ is in their product
-    own: Tensor | None  # [n], Σ f(Λ) g², of all of the gradient
 
 
 def is_table(gradients: Gradients) -> bool:
@@ -53,30 +51,26 @@ def vector_numbers(shape: tuple[int, int, int], table: bool) -> int:
 
 def squares_of(gradients: Gradients, metric: Metric, exact: bool = False) -> Tensor:
     """σ² of every example's factors times the metric's `worth`, [n, k]."""
-    found = [_decompose(part, metric, exact, None)[0].flatten(1) for part in _stored(gradients, metric)]
+    found = [_decompose(part, metric, exact, None)[0].flatten(1) for part in _parts(gradients, metric)]
     most = max(part.shape[1] for part in found)
     return metric.worth * torch.cat([torch.nn.functional.pad(part, (0, most - part.shape[1])) for part in found])
 
 
-def truncate(gradients: Gradients, metric: Metric, threshold: float, own: bool = False) -> Truncated:
+def truncate(gradients: Gradients, metric: Metric, threshold: float) -> Truncated:
     """The factors with σ²/(numbers of a factor), times the metric's `worth`, above the threshold.
 
-    With the threshold 0 all of them are kept, and sums are float64. With own, the gradients' norms are computed too, in
-    the eigenbasis, in which they must be stored.
+    With the threshold 0 all of them are kept, and sums are float64.
     """
     least = threshold * vector_numbers(metric.shape, is_table(gradients)) / metric.worth
-    ranks, left, right, norms = [], [], [], []
-    for part in _stored(gradients, metric):
+    ranks, left, right = [], [], []
+    for part in _parts(gradients, metric):
         squares, lefts, rights = _decompose(part, metric, threshold == 0, least)
         keep = _kept(squares, least)
         ranks.append(keep.sum(2, dtype=torch.int32))
         keep = keep[:, :, : rights.shape[2]]
         left.append(lefts[keep])
         right.append(rights[keep])
-        if own:
-            assert metric.basis is not None
-            norms.append(part.sq_norms(metric.basis.inverse.to(metric.rows)))
-    return Truncated(torch.cat(ranks), torch.cat(left), torch.cat(right), torch.cat(norms) if own else None)
+    return Truncated(torch.cat(ranks), torch.cat(left), torch.cat(right))
 
 
 def _kept(squares: Tensor, least: float) -> Tensor:
@@ -84,8 +78,8 @@ def _kept(squares: Tensor, least: float) -> Tensor:
     return squares > (largest * _NEGLIGIBLE).clamp(min=max(least, _ZERO))
 
 
-def _stored(gradients: Gradients, metric: Metric) -> Iterator[Dense | OneHot | Formed]:
-    """In the coordinates in which they are stored, a few examples at a time: what is decomposed at once stays small."""
+def _parts(gradients: Gradients, metric: Metric) -> Iterator[Dense | OneHot | Formed]:
+    """A few examples at a time: what is decomposed at once stays small."""
     parts = (part for part, _ in gradients.parts()) if isinstance(gradients, Sliced) else (gradients,)
     g, o, d = metric.shape
     for part in parts:
@@ -93,36 +87,8 @@ def _stored(gradients: Gradients, metric: Metric) -> Iterator[Dense | OneHot | F
         each = max(1, _ENTRIES // (g * (o * d if t >= min(o, d) else t * (o + d))))
         for begin in range(0, len(part), each):
             some = part.rows(begin, begin + each)
-            if metric.stores_rotated and isinstance(some, Dense):
-                stored = _rotate_filled(some, metric)
-            else:
-                stored = metric.to_store(some)
-            assert isinstance(stored, Dense | OneHot | Formed)
-            yield stored
-
-
-def _rotate_filled(part: Dense, metric: Metric) -> Gradients:
-    """Into the eigenbasis, without the positions that have no gradient (padding) where these are many."""
-    g, n, t, _ = part.output_grads.shape
-    if g > 1 or t == 1 or part.formed_to_rotate:
-        return metric.to_store(part)
-    # Zeros alone have the largest magnitude 0; comparing that takes a fraction of comparing every entry.
-    filled = part.output_grads[0].abs().amax(2) != 0
-    counts = filled.sum(1)
-    most = int(counts.max())
-    if int(counts.sum()) > _FILLED * n * t or most == 0:
-        return metric.to_store(part)
-    rows = filled.flatten().nonzero()[:, 0]
-    inputs, output_grads = (x[0].flatten(0, 1).index_select(0, rows) for x in (part.inputs, part.output_grads))
-    turned = metric.to_store(Dense(inputs[None, :, None], output_grads[None, :, None]))
-    assert isinstance(turned, Dense)
-    examples = rows // t
-    places = examples * most + (filled.cumsum(1) - 1).flatten()[rows]
-    inputs, output_grads = (
-        x.new_zeros((n * most, x.shape[3])).index_copy_(0, places, x[0, :, 0]).view(1, n, most, -1)
-        for x in (turned.inputs, turned.output_grads)
-    )
-    return Dense(inputs, output_grads)
+            assert isinstance(some, Dense | OneHot | Formed)
+            yield some
 
 
 def _decompose(

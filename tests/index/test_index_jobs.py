@@ -243,7 +243,7 @@ def test_its_files_can_be_read_without_fastif(built):
     tensors = load_file(index.path / "block-000000000.safetensors")
     first, shape, table = manifest["layers"][0]
     assert (first, shape, table) == ("0", [1, 8, 6], False)
-    assert manifest["unrotated"] == {"0": None, "2": None}
+    assert manifest["worth"] == {}
     left, right, scale = (tensors[f"0/{name}"] for name in ("left", "right", "scale"))
     owners = torch.arange(BATCH).repeat_interleave(tensors["0/ranks"][:, 0])
     products = scale[:, None, None] * left.float()[:, :, None] * right.float()[:, None]

@@ -1,4 +1,4 @@
-"""Blocks whose gradients are stored in the parameters' coordinates: queries come to them, or they to the queries."""
+"""Gradients are stored in the parameters' coordinates: queries come to them, or they to the queries."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from fastif.index.metric import Metric
 from fastif.index.sampling import draw
 from fastif.index.thin import Thin
 from fastif.index.truncation import truncate
-from fastif.model.gradients import Dense
+from fastif.model.gradients import Dense, OneHot
 from tests.helpers.indexed import N, convolution, fitted, linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,28 +29,14 @@ def eigenbasis(o, d, table=False):
     return Eigenbasis(values, 1 / (values + 0.1), None if table else orthogonal(o), orthogonal(d))
 
 
-def single(n, o, d):
+def dense(n, o, d):
     torch.manual_seed(1)
-    return Dense(torch.randn(1, n, 1, d, dtype=torch.float64), torch.randn(1, n, 1, o, dtype=torch.float64))
+    return Dense(torch.randn(1, n, 2, d, dtype=torch.float64), torch.randn(1, n, 2, o, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("table", [False, True])
-def test_queries_meet_what_is_stored_as_in_the_basis(table):
-    basis, gradients = eigenbasis(6, 9, table), single(5, 6, 9)
-    metric = Metric.of(basis, CPU, torch.float64, unrotated=True)
-    assert not metric.stores_rotated
-    assert metric.to_store(gradients) is gradients
-    truncated = truncate(gradients, metric, 0.0)
-    factors = Factors(truncated.ranks, truncated.left, truncated.right, None)
-    query = basis.rotate(single(3, 6, 9)).formed()
-    wanted = (query * basis.inverse).flatten(1) @ basis.rotate(gradients).formed().flatten(1).T
-    weighed = metric.weigh_query(query, torch.empty_like(query))
-    torch.testing.assert_close(factors.dots(metric.to_meet(weighed)), wanted)
-    thin = metric.to_meet(Thin(*(part.contiguous() for part in halves(weighed[:, 0]))))
-    torch.testing.assert_close(thin.left @ thin.right, metric.to_meet(weighed)[:, 0])
-    stored = factors.gradients(metric.rows, metric.columns)
-    torch.testing.assert_close(stored.formed(), gradients.formed())
-    torch.testing.assert_close(metric.turn(stored).dots(weighed), wanted)
+def rows(n, o, d):
+    torch.manual_seed(1)
+    return OneHot(torch.randint(0, o, (n, 2)), torch.randn(n, 2, d, dtype=torch.float64), o)
 
 
 def halves(matrices):
@@ -58,22 +44,55 @@ def halves(matrices):
     return u * s[:, None], v
 
 
-def test_its_metric_has_the_variances_that_a_querys_entries_have_outside_of_the_basis():
+def stored(gradients, metric):
+    truncated = truncate(gradients, metric, 0.0)
+    return Factors(truncated.ranks, truncated.left, truncated.right, None)
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_queries_meet_what_is_stored_as_in_the_basis(table):
+    basis = eigenbasis(6, 9, table)
+    metric = Metric.of(basis, CPU, torch.float64)
+    gradients, queries = (rows(n, 6, 9) if table else dense(n, 6, 9) for n in (5, 3))
+    factors, query = stored(gradients, metric), basis.rotate(queries).formed()
+    wanted = (query * basis.inverse).flatten(1) @ basis.rotate(gradients).formed().flatten(1).T
+    weighed = metric.weigh_query(query, torch.empty_like(query))
+    torch.testing.assert_close(factors.dots(metric.to_meet(weighed)), wanted)
+    torch.testing.assert_close(factors.gradients(metric.rows, metric.columns).formed(), gradients.formed())
+    if not table:
+        thin = metric.to_meet(Thin(*halves(weighed[:, 0])))
+        torch.testing.assert_close(thin.left @ thin.right, metric.to_meet(weighed)[:, 0])
+        torch.testing.assert_close(factors.turned(metric.turn, weighed).dots(weighed), wanted)
+
+
+def test_its_squares_are_the_variances_that_a_querys_entries_have_outside_of_the_basis():
     basis = eigenbasis(4, 5)
-    inside, outside = (Metric.of(basis, CPU, torch.float64, unrotated=flag) for flag in (False, True))
-    x, y = inside.rows[0], inside.columns[0]
-    assert torch.equal(outside.rotated[0][0], x)
+    metric = Metric.of(basis, CPU, torch.float64)
     q = torch.kron(basis.output_basis[0], basis.input_basis[0])  # of uncorrelated entries with the variances x² y²
-    covariance = q @ torch.diag((x.square()[:, None] * y.square()).flatten()) @ q.T
-    found = (outside.rows[0].square()[:, None] * outside.columns[0].square()).flatten()
+    x, y = (side[0].square() for side in metric.inside)
+    covariance = q @ torch.diag((x[:, None] * y).flatten()) @ q.T
+    found = (metric.rows[0].square()[:, None] * metric.columns[0].square()).flatten()
     torch.testing.assert_close(found, covariance.diagonal())
 
 
 def test_factors_are_turned_where_that_is_less_work():
-    metric = Metric.of(eigenbasis(6, 9), CPU, torch.float64, unrotated=True)
+    metric = Metric.of(eigenbasis(6, 9), CPU, torch.float64)
     assert metric.turns_factors(1, 6)  # 6 (36 + 81) operations, and 54 (6 + 9)
     assert not metric.turns_factors(1, 7)
-    assert not Metric.of(eigenbasis(6, 9), CPU, torch.float64).turns_factors(10, 1)
+    diagonal = Metric.of(Eigenbasis(torch.ones(1, 6, 9), torch.ones(1, 6, 9)), CPU, torch.float64)
+    assert not diagonal.turns_factors(10, 1)
+
+
+@pytest.mark.parametrize("numbers", [1, 40, 10**6])
+@pytest.mark.parametrize("table", [False, True])
+def test_runs_of_examples_are_all_of_them(numbers, table):
+    metric = Metric.of(eigenbasis(6, 9, table), CPU, torch.float64)
+    factors = stored(rows(7, 6, 9) if table else dense(7, 6, 9), metric)
+    parts = [*factors.split(numbers)]
+    assert len(parts) == {1: 7, 10**6: 1}.get(numbers, len(parts))
+    for name, value in Factors.cat(parts).tensors("").items():
+        assert torch.equal(value, factors.tensors("")[name]), name
+    assert [*factors.select(torch.tensor([], dtype=torch.int64)).split(numbers)] == []
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16", "float32"])
@@ -85,16 +104,9 @@ def test_few_queries_and_many_have_the_scores(tmp_path, dtype, q):
     train, query = (x, y), (x[:q] + 0.1, y[:q])
     influence = Influence(model, curvature=EKFAC("auto", fisher="empirical"), progress=False).fit(train)
     index = Index.build(influence, train, tmp_path, share=1, dtype=dtype)
-    assert index._folder.manifest["unrotated"] == {"0": None, "2": None}
     found, wanted = index.scores(query), influence.scores(query, train)
     rtol = {"int8": 2e-2, "float16": 1e-3, "float32": 1e-5}[dtype]
     assert float((found - wanted).abs().max()) <= rtol * float(wanted.abs().max())
-
-
-def test_what_has_several_positions_is_rotated(tmp_path):
-    model, train, _, loss = convolution()
-    index = Index.build(fitted(model, train, loss), train, tmp_path, share=1)
-    assert index._folder.manifest["unrotated"] == {"4": None}
 
 
 def test_blocks_of_estimators_without_a_basis_are_cut_off_by_what_solving_makes_of_examples(tmp_path):
@@ -102,8 +114,8 @@ def test_blocks_of_estimators_without_a_basis_are_cut_off_by_what_solving_makes_
     curvature = {"0": ExactBlock(1e-2, fisher="empirical"), "*": EKFAC(1e-2, fisher="empirical")}
     influence = fitted(model, train, loss, curvature)
     index = Index.build(influence, train, tmp_path, share=0.5)
-    found = index._folder.manifest["unrotated"]
-    assert found.keys() == {"0", "4"}
+    found = index._folder.manifest["worth"]
+    assert found.keys() == {"0"}
     few = draw(N, influence.setup.seed)[:FEW].sort().values
     squares = []
     for i in few.tolist():
@@ -113,7 +125,6 @@ def test_blocks_of_estimators_without_a_basis_are_cut_off_by_what_solving_makes_
         squares.append(float(influence.curvature["0"].solve(g[None].to(torch.float64)).square().mean()))
     assert found["0"] == pytest.approx(sum(squares) / FEW, rel=1e-4)
     assert 0 < index.threshold
-    assert index._folder.manifest["unrotated"]["4"] is None
     assert index.measured.r > 0.9
     wanted = influence.scores(query, train)
     assert float(torch.corrcoef(torch.stack([index.scores(query).flatten(), wanted.flatten()]))[0, 1]) > 0.9
@@ -127,7 +138,7 @@ def test_parts_of_it_are_merged_and_appended_to(tmp_path, curvature):
     half = N // 2
     parts = [tuple(x[:half] for x in train), tuple(x[half:] for x in train)]
     built = [Index.build(influence, part, tmp_path / str(i), share=1, threshold=0.0) for i, part in enumerate(parts)]
-    worths = [index._folder.manifest["unrotated"] for index in built]
+    worths = [index._folder.manifest["worth"] for index in built]
     assert worths[0] != worths[1]
     merged = Index.merge([tmp_path / "0", tmp_path / "1"], tmp_path / "merged", influence)
     appended = built[0].append(parts[1])
