@@ -23,6 +23,7 @@ from fastif.removal.head import RetainedHead
 from fastif.removal.network import Matrices, RetainedNetwork, combine
 from fastif.removal.newton import newton
 from fastif.removal.steps import Step
+from fastif.renamed import warn_outside
 
 LENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the influence step; with 0 the head alone moves
 TRIAL_STEPS = 2  # of the head behind all but the first: they begin where the length before has led, nearly there
@@ -154,16 +155,30 @@ def longest(refits: Iterable[Refit], foretold: float) -> Refit:
     """The last before the removed examples' mean loss is above what is foretold, or the step does more harm than good.
 
     It does where it raises the mean loss of the retained by half as much as that of the removed, or more. The first is
-    always taken.
+    always taken; where it leaves the layers as they were, and the head alone did not do it, a warning says so.
     """
     best: Refit | None = None
     for found in refits:
         if best is not None:
             harm = found.removed - best.removed <= WORTH * (found.retained - best.retained)
             if harm or found.removed > foretold:
+                if best.length == 0:
+                    _warn_of_none(best, found, foretold)
                 break
         best = found
         if found.removed >= foretold:
             break
     assert best is not None
     return best
+
+
+def _warn_of_none(head: Refit, shortest: Refit, foretold: float) -> None:
+    """The head alone has not led to the loss that is foretold, and no length of the step was taken."""
+    warn_outside(
+        "remove: refit_head=True leaves the layers below the head as they were: a step of length "
+        f"{shortest.length:g} would take the mean loss of the removed examples from {head.removed:.2g} to "
+        f"{shortest.removed:.2g}, where {foretold:.2g} is foretold, and that of the retained from {head.retained:.2g} "
+        f"to {shortest.retained:.2g}. A network that knows its examples by heart foretells too little, and a small "
+        "subset knows too little of what is to stay: more examples in subset= may help",
+        UserWarning,
+    )

@@ -141,6 +141,12 @@ def test_the_rule():
     assert taken((0.1, 0.1), foretold=0.5) == 0, "no longer step leaves a network"
 
 
+@pytest.mark.parametrize("second", [(0.2, 0.2), (0.9, 0.1)], ids=["harm", "too far"])
+def test_a_step_that_is_not_taken_is_said(second):
+    with pytest.warns(UserWarning, match=r"leaves the layers .* length 1 would take .* from 0.1 to .* 0.5 is foretold"):
+        assert taken((0.1, 0.1), second, (1.0, 0.1), foretold=0.5) == 0
+
+
 # ------------------------------------------------------------------------------------------------------ what it is for
 
 
