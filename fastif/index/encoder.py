@@ -221,7 +221,7 @@ def _only(fitted: Fitted) -> NetworkCurvature:
 
 def ready(influence: Influence) -> Fitted:
     """What was fitted, at the weights that the model still has, with all factors of the curvature on every rank: an
-    index turns the gradients of any example into the eigenbases of all layers."""
+    index needs the eigenbases of all layers for any example, and what solves where there is none."""
     refuse_sharded(influence.model, "index")
     fitted = influence.gather().fitted if influence.fitted.divided else influence.fitted
     fitted.check_weights()
