@@ -30,7 +30,6 @@ from fastif.model.gradients import Gradients
 from fastif.ranks import Ranks
 
 BLOCK_BYTES = 32 << 20  # of a block, as a sample has it, where a single batch does not take more
-FEW = 8  # training examples that say what solving makes of gradients
 _SHARED = ("loss", "model", "model code", "curvature", "estimators", "dtype", "autocast", "allow_train_mode")
 See = Callable[[int, Mapping[str, Gradients]], None]  # examples from a number on
 
@@ -84,7 +83,7 @@ def build(
                 raise ValueError(f"{path} holds blocks of an index but no {MANIFEST} that says of what; remove them")
             if ranks.rank == 0:
                 save_tensors(path / CURVATURE, fitted.state_dict(), settings["curvature state"])
-            worth = worth_of(fitted, train, draw(train.n, fitted.setup.seed)[:FEW])
+            worth = worth_of(fitted, train, draw(train.n, fitted.setup.seed))
             encoder = Encoder.of(fitted, stored, worth)
             cut, exact = look(encoder, train, share, fitted.setup.seed, threshold)
             if ranks.rank == 0:

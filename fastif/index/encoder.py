@@ -14,7 +14,7 @@ from fastif.curvature.network import NetworkCurvature
 from fastif.data.batches import Walked, walked
 from fastif.data.dealing import Part
 from fastif.data.loaders import Sharded, needs_all
-from fastif.index.factors import ENTRIES, Factors
+from fastif.index.factors import Factors, runs_of
 from fastif.index.metric import Metric
 from fastif.index.truncation import count_numbers, is_table, squares_of, truncate, vector_numbers
 from fastif.influence.fitted import Fitted
@@ -23,6 +23,8 @@ from fastif.influence.queries import MADE
 from fastif.model.calls import dtype_of
 from fastif.model.gradients import Gradients
 from fastif.sharded import refuse_sharded
+
+FEW = 8  # training examples that say what solving makes of gradients
 
 
 class Encoded(NamedTuple):
@@ -67,11 +69,9 @@ class Encoder:
 
     def self_influence(self, factors: Mapping[str, Factors]) -> Tensor:
         """Of examples that are stored each one's score on itself, [n], of what is kept of its gradient."""
-        sizes = [int(factors[name].ranks.max()) * m.shape[0] * sum(m.shape[1:]) for name, m in self.metrics.items()]
-        each, n = max(1, ENTRIES // max(1, sum(sizes))), len(next(iter(factors.values())))
         parts: list[Tensor] = []
-        for rows in torch.arange(n).split(each):
-            some = {name: factors[name].select(rows).gradients(m.rows, m.columns) for name, m in self.metrics.items()}
+        for run in runs_of([*factors.values()]):
+            some = {name: factors[name].rows(*run).gradients(m.rows, m.columns) for name, m in self.metrics.items()}
             parts.append(self._own(some))
         return torch.cat(parts)
 
@@ -164,29 +164,41 @@ def refuse_products(fitted: Fitted) -> None:
             )
 
 
-def worth_of(fitted: Fitted, train: Walked, sample: Tensor) -> dict[str, float]:
-    """`Metric.worth` of blocks whose estimators have no eigenbasis: the mean square of what these solve for, for a few
-    training examples' gradients, int64 [m]. Of several ranks the first looks."""
-    parts = {
-        names: part
-        for names, part in _only(fitted).parts.items()
+def worth_of(fitted: Fitted, train: Walked, order: Tensor) -> dict[str, float]:
+    """`Metric.worth` of blocks whose estimators have no eigenbasis: the mean square of what these solve for, for the
+    gradients of the first `FEW` training examples in `order`, int64 [n], and of as many more as it takes to see one
+    that has a gradient there. Of several ranks the first looks."""
+    unknown = [
+        names
+        for names in _only(fitted).parts
         if any(_only(fitted).by_block[name].eigenbasis() is None for name in names)
-    }
-    if not parts:
+    ]
+    if not unknown:
         return {}
-    squares: dict[str, list[float]] = {name: [] for names in parts for name in names}
-    alone, ranks = by_loss(fitted), fitted.setup.ranks
+    ranks = fitted.setup.ranks
+    found = _worth_of(fitted, train, order, unknown) if ranks.rank == 0 else {}
+    (first, *_) = ranks.meet("what solving makes of a few examples", found)
+    return first
+
+
+def _worth_of(fitted: Fitted, train: Walked, order: Tensor, unknown: list[tuple[str, ...]]) -> dict[str, float]:
+    parts, alone = _only(fitted).parts, by_loss(fitted)
+    squares: dict[str, list[float]] = {name: [] for names in unknown for name in names}
+    begin, end = 0, FEW
     with alone.passes.running(alone.setup.states[0]):
-        some = alone.passes.gradients(part_of(train, sample), "index, a few examples") if ranks.rank == 0 else ()
-        for _, n, gradients in some:
-            for names, part in parts.items():
-                for i in range(n):
-                    solved = part.precondition({name: gradients[name].rows(i, i + 1) for name in names})
-                    for name, matrix in solved.items():
-                        squares[name].append(float(matrix.double().square().mean()))
-            del gradients
-    (first, *_) = ranks.meet("what solving makes of a few examples", squares)
-    return {name: fmean(values) for name, values in first.items()}
+        while unknown and begin < len(order):
+            sample = part_of(train, order[begin:end])
+            for _, n, gradients in alone.passes.gradients(sample, "index, a few examples"):
+                for names in unknown:
+                    for i in range(n):
+                        solved = parts[names].precondition({name: gradients[name].rows(i, i + 1) for name in names})
+                        for name, matrix in solved.items():
+                            squares[name].append(float(matrix.double().square().mean()))
+                del gradients
+            unknown = [names for names in unknown if not all(any(squares[name]) for name in names)]
+            begin, end = end, 2 * end
+    # Some are never seen with a gradient, as an expert that no example chooses: nothing of them is stored.
+    return {name: fmean(values) or 1.0 for name, values in squares.items()}
 
 
 def by_loss(fitted: Fitted) -> Fitted:
@@ -209,7 +221,7 @@ def _only(fitted: Fitted) -> NetworkCurvature:
 
 def ready(influence: Influence) -> Fitted:
     """What was fitted, at the weights that the model still has, with all factors of the curvature on every rank: an
-    index turns the gradients of any example into the eigenbases of all layers."""
+    index needs the eigenbases of all layers for any example, and what solves where there is none."""
     refuse_sharded(influence.model, "index")
     fitted = influence.gather().fitted if influence.fitted.divided else influence.fitted
     fitted.check_weights()

@@ -81,6 +81,13 @@ class Factors:
         scale = None if self.scale is None else self.scale[keep]
         return Factors(self.ranks[examples], self.left[keep], self.right[keep], scale)
 
+    def rows(self, begin: int, end: int) -> Factors:
+        """Those of examples begin, ..., end - 1."""
+        counts = self.ranks.sum(1)
+        first = int(counts[:begin].sum())
+        some = slice(first, first + int(counts[begin:end].sum()))
+        return Factors(self.ranks[begin:end], self.left[some], self.right[some], _rows(self.scale, some))
+
     def split(self, numbers: int) -> Iterator[Factors]:
         """Runs of examples, each of about so many numbers."""
         ends = self.ranks.sum(1).long().cumsum(0)
@@ -217,7 +224,26 @@ class Factors:
         return some._vectors(slice(None), like)
 
 
-def _rows(values: Tensor | None, rows: Tensor) -> Tensor | None:
+def runs_of(parts: Sequence[Factors]) -> Iterator[tuple[int, int]]:
+    """Begin and end of runs of the examples that blocks of parameters have in common, of which `Factors.gradients`
+    makes little at a time: there all examples get as many positions as the one with the most factors."""
+    left = [(0, len(parts[0]))]
+    while left:
+        begin, end = left.pop()
+        entries = sum(_padded(part, part.ranks[begin:end]) for part in parts)
+        if entries <= ENTRIES or end - begin <= 1:
+            yield begin, end
+        else:
+            half = (begin + end) // 2
+            left += [(half, end), (begin, half)]
+
+
+def _padded(part: Factors, ranks: Tensor) -> int:
+    width = part.right.shape[1] + (0 if part.table else part.left.shape[1])
+    return ranks.numel() * int(ranks.max()) * width if ranks.numel() else 0
+
+
+def _rows(values: Tensor | None, rows: Tensor | slice) -> Tensor | None:
     return None if values is None else values[rows]
 
 

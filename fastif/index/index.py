@@ -236,7 +236,7 @@ class Index:
         """Each example's score on itself, [n], as `Influence.self_influence`.
 
         Where it was built with self_influence=True exact, and no model is needed; else of what is kept of a gradient,
-        which is less by what was dropped.
+        without what was dropped.
         """
         self._folder.check_finished()
         self._compare("self_influence", {})

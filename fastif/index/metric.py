@@ -95,8 +95,11 @@ class Metric:
             return Thin(left[:, 0], right[:, 0])
         if basis.output_basis is None:
             return self._table_to_meet(queries, basis)
-        matrices = basis.right_back(basis.left_back(rows[:, :, None] * queries * columns[:, None]))
-        return matrices.div_(self.rows[:, :, None]).div_(self.columns[:, None])
+        out = torch.empty_like(queries)
+        for query, into in zip(queries.split(1), out.split(1), strict=True):  # what is made on the way is large, too
+            turned = basis.right_back(basis.left_back(rows[:, :, None] * query * columns[:, None]))
+            torch.div(turned, self.rows[:, :, None], out=into).div_(self.columns[:, None])
+        return out
 
     def _table_to_meet(self, queries: Tensor, basis: Eigenbasis) -> Tensor:
         """Of a table [q, 1, o, d], the few rows in which a query has a gradient; x is the same inside and outside."""

@@ -28,8 +28,9 @@ class Top(NamedTuple):
 
 
 def own_blocks(folder: Folder, ranks: Ranks) -> Iterator[IndexBlock]:
-    """The blocks that this rank reads."""
-    return (folder.read_block(run) for run in share_of_all(folder.runs, ranks))
+    """The blocks that this rank reads, but for those of which all examples were removed."""
+    blocks = (folder.read_block(run) for run in share_of_all(folder.runs, ranks))
+    return (block for block in blocks if len(block.examples))
 
 
 def own_columns(folder: Folder, ranks: Ranks) -> tuple[int, int]:

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastif import EKFAC, Arnoldi, ExactBlock, Index, Influence
+from fastif import EKFAC, Arnoldi, DataInf, ExactBlock, Index, Influence
 from fastif.curvature.eigenbasis import Eigenbasis
-from fastif.index.building import FEW
-from fastif.index.factors import Factors
+from fastif.index import building, reading
+from fastif.index import factors as index_factors
+from fastif.index.encoder import FEW
+from fastif.index.factors import Factors, runs_of
 from fastif.index.metric import Metric
 from fastif.index.sampling import draw
 from fastif.index.thin import Thin
@@ -156,3 +158,85 @@ def test_scores_on_itself_are_kept_or_made_of_what_is_kept(tmp_path):
     torch.testing.assert_close(kept.self_influence(), wanted)
     made = Index.build(influence, train, tmp_path / "made", share=1, dtype="float32")
     torch.testing.assert_close(made.self_influence(), wanted, rtol=1e-4, atol=1e-7)
+
+
+class Gated(nn.Module):
+    """Two layers, of which the second has a gradient for the examples alone that begin with a large number."""
+
+    def __init__(self):
+        super().__init__()
+        self.always, self.rarely = nn.Linear(5, 4), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.always(x) + self.rarely(x) * (x[:, :1] > 5)
+
+
+@pytest.mark.parametrize("chosen", [[40], []], ids=["one", "none"])
+@pytest.mark.parametrize("share", [0.5, 1])
+def test_a_block_without_a_gradient_in_the_few_examples_is_kept_by_those_that_have_one(tmp_path, chosen, share):
+    torch.manual_seed(0)
+    x, y = torch.randn(N, 5), torch.arange(N) % 4
+    x[chosen, 0] = 6
+    query = torch.cat([x[chosen], x[:2]]), torch.cat([y[chosen], y[:2]])
+    influence = fitted(Gated(), (x, y), "cross_entropy", DataInf(0.1))
+    assert not set(chosen) & {*draw(N, influence.setup.seed)[:FEW].tolist()}
+    index = Index.build(influence, (x, y), tmp_path, share=share, dtype="float32")
+    assert (index._folder.manifest["worth"]["rarely"] == 1) == (not chosen)
+    found, wanted = index.scores(query, by="layer")["rarely"], influence.scores(query, (x, y), by="layer")["rarely"]
+    assert bool(wanted.any()) == bool(chosen)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_block_of_which_all_examples_were_removed_is_passed_over(tmp_path, monkeypatch, kept):
+    monkeypatch.setattr(building, "BLOCK_BYTES", 1)  # a batch each
+    model, train, query, loss = convolution()
+    curvature = {"0": ExactBlock(1e-2, fisher="empirical"), "*": EKFAC(1e-2, fisher="empirical")}
+    influence = fitted(model, train, loss, curvature)
+    index = Index.build(influence, train, tmp_path, share=1, dtype="float32", self_influence=kept)
+    before, own = index.scores(query), index.self_influence()
+    gone = [*range(8), *range(56, N)]
+    index.remove(torch.tensor(gone))
+    left = torch.arange(8, 56)
+    assert torch.equal(index.scores(query), before[:, left])
+    assert torch.equal(index.self_influence(), own[left])
+    assert torch.equal(index.top(query, 3).indices, left[before[:, left].topk(3).indices])
+
+
+def test_one_example_of_many_factors_does_not_make_all_as_wide(monkeypatch):
+    monkeypatch.setattr(index_factors, "ENTRIES", 1000)
+    ranks = torch.ones((100, 1), dtype=torch.int32)
+    ranks[37], ranks[38] = 60, 0
+    left, right = torch.randn(158, 6), torch.randn(158, 9)
+    factors = Factors(ranks, left, right, None)
+    runs = [*runs_of([factors, factors])]
+    assert [i for run in runs for i in range(*run)] == [*range(100)]
+    for begin, end in runs:
+        assert end - begin == 1 or (end - begin) * int(ranks[begin:end].max()) * 2 * (6 + 9) <= 1000
+    assert len(runs) < 20
+    x, y = torch.ones(1, 6), torch.ones(1, 9)
+    found = torch.cat([factors.rows(*run).gradients(x, y).formed() for run in runs])
+    torch.testing.assert_close(found, factors.gradients(x, y).formed())
+
+
+class Averaged(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.inner(x).tanh()).mean(1)
+
+
+@pytest.mark.parametrize("entries", [1 << 21, 50])
+@pytest.mark.parametrize("q", [2, 60])
+def test_examples_of_one_position_and_of_many_have_their_scores(tmp_path, monkeypatch, q, entries):
+    for room in (index_factors, reading):
+        monkeypatch.setattr(room, "ENTRIES", entries)
+    torch.manual_seed(0)
+    influence = Influence(Averaged(), curvature=EKFAC(1e-2, fisher="empirical"), batch_size=1, progress=False)
+    train = [(torch.randn(1, 1 if i < 40 else 1 + i % 7, 6), torch.tensor([i % 3])) for i in range(N)]
+    query = [(torch.randn(1, 1 + i % 4, 6), torch.tensor([i % 3])) for i in range(q)]
+    index = Index.build(influence.fit(train), train, tmp_path, share=1, dtype="float32")
+    torch.testing.assert_close(index.scores(query), influence.scores(query, train), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(index.self_influence(), influence.self_influence(train), rtol=1e-4, atol=1e-5)
