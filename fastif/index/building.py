@@ -28,8 +28,10 @@ from fastif.influence.shared_folder import held, share_of_all
 from fastif.journal import refuse_differences
 from fastif.model.gradients import Gradients
 from fastif.ranks import Ranks
+from fastif.renamed import warn_outside
 
 BLOCK_BYTES = 32 << 20  # of a block, as a sample has it, where a single batch does not take more
+WORST = 0.9  # of the correlation with exact scores, below which a warning says so
 _SHARED = ("loss", "model", "model code", "curvature", "estimators", "dtype", "autocast", "allow_train_mode")
 See = Callable[[int, Mapping[str, Gradients]], None]  # examples from a number on
 
@@ -45,7 +47,7 @@ def build(
     ids: Sequence[str] | Tensor | None,
     resume: bool,
     key: str | None,
-    threshold: float | None = None,
+    threshold: float | Folder | None = None,
     see: See | None = None,
 ) -> Folder:
     """Computes what is missing of the index in `path`; `Index.build` documents it.
@@ -56,6 +58,9 @@ def build(
     refuse_products(fitted)
     if isinstance(share, bool) or not 0 < share <= 1:
         raise ValueError(f"index: share must be a number in (0, 1], got {share!r}")
+    worth: dict[str, float] | None = None
+    if isinstance(threshold, Folder):
+        worth, threshold = threshold.manifest["worth"], float(threshold.manifest["threshold"])
     if threshold is not None and not 0 <= threshold < float("inf"):
         raise ValueError(f"index: threshold must be a finite number >= 0, got {threshold!r}")
     given = check_ids(ids, train.n)
@@ -83,7 +88,8 @@ def build(
                 raise ValueError(f"{path} holds blocks of an index but no {MANIFEST} that says of what; remove them")
             if ranks.rank == 0:
                 save_tensors(path / CURVATURE, fitted.state_dict(), settings["curvature state"])
-            worth = worth_of(fitted, train, draw(train.n, fitted.setup.seed))
+            if worth is None:
+                worth = worth_of(fitted, train, draw(train.n, fitted.setup.seed))
             encoder = Encoder.of(fitted, stored, worth)
             cut, exact = look(encoder, train, share, fitted.setup.seed, threshold)
             if ranks.rank == 0:
@@ -250,6 +256,12 @@ def _write_measured(folder: Folder, encoder: Encoder, train: Walked) -> None:
     if exact is not None and folder.manifest["measured"] is None:
         measured = measure(encoder, folder, train, exact)
         folder.write(ranks, measured=None if measured is None else measured._asdict())
+        if measured is not None and measured.r < WORST and ranks.rank == 0:
+            warn_outside(
+                f"index: its scores have {measured} with exact ones; a larger share, dtype='float32' or a larger "
+                "damping may bring them nearer, and top(rerank=) computes the best exactly",
+                UserWarning,
+            )
     if ranks.rank == 0:
         path.unlink(missing_ok=True)
 

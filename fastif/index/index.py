@@ -86,7 +86,7 @@ class Index:
         ids: Sequence[str] | Tensor | None = None,
         resume: bool = False,
         key: str | None = None,
-        threshold: float | None = None,
+        threshold: float | Index | None = None,
     ) -> Index:
         """Walks through the training data once, after a sample of it, and writes the index.
 
@@ -105,8 +105,9 @@ class Index:
             resume: go on with a job that was cut off; the files end with the same bits. One of other settings is
                 refused, each difference named.
             key: as for `Influence.scores` with out=.
-            threshold: that of another index (`Index.threshold`), in the place of one that is found for the share: for
-                indexes of parts of the data, built by jobs of their own, that `merge` puts together.
+            threshold: another index, whose threshold is taken in the place of one that is found for the share, or that
+                number (`Index.threshold`): for indexes of parts of the data, built by jobs of their own, that `merge`
+                puts together. Where estimators have no eigenbasis, the number alone is not enough for one rule.
 
         Of several ranks each makes the blocks of its run of training examples, in one folder that all share. From one
         state of the curvature (`Influence.state_dict`) the files have the bits of one process, and a job that was cut
@@ -115,12 +116,16 @@ class Index:
         Raises ValueError for CG and LiSSA, several checkpoints, a share that keeps nothing and
         a folder that holds an index already; `fastif.folder_lock.FolderInUse` where somebody else writes to it.
         """
-        options: dict[str, Any] = dict(share=share, dtype=dtype, self_influence=self_influence, threshold=threshold)
+        options: dict[str, Any] = dict(share=share, dtype=dtype, self_influence=self_influence)
         options |= dict(resume=resume, key=key)
         with influence.ranks.together("Index.build"):
             fitted, data = ready(influence), walkable(influence, train)
-            compare_setups(fitted.setup, "Index.build", {"train": data, "out": str(out), **options})
-            build(fitted, data, Path(out), ids=ids, **options)
+            number = threshold.threshold if isinstance(threshold, Index) else threshold
+            compare_setups(
+                fitted.setup, "Index.build", {"train": data, "out": str(out), "threshold": number, **options}
+            )
+            like = threshold._folder if isinstance(threshold, Index) else threshold
+            build(fitted, data, Path(out), ids=ids, threshold=like, **options)
             return cls(out, influence)
 
     @classmethod
@@ -135,7 +140,7 @@ class Index:
         """One index of several, of parts of the training data: the examples of the first, then those of the second.
 
         They must be finished and of the same model, state of the curvature, share, threshold and type; build the others
-        with threshold= of the first. Their blocks are copied, without what was removed from them. `measured` is that of
+        with threshold= the first. Their blocks are copied, without what was removed from them. `measured` is that of
         the part with the lowest r.
 
         Raises ValueError where something differs, with both values, for ids that repeat, and where `out` holds an index

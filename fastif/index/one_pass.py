@@ -98,8 +98,11 @@ def _answer(
         raise ValueError(f"top: k must be an integer in [1, n={data.n}], got k={top}")
     if query is not None:
         query = walkable(influence, query)
+    like = options.get("threshold")
     asked: dict[str, Any] = dict(scores=scores, top=top, self_influence=self_influence)
     asked |= {"out": None if out is None else str(out), **{name: options[name] for name in options if name != "ids"}}
+    if isinstance(like, Index):
+        asked["threshold"], options = like.threshold, {**options, "threshold": like._folder}
     compare_setups(fitted.setup, "answer", {"train": data, "query": query, **asked})
     # Where solving takes all ranks, each solves for all examples, with the curvature of its own.
     together = fitted.setup.estimators.needs_data

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastif import EKFAC, Arnoldi, DataInf, ExactBlock, Index, Influence
+from fastif import EKFAC, Arnoldi, DataInf, ExactBlock, Index, Influence, answer
 from fastif.curvature.eigenbasis import Eigenbasis
 from fastif.index import building, reading
 from fastif.index import factors as index_factors
@@ -139,14 +139,25 @@ def test_parts_of_it_are_merged_and_appended_to(tmp_path, curvature):
     influence = fitted(model, train, loss, curvature)
     half = N // 2
     parts = [tuple(x[:half] for x in train), tuple(x[half:] for x in train)]
-    built = [Index.build(influence, part, tmp_path / str(i), share=1, threshold=0.0) for i, part in enumerate(parts)]
-    worths = [index._folder.manifest["worth"] for index in built]
-    assert worths[0] != worths[1]
-    merged = Index.merge([tmp_path / "0", tmp_path / "1"], tmp_path / "merged", influence)
-    appended = built[0].append(parts[1])
+    first = Index.build(influence, parts[0], tmp_path / "first", share=0.5)
+    alone = Index.build(influence, parts[1], tmp_path / "alone", share=0.5, threshold=first.threshold)
+    assert alone._folder.manifest["worth"] != first._folder.manifest["worth"]
+    second = Index.build(influence, parts[1], tmp_path / "second", share=0.5, threshold=first)
+    answered = answer(influence, parts[1], out=tmp_path / "answered", share=0.5, threshold=first).index
+    assert torch.equal(answered.scores(query), second.scores(query))
+    merged = Index.merge([tmp_path / "first", tmp_path / "second"], tmp_path / "merged", influence)
+    torch.testing.assert_close(merged.scores(query), first.append(parts[1]).scores(query))
     wanted = influence.scores(query, train)
-    for index in (merged, appended):
-        assert float((index.scores(query) - wanted).abs().max()) <= 2e-2 * float(wanted.abs().max())
+    assert float(torch.corrcoef(torch.stack([merged.scores(query).flatten(), wanted.flatten()]))[0, 1]) > 0.9
+
+
+def test_an_index_that_loses_the_scores_says_so(tmp_path):
+    model, train, _, loss = convolution()
+    with pytest.warns(
+        UserWarning, match=r"its scores have r 0\..* with exact ones; a larger share, dtype="
+    ):
+        index = Index.build(fitted(model, train, loss), train, tmp_path, share=0.05)
+    assert index.measured.r < 0.9
 
 
 def test_scores_on_itself_are_kept_or_made_of_what_is_kept(tmp_path):
