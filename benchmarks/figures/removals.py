@@ -65,7 +65,7 @@ def spread_table(name: str) -> str:
     results = results_of(name.replace("removal-spread", "unlearning"))
     meta, sets = results["meta"], [*results["sets"].values()]
     lines = [
-        "| | tug-of-war | least | most | membership AUC | of the retrained ones' | best within "
+        "| | tug-of-war | least | most | membership AUC | away from the retrained ones' | best within "
         f"{100 * MOST:.0f} % | of retraining's time |",
         "|---" * 8 + "|",
     ]
@@ -73,10 +73,14 @@ def spread_table(name: str) -> str:
     for method in (row["method"] for row in sets[0]["summary"]):
         rows = [{row["method"]: row for row in found["summary"]} for found in sets]
         worth, auc = ([row[method][f"{key}_mean"] for row in rows] for key in ("tug_of_war", "membership_auc"))
-        away = [mine - row["retrained"]["membership_auc_mean"] for mine, row in zip(auc, rows, strict=True)]
         plain = method in PLAIN
-        cells = [f"*{method}*" if plain else method, f"{fmean(worth):.3f} ± {stdev(worth):.3f}"]
-        cells += [f"{min(worth):.3f}", f"{max(worth):.3f}", f"{fmean(auc):.3f} ± {stdev(auc):.3f}"]
+        cells = [f"*{method}*" if plain else method]
+        if None in worth:  # a retrained network alone has no other to be held against
+            cells += ["", "", ""]
+        else:
+            cells += [f"{fmean(worth):.3f} ± {stdev(worth):.3f}", f"{min(worth):.3f}", f"{max(worth):.3f}"]
+        away = [mine - row["retrained"]["membership_auc_mean"] for mine, row in zip(auc, rows, strict=True)]
+        cells.append(f"{fmean(auc):.3f} ± {stdev(auc):.3f}")
         cells.append("" if method == "retrained" else f"{fmean(away):+.3f} ± {stdev(away):.3f}")
         cells.append("" if plain else f"{best.count(method)} of {len(sets)}")
         cells.append("" if plain else f"{100 * fmean(share_of(found, method) for found in sets):.1f} %")

@@ -178,7 +178,7 @@ def _warn_of_none(head: Refit, shortest: Refit, foretold: float) -> None:
         "remove: refit_head=True leaves the layers below the head as they were: a step of length "
         f"{shortest.length:g} would take the mean loss of the removed examples from {head.removed:.2g} to "
         f"{shortest.removed:.2g}, where {foretold:.2g} is foretold, and that of the retained from {head.retained:.2g} "
-        f"to {shortest.retained:.2g}. A network that knows its examples by heart foretells too little, and a small "
-        "subset knows too little of what is to stay: more examples in subset= may help",
+        f"to {shortest.retained:.2g}. A network that knows its examples by heart may foretell too little, a small "
+        "subset know too little of what is to stay: more examples in subset= may help",
         UserWarning,
     )

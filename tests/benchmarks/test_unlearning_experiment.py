@@ -59,6 +59,13 @@ def test_it_runs_and_goes_on(tmp_path, monkeypatch, one_thread):
     removals.frontier_picture("unlearning-small", tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 1000
 
+    both = {**first, "sets": {"one": found, "two": found}}
+    (tmp_path / "unlearning-two.json").write_text(json.dumps(both))
+    spread = removals.spread_table("removal-spread-two")
+    assert spread.count("\n| ") == len(methods)
+    tug = rows["remove: head"]
+    assert f"| remove: head | {tug:.3f} ± 0.000 | {tug:.3f} | {tug:.3f} |" in spread
+
     def never(self, task):
         raise AssertionError("trained again")
 
@@ -69,6 +76,17 @@ def test_it_runs_and_goes_on(tmp_path, monkeypatch, one_thread):
     assert experiment.trained_once.cache_info().misses == 1, "the network whose self-influence ranks the examples"
 
 
+def test_the_last_block_of_each_architecture_is_what_stands_behind_its_last_pooling():
+    for architecture, layers in experiment.BLOCKS.items():
+        network = experiment.network(
+            torch.zeros(1, 3, 32, 32), experiment.RECIPES["cifar10"]._replace(architecture=architecture)
+        )
+        body = [*network.body]
+        pools = [number for number, module in enumerate(body[:-1]) if isinstance(module, torch.nn.MaxPool2d)]
+        own = [f"body.{number}" for number in range(pools[-1] + 1, len(body)) if [*body[number].parameters()]]
+        assert layers == [*own, "head"]
+
+
 def test_settings_are_chosen_with_other_examples():
     images = load("digits")
     x, y = images.x_train, images.y_train
@@ -77,6 +95,10 @@ def test_settings_are_chosen_with_other_examples():
     for name, (removed, other) in sets.items():
         assert not set(removed.tolist()) & set(other.tolist()), name
         assert min(len(removed), len(other)) >= 14, name
+    drawn = experiment.forget_sets(x, y, y.argsort(), draws=3)
+    draws = [drawn[name][0].tolist() for name in ("random 5 %", "random 5 %, draw 2", "random 5 %, draw 3")]
+    assert len({*map(tuple, draws)}) == 3
+    assert {len(draw) for draw in draws} == {72}
     light, dark = sets["light half of class 6"][0], (y == 6).nonzero()[:, 0]
     dark = dark[~torch.isin(dark, light)]
     assert x[light].flatten(1).mean(1).min() > x[dark].flatten(1).mean(1).max()

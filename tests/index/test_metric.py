@@ -153,9 +153,7 @@ def test_parts_of_it_are_merged_and_appended_to(tmp_path, curvature):
 
 def test_an_index_that_loses_the_scores_says_so(tmp_path):
     model, train, _, loss = convolution()
-    with pytest.warns(
-        UserWarning, match=r"its scores have r 0\..* with exact ones; a larger share, dtype="
-    ):
+    with pytest.warns(UserWarning, match=r"its scores have r 0\..* with exact ones; a larger share, dtype="):
         index = Index.build(fitted(model, train, loss), train, tmp_path, share=0.05)
     assert index.measured.r < 0.9
 
