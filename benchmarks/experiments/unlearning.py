@@ -127,6 +127,19 @@ def single_steps(k: int, block: list[str]) -> dict[str, dict[str, UnlearnFn]]:
     }
 
 
+def lowered(k: int, block: list[str]) -> dict[str, dict[str, UnlearnFn]]:
+    """The step that lowers what is said of the removed examples, with the head refitted; by how much is chosen."""
+    how: dict[str, Any] = {"refit_head": True, "subset": partial(samplers.random, k=2 * k), "steps": 4}
+    how |= {"batch_size": 1024, "weight_decay": WEIGHT_DECAY}
+    return {
+        f"lower and refit: {name}": {
+            f"by {odds:g}": partial(baselines.newton_steps, layers=layers, lower_odds=odds, **how)
+            for odds in (2.0, 4.0, 8.0, 16.0, 32.0)
+        }
+        for name, layers in (("last block", block), ("all", "*"))
+    }
+
+
 def candidates(k: int) -> dict[str, dict[str, UnlearnFn]]:
     """By method of others, what its settings are chosen from."""
     return {
@@ -240,9 +253,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     sets = forget_sets(x, y, memorised, wrong, given.draws)
     if unknown := [name for name in given.sets or [] if name not in sets]:
         parser.error(f"--sets has {unknown[0]!r}; there are {', '.join(sets)}")
-    grids = {
-        name: grid for name, grid in {**single_steps(k, block), **candidates(k)}.items() if name not in given.without
-    }
+    every = {**lowered(k, block), **single_steps(k, block), **candidates(k)}
+    grids = {name: grid for name, grid in every.items() if name not in given.without}
     tables: dict[str, Any] = {}
     for name, (removed, other) in sets.items():
         if given.sets and name not in given.sets:

@@ -61,6 +61,13 @@ def remove_command(
             help="One influence step of --layers, as long as it foretells, and the head refitted behind it.",
         ),
     ] = False,
+    lower_odds: Annotated[
+        float | None,
+        typer.Option(
+            help="With --refit-head the step that lowers the log-odds of the removed by so many nats: for networks "
+            "that know their examples by heart."
+        ),
+    ] = None,
     loss: Annotated[
         str,
         typer.Option(
@@ -118,7 +125,7 @@ def remove_command(
     torch.manual_seed(seed)  # what a sampler draws from under a certificate
     n = count(train, batch_size)
     settings: dict[str, Any] = {"steps": steps, "loss": loss, "weight_decay": weight_decay, "damping": damping}
-    settings["refit_head"] = refit_head
+    settings |= {"refit_head": refit_head, "lower_odds": lower_odds}
     budget = None if k is None else check_budgets([k], n)[0]
     first = find_ranks().rank == 0  # which alone verifies, prints and writes
     with writable(out) if first else nullcontext():

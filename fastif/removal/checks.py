@@ -96,3 +96,12 @@ def check_refit(layers: Any, certificate: Any, line_search: bool, loss: Any, ext
     ):
         if refused:
             raise ValueError(f"remove: refit_head=True {why}")
+
+
+def check_lower_odds(lower_odds: float | None, refit_head: bool) -> None:
+    if lower_odds is None:
+        return
+    if isinstance(lower_odds, bool) or not 0 < lower_odds < float("inf"):
+        raise ValueError(f"remove: lower_odds must be a positive number of nats, got {lower_odds!r}")
+    if not refit_head:
+        raise ValueError("remove: lower_odds= is a step behind which the head is refitted: it needs refit_head=True")

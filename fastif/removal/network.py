@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,11 +62,13 @@ class RetainedNetwork:
         weight_decay: float = 5e-4,
         line_search: bool = True,
         loss: SoftmaxName = "cross_entropy",
+        curved_by: Callable[[Any, Any], Tensor] | None = None,
         head: str | None = None,
         batch_size: int = 256,
         device: torch.device | str | None = None,
         generator: Generator | None = None,
     ):
+        """`curved_by`: a loss whose curvature the estimators take in the place of that of `loss`."""
         train = walked(train, batch_size)
         n = train.n
         check_removed(removed, n)
@@ -83,7 +85,7 @@ class RetainedNetwork:
         self._loss = loss
         self._influence = Influence(
             self.model,
-            loss,
+            loss if curved_by is None else curved_by,
             curvature=add_damping(curvature, weight_decay, damping),
             layers=layers,
             batch_size=batch_size,
@@ -300,13 +302,15 @@ class RetainedNetwork:
             raise ValueError("remove: the training data has no labels")
         return per_sample(self._loss, call(self.model, x), batch, batch_length(x))
 
-    def _sum_over(self, indices: Tensor) -> tuple[float, dict[Tensor, Tensor]]:
-        """Σ ℓ and Σ ∇ℓ over some examples, in float64."""
+    def _sum_over(
+        self, indices: Tensor, values: Callable[[Any, Any], Tensor] | None = None
+    ) -> tuple[float, dict[Tensor, Tensor]]:
+        """Σ ℓ and Σ ∇ℓ over some examples, in float64; or of what `values` makes of inputs and labels, [n]."""
         parameters = list(self._names)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         sums = {p: torch.zeros_like(p, dtype=torch.float64, requires_grad=False) for p in parameters}
         for x, y, _ in self._batches(indices[self._own(indices)]):
-            losses = self._losses(x, y)
+            losses = (values or self._losses)(x, y)
             total += losses.detach().double().sum()
             for parameter, g in zip(parameters, torch.autograd.grad(losses.sum(), parameters), strict=True):
                 sums[parameter] += g

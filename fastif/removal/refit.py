@@ -7,7 +7,7 @@ lengthened from nothing until the loss is there, or until it takes half as much 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -80,15 +80,19 @@ class RefittedNetwork(RetainedNetwork):
         with Measure(self.device) as work:
             norm = self.gradient()
             examples = self.curvature()
-            step, foretold = self.influence_step()
-            tried = self.refits(step, steps)
-            found = longest(tqdm(tried, "remove", total=None, disable=not progress), foretold)
-        sizes, seconds = dict.fromkeys(step, found.length), work.seconds - sum(s.seconds for s in found.head)
+            found = self.choose(steps, progress)
+        sizes = dict.fromkeys(self._capture.blocks, found.length)
+        seconds = work.seconds - sum(s.seconds for s in found.head)
         history = [Step(1, found.parameters, found.objective, norm, sizes, examples, seconds, work.peak_bytes)]
         for number, s in enumerate([*found.head, *further(found.problem, steps - len(found.head))], 2):
             moved = {**found.parameters, **s.parameters}
             history.append(s._replace(step=number, parameters=moved, objective=s.objective + found.decay))
         return history
+
+    def choose(self, steps: int, progress: bool) -> Refit:
+        """The step at its length, and the first of the head's steps behind it."""
+        step, foretold = self.influence_step()
+        return longest(tqdm(self.refits(step, steps), "remove", total=None, disable=not progress), foretold)
 
     def influence_step(self) -> tuple[Matrices, float]:
         """Formula (3) at the trained parameters, and the mean loss of the removed examples that it foretells."""
@@ -98,10 +102,10 @@ class RefittedNetwork(RetainedNetwork):
         (foretold, *_) = self._ranks.meet("the loss foretold", (self._removed_loss + rise) / len(self.removed))
         return step, foretold
 
-    def refits(self, step: Matrices, steps: int) -> Iterator[Refit]:
+    def refits(self, step: Matrices, steps: int, lengths: Sequence[float] = LENGTHS) -> Iterator[Refit]:
         """By length, up to the longest that leaves a network for which a head can be found."""
         before: dict[str, Tensor] = {}
-        for length in LENGTHS:
+        for length in lengths:
             self._place(step, length)
             features = self._head_inputs()
             if length > 0 and not bool(features.isfinite().all()):

@@ -1,0 +1,69 @@
+"""One step that takes from the network what it says of the removed examples, for networks that know all by heart.
+
+Where every example is known by heart, the gradients of the losses are nearly zero and their curvature is, too: an
+influence step foretells nothing and wrecks the network. What the network *says* still has a slope there. So this step
+lowers the log-odds of the removed examples' labels, and moves what is said of the retained ones as little as it can, in
+the square of their outputs; the head is refitted behind it. docs/math.md (34).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastif.curvature import EKFAC
+from fastif.model.calls import call
+from fastif.model.losses import labels_in, labels_of, logits_of
+from fastif.progress import tqdm
+from fastif.removal.network import Matrices
+from fastif.removal.refit import Refit, RefittedNetwork
+
+
+def squared_outputs(outputs: Any, _batch: Any) -> Tensor:
+    """½ ‖z‖² of every example, [n], whose curvature in the outputs is the identity."""
+    return 0.5 * logits_of(outputs).square().flatten(1).sum(1)
+
+
+def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """log p/(1 − p) of the labels [n] by logits [n, c]."""
+    own = labels[:, None]
+    return logits.gather(1, own)[:, 0] - logits.scatter(1, own, -torch.inf).logsumexp(1)
+
+
+class LoweredNetwork(RefittedNetwork):
+    """The step that lowers the removed examples' log-odds by `lower_odds` on average, to first order, and the head's
+    steps behind it; arguments else as for `RefittedNetwork`."""
+
+    def __init__(self, model: nn.Module, train: Any, removed: Tensor, *, lower_odds: float, **settings: Any):
+        if settings.get("curvature") is None:
+            settings["curvature"] = EKFAC(0.0, fisher="monte_carlo")
+        super().__init__(model, train, removed, curved_by=squared_outputs, **settings)
+        self._lower_odds = lower_odds
+
+    def choose(self, steps: int, progress: bool) -> Refit:
+        tried = self.refits(self.step_of_odds(), steps, lengths=(1.0,))
+        for found in tqdm(tried, "remove", total=1, disable=not progress):
+            return found
+        raise ValueError(
+            f"remove: lower_odds={self._lower_odds:g} leads to a network behind which no head is found; a smaller one, "
+            "more examples in subset= or a larger damping would do"
+        )
+
+    def step_of_odds(self) -> Matrices:
+        """−s (G + γI)⁻¹ m, m the mean gradient of the removed examples' log-odds, and s so long that these fall by
+        `lower_odds` along it."""
+        _, sums = self._sum_over(self.removed, self._log_odds)
+        mean = {p: g / len(self.removed) for p, g in sums.items()}
+        step = self._newton_steps(mean)
+        slope = -sum(float((self._matrices(mean)[name] * matrix.double()).sum()) for name, matrix in step.items())
+        (slope, *_) = self._ranks.meet("the slope of the log-odds", slope)
+        if not 0 < slope < torch.inf:
+            raise ValueError(
+                f"remove: no step of these layers lowers the removed examples' log-odds: slope {slope:.3g}"
+            )
+        return {name: matrix * (self._lower_odds / slope) for name, matrix in step.items()}
+
+    def _log_odds(self, x: Any, y: Any) -> Tensor:
+        return log_odds(logits_of(call(self.model, x)), labels_of(labels_in(x, y)))
