@@ -19,7 +19,7 @@ _LARGEST = {torch.int8: 127.0, torch.float16: 1.0}  # what the largest entry of 
 HALF = (torch.float16, torch.bfloat16)
 ENTRIES = 1 << 21  # of matrices that are made of factors at a time
 _CACHED = 1 << 18  # of vectors and their products at a time: what is written stays near until it is read
-_GAIN = 3  # by which products with int8 factors are faster than those with floats
+GAIN = 3  # by which products with int8 factors are faster than those with floats
 _FORMING = 48  # products with a matrix that take as long as forming it, writing and reading it again
 
 
@@ -145,7 +145,7 @@ class Factors:
     def _are_few(self, q: int, share: float) -> bool:
         """Whether products of factors with q queries, of which `share` is left where these are thin, are less work than
         forming each example's matrix first."""
-        products = share * q * len(self.right) / (_GAIN if self.right.dtype == torch.int8 and not self.table else 1)
+        products = share * q * len(self.right) / (GAIN if self.right.dtype == torch.int8 and not self.table else 1)
         return self.ranks.shape[1] == 1 and products <= len(self.right) + (q + _FORMING) * len(self)
 
     def gradients(self, rows: Tensor, columns: Tensor) -> Dense | OneHot:

@@ -108,12 +108,15 @@ class Metric:
         out[there] = basis.right_back((queries[there] * self.inside[1])[None])[0] / self.columns
         return out
 
-    def turns_factors(self, q: int, n: int) -> bool:
-        """Whether it is less work to turn the factors of n examples, one of each, into the eigenbasis than q whole
-        queries out of it."""
+    def turns_factors(self, q: int, factors: float, gain: float = 1.0) -> bool:
+        """Whether it is less work to turn so many factors into the eigenbasis than q whole queries out of it.
+
+        Turned, they are floats: products with them as they are may be faster by `gain`.
+        """
         turned = self.basis is not None and self.basis.output_basis is not None
         g, o, d = self.shape
-        return turned and g == 1 and n * (o * o + d * d) < q * o * d * (o + d)
+        slower = q * factors * o * d * (1 - 1 / gain)
+        return turned and g == 1 and factors * (o * o + d * d) + slower < q * o * d * (o + d)
 
     def turn(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Stored vectors [F, o] and [F, d] of one group, as weighed queries meet them in the eigenbasis."""

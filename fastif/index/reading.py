@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastif.index.encoder import Encoder
-from fastif.index.factors import ENTRIES, HALF, Factors
+from fastif.index.factors import ENTRIES, GAIN, HALF, Factors
 from fastif.index.folder import Folder, IndexBlock
 from fastif.index.metric import Metric
 from fastif.index.thin import Runs, singly, thinned
@@ -82,14 +82,16 @@ def asked(encoder: Encoder, folder: Folder, held: Mapping[str, Tensor], n: int, 
     Raises ValueError where their type does not hold one.
     """
     found: dict[str, Asked] = {}
+    one = encoder.dtype.itemsize * sum(g * (o + d) for _, (g, o, d), _ in folder.manifest["layers"])
+    factors = n * max(1.0, folder.manifest["parts"][0]["bytes"] / one)  # of a block, about
     for name, (g, _, _), table in folder.manifest["layers"]:
         weighed, metric = held[name], encoder.metrics[name]
         _check_finite(weighed, weighed, name, first)
         # On a GPU, the op forms thin queries whole again.
         integers = encoder.dtype == torch.int8 and g == 1 and not table and weighed.device.type == "cpu"
         runs = thinned(weighed[:, 0], n) if integers else None
-        whole = 0 if runs is None else sum(len(part) for part in runs if isinstance(part, Tensor))
-        if metric.turns_factors(len(weighed) if runs is None else whole, n):
+        whole = len(weighed) if runs is None else sum(len(part) for part in runs if isinstance(part, Tensor))
+        if metric.turns_factors(whole, factors, GAIN if integers else 1.0):
             found[name] = Asked(weighed, metric, turns_factors=True)
         elif runs is None:
             found[name] = Asked(weighed, metric)

@@ -81,6 +81,8 @@ def test_factors_are_turned_where_that_is_less_work():
     metric = Metric.of(eigenbasis(6, 9), CPU, torch.float64)
     assert metric.turns_factors(1, 6)  # 6 (36 + 81) operations, and 54 (6 + 9)
     assert not metric.turns_factors(1, 7)
+    assert metric.turns_factors(1, 4, gain=3)  # and 4 · 54 (1 - 1/3) more
+    assert not metric.turns_factors(1, 6, gain=3)
     diagonal = Metric.of(Eigenbasis(torch.ones(1, 6, 9), torch.ones(1, 6, 9)), CPU, torch.float64)
     assert not diagonal.turns_factors(10, 1)
 
