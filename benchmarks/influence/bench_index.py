@@ -111,7 +111,7 @@ def test_index(benchmark, capsys, make):
         layers=work.layers,
         batch_size=work.batch,
         progress=False,
-    ).fit(work.train, subset=partial(fastif.samplers.random, k=2500) if BENCH == "texts" else None)
+    ).fit(work.train, subset=partial(fastif.samplers.random, k=min(n, 2500)) if BENCH == "texts" else None)
     walks = {q: timed(lambda q=q: influence.scores(repeated(work.query, q), work.train)) for q in queries}
     exact = walks[1][0] if BENCH == "texts" else influence.scores(work.query, work.train)
     with tempfile.TemporaryDirectory() as folder:

@@ -60,6 +60,10 @@ def test_a_query_s_best_can_be_removed_and_layers_samplers_and_certificates_chos
     assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in want.items())
     record = json.loads((script / "refitted" / "removal.json").read_text())
     assert record["about"]["refit_head"] is True
+    assert run(*refitted, "--lower-odds", "2", "--out", "lowered")[0] == 0
+    want = remove(model, train, torch.tensor([9, 30]), layers="*", refit_head=True, lower_odds=2.0, progress=False)
+    found = load_file("lowered/removed.safetensors")
+    assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in want.state_dict.items())
     certified = ("remove", "ownscript:problem", "--indices", "gone.npy", "--epsilon", "1", "--noise", "0.1")
     code, printed, _ = run(*certified, "--out", "first")
     assert code == 0

@@ -31,6 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "all layers, sampler": {"layers": "*", "subset": SAMPLER},
     "all layers, full steps": {"layers": "*", "line_search": False, "curvature": Identity(), "steps": 1},
     "all layers, the head refitted": {"layers": "*", "refit_head": True, "subset": SAMPLER},
+    "all layers, odds lowered": {"layers": "*", "refit_head": True, "lower_odds": 2.0, "subset": SAMPLER},
     "all layers, by products": {"layers": "*", "curvature": CG(0.3, tolerance=1e-10), "steps": 1},
 }
 
