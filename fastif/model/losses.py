@@ -313,6 +313,16 @@ def _signs(shape: Sequence[int], generator: Generator | None) -> Tensor:
     return torch.randint(0, 2, tuple(shape), generator=generator) * 2 - 1
 
 
+def _eigen(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [n, m] and vectors [n, m, m] of symmetric matrices; diagonal ones, as those of sums of functions of
+    single outputs, need no decomposition, which takes seconds an example for a thousand outputs."""
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    alone = hessian.count_nonzero((1, 2)) == diagonal.count_nonzero(1)
+    if bool((alone & diagonal.isfinite().all(1)).all()):
+        return diagonal, torch.eye(hessian.shape[1]).to(hessian).expand_as(hessian)
+    return torch.linalg.eigh(hessian)
+
+
 def _columns_of_function(
     loss: Any, outputs: Any, batch: Any, n: int, fisher: str, generator: Generator | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -333,7 +343,7 @@ def _columns_of_function(
         flat = gradient.reshape(n, -1)
         rows = [torch.autograd.grad(flat[:, k].sum(), leaf, retain_graph=True)[0] for k in range(flat.shape[1])]
     hessian = torch.stack([row.reshape(n, -1) for row in rows], 1)  # [n, m, m]
-    values, vectors = torch.linalg.eigh((hessian + hessian.mT).double() / 2)
+    values, vectors = _eigen((hessian + hessian.mT).double() / 2)
     lowest = values.amin(1)
     if bool((lowest < -1e-6 * values.abs().amax(1).clamp(min=1e-12)).any()):
         row = int(lowest.argmin())

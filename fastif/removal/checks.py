@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -33,14 +34,16 @@ def check_certificate(certificate: Certificate, weight_decay: float, line_search
         )
 
 
-def check_own_weight(model: nn.Module, layer: nn.Linear) -> None:
+def check_own_weight(
+    model: nn.Module, layer: nn.Linear, instead: str = 'pass layers="*", or layers= with both'
+) -> None:
     """Where the head's weight is also an embedding's, features change with it: they cannot be computed once."""
     own = {id(parameter) for parameter in layer.parameters()}
     for name, module in model.named_modules():
         if module is not layer and any(id(parameter) in own for parameter in module.parameters(recurse=False)):
             raise ValueError(
                 f"remove: the head's weight serves elsewhere in the model, in {name!r}, too, and steps on the head's "
-                'features cannot move that; pass layers="*", or layers= with both'
+                f"features cannot move that; {instead}"
             )
 
 
@@ -101,7 +104,8 @@ def check_refit(layers: Any, certificate: Any, line_search: bool, loss: Any, ext
 def check_lower_odds(lower_odds: float | None, refit_head: bool) -> None:
     if lower_odds is None:
         return
-    if isinstance(lower_odds, bool) or not 0 < lower_odds < float("inf"):
+    number = isinstance(lower_odds, Real) and not isinstance(lower_odds, bool)
+    if not number or not 0 < lower_odds < float("inf"):
         raise ValueError(f"remove: lower_odds must be a positive number of nats, got {lower_odds!r}")
     if not refit_head:
         raise ValueError("remove: lower_odds= is a step behind which the head is refitted: it needs refit_head=True")

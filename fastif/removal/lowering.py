@@ -8,28 +8,24 @@ the square of their outputs; the head is refitted behind it. docs/math.md (34).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastif.curvature import EKFAC
+from fastif.curvature import EKFAC, NotPositiveDefinite
+from fastif.data.batches import batch_length
 from fastif.model.calls import call
-from fastif.model.losses import labels_in, labels_of, logits_of
+from fastif.model.losses import labels_in, labels_of, logits_of, measured
 from fastif.progress import tqdm
 from fastif.removal.network import Matrices
 from fastif.removal.refit import Refit, RefittedNetwork
 
 
-def squared_outputs(outputs: Any, _batch: Any) -> Tensor:
+def squared_outputs(outputs: Any, batch: Any) -> Tensor:
     """½ ‖z‖² of every example, [n], whose curvature in the outputs is the identity."""
-    return 0.5 * logits_of(outputs).square().flatten(1).sum(1)
-
-
-def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
-    """log p/(1 − p) of the labels [n] by logits [n, c]."""
-    own = labels[:, None]
-    return logits.gather(1, own)[:, 0] - logits.scatter(1, own, -torch.inf).logsumexp(1)
+    squares = logits_of(outputs).square()
+    return 0.5 * squares.reshape(len(labels_of(batch)), -1).sum(1)  # some models squeeze a batch of one
 
 
 class LoweredNetwork(RefittedNetwork):
@@ -44,26 +40,36 @@ class LoweredNetwork(RefittedNetwork):
 
     def choose(self, steps: int, progress: bool) -> Refit:
         tried = self.refits(self.step_of_odds(), steps, lengths=(1.0,))
-        for found in tqdm(tried, "remove", total=1, disable=not progress):
-            return found
+        try:
+            for found in tqdm(tried, "remove", total=1, disable=not progress):
+                return found
+        except NotPositiveDefinite as error:
+            why = str(error)
+        else:
+            why = "what it sees or says there is not finite"
         raise ValueError(
-            f"remove: lower_odds={self._lower_odds:g} leads to a network behind which no head is found; a smaller one, "
-            "more examples in subset= or a larger damping would do"
+            f"remove: lower_odds={self._lower_odds:g} leads to a network behind which no head is found: {why}. A "
+            "smaller one, more examples in subset= or a larger damping (or weight_decay) may do"
         )
 
     def step_of_odds(self) -> Matrices:
         """−s (G + γI)⁻¹ m, m the mean gradient of the removed examples' log-odds, and s so long that these fall by
         `lower_odds` along it."""
-        _, sums = self._sum_over(self.removed, self._log_odds)
+        odds, sums = self._sum_over(self.removed, self._log_odds)
+        if not math.isfinite(odds):
+            raise ValueError(
+                "remove: lower_odds= needs finite log-odds of the removed examples' labels, and outputs of two classes "
+                f"or more; theirs add up to {odds}"
+            )
         mean = {p: g / len(self.removed) for p, g in sums.items()}
         step = self._newton_steps(mean)
         slope = -sum(float((self._matrices(mean)[name] * matrix.double()).sum()) for name, matrix in step.items())
         (slope, *_) = self._ranks.meet("the slope of the log-odds", slope)
-        if not 0 < slope < torch.inf:
+        if not 0 < slope < math.inf:
             raise ValueError(
                 f"remove: no step of these layers lowers the removed examples' log-odds: slope {slope:.3g}"
             )
         return {name: matrix * (self._lower_odds / slope) for name, matrix in step.items()}
 
     def _log_odds(self, x: Any, y: Any) -> Tensor:
-        return log_odds(logits_of(call(self.model, x)), labels_of(labels_in(x, y)))
+        return measured("log_odds", self._loss, call(self.model, x), labels_in(x, y), batch_length(x))

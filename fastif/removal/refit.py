@@ -7,6 +7,7 @@ lengthened from nothing until the loss is there, or until it takes half as much 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -100,10 +101,18 @@ class RefittedNetwork(RetainedNetwork):
         removed = self._matrices({p: self.n * (shift - self._gradient[p]) for p, shift in self._shift.items()})
         rise = sum(float((removed[name].double() * matrix).sum()) for name, matrix in step.items())
         (foretold, *_) = self._ranks.meet("the loss foretold", (self._removed_loss + rise) / len(self.removed))
+        if not math.isfinite(foretold):
+            raise ValueError(
+                f"remove: the influence step foretells a mean loss of {foretold} of the removed examples, which is "
+                f"{self._removed_loss / len(self.removed):.3g} before it"
+            )
         return step, foretold
 
     def refits(self, step: Matrices, steps: int, lengths: Sequence[float] = LENGTHS) -> Iterator[Refit]:
-        """By length, up to the longest that leaves a network for which a head can be found."""
+        """By length, up to the longest that leaves a network for which a head can be found.
+
+        Raises NotPositiveDefinite where the head's block is not behind the first.
+        """
         before: dict[str, Tensor] = {}
         for length in lengths:
             self._place(step, length)
@@ -120,7 +129,7 @@ class RefittedNetwork(RetainedNetwork):
                     problem.go_on_from(before)
                 head = list(newton(problem, min(steps, TRIAL_STEPS) if before else steps))
             except NotPositiveDefinite:
-                if length == 0:
+                if length == lengths[0]:
                     raise
                 return
             ((removed, retained), *_) = self._ranks.meet("the losses behind the head", problem.mean_losses())
@@ -172,17 +181,29 @@ def longest(refits: Iterable[Refit], foretold: float) -> Refit:
         best = found
         if found.removed >= foretold:
             break
+    else:
+        if best is not None and best.length == 0:
+            _warn_of_none(best, None, foretold)
     assert best is not None
     return best
 
 
-def _warn_of_none(head: Refit, shortest: Refit, foretold: float) -> None:
+def _warn_of_none(head: Refit, shortest: Refit | None, foretold: float) -> None:
     """The head alone has not led to the loss that is foretold, and no length of the step was taken."""
+    if shortest is None:
+        why = (
+            f"behind a step of length {LENGTHS[1]:g} no head is found. The head alone takes the mean loss of the "
+            f"removed examples to {head.removed:.2g}, where {foretold:.2g} is foretold"
+        )
+    else:
+        why = (
+            f"a step of length {shortest.length:g} would take the mean loss of the removed examples from "
+            f"{head.removed:.2g} to {shortest.removed:.2g}, where {foretold:.2g} is foretold, and that of the retained "
+            f"from {head.retained:.2g} to {shortest.retained:.2g}"
+        )
     warn_outside(
-        "remove: refit_head=True leaves the layers below the head as they were: a step of length "
-        f"{shortest.length:g} would take the mean loss of the removed examples from {head.removed:.2g} to "
-        f"{shortest.removed:.2g}, where {foretold:.2g} is foretold, and that of the retained from {head.retained:.2g} "
-        f"to {shortest.retained:.2g}. A network that knows its examples by heart may foretell too little, a small "
-        "subset know too little of what is to stay: more examples in subset= may help",
+        f"remove: refit_head=True leaves the layers below the head as they were: {why}. A network that knows its "
+        "examples by heart may foretell too little, a small subset know too little of what is to stay: more examples "
+        "in subset= may help",
         UserWarning,
     )

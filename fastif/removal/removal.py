@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -42,14 +43,16 @@ from fastif.sharded import refuse_sharded
 
 
 @contextmanager
-def _without_autocast() -> Iterator[None]:
-    """Steps keep the digits that autocast around the call would take from their products."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+def _in_full() -> Iterator[None]:
+    """Steps keep the digits that autocast around the call would take from their products, and the gradients that
+    no_grad or inference_mode would."""
+    off = partial(torch.autocast, enabled=False)
+    with off("cpu"), off("cuda"), torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 @on_all_ranks
-@_without_autocast()
+@_in_full()
 def remove(
     model: nn.Module,
     train: Any,
@@ -105,7 +108,7 @@ def remove(
             average, to first order, and changes the outputs of the retained ones as little as it can (docs/math.md
             (34)). How far retraining would lower them nobody knows beforehand: 4 is little, 16 much; what it takes from
             the others the head behind it gives back. Default curvature EKFAC(0.0, fisher="monte_carlo") for all layers,
-            of the squared outputs.
+            of the squared outputs, which fisher="empirical" does not estimate.
         subset: which retained examples carry the curvature: None for all; a sampler with its k bound, such as
             `functools.partial(samplers.logit, k=500)`, drawn afresh from the retained data in each step; or anything
             with `indices` (counted in `train`) and `weights`: its removed examples are left out, the other weights
@@ -185,7 +188,7 @@ def remove(
     check_lower_odds(lower_odds, refit_head)
     if refit_head:
         check_refit(layers, certificate, line_search, loss, extracted, start)
-        check_own_weight(model, layer)
+        check_own_weight(model, layer, instead="leave out refit_head=True")
         del settings["line_search"]
         how: dict[str, Any] = {"layers": layers, "curvature": curvature, "head": head, "batch_size": batch_size}
         how |= {"device": device, **settings}

@@ -254,6 +254,21 @@ def test_extreme_log_odds_are_finite():
     assert got[1] == pytest.approx(40 - math.log(2))
 
 
+@pytest.mark.parametrize("fisher", ["exact", "monte_carlo"])
+def test_a_function_of_single_outputs_has_a_root_without_a_decomposition(fisher, monkeypatch):
+    torch.manual_seed(0)
+    outputs, slopes = torch.randn(4, 3, dtype=torch.float64), torch.tensor([1.0, 0.0, 4.0], dtype=torch.float64)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda _: pytest.fail("a diagonal Hessian was decomposed"))
+    found = output_columns(
+        lambda z, _: 0.5 * (slopes * z.square()).sum(1), outputs, None, 4, fisher, torch.Generator().manual_seed(0)
+    )
+    columns = torch.stack([column for _, column in found], 2)  # [n, 3, columns]
+    if fisher == "exact":
+        assert torch.allclose(columns @ columns.mT, torch.diag(slopes).expand(4, 3, 3))
+    else:
+        assert torch.allclose(columns[..., 0].square(), slopes.expand(4, 3))
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 

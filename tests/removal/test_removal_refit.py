@@ -138,13 +138,25 @@ def test_the_rule():
     )
     assert taken((0.1, 0.1), (0.2, 0.1), (0.15, 0.0), (0.3, 0.0), foretold=5.0) == 3, "retained loss may fall"
     assert taken((0.7, 0.1), (0.8, 0.1), foretold=0.5) == 0, "the head alone has done it"
-    assert taken((0.1, 0.1), foretold=0.5) == 0, "no longer step leaves a network"
 
 
 @pytest.mark.parametrize("second", [(0.2, 0.2), (0.9, 0.1)], ids=["harm", "too far"])
 def test_a_step_that_is_not_taken_is_said(second):
     with pytest.warns(UserWarning, match=r"leaves the layers .* length 1 would take .* from 0.1 to .* 0.5 is foretold"):
         assert taken((0.1, 0.1), second, (1.0, 0.1), foretold=0.5) == 0
+
+
+def test_that_no_step_leaves_a_network_is_said():
+    said = r"leaves the layers .* length 0.25 no head is found.* examples to 0.1, where 0.5 is foretold"
+    with pytest.warns(UserWarning, match=said):
+        assert taken((0.1, 0.1), foretold=0.5) == 0
+
+
+def test_a_loss_of_the_removed_that_is_not_finite_is_refused(problem):
+    unknown = problem.x.clone()
+    unknown[REMOVED[0]] = torch.nan
+    with pytest.raises(ValueError, match="foretells a mean loss of nan of the removed examples, which is nan before"):
+        refitted((problem.model, unknown, problem.y))
 
 
 # ------------------------------------------------------------------------------------------------------ what it is for
@@ -262,7 +274,7 @@ def test_a_head_that_is_an_embedding_too_is_refused():
             return self.head(torch.tanh(self.first(x)))
 
     x, y = torch.randn(20, 3), torch.arange(20) % 3
-    with pytest.raises(ValueError, match="the head's weight serves elsewhere in the model, in 'first'"):
+    with pytest.raises(ValueError, match="serves elsewhere in the model, in 'first', too.* leave out refit_head=True"):
         remove(Tied(), (x, y), REMOVED, layers="*", refit_head=True, **QUIET)
 
 
