@@ -315,7 +315,7 @@ def _signs(shape: Sequence[int], generator: Generator | None) -> Tensor:
 
 def _eigen(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues [n, m] and vectors [n, m, m] of symmetric matrices; diagonal ones, as those of sums of functions of
-    single outputs, need no decomposition, which takes seconds an example for a thousand outputs."""
+    single outputs, need no decomposition, which takes a quarter of a second an example for a thousand."""
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     alone = hessian.count_nonzero((1, 2)) == diagonal.count_nonzero(1)
     if bool((alone & diagonal.isfinite().all(1)).all()):

@@ -43,7 +43,7 @@ from fastif.sharded import refuse_sharded
 
 
 @contextmanager
-def _in_full() -> Iterator[None]:
+def _digits_and_gradients() -> Iterator[None]:
     """Steps keep the digits that autocast around the call would take from their products, and the gradients that
     no_grad or inference_mode would."""
     off = partial(torch.autocast, enabled=False)
@@ -52,7 +52,7 @@ def _in_full() -> Iterator[None]:
 
 
 @on_all_ranks
-@_in_full()
+@_digits_and_gradients()
 def remove(
     model: nn.Module,
     train: Any,
