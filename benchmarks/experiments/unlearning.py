@@ -228,6 +228,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--draws", type=int, default=1, help="of the random 5 %%, each a forget set of its own")
     parser.add_argument("--sets", nargs="+", metavar="NAME", help="default all")
     parser.add_argument("--without", nargs="+", metavar="METHOD", default=[], help="methods to leave out")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="methods to look at, default all")
     parser.add_argument("--relearning-steps", type=int, default=100)
     parser.add_argument("--out", type=Path, help="default runs/unlearning-DATA[-ARCHITECTURE][-draws]")
     parser.add_argument(
@@ -254,7 +255,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if unknown := [name for name in given.sets or [] if name not in sets]:
         parser.error(f"--sets has {unknown[0]!r}; there are {', '.join(sets)}")
     every = {**lowered(k, block), **single_steps(k, block), **candidates(k)}
-    grids = {name: grid for name, grid in every.items() if name not in given.without}
+    wanted = {*ours(k, block), *every} if given.only is None else {*given.only}
+    if unknown := wanted - {*ours(k, block), *every}:
+        parser.error(f"--only has {min(unknown)!r}; there are {', '.join([*ours(k, block), *every])}")
+    grids = {name: grid for name, grid in every.items() if name in wanted and name not in given.without}
     tables: dict[str, Any] = {}
     for name, (removed, other) in sets.items():
         if given.sets and name not in given.sets:
@@ -269,7 +273,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             seeds=given.seeds, networks=halves, relearning_steps=given.relearning_steps, resume=True, progress=False,
         )  # fmt: skip
         chosen = best_of(grids, tune, folder)
-        methods = {**ours(k, block), **{method: grid[chosen[method]] for method, grid in grids.items()}}
+        methods = {method: how for method, how in ours(k, block).items() if method in wanted}
+        methods |= {method: grid[chosen[method]] for method, grid in grids.items()}
         table = judge(methods, out=folder / "table")
         seconds = times(methods, (x, y), removed, train_fn, folder / "seconds.json")
         tables[name] = table, chosen, seconds
