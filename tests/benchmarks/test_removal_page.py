@@ -30,4 +30,4 @@ def test_examples_run(capsys):
 
 def test_tables_are_those_of_the_results():
     assert pages.with_tables(PAGE) == PAGE
-    assert PAGE.count("<!-- table:") == 12
+    assert PAGE.count("<!-- table:") == 13
