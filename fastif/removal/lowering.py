@@ -19,7 +19,8 @@ from fastif.model.calls import call
 from fastif.model.losses import labels_in, labels_of, logits_of, measured
 from fastif.progress import tqdm
 from fastif.removal.network import Matrices
-from fastif.removal.refit import Refit, RefittedNetwork
+from fastif.removal.refit import WORTH, Refit, RefittedNetwork
+from fastif.renamed import warn_outside
 
 
 def squared_outputs(outputs: Any, batch: Any) -> Tensor:
@@ -42,6 +43,7 @@ class LoweredNetwork(RefittedNetwork):
         tried = self.refits(self.step_of_odds(), steps, lengths=(1.0,))
         try:
             for found in tqdm(tried, "remove", total=1, disable=not progress):
+                self._warn_of_harm(found)
                 return found
         except NotPositiveDefinite as error:
             why = str(error)
@@ -51,6 +53,18 @@ class LoweredNetwork(RefittedNetwork):
             f"remove: lower_odds={self._lower_odds:g} leads to a network behind which no head is found: {why}. A "
             "smaller one, more examples in subset= or a larger damping (or weight_decay) may do"
         )
+
+    def _warn_of_harm(self, found: Refit) -> None:
+        """Where the retained have lost half as much as the removed, or more, or are no better than guessed."""
+        removed, retained = self._removed_loss / len(self.removed), self._retained_loss / len(self.kept)
+        wrecked = found.retained >= math.log(self._head.out_features)
+        if wrecked or found.removed - removed <= WORTH * (found.retained - retained):
+            warn_outside(
+                f"remove: lower_odds={self._lower_odds:g} takes the mean loss of the removed examples from "
+                f"{removed:.2g} to {found.removed:.2g} and that of the retained from {retained:.2g} to "
+                f"{found.retained:.2g}, behind the head: a smaller one, or more examples in subset=, may do less harm",
+                UserWarning,
+            )
 
     def step_of_odds(self) -> Matrices:
         """−s (G + γI)⁻¹ m, m the mean gradient of the removed examples' log-odds, and s so long that these fall by

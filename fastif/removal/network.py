@@ -111,7 +111,7 @@ class RetainedNetwork:
         self._picks = Picks(subset, kept, generator, self._ranks)
         self._seen: dict[str, Tensor] = {}  # features, logits and labels of the retained at the current parameters
         self._shift: dict[Tensor, Tensor] = {}  # ∇F_all at the trained parameters
-        self._removed_loss = math.nan  # Σ ℓ over the removed, there
+        self._removed_loss = self._retained_loss = math.nan  # Σ ℓ over the removed and the retained, there
         runs = [lambda x=x: logits_of(call(self.model, moved_to(x, self.device))) for x, _ in singly]
         self._below = Below(self.model, self._names, n, runs)
         self._last: Matrices = {}  # the step before
@@ -147,6 +147,7 @@ class RetainedNetwork:
         self._gradient = {p: g / self.n + self.weight_decay * p.detach() for p, g in sums.items()}
         norm = sum(float(g.square().sum()) for g in self._gradient.values()) ** 0.5
         if not self._shift:  # of the trained parameters
+            self._retained_loss = loss
             self._removed_loss, removed = self._sum_over(self.removed)
             self._shift = {p: g + removed[p] / self.n for p, g in self._gradient.items()}
         return norm

@@ -100,6 +100,12 @@ def test_a_network_that_knows_all_by_heart_lets_go_of_the_removed_alone():
     assert rise < 0.1
 
 
+@pytest.mark.parametrize("lower_odds", [1e3, 1e4], ids=["as much from the others", "no better than guessed"])
+def test_a_step_that_does_harm_is_said(lower_odds):
+    with pytest.warns(UserWarning, match=r"lower_odds=1.* takes the mean loss of the removed .* may do less harm"):
+        lowered(trained(), lower_odds=lower_odds, curvature=EXACT)
+
+
 def test_batches_samplers_and_a_head_that_takes_no_step():
     model, x, y = small_images()
     how = dict(layers=["0.0", "1"], refit_head=True, lower_odds=2.0, curvature=EXACT, **QUIET)
