@@ -88,18 +88,6 @@ class Factors:
         some = slice(first, first + int(counts[begin:end].sum()))
         return Factors(self.ranks[begin:end], self.left[some], self.right[some], _rows(self.scale, some))
 
-    def split(self, numbers: int) -> Iterator[Factors]:
-        """Runs of examples, each of about so many numbers."""
-        ends = self.ranks.sum(1).long().cumsum(0)
-        size = self.right.shape[1] + (1 if self.table else self.left.shape[1])
-        each, begin, first = max(1, numbers // size), 0, 0
-        while begin < len(self):
-            end = max(begin + 1, int((ends <= first + each).sum()))
-            last = int(ends[end - 1])
-            scale = None if self.scale is None else self.scale[first:last]
-            yield Factors(self.ranks[begin:end], self.left[first:last], self.right[first:last], scale)
-            begin, first = end, last
-
     def turned(self, turn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], like: Tensor) -> Factors:
         """With vectors that `turn` makes of these, unpacked."""
         left, right = turn(*self._vectors(slice(None), like))
@@ -225,8 +213,8 @@ class Factors:
 
 
 def runs_of(parts: Sequence[Factors]) -> Iterator[tuple[int, int]]:
-    """Begin and end of runs of the examples that blocks of parameters have in common, of which `Factors.gradients`
-    makes little at a time: there all examples get as many positions as the one with the most factors."""
+    """Begin and end of runs of the examples that blocks of parameters have in common, of which little is unpacked at a
+    time, in `Factors.gradients` too: there all examples get as many positions as the one with the most factors."""
     left = [(0, len(parts[0]))]
     while left:
         begin, end = left.pop()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastif.index.encoder import Encoder
-from fastif.index.factors import ENTRIES, GAIN, HALF, Factors
+from fastif.index.factors import GAIN, HALF, Factors, runs_of
 from fastif.index.folder import Folder, IndexBlock
 from fastif.index.metric import Metric
 from fastif.index.thin import Runs, singly, thinned
@@ -64,8 +64,8 @@ class Asked:
         """[q, n]."""
         if self.turns_factors:
             queries = self.weighed.float() if self.weighed.dtype in HALF else self.weighed
-            parts = [part.turned(self.metric.turn, queries).dots(queries) for part in factors.split(ENTRIES)]
-            return torch.cat([queries.new_zeros((len(queries), 0)), *parts], 1)
+            parts = (factors.rows(*run) for run in runs_of([factors]))
+            return torch.cat([part.turned(self.metric.turn, queries).dots(queries) for part in parts], 1)
         found = None if self.runs is None else factors.dots_of_few(self.runs)
         return factors.dots(self.queries) if found is None else found
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from fastif import EKFAC, Arnoldi, DataInf, ExactBlock, Index, Influence, answer
 from fastif.curvature.eigenbasis import Eigenbasis
-from fastif.index import building, reading
+from fastif.index import building
 from fastif.index import factors as index_factors
 from fastif.index.encoder import FEW
 from fastif.index.factors import Factors, runs_of
@@ -89,14 +89,15 @@ def test_factors_are_turned_where_that_is_less_work():
 
 @pytest.mark.parametrize("numbers", [1, 40, 10**6])
 @pytest.mark.parametrize("table", [False, True])
-def test_runs_of_examples_are_all_of_them(numbers, table):
+def test_runs_of_examples_are_all_of_them(numbers, table, monkeypatch):
+    monkeypatch.setattr(index_factors, "ENTRIES", numbers)
     metric = Metric.of(eigenbasis(6, 9, table), CPU, torch.float64)
     factors = stored(rows(7, 6, 9) if table else dense(7, 6, 9), metric)
-    parts = [*factors.split(numbers)]
+    parts = [factors.rows(*run) for run in runs_of([factors])]
     assert len(parts) == {1: 7, 10**6: 1}.get(numbers, len(parts))
     for name, value in Factors.cat(parts).tensors("").items():
         assert torch.equal(value, factors.tensors("")[name]), name
-    assert [*factors.select(torch.tensor([], dtype=torch.int64)).split(numbers)] == []
+    assert [*runs_of([factors.rows(0, 0)])] == [(0, 0)]
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16", "float32"])
@@ -242,8 +243,7 @@ class Averaged(nn.Module):
 @pytest.mark.parametrize("entries", [1 << 21, 50])
 @pytest.mark.parametrize("q", [2, 60])
 def test_examples_of_one_position_and_of_many_have_their_scores(tmp_path, monkeypatch, q, entries):
-    for room in (index_factors, reading):
-        monkeypatch.setattr(room, "ENTRIES", entries)
+    monkeypatch.setattr(index_factors, "ENTRIES", entries)
     torch.manual_seed(0)
     influence = Influence(Averaged(), curvature=EKFAC(1e-2, fisher="empirical"), batch_size=1, progress=False)
     train = [(torch.randn(1, 1 if i < 40 else 1 + i % 7, 6), torch.tensor([i % 3])) for i in range(N)]
