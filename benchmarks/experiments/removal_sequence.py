@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, help="default runs/removal-sequence-DATA")
     parser.add_argument("--kept", type=Path, help="default benchmarks/results/removal-sequence-DATA.json")
     given = parser.parse_args(arguments)
-    images, _ = read(given.data, given.root, given.examples)
+    images, _, _ = read(given.data, given.root, given.examples)
     recipe = RECIPES[given.data]
     recipe = recipe if given.epochs is None else recipe._replace(epochs=given.epochs)
     out = given.out or ROOT / "runs" / f"removal-sequence-{given.data}"

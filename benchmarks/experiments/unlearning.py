@@ -8,13 +8,14 @@ python benchmarks/experiments/unlearning.py fashion-mnist --root FOLDER --draws 
 
 Forget sets: a class, random 1, 5 and 10 %, the most and the least memorised 5 % by the head's self-influence, the light
 half of a class (a subpopulation), and half of the labels that people got wrong (CIFAR-10N). Newton steps of the head,
-of the last block and of all layers, the influence step of the two with the head refitted behind it, and single
-influence steps of each stand beside fine-tuning, NegGrad+, random labels, SSD and, on the digits, one LiSSA step. What
-has settings is tuned by the tug-of-war on training data alone and
-on ANOTHER forget set of the same kind: another class, other random examples, the next most memorised. Resumable: what
-is finished stays in runs/unlearning-DATA, and the same command goes on. Times are CPU seconds of one more run of each
-method, beside a training of the same process. The summary is written to benchmarks/results/unlearning-DATA.json, from
-which `python -m benchmarks.figures.keep tables` makes the tables of docs/removal.md.
+of the last block and of all layers, the influence step of the two with the head refitted behind it, the steps that
+leave the removed looking like unseen examples, and single influence steps of each stand beside fine-tuning, NegGrad+,
+random labels, SSD and, on the digits, one LiSSA step. What has settings is tuned by the tug-of-war on training data
+alone and on ANOTHER forget set of the same kind: another class, other random examples, the next most memorised.
+Resumable: what is finished stays in runs/unlearning-DATA, and the same command goes on. Times are CPU seconds of one
+more run of each method, beside a training of the same process. The summary is written to
+benchmarks/results/unlearning-DATA.json, from which `python -m benchmarks.figures.keep tables` makes the tables of
+docs/removal.md.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ EXAMPLES = {"digits": None, "fashion-mnist": 5000, "cifar10": 5000}  # of the tr
 CLASS, OTHER_CLASS = 8, 3  # removed, and the one that settings are chosen with
 LIGHT, OTHER_LIGHT = 6, 4  # shirts and coats: of their images the lighter half are a subpopulation
 SHARE = 0.05
+UNSEEN = 1000  # examples that the removed ones are to look like
 
 
 @cache
@@ -81,18 +83,26 @@ def trained(kept: Tensor, seed: int, x: Tensor, y: Tensor, recipe: Recipe) -> nn
     return trained_once(tuple(kept.tolist()), seed, x, y, recipe)
 
 
-def ours(k: int, block: list[str]) -> dict[str, UnlearnFn]:
-    """What has no settings: steps that lower the retained objective, and the influence step with the head refitted."""
+def ours(k: int, block: list[str], unseen: tuple[Tensor, Tensor] | None = None) -> dict[str, UnlearnFn]:
+    """What has no settings: steps that lower the retained objective, the influence step with the head refitted, and
+    the steps that leave the removed looking like unseen examples, where there are any."""
     how: dict[str, Any] = {"subset": partial(samplers.logit, k=k), "weight_decay": WEIGHT_DECAY}
     further = {**how, "steps": 3, "batch_size": 1024}
     refitted = {**further, "refit_head": True, "subset": partial(samplers.random, k=2 * k), "steps": 4}
-    return {
+    matched = {**refitted, "unseen": unseen, "steps": 6}
+    found = {
         "remove: head": partial(baselines.newton_steps, **how),
         "remove: last block": partial(baselines.newton_steps, layers=block, **further),
         "remove: all": partial(baselines.newton_steps, layers="*", **further),
         "step and refit: last block": partial(baselines.newton_steps, layers=block, **refitted),
         "step and refit: all": partial(baselines.newton_steps, layers="*", **refitted),
     }
+    if unseen is not None:
+        found |= {
+            "match and refit: last block": partial(baselines.newton_steps, layers=block, **matched),
+            "match and refit: all": partial(baselines.newton_steps, layers="*", **matched),
+        }
+    return found
 
 
 def influence_step(k: int, damping: float) -> dict[str, Any]:
@@ -124,19 +134,6 @@ def single_steps(k: int, block: list[str]) -> dict[str, dict[str, UnlearnFn]]:
         "one step: all": over(
             lambda d: partial(baselines.newton_steps, layers="*", **influence_step(k, d)), 0.003, 0.01, 0.03, 0.1, 0.3
         ),
-    }
-
-
-def lowered(k: int, block: list[str]) -> dict[str, dict[str, UnlearnFn]]:
-    """The step that lowers what is said of the removed examples, with the head refitted; by how much is chosen."""
-    how: dict[str, Any] = {"refit_head": True, "subset": partial(samplers.random, k=2 * k), "steps": 4}
-    how |= {"batch_size": 1024, "weight_decay": WEIGHT_DECAY}
-    return {
-        f"lower and refit: {name}": {
-            f"by {odds:g}": partial(baselines.newton_steps, layers=layers, lower_odds=odds, **how)
-            for odds in (2.0, 4.0, 8.0, 16.0, 32.0)
-        }
-        for name, layers in (("last block", block), ("all", "*"))
     }
 
 
@@ -203,15 +200,20 @@ def forget_sets(
     return {"half of the wrong labels": [part.sort().values for part in mixed.tensor_split(2)], **sets}
 
 
-def read(name: str, root: Path | None, examples: int | None) -> tuple[Data, Tensor | None]:
-    """The first so many training examples; of CIFAR-10 with people's labels, and which of them are wrong."""
+def read(
+    name: str, root: Path | None, examples: int | None
+) -> tuple[Data, Tensor | None, tuple[Tensor, Tensor] | None]:
+    """The first so many training examples, of CIFAR-10 with people's labels; which of these are wrong; and the last
+    training examples, which no network is trained on."""
     images, most = load(name, root), EXAMPLES[name] if examples is None else examples
-    x, y = images.x_train[:most], images.y_train[:most]
-    if name != "cifar10":
-        return images._replace(x_train=x, y_train=y), None
-    assert root is not None
-    said = human_labels("aggre", root)[:most]
-    return images._replace(x_train=x, y_train=said), (said != y).nonzero()[:, 0]
+    x, y = images.x_train, images.y_train
+    if name == "cifar10":
+        assert root is not None
+        y = human_labels("aggre", root)
+    wrong = (y != images.y_train)[:most].nonzero()[:, 0] if name == "cifar10" else None
+    further = len(y) if most is None else max(most, len(y) - UNSEEN)
+    unseen = (x[further:], y[further:]) if further < len(y) else None
+    return images._replace(x_train=x[:most], y_train=y[:most]), wrong, unseen
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -243,7 +245,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if given.architecture == "vgg11":
         recipe = recipe._replace(architecture="vgg11", width=WIDTH_OF_VGG11)
     recipe = recipe if given.epochs is None else recipe._replace(epochs=given.epochs)
-    images, wrong = read(given.data, given.root, given.examples)
+    images, wrong, unseen = read(given.data, given.root, given.examples)
     x, y = images.x_train, images.y_train
     k = min(len(y) // 10, 250)
     train_fn = partial(trained, x=x, y=y, recipe=recipe)
@@ -254,10 +256,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     sets = forget_sets(x, y, memorised, wrong, given.draws)
     if unknown := [name for name in given.sets or [] if name not in sets]:
         parser.error(f"--sets has {unknown[0]!r}; there are {', '.join(sets)}")
-    every = {**lowered(k, block), **single_steps(k, block), **candidates(k)}
-    wanted = {*ours(k, block), *every} if given.only is None else {*given.only}
-    if unknown := wanted - {*ours(k, block), *every}:
-        parser.error(f"--only has {min(unknown)!r}; there are {', '.join([*ours(k, block), *every])}")
+    own, every = ours(k, block, unseen), {**single_steps(k, block), **candidates(k)}
+    wanted = {*own, *every} if given.only is None else {*given.only}
+    if unknown := wanted - {*own, *every}:
+        parser.error(f"--only has {min(unknown)!r}; there are {', '.join([*own, *every])}")
     grids = {name: grid for name, grid in every.items() if name in wanted and name not in given.without}
     tables: dict[str, Any] = {}
     for name, (removed, other) in sets.items():
@@ -273,7 +275,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             seeds=given.seeds, networks=halves, relearning_steps=given.relearning_steps, resume=True, progress=False,
         )  # fmt: skip
         chosen = best_of(grids, tune, folder)
-        methods = {method: how for method, how in ours(k, block).items() if method in wanted}
+        methods = {method: how for method, how in own.items() if method in wanted}
         methods |= {method: grid[chosen[method]] for method, grid in grids.items()}
         table = judge(methods, out=folder / "table")
         seconds = times(methods, (x, y), removed, train_fn, folder / "seconds.json")

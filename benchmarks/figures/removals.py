@@ -16,7 +16,7 @@ MOST = 0.05  # of retraining's time
 PLAIN = ("nothing removed", "retrained")  # rows that are no method
 _COLOURS = {"head": "#d55e00", "last block": "#0072b2", "all": "#009e73"}
 _MARKERS = {
-    "remove": "o", "step and refit": "*", "lower and refit": "^", "one step": "D",
+    "remove": "o", "step and refit": "*", "match and refit": "^", "one step": "D",
     "fine-tuning": "x", "NegGrad+": "P", "random labels": "v", "SSD": "s", "LiSSA": "1",
 }  # fmt: skip
 

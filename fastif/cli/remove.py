@@ -13,7 +13,7 @@ import typer
 
 from fastif.cli.arguments import check, device_named, split, writable
 from fastif.cli.options import BatchSize, Device, Quiet
-from fastif.cli.script import function_named, returned
+from fastif.cli.script import called, function_named, returned
 from fastif.data.batches import count
 from fastif.evaluation.settings import SAMPLERS, check_budgets, choose_samplers
 from fastif.files import whole, write_whole
@@ -61,11 +61,14 @@ def remove_command(
             help="One influence step of --layers, as long as it foretells, and the head refitted behind it.",
         ),
     ] = False,
-    lower_odds: Annotated[
-        float | None,
+    unseen: Annotated[
+        str | None,
         typer.Option(
-            help="With --refit-head the step that lowers the log-odds of the removed by so many nats: for networks "
-            "that know their examples by heart."
+            metavar="MODULE:FUNCTION",
+            help="A function of yours that takes nothing and returns labelled data that the model was not trained on, "
+            "drawn like train: with --refit-head the steps of --layers go on until the removed examples look like it. "
+            "Not the query data, by which --verify judges.",
+            show_default=False,
         ),
     ] = None,
     loss: Annotated[
@@ -122,10 +125,11 @@ def remove_command(
         raise ValueError(f"{out} holds a removal already; choose another folder")
     torch.manual_seed(seed)
     model, train, query = returned(script, function_named(script))
+    data = None if unseen is None else called(unseen, function_named(unseen))
     torch.manual_seed(seed)  # what a sampler draws from under a certificate
     n = count(train, batch_size)
     settings: dict[str, Any] = {"steps": steps, "loss": loss, "weight_decay": weight_decay, "damping": damping}
-    settings |= {"refit_head": refit_head, "lower_odds": lower_odds}
+    settings["refit_head"] = refit_head
     budget = None if k is None else check_budgets([k], n)[0]
     first = find_ranks().rank == 0  # which alone verifies, prints and writes
     with writable(out) if first else nullcontext():
@@ -140,11 +144,18 @@ def remove_command(
             device=where,
             # Under a certificate the noise must not come from a seed that is known.
             generator=None if certificate is not None else torch.Generator().manual_seed(seed),
+            unseen=data,
             progress=not quiet,
             **settings,
         )
         about = {"script": script, "indices": str(indices), "removed": len(gone), "n": n, "layers": layers}
-        about |= {"sampler": None if budget is None else sampler, "k": budget, "seed": seed, **settings}
+        about |= {
+            "sampler": None if budget is None else sampler,
+            "k": budget,
+            "seed": seed,
+            "unseen": unseen,
+            **settings,
+        }
         if not first:
             return
         _write(out, removal, about, gone)

@@ -50,15 +50,19 @@ def _from_file(path: Path) -> Any:
     return module
 
 
-def returned(script: str, function: Callable[[], Any]) -> tuple[nn.Module, Any, Any]:
+def called(script: str, function: Callable[[], Any]) -> Any:
     try:
         inspect.signature(function).bind()
     except TypeError as error:
         raise ValueError(f"{script} must take no arguments: {error}") from None
     try:
-        given = function()
+        return function()
     except Exception as error:
         raise ScriptError(script) from error
+
+
+def returned(script: str, function: Callable[[], Any]) -> tuple[nn.Module, Any, Any]:
+    given = called(script, function)
     rule = f"{script} must return (model, train, query)"
     if not isinstance(given, tuple | list) or len(given) != 3:
         got = f"{len(given)} values" if isinstance(given, tuple | list) else type(given).__name__

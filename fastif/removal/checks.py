@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from numbers import Real
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastif.data.batches import as_loader, count
+from fastif.data.batches import as_loader, count, walked
+from fastif.data.dealing import tell_data
+from fastif.data.identity import Walked
+from fastif.data.loaders import Sharded
 from fastif.model.features import Extracted, extract
+from fastif.ranks import Ranks
 from fastif.removal.certificate import Certificate
 from fastif.removal.losses import HeadLoss, output_loss
 
@@ -101,11 +105,17 @@ def check_refit(layers: Any, certificate: Any, line_search: bool, loss: Any, ext
             raise ValueError(f"remove: refit_head=True {why}")
 
 
-def check_lower_odds(lower_odds: float | None, refit_head: bool) -> None:
-    if lower_odds is None:
-        return
-    number = isinstance(lower_odds, Real) and not isinstance(lower_odds, bool)
-    if not number or not 0 < lower_odds < float("inf"):
-        raise ValueError(f"remove: lower_odds must be a positive number of nats, got {lower_odds!r}")
+def check_unseen(unseen: Any, refit_head: bool, batch_size: int, ranks: Ranks) -> Walked:
+    """The data as walked. Raises ValueError where it cannot be, or is not the same on all ranks."""
     if not refit_head:
-        raise ValueError("remove: lower_odds= is a step behind which the head is refitted: it needs refit_head=True")
+        raise ValueError("remove: unseen= is for steps behind which the head is refitted: it needs refit_head=True")
+    if isinstance(unseen, Sharded):
+        raise ValueError("remove: unseen= must be whole on every rank, without fastif.sharded")
+    if isinstance(unseen, Iterator):
+        raise ValueError(
+            f"remove: unseen= is walked through more than once, got {type(unseen).__name__}; pass a list of batches"
+        )
+    found = walked(unseen, batch_size)
+    if ranks.world > 1:
+        ranks.compare("remove", {f"unseen: {name}": value for name, value in tell_data(found, ranks).items()})
+    return found

@@ -100,10 +100,19 @@ class RetainedHead:
         """`parameters`, with noise [c, d (+1)] added before they are rounded to the head's type."""
         return self._named((self.theta + noise).to(self.dtype))
 
+    @property
+    def logits_of_removed(self) -> Tensor:
+        """At the parameters, [r, c]."""
+        inputs, _ = self._removed
+        return inputs @ self.theta.to(inputs.dtype).T
+
+    def logits_at(self, features: Tensor) -> Tensor:
+        """What the head says at the parameters of features [m, d], [m, c]."""
+        return self._with_ones(features) @ self.theta.to(features.dtype).T
+
     def mean_losses(self) -> tuple[float, float]:
         """Of the removed and of the retained examples, at the parameters."""
-        inputs, labels = self._removed
-        removed = self.loss.values(inputs @ self.theta.to(inputs.dtype).T, labels).double().mean()
+        removed = self.loss.values(self.logits_of_removed, self._removed[1]).double().mean()
         decay = 0.5 * self.weight_decay * float(self.theta.square().sum())
         return float(removed), (self.objective - decay) / self.share
 
@@ -196,7 +205,7 @@ class RetainedHead:
     def _full_gradient(self) -> Tensor:
         """∇F_all at the trained parameters: with the removed examples."""
         inputs, labels = self._removed
-        removed = self._sum_gradients(inputs, inputs @ self.theta.to(inputs.dtype).T, labels)
+        removed = self._sum_gradients(inputs, self.logits_of_removed, labels)
         return self._gradient_at(self.theta, self.logits) + removed
 
     def _sum_gradients(self, inputs: Tensor, logits: Tensor, labels: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from fastif.curvature import EKFAC, ExactBlock
 from fastif.data.batches import batch_length, moved_to, picked, walked
 from fastif.data.dealing import deal_picked
+from fastif.data.identity import Walked
 from fastif.influence.fitting import examples_before
 from fastif.influence.influence import Influence
 from fastif.influence.sharing import Draws
@@ -67,8 +68,10 @@ class RetainedNetwork:
         batch_size: int = 256,
         device: torch.device | str | None = None,
         generator: Generator | None = None,
+        beside: int = 0,
     ):
-        """`curved_by`: a loss whose curvature the estimators take in the place of that of `loss`."""
+        """`curved_by`: a loss whose curvature the estimators take in the place of that of `loss`. `beside`: how many
+        examples of other data `_batches` will be asked for."""
         train = walked(train, batch_size)
         n = train.n
         check_removed(removed, n)
@@ -113,7 +116,7 @@ class RetainedNetwork:
         self._shift: dict[Tensor, Tensor] = {}  # ∇F_all at the trained parameters
         self._removed_loss = self._retained_loss = math.nan  # Σ ℓ over the removed and the retained, there
         runs = [lambda x=x: logits_of(call(self.model, moved_to(x, self.device))) for x, _ in singly]
-        self._below = Below(self.model, self._names, n, runs)
+        self._below = Below(self.model, self._names, n + beside, runs)
         self._last: Matrices = {}  # the step before
         self._trust = _TRUST
 
@@ -264,11 +267,13 @@ class RetainedNetwork:
         """The places in `indices` of the examples that this rank takes."""
         return deal_picked(self._train, indices, self._ranks)
 
-    def _batches(self, indices: Tensor) -> Iterator[tuple[Any, Any, Tensor]]:
+    def _batches(self, indices: Tensor, beside: Walked | None = None) -> Iterator[tuple[Any, Any, Tensor]]:
+        """Inputs and labels of these training examples, or of those of the data beside them, and their places."""
         if not len(indices):
             return
-        for (x, y), places in picked(self._train, self._batch_size, indices):
-            with self._below.of(indices[places]):
+        data, first = (self._train, 0) if beside is None else (beside, self.n)
+        for (x, y), places in picked(data, self._batch_size, indices):
+            with self._below.of(first + indices[places]):
                 yield moved_to(x, self.device), moved_to(y, self.device), places
 
     def _check_model(self) -> None:
@@ -304,14 +309,21 @@ class RetainedNetwork:
         return per_sample(self._loss, call(self.model, x), batch, batch_length(x))
 
     def _sum_over(
-        self, indices: Tensor, values: Callable[[Any, Any], Tensor] | None = None
+        self,
+        indices: Tensor,
+        values: Callable[[Any, Any], Tensor] | None = None,
+        weights: Tensor | None = None,
     ) -> tuple[float, dict[Tensor, Tensor]]:
-        """Σ ℓ and Σ ∇ℓ over some examples, in float64; or of what `values` makes of inputs and labels, [n]."""
+        """Σ ℓ and Σ ∇ℓ over some examples, in float64; or of what `values` makes of inputs and labels, [n]; or
+        Σ w ℓ with weights [len(indices)]."""
         parameters = list(self._names)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         sums = {p: torch.zeros_like(p, dtype=torch.float64, requires_grad=False) for p in parameters}
-        for x, y, _ in self._batches(indices[self._own(indices)]):
+        own = self._own(indices)
+        for x, y, places in self._batches(indices[own]):
             losses = (values or self._losses)(x, y)
+            if weights is not None:
+                losses = losses * weights[own[places].to(weights.device)].to(losses)
             total += losses.detach().double().sum()
             for parameter, g in zip(parameters, torch.autograd.grad(losses.sum(), parameters), strict=True):
                 sums[parameter] += g

@@ -45,6 +45,13 @@ class Refit(NamedTuple):
     removed: float  # mean loss of the removed examples there
     retained: float
 
+    def steps_with(self, further: Iterable[Step] = ()) -> list[Step]:
+        """The head's steps, and further ones, with all that has moved, and F of all of it."""
+        return [
+            step._replace(parameters={**self.parameters, **step.parameters}, objective=step.objective + self.decay)
+            for step in [*self.head, *further]
+        ]
+
 
 class RefittedNetwork(RetainedNetwork):
     """The step of some layers (arguments as for `RetainedNetwork`), and the head's steps behind it.
@@ -84,11 +91,8 @@ class RefittedNetwork(RetainedNetwork):
             found = self.choose(steps, progress)
         sizes = dict.fromkeys(self._capture.blocks, found.length)
         seconds = work.seconds - sum(s.seconds for s in found.head)
-        history = [Step(1, found.parameters, found.objective, norm, sizes, examples, seconds, work.peak_bytes)]
-        for number, s in enumerate([*found.head, *further(found.problem, steps - len(found.head))], 2):
-            moved = {**found.parameters, **s.parameters}
-            history.append(s._replace(step=number, parameters=moved, objective=s.objective + found.decay))
-        return history
+        first = Step(1, found.parameters, found.objective, norm, sizes, examples, seconds, work.peak_bytes)
+        return numbered([first, *found.steps_with(further(found.problem, steps - len(found.head)))])
 
     def choose(self, steps: int, progress: bool) -> Refit:
         """The step at its length, and the first of the head's steps behind it."""
@@ -116,27 +120,37 @@ class RefittedNetwork(RetainedNetwork):
         before: dict[str, Tensor] = {}
         for length in lengths:
             self._place(step, length)
-            features = self._head_inputs()
-            if length > 0 and not bool(features.isfinite().all()):
-                return
-            decay = self._decay([p for p, name in self._names.items() if name not in self._keys])
-            weight, bias = self._head.weight.detach(), self._head.bias
-            bias = None if bias is None else bias.detach()
             try:
-                problem = RetainedHead(features, self._labels, weight, bias, self._gone, **self._of_head)
-                objective = problem.objective + decay
-                if before:
-                    problem.go_on_from(before)
-                head = list(newton(problem, min(steps, TRIAL_STEPS) if before else steps))
+                found = self._refit(length, self._head_inputs(), before, steps)
             except NotPositiveDefinite:
                 if length == lengths[0]:
                     raise
                 return
-            ((removed, retained), *_) = self._ranks.meet("the losses behind the head", problem.mean_losses())
-            if length > 0 and not removed + retained < torch.inf:
+            if found is None:
                 return
-            yield Refit(length, self.parameters, objective, decay, problem, head, removed, retained)
-            before = problem.parameters
+            yield found
+            before = found.problem.parameters
+
+    def _refit(self, length: float, features: Tensor, before: dict[str, Tensor], steps: int) -> Refit | None:
+        """The head behind the layers as they stand and what it sees of all, from where it stood before, if it did.
+
+        None where, behind a step of some length, features or losses are not finite. Raises NotPositiveDefinite where
+        the head's block is not.
+        """
+        if length > 0 and not bool(features.isfinite().all()):
+            return None
+        decay = self._decay([p for p, name in self._names.items() if name not in self._keys])
+        weight, bias = self._head.weight.detach(), self._head.bias
+        bias = None if bias is None else bias.detach()
+        problem = RetainedHead(features, self._labels, weight, bias, self._gone, **self._of_head)
+        objective = problem.objective + decay
+        if before:
+            problem.go_on_from(before)
+        head = list(newton(problem, min(steps, TRIAL_STEPS) if before else steps))
+        ((removed, retained), *_) = self._ranks.meet("the losses behind the head", problem.mean_losses())
+        if length > 0 and not removed + retained < torch.inf:
+            return None
+        return Refit(length, self.parameters, objective, decay, problem, head, removed, retained)
 
     def _place(self, step: Matrices, length: float) -> None:
         with torch.no_grad():
@@ -154,6 +168,10 @@ class RefittedNetwork(RetainedNetwork):
         if not len(self._labels):
             self._labels = self._joined("labels", torch.cat(labels) if labels else None).to(self.device)
         return self._noted(notes)[0].to(self.device)
+
+
+def numbered(steps: Iterable[Step]) -> list[Step]:
+    return [step._replace(step=number) for number, step in enumerate(steps, 1)]
 
 
 def further(problem: RetainedHead, steps: int) -> Iterator[Step]:

@@ -29,10 +29,10 @@ from fastif.progress import tqdm
 from fastif.ranks import Ranks, find_ranks, on_all_ranks
 from fastif.removal.certificate import Certificate, Certified
 from fastif.removal.certifying import certify
-from fastif.removal.checks import check_certificate, check_extracted, check_lower_odds, check_own_weight, check_refit
+from fastif.removal.checks import check_certificate, check_extracted, check_own_weight, check_refit, check_unseen
 from fastif.removal.head import RetainedHead, check_settings
 from fastif.removal.losses import HeadLoss, SoftmaxName
-from fastif.removal.lowering import LoweredNetwork
+from fastif.removal.matching import MatchedNetwork
 from fastif.removal.network import RetainedNetwork
 from fastif.removal.newton import newton
 from fastif.removal.refit import RefittedNetwork
@@ -61,7 +61,7 @@ def remove(
     layers: str | Sequence[str] | None = None,
     curvature: Any | Mapping[str, Any] | None = None,
     refit_head: bool = False,
-    lower_odds: float | None = None,
+    unseen: Any | None = None,
     subset: Any | Sampler | None = None,
     steps: int | None = None,
     damping: float = 0.0,
@@ -103,12 +103,16 @@ def remove(
             `step_size` is the length. Default curvature here the exact block for the head and EKFAC(0.0,
             fisher="monte_carlo") for the rest, damped by weight_decay alone. Softmax cross-entropy with one label per
             example; for no certificate, and not beside `start`, `extracted` or line_search=False.
-        lower_odds: with refit_head=True another step of the layers, for networks that know their examples by heart and
-            whose losses have no slope left: it lowers the log-odds of the removed examples' labels by so many nats on
-            average, to first order, and changes the outputs of the retained ones as little as it can (docs/math.md
-            (34)). How far retraining would lower them nobody knows beforehand: 4 is little, 16 much; what it takes from
-            the others the head behind it gives back. Default curvature EKFAC(0.0, fisher="monte_carlo") for all layers,
-            of the squared outputs, which fisher="empirical" does not estimate.
+        unseen: with refit_head=True labelled data that the network was not trained on, drawn like its training data, as
+            `fastif.data.as_loader` takes it: other steps of the layers, after which the network is as sure of the
+            removed examples as it is of unseen ones (docs/math.md (34)). It is for networks that know their examples by
+            heart, whose losses have no slope left, and tells of all how far to go: each removed example is taken
+            towards the log-odds of the unseen examples of its label that are as unusual, by what the network says of
+            them; how unusual its label is say its neighbours among the retained, in what enters each linear and
+            convolutional layer. The outputs of the retained change as little as they can. At most `steps` steps, each
+            with the head's behind it, until the removed are no longer told apart by their mean. Do not judge the
+            removal by the same data. Default curvature EKFAC(0.0, fisher="monte_carlo") for all layers, of the squared
+            outputs, which fisher="empirical" does not estimate.
         subset: which retained examples carry the curvature: None for all; a sampler with its k bound, such as
             `functools.partial(samplers.logit, k=500)`, drawn afresh from the retained data in each step; or anything
             with `indices` (counted in `train`) and `weights`: its removed examples are left out, the other weights
@@ -153,7 +157,7 @@ def remove(
 
     Raises ValueError for indices out of range, repeated or all there are, for missing labels, for a loss that is not
     convex or, beside other layers than the head, not softmax cross-entropy, for damping > 0 beside an "auto", for what
-    cannot be beside refit_head, for a lower_odds that is not positive or leads to no network, for `extracted` of
+    cannot be beside refit_head, for unseen= that lacks a label of the removed examples, for `extracted` of
     another number of examples, of a first batch that the model sees otherwise, or beside layers that it cannot serve,
     for a `start` from another model, with examples that `indices` lack or with parameters that do not move here, for
     parameters that moved out of the range of the model's 16 bits, and what `extract`, `Influence`, the sampler and the
@@ -180,22 +184,23 @@ def remove(
     }
     if ranks.world > 1:
         told = {**settings, "layers": layers, "steps": steps, "certificate": certificate, "head": head}
-        told |= {"refit_head": refit_head, "lower_odds": lower_odds}
+        told["refit_head"] = refit_head
         told["loss"] = told_function(loss)
         told["start"] = None if start is None else fingerprint([*start.moved[-1].values()])
         train = _compare(ranks, model, train, indices, told, batch_size)
         progress = progress and ranks.rank == 0
-    check_lower_odds(lower_odds, refit_head)
+    if unseen is not None:
+        unseen = check_unseen(unseen, refit_head, batch_size, ranks)
     if refit_head:
         check_refit(layers, certificate, line_search, loss, extracted, start)
         check_own_weight(model, layer, instead="leave out refit_head=True")
         del settings["line_search"]
         how: dict[str, Any] = {"layers": layers, "curvature": curvature, "head": head, "batch_size": batch_size}
         how |= {"device": device, **settings}
-        if lower_odds is None:
+        if unseen is None:
             network = RefittedNetwork(model, train, indices, **how)
         else:
-            network = LoweredNetwork(model, train, indices, lower_odds=lower_odds, **how)
+            network = MatchedNetwork(model, train, indices, unseen=unseen, **how)
         history = network.remove(6 if steps is None else steps, progress)
         return _removal(model, history, [network.trained, *(step.parameters for step in history)], indices)
     softmax = loss == "cross_entropy"

@@ -21,17 +21,11 @@ def few(k):
     return {"fine-tuning": every["fine-tuning"], "SSD": dict(list(every["SSD"].items())[:2])}
 
 
-def little(k, block):
-    """Two nats: this network has hardly learnt anything, and more leads to one for which no head is found."""
-    return {name: {"by 2": grid["by 2"]} for name, grid in LOWERED(k, block).items()}
-
-
-EVERY, LOWERED = experiment.candidates, experiment.lowered
+EVERY = experiment.candidates
 
 
 def test_it_runs_and_goes_on(tmp_path, monkeypatch, one_thread):
     monkeypatch.setattr(experiment, "candidates", few)
-    monkeypatch.setattr(experiment, "lowered", little)
     monkeypatch.setattr(tables, "KEPT", tmp_path)
     arguments = [*SMALL, "--out", str(tmp_path / "runs"), "--kept", str(tmp_path / "unlearning-small.json")]
     first = experiment.main(arguments)
@@ -41,8 +35,8 @@ def test_it_runs_and_goes_on(tmp_path, monkeypatch, one_thread):
     found = first["sets"]["random 5 %"]
     methods = ["nothing removed", "retrained", "remove: head", "remove: last block", "remove: all"]
     methods += ["step and refit: last block", "step and refit: all"]
-    steps = ["lower and refit: last block", "lower and refit: all"]
-    steps += ["one step: head", "one step: last block", "one step: all"]
+    methods += ["match and refit: last block", "match and refit: all"]
+    steps = ["one step: head", "one step: last block", "one step: all"]
     methods += [*steps, "fine-tuning", "SSD"]
     assert [entry["method"] for entry in found["summary"]] == methods
     assert first["meta"]["chosen"]["random 5 %"].keys() == {*steps, "fine-tuning", "SSD"}

@@ -60,10 +60,18 @@ def test_a_query_s_best_can_be_removed_and_layers_samplers_and_certificates_chos
     assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in want.items())
     record = json.loads((script / "refitted" / "removal.json").read_text())
     assert record["about"]["refit_head"] is True
-    assert run(*refitted, "--lower-odds", "2", "--out", "lowered")[0] == 0
-    want = remove(model, train, torch.tensor([9, 30]), layers="*", refit_head=True, lower_odds=2.0, progress=False)
-    found = load_file("lowered/removed.safetensors")
+    (script / "further.py").write_text("from ownscript import problem\n\ndef unseen():\n    return problem()[2]\n")
+    assert run(*refitted, "--unseen", "further:unseen", "--out", "matched")[0] == 0
+    _, _, query = returned()
+    seeded = torch.Generator().manual_seed(0)
+    how = {"layers": "*", "refit_head": True, "unseen": query, "generator": seeded, "progress": False}
+    want = remove(model, train, torch.tensor([9, 30]), **how)
+    found = load_file("matched/removed.safetensors")
     assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in want.state_dict.items())
+    assert json.loads((script / "matched" / "removal.json").read_text())["about"]["unseen"] == "further:unseen"
+    code, _, error = run(*refitted, "--unseen", "further:none", "--out", "none")
+    assert code != 0
+    assert "further has no function none" in error
     certified = ("remove", "ownscript:problem", "--indices", "gone.npy", "--epsilon", "1", "--noise", "0.1")
     code, printed, _ = run(*certified, "--out", "first")
     assert code == 0

@@ -12,12 +12,14 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fastif import CG, Certificate, ExactBlock, Identity, remove, samplers
 from fastif.ranks import find_ranks
-from tests.helpers.problems import Problem
+from tests.helpers.problems import Problem, clusters
 
 REMOVED = torch.arange(9) * 3
 SAMPLER = partial(samplers.logit, k=30)
 FIXED = samplers.Subset(torch.tensor([0, 1, 4, 40, 44, 5]), torch.full((6,), 1 / 6, dtype=torch.float64))
 WEIGHTED = nn.CrossEntropyLoss(torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64), reduction="none")
+X, Y = clusters(150, 0)
+UNSEEN = X[90:], (Y[90:] + 1) % 3  # other labels than the network gives them: the layers move
 WAYS: dict[str, dict[str, Any]] = {
     "head": {},
     "head, sampler": {"subset": SAMPLER},
@@ -31,7 +33,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "all layers, sampler": {"layers": "*", "subset": SAMPLER},
     "all layers, full steps": {"layers": "*", "line_search": False, "curvature": Identity(), "steps": 1},
     "all layers, the head refitted": {"layers": "*", "refit_head": True, "subset": SAMPLER},
-    "all layers, odds lowered": {"layers": "*", "refit_head": True, "lower_odds": 2.0, "subset": SAMPLER},
+    "all layers, as unseen": {"layers": "*", "refit_head": True, "unseen": UNSEEN, "subset": SAMPLER},
     "all layers, by products": {"layers": "*", "curvature": CG(0.3, tolerance=1e-10), "steps": 1},
 }
 

@@ -1,0 +1,113 @@
+"""How unusual an example's label is among its neighbours, in what every layer of a network sees of it.
+
+Of what a training without an example would say of it, the network that was trained with it gives little away: it is
+sure of what it knows by heart. Its neighbours do: of examples that look alike to its layers, those with another label
+than most are the ones that a network gets wrong unless it has seen them. docs/math.md (34).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+NEIGHBOURS = 30
+PLACES = 4  # to which each axis of an image is pooled: where something is matters little more closely
+DIMENSIONS = 128  # to which what enters a layer is projected
+ASKED_AT_ONCE = 1024  # examples whose distances to all others are held at a time
+_POOL = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Views:
+    """What enters each linear and convolutional layer, as a unit vector per example.
+
+    Images are pooled, positions averaged, and what is longer than `DIMENSIONS` is projected at random, from a seed. A
+    layer whose input has no row for each example says the same of all.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._layers = {
+            name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, *_CONVOLUTIONS))
+        }
+        self._projections: dict[str, Tensor] = {}
+        self._noted: dict[str, Tensor] = {}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        hooks = [module.register_forward_pre_hook(self._note(name)) for name, module in self._layers.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def take(self, n: int) -> Tensor:
+        """Of the batch of n examples that went through the model last, [n, layers, DIMENSIONS]."""
+        seen = [self._view(name, self._noted.get(name), n) for name in self._layers]
+        self._noted.clear()
+        return torch.stack(seen, 1)
+
+    def _note(self, name: str) -> Any:
+        def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            if name not in self._noted and args and isinstance(args[0], Tensor):  # of several calls the first
+                self._noted[name] = args[0].detach()
+
+        return note
+
+    def _view(self, name: str, x: Tensor | None, n: int) -> Tensor:
+        module = self._layers[name]
+        if x is None or x.dim() < 2 or len(x) != n:
+            return module.weight.new_zeros(n, DIMENSIONS, dtype=torch.float32)
+        x = x.float()
+        if isinstance(module, _CONVOLUTIONS):
+            x = _POOL[x.dim() - 3](x, PLACES).flatten(1)
+        elif x.dim() > 2:
+            x = x.flatten(1, -2).mean(1)
+        return F.normalize(self._projected(name, x))
+
+    def _projected(self, name: str, x: Tensor) -> Tensor:
+        if x.shape[1] <= DIMENSIONS:
+            return F.pad(x, (0, DIMENSIONS - x.shape[1]))
+        if name not in self._projections or len(self._projections[name]) != x.shape[1]:
+            draw = Generator().manual_seed([*self._layers].index(name))
+            self._projections[name] = torch.randn(x.shape[1], DIMENSIONS, generator=draw).to(x.device)
+        return x @ self._projections[name]
+
+
+def votes(views: Tensor, labels: Tensor, asked: Tensor, voting: Tensor) -> Tensor:
+    """Of each asked example, how many of its neighbours among the voting ones have its label, over all layers: [a].
+
+    views [m, layers, d] of unit length and labels [m]; asked [a] and voting [v] count them. Nobody votes on itself.
+    """
+    found = torch.zeros(len(asked), dtype=torch.int64, device=views.device)
+    neighbours = min(NEIGHBOURS, len(voting) - 1)
+    for layer in range(views.shape[1]):
+        everyone = views[:, layer]
+        others = everyone[voting].T.contiguous()
+        for place in range(0, len(asked), ASKED_AT_ONCE):
+            rows = asked[place : place + ASKED_AT_ONCE]
+            near = (everyone[rows] @ others).masked_fill_(rows[:, None] == voting, -torch.inf)
+            same = labels[voting][near.topk(neighbours, 1).indices] == labels[rows, None]
+            found[place : place + ASKED_AT_ONCE] += same.sum(1)
+    return found
+
+
+def quantiles(values: Tensor, labels: Tensor, asked: Tensor, among: Tensor) -> Tensor:
+    """Of each asked example, the share of those among whom it stands, with its label, that have less: float64 [a].
+
+    In (0, 1): with s of its label it is (less + ½ equal + ½) / (s + 1), where the example itself does not count.
+    """
+    found = torch.empty(len(asked), dtype=torch.float64, device=values.device)
+    for label in labels[asked].unique():
+        mine = (labels[asked] == label).nonzero()[:, 0]
+        rows, others = asked[mine], among[labels[among] == label]
+        own, theirs = values[rows, None], values[others]
+        counts = rows[:, None] != others
+        less = ((theirs < own) & counts).sum(1) + 0.5 * ((theirs == own) & counts).sum(1)
+        found[mine] = (less + 0.5).double() / (counts.sum(1) + 1)
+    return found

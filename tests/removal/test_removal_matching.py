@@ -1,0 +1,264 @@
+"""Removed examples that come to look like unseen ones, against the definitions in float64, docs/math.md (34)."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, jacrev
+
+from fastif import EKFAC, ExactBlock, Identity, remove, samplers
+from fastif.removal.matching import MatchedNetwork
+from fastif.samplers import Subset
+from tests.helpers.problems import QUIET, REMOVED, WEIGHT_DECAY, clusters, flat, small_images, sure, trained
+from tests.removal.test_removal_layers import kept_of
+from tests.removal.test_removal_refit import NAMES, mean_loss
+
+EXACT = ExactBlock(0.02, joint=True)
+HARD = torch.tensor([3, 7, 11, 40, 41, 42, 60, 61, 75])
+
+
+def unseen_of(seed=0, n=120):
+    """Examples of the same clusters that `trained(seed=seed)` has not seen."""
+    x, y = clusters(90 + n, seed)
+    return x[90:], y[90:]
+
+
+def matched(problem, removed=REMOVED, **how):
+    model, x, y = problem
+    settings = {"layers": "*", "refit_head": True, "unseen": unseen_of(), **QUIET, **how}
+    return remove(model, (x, y), removed, **settings)
+
+
+def log_odds(logits, labels):
+    p = logits.softmax(1).gather(1, labels[:, None])[:, 0]
+    return (p / (1 - p)).log()
+
+
+def loaded(model, state):
+    found = copy.deepcopy(model)
+    found.load_state_dict(state)
+    return found
+
+
+def quantiles_by_hand(model, x, y, removed, neighbours=30):
+    """Of each removed example, where it stands among those of its label by the votes of its neighbours, one by one."""
+    kept = kept_of(len(y), removed).nonzero()[:, 0].tolist()
+    layers = [torch.nn.functional.normalize(v) for v in (x, model[:2](x).detach())]
+    usual = []
+    odds = log_odds(model(x), y).detach()
+    for i in range(len(y)):
+        votes = 0
+        for seen in layers:
+            voting = sorted((j for j in kept if j != i), key=lambda j: -float(seen[i] @ seen[j]))[:neighbours]
+            votes += sum(int(y[j]) == int(y[i]) for j in voting)
+        usual.append(votes + 0.5 + 0.5 * float(odds[i] / (1 + odds[i].abs())))
+    found = []
+    for i in removed.tolist():
+        others = [usual[j] for j in range(len(y)) if y[j] == y[i] and j != i]
+        less = sum(value < usual[i] for value in others) + 0.5 * sum(value == usual[i] for value in others)
+        found.append((less + 0.5) / (len(others) + 1))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def targets_by_hand(model, removed_labels, quantiles, unseen):
+    x, y = unseen
+    odds = log_odds(model(x), y).detach()
+    return torch.stack([odds[y == label].quantile(q) for label, q in zip(removed_labels, quantiles, strict=True)])
+
+
+def step_by_hand(before, trained_model, x, y, removed, weights, targets):
+    """−s (Σ_i w_i J_iᵀJ_i + γI)⁻¹ g, J at the trained parameters, g at those before, s ‖…‖ as (34) has it."""
+    theta = {name: p.detach() for name, p in trained_model.named_parameters() if name in NAMES}
+    jacobian = jacrev(lambda values: functional_call(trained_model, values, (x,)))(theta)
+    jacobian = torch.cat([j.flatten(2) for j in jacobian.values()], 2)
+    curvature = torch.einsum("nap,naq,n->pq", jacobian, jacobian, weights)
+    curvature.diagonal().add_(WEIGHT_DECAY + 0.02)
+    now = {name: p.detach() for name, p in before.named_parameters() if name in NAMES}
+    half = jacrev(
+        lambda values: (
+            0.5 * (log_odds(functional_call(before, values, (x[removed],)), y[removed]) - targets).square().mean()
+        )
+    )(now)
+    gradient = torch.cat([part.flatten() for part in half.values()])
+    direction = torch.linalg.solve(curvature, gradient)
+    off = (log_odds(before(x[removed]), y[removed]) - targets).square().mean().detach()
+    return -off / (gradient @ direction) * direction, gradient.norm()
+
+
+@pytest.mark.parametrize("removed", [HARD, torch.tensor([5]), torch.arange(0, 90, 3)[:25]], ids=["some", "one", "most"])
+def test_quantiles_are_those_of_the_definition(removed):
+    model, x, y = trained()
+    network = MatchedNetwork(model, (x, y), removed, unseen=unseen_of(), layers="*", weight_decay=WEIGHT_DECAY)
+    want = quantiles_by_hand(model, x, y, removed)
+    assert torch.allclose(network._quantiles(), want, atol=1e-12)
+    assert 0 < want.min() <= want.max() < 1
+
+
+def layers_steps(removal):
+    return [entry for entry in removal.history if len(entry.step_size) > 1]
+
+
+def test_the_layers_take_the_steps_of_the_definition_and_the_removed_come_nearer():
+    model, x, y = problem = trained(seed=3)
+    removal = matched(problem, HARD, curvature=EXACT, unseen=unseen_of(3), steps=3)
+    quantiles = quantiles_by_hand(model, x, y, HARD)
+    steps = layers_steps(removal)
+    assert steps
+    distances = []
+    for entry in steps:
+        before = loaded(model, removal.after(entry.step - 1))
+        targets = targets_by_hand(before, y[HARD], quantiles, unseen_of(3))
+        whole, norm = step_by_hand(before, model, x, y, HARD, kept_of(90, HARD).double() / 90, targets)
+        (length,) = set(entry.step_size.values())
+        assert torch.allclose(flat(entry.parameters), flat(dict(before.named_parameters())) + length * whole, atol=1e-9)
+        assert entry.gradient_norm == pytest.approx(float(norm), rel=1e-8)
+        distances.append((log_odds(before(x[HARD]), y[HARD]) - targets).square().mean().item())
+    last = loaded(model, removal.state_dict)
+    targets = targets_by_hand(last, y[HARD], quantiles, unseen_of(3))
+    distances.append((log_odds(last(x[HARD]), y[HARD]) - targets).square().mean().item())
+    assert distances == sorted(distances, reverse=True)
+    assert all(torch.equal(removal.after(0)[name], p) for name, p in model.named_parameters())
+    assert [entry.step for entry in removal.history] == [*range(1, len(removal.history) + 1)]
+
+
+def test_a_subset_carries_the_curvature_by_its_weights_without_the_removed():
+    (model, x, y), carriers = trained(seed=3), torch.tensor([0, 1, 3, 20, 31, 50, 80])
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.1, 0.05, 0.15, 0.1], dtype=torch.float64)
+    removal = matched((model, x, y), HARD, curvature=EXACT, unseen=unseen_of(3), subset=Subset(carriers, weights))
+    everyone = torch.zeros(90, dtype=torch.float64)
+    everyone[carriers] = weights
+    entry = layers_steps(removal)[0]
+    before = loaded(model, removal.after(entry.step - 1))
+    targets = targets_by_hand(before, y[HARD], quantiles_by_hand(model, x, y, HARD), unseen_of(3))
+    whole, _ = step_by_hand(before, model, x, y, HARD, everyone * kept_of(90, HARD), targets)
+    (length,) = set(entry.step_size.values())
+    assert torch.allclose(flat(entry.parameters), flat(dict(before.named_parameters())) + length * whole, atol=1e-9)
+
+
+class Squeezing(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).squeeze(0)
+
+
+def test_batches_of_one_and_models_that_squeeze_them():
+    model, x, y = trained(seed=3)
+    how = dict(curvature=EXACT, unseen=unseen_of(3), steps=2)
+    want = flat(matched((model, x, y), HARD, **how).state_dict)
+    for size in (256, 40, 7):  # of the 90, of the 81 retained and of the 120 unseen
+        for net in (model, Squeezing(*model)):
+            found = matched((net, x, y), HARD, batch_size=size, **how)
+            assert torch.allclose(flat(found.state_dict), want, atol=1e-8)
+
+
+def test_a_network_that_knows_all_by_heart_lets_go_of_the_removed_alone():
+    model, x, y = sure(seed=1)
+    removed = torch.arange(4)  # labels that are wrong
+    x_further, y_further = clusters(360, 1)
+    y_further[60:90] = (y_further[60:90] + 1) % 3  # a tenth of the unseen, too
+    how = dict(layers="*", refit_head=True, weight_decay=1e-4, progress=False)
+    how |= {"curvature": EKFAC(0.0, fisher="exact"), "unseen": (x_further[60:], y_further[60:])}
+    moved = loaded(model, remove(model, (x, y), removed, **how).state_dict)
+    kept = kept_of(60, removed)
+    rise = mean_loss(moved, x, y, kept) - mean_loss(model, x, y, kept)
+    assert mean_loss(moved, x, y, removed) - mean_loss(model, x, y, removed) > 1.0
+    assert rise < 0.1
+
+
+def test_where_the_head_alone_does_it_the_layers_stay():
+    model, x, y = trained()
+    removal = matched((model, x, y), torch.arange(0, 90, 3), curvature=EXACT)  # a class
+    assert not layers_steps(removal)
+    assert removal.history
+    assert torch.equal(removal.state_dict["0.weight"], model[0].weight)
+    assert not torch.equal(removal.state_dict["2.weight"], model[2].weight)
+
+
+def test_steps_that_end_far_away_or_do_harm_are_said():
+    model, x, y = sure(seed=1)
+    removed = torch.arange(4)
+    x_further, y_further = clusters(360, 1)
+    few = Subset(torch.tensor([50]), torch.ones(1, dtype=torch.float64))
+    wrong = (x_further[60:], (y_further[60:] + 1) % 3)  # nothing that the network says of them is right
+    how = dict(layers="*", refit_head=True, weight_decay=1e-4, progress=False, unseen=wrong)
+    with pytest.warns(UserWarning, match="is surer of the removed examples than of unseen ones like them by"):
+        remove(model, (x, y), removed, steps=1, curvature=ExactBlock(1e-4, joint=True), **how)
+    with pytest.warns(UserWarning, match="take the mean loss of the removed examples from .* and that of the retained"):
+        remove(model, (x, y), torch.arange(10, 40), curvature=Identity(), subset=few, **how)
+
+
+def test_samplers_and_a_head_that_takes_no_step():
+    model, x, y = small_images()
+    g = torch.Generator().manual_seed(2)
+    unseen = torch.randn(90, 1, 5, 5, dtype=torch.float64, generator=g), torch.arange(90) % 3
+    how = dict(layers=["0.0", "1"], refit_head=True, unseen=unseen, curvature=EXACT, **QUIET)
+    found = [remove(model, (x, y), REMOVED, batch_size=size, **how) for size in (7, 60)]
+    assert torch.allclose(*(flat(removal.history[-1].parameters) for removal in found), atol=1e-8)
+    how |= {"layers": ["0.0", "0.1"], "subset": partial(samplers.logit, k=28)}
+    drawn = remove(model, (x, y), torch.arange(20), **how)
+    (entry, *_) = layers_steps(drawn)
+    assert entry.subset_size == 28
+    assert entry.step_size.keys() == {"0.0", "0.1"}
+    assert not torch.equal(drawn.state_dict["1.weight"], model[1].weight)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("how", [{}, {"unseen": None}, {"unseen": None, "refit_head": False}])
+def test_the_call_computes_gradients_where_none_are_asked_for_around_it(around, how):
+    want = matched(trained(), **how).state_dict
+    with around():
+        found = matched(trained(), **how).state_dict
+    assert all(torch.equal(found[name], value) for name, value in want.items())
+    assert not any(value.is_inference() or value.requires_grad for value in found.values())
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"refit_head": False}, "unseen= .* needs refit_head=True"),
+        ({"layers": None}, "refit_head=True needs layers="),
+        ({"unseen": iter([unseen_of()])}, "walked through more than once, got .*iterator"),
+        ({"unseen": unseen_of()[0]}, "no labels"),
+        (
+            {"unseen": (unseen_of()[0], torch.ones(120, dtype=torch.int64))},
+            "unseen= has no example of label 0, which 1 ",
+        ),
+        ({"unseen": (unseen_of()[0] * torch.nan, unseen_of()[1])}, "of the examples in unseen= is not finite"),
+        ({"weight_decay": 0.0, "curvature": EXACT}, "head .* with damping 0 is not positive definite"),
+    ],
+)
+def test_what_is_refused(how, said):
+    with pytest.raises(ValueError, match=said):
+        matched(trained(), **how)
+
+
+def test_training_examples_without_log_odds_are_refused():
+    model, x, y = trained()
+    ignored, unknown = y.clone(), x.clone()
+    ignored[REMOVED[0]] = -100
+    with pytest.raises(ValueError, match="'log_odds' needs one label per example and none that is -100"):
+        matched((model, x, ignored), unseen=(unseen_of()[0], torch.arange(120) % 4 - (torch.arange(120) % 4 > 2) * 103))
+    unknown[REMOVED[0]] = torch.nan
+    with pytest.raises(ValueError, match=r"finite log-odds .* of 1 of them, such as 3, they are not"):
+        matched((model, unknown, y))
+    alone = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    with pytest.raises(ValueError, match=r"outputs of two classes or more"):
+        matched((alone, x, torch.zeros_like(y)), unseen=(x, torch.zeros_like(y)))
+
+
+class Idle(nn.Module):
+    """A network with a layer that nothing depends on."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.idle = copy.deepcopy(model), nn.Linear(5, 6).double()
+
+    def forward(self, x):
+        return self.model[2](self.model[:2](x) + 0.0 * self.idle(x))
+
+
+def test_layers_that_change_nothing_are_refused():
+    model, x, y = trained(seed=3)
+    with pytest.raises(ValueError, match="no step of these layers changes the removed examples' log-odds: slope 0"):
+        matched((Idle(model), x, y), HARD, unseen=unseen_of(3), layers="idle", head="model.2", curvature=EXACT)
