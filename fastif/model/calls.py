@@ -59,7 +59,7 @@ def call(model: nn.Module, x: Any) -> Any:
     """
     x = whole(x)
     eager = torch.compiler.set_stance("force_eager") if _is_compiled(model) else nullcontext()
-    with eager, _gradients_laid_out(model):
+    with eager, _gradients_laid_out(model), _padding_kept(model):
         if isinstance(x, Mapping):
             return model(**{key: x[key] for key in _taken(type(model), tuple(x), tuple(map(type, x.values())))})
         return model(*x) if isinstance(x, Arguments) else model(x)
@@ -82,6 +82,20 @@ def _gradients_laid_out(model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _padding_kept(model: nn.Module) -> Iterator[None]:
+    """Has a torch encoder see what is padded as it is in training. Where no gradient is asked for it would hand nested
+    tensors, which have no shape, to its layers and their hooks, and a shorter output to what stands behind it."""
+    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
+    for encoder in encoders:
+        encoder.use_nested_tensor = False
+    try:
+        yield
+    finally:
+        for encoder in encoders:
+            encoder.use_nested_tensor = True
 
 
 def _lay_out(_module: nn.Module, _args: Any, y: Any) -> None:

@@ -313,7 +313,7 @@ class Capture:
                 outputs = call(self.model, x)
             if self._came_late:
                 raise self._came_late[0]
-            mask = self._mask_in(x)
+            mask = self.mask_in(x)
             return Forward(outputs, self._n, self.blocks, self._recording, self.sight, mask, self.batch, self.sharding)
         finally:
             self._recording = None  # what checkpointed layers run again in the backward pass is not a new use
@@ -340,7 +340,7 @@ class Capture:
         """Sources that once ran without a graph."""
         return self._without_graph
 
-    def _mask_in(self, x: Any) -> Tensor | None:
+    def mask_in(self, x: Any) -> Tensor | None:
         """The batch's attention mask [n, t], where it is that of all layers."""
         mask = x.get("attention_mask") if isinstance(x, Mapping) else None
         two = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
