@@ -97,8 +97,6 @@ class MatchedNetwork(RefittedNetwork):
         refit = self._refit(0.0, features, {}, steps)
         assert refit is not None
         first = found = self._matched(refit, quantile)
-        if not math.isfinite(found.off):
-            raise ValueError("remove: what the network says of the examples in unseen= is not finite")
         history, length = refit.steps_with(), 1.0
         with tqdm(total=steps, desc="remove", disable=not progress) as bar:
             for _ in range(steps):
@@ -158,6 +156,12 @@ class MatchedNetwork(RefittedNetwork):
                 call(self.model, x)
         features = self._noted(notes)[0].to(self.device)
         unseen = odds_of(refit.problem.logits_at(features), self._unseen_labels)
+        bad = (~unseen.isfinite()).nonzero()
+        if refit.length == 0 and len(bad):  # behind a step it is a reason for a shorter one
+            raise ValueError(
+                f"remove: what the network says of the examples in unseen= is not finite: of {len(bad)} of them, such "
+                f"as {int(bad[0, 0])}"
+            )
         targets = torch.empty_like(odds)
         for label in self._labels[self._gone].unique():
             mine = self._labels[self._gone] == label
@@ -173,11 +177,12 @@ class MatchedNetwork(RefittedNetwork):
         drawn = torch.randperm(self.n, generator=draw)[:MOST_VOTING]
         pool = torch.cat([drawn, self.removed]).unique()
         parts: list[tuple[Tensor, ...]] = []
-        views = Views(self.model)
+        views = Views(self.model, self._capture.sight.readings)
         with views.attached(), torch.no_grad():
             for x, y, _ in self._batches(pool[self._own(pool)]):
                 odds = self._log_odds(x, y)
-                parts.append((views.take(len(odds)), odds.double(), labels_of(labels_in(x, y))))
+                seen = views.take(len(odds), self._capture.mask_in(x))
+                parts.append((seen, odds.double(), labels_of(labels_in(x, y))))
         own = [torch.cat(part).cpu() for part in zip(*parts, strict=True)] or [None] * 3
         seen, odds, labels = (
             self._joined(name, part).to(self.device)
@@ -205,9 +210,10 @@ class MatchedNetwork(RefittedNetwork):
 
     def _said_of_unseen(self) -> Tensor:
         """The labels of the unseen examples, on all ranks. Raises ValueError where a removed one has none of its own
-        among them, and where there are none."""
+        among them, where there are none, and where they are no classes of the head."""
         said = [labels_of(labels_in(x, y)) for x, y, _ in self._batches(self._own_unseen, self._unseen)]
         found = self._joined("labels of unseen", torch.cat(said).cpu() if said else None)
+        _check_labels(found, self._head.out_features)
         gone = self._labels_of(self.removed)
         for label in gone.unique().tolist():
             if label not in found:
@@ -257,6 +263,18 @@ class MatchedNetwork(RefittedNetwork):
                 f"{after.retained:.2g}: more examples in subset= may do less harm",
                 UserWarning,
             )
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    rule = f"remove: unseen= must have one integer label per example, in [0, c={classes})"
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise TypeError(f"{rule}, got {labels.dtype}")
+    if labels.dim() != 1:
+        raise ValueError(f"{rule}, got labels {list(labels.shape)}")
+    outside = ((labels < 0) | (labels >= classes)).nonzero()
+    if len(outside):
+        first = int(outside[0, 0])
+        raise ValueError(f"{rule}; of {len(outside)} they are not, such as example {first}, which has {labels[first]}")
 
 
 def odds_of(logits: Tensor, labels: Tensor) -> Tensor:

@@ -7,13 +7,15 @@ than most are the ones that a network gets wrong unless it has seen them. docs/m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
+
+from fastif.model.forward import Pair
 
 NEIGHBOURS = 30
 PLACES = 4  # to which each axis of an image is pooled: where something is matters little more closely
@@ -26,49 +28,64 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Views:
     """What enters each linear and convolutional layer, as a unit vector per example.
 
-    Images are pooled, positions averaged, and what is longer than `DIMENSIONS` is projected at random, from a seed. A
-    layer whose input has no row for each example says the same of all.
+    Images are pooled, positions averaged without padding where the batch has a mask of it, and what is longer than
+    `DIMENSIONS` is projected at random, from a seed. `readings` say how rows belong to examples (`Sight`). A layer
+    whose input has no row for each example says the same of all.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, readings: Mapping[str, str]):
         self._layers = {
             name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, *_CONVOLUTIONS))
         }
+        self._readings = readings
         self._projections: dict[str, Tensor] = {}
         self._noted: dict[str, Tensor] = {}
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        hooks = [module.register_forward_pre_hook(self._note(name)) for name, module in self._layers.items()]
+        hooks = [
+            module.register_forward_pre_hook(self._note(name), with_kwargs=True)
+            for name, module in self._layers.items()
+        ]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def take(self, n: int) -> Tensor:
-        """Of the batch of n examples that went through the model last, [n, layers, DIMENSIONS]."""
-        seen = [self._view(name, self._noted.get(name), n) for name in self._layers]
+    def take(self, n: int, mask: Tensor | None = None) -> Tensor:
+        """Of the batch of n examples that went through the model last, [n, layers, DIMENSIONS].
+
+        mask [n, t]: 0 at positions that are padding.
+        """
+        seen = [self._view(name, self._noted.get(name), n, mask) for name in self._layers]
         self._noted.clear()
         return torch.stack(seen, 1)
 
     def _note(self, name: str) -> Any:
-        def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            if name not in self._noted and args and isinstance(args[0], Tensor):  # of several calls the first
-                self._noted[name] = args[0].detach()
+        def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs.get("input")
+            if name not in self._noted and isinstance(x, Tensor):  # of several calls the first
+                self._noted[name] = x.detach()
 
         return note
 
-    def _view(self, name: str, x: Tensor | None, n: int) -> Tensor:
+    def _view(self, name: str, x: Tensor | None, n: int, mask: Tensor | None) -> Tensor:
         module = self._layers[name]
-        if x is None or x.dim() < 2 or len(x) != n:
+        if x is not None and n == 1 and x.dim() == 1:  # some models squeeze a batch of one
+            x = x[None]
+        reading = self._readings.get(name, "examples")
+        if x is None or x.dim() < 2 or not Pair.fits(x, x.shape, n, reading):
             return module.weight.new_zeros(n, DIMENSIONS, dtype=torch.float32)
-        x = x.float()
+        x = Pair.of(name, x, x, n, reading).x.float()
         if isinstance(module, _CONVOLUTIONS):
             x = _POOL[x.dim() - 3](x, PLACES).flatten(1)
-        elif x.dim() > 2:
-            x = x.flatten(1, -2).mean(1)
-        return F.normalize(self._projected(name, x))
+        x = x.reshape(n, -1, x.shape[-1])
+        counts = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if mask is not None and mask.shape == counts.shape and bool((mask != 0).any(1).all()):
+            counts = mask != 0
+        sums = x.masked_fill(~counts[..., None], 0.0).sum(1)  # what stands at padding need not be finite
+        return F.normalize(self._projected(name, sums / counts.sum(1, keepdim=True)))
 
     def _projected(self, name: str, x: Tensor) -> Tensor:
         if x.shape[1] <= DIMENSIONS:
@@ -85,7 +102,7 @@ def votes(views: Tensor, labels: Tensor, asked: Tensor, voting: Tensor) -> Tenso
     views [m, layers, d] of unit length and labels [m]; asked [a] and voting [v] count them. Nobody votes on itself.
     """
     found = torch.zeros(len(asked), dtype=torch.int64, device=views.device)
-    neighbours = min(NEIGHBOURS, len(voting) - 1)
+    neighbours = max(min(NEIGHBOURS, len(voting) - 1), 0)
     for layer in range(views.shape[1]):
         everyone = views[:, layer]
         others = everyone[voting].T.contiguous()

@@ -361,10 +361,12 @@ class RetainedNetwork:
     def _noting_head(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
         notes: list[tuple[Tensor, Tensor]] = []
 
-        def note(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            notes.append((args[0].detach().cpu(), output.detach().cpu()))
+        def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            rows = (args[0] if args else kwargs["input"]), output
+            x, y = (z.detach().cpu() if z.dim() > 1 else z.detach().cpu()[None] for z in rows)
+            notes.append((x, y))  # of a batch of one that the model squeezes a row, too
 
-        hook = self._head.register_forward_hook(note)
+        hook = self._head.register_forward_hook(note, with_kwargs=True)
         try:
             yield notes
         finally:

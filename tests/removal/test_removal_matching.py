@@ -42,10 +42,10 @@ def loaded(model, state):
     return found
 
 
-def quantiles_by_hand(model, x, y, removed, neighbours=30):
+def quantiles_by_hand(model, x, y, removed, neighbours=30, seen=None):
     """Of each removed example, where it stands among those of its label by the votes of its neighbours, one by one."""
     kept = kept_of(len(y), removed).nonzero()[:, 0].tolist()
-    layers = [torch.nn.functional.normalize(v) for v in (x, model[:2](x).detach())]
+    layers = [torch.nn.functional.normalize(v) for v in ((x, model[:2](x).detach()) if seen is None else seen)]
     usual = []
     odds = log_odds(model(x), y).detach()
     for i in range(len(y)):
@@ -94,6 +94,106 @@ def test_quantiles_are_those_of_the_definition(removed):
     want = quantiles_by_hand(model, x, y, removed)
     assert torch.allclose(network._quantiles(), want, atol=1e-12)
     assert 0 < want.min() <= want.max() < 1
+
+
+class Words(nn.Module):
+    """Texts by the mean of what a layer says of their words, which it sees in one of several orders."""
+
+    def __init__(self, order="examples first"):
+        super().__init__()
+        self.order = order
+        self.words, self.inner, self.head = nn.Embedding(10, 5), nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, tokens, attention_mask=None):
+        seen = self.words(tokens)
+        if self.order == "positions first":
+            said = self.inner(seen.transpose(0, 1)).transpose(0, 1)
+        elif self.order == "in one axis":
+            said = self.inner(seen.flatten(0, 1)).view(*seen.shape[:2], -1)
+        else:
+            said = self.inner(seen)
+        counts = torch.ones_like(said[..., :1]) if attention_mask is None else attention_mask[..., None].to(said)
+        return self.head((said.tanh() * counts).sum(1) / counts.sum(1))
+
+
+def texts(n=90, length=6):
+    """Words of which most say the label."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(n) % 3
+    about = 1 + 3 * y[:, None] + torch.randint(3, (n, length), generator=g)
+    other = torch.randint(1, 10, (n, length), generator=g)
+    return torch.where(torch.rand(n, length, generator=g) < 0.6, about, other), y
+
+
+def quantiles_of(model, train, **how):
+    settings = {"layers": "*", "weight_decay": WEIGHT_DECAY, "unseen": texts(), **how}
+    return MatchedNetwork(model, train, HARD, **settings)._quantiles()
+
+
+@pytest.mark.parametrize("order", ["examples first", "positions first", "in one axis"])
+def test_neighbours_of_texts_are_found_in_what_layers_see_of_their_words(order):
+    torch.manual_seed(0)
+    model, (x, y) = Words(order).double(), texts()
+    seen = model.words(x).detach()
+    want = quantiles_by_hand(model, x, y, HARD, seen=(seen.mean(1), model.inner(seen).tanh().mean(1).detach()))
+    for size in (90, 6):  # of which one is the number of positions
+        assert torch.allclose(quantiles_of(model, (x, y), batch_size=size), want, atol=1e-9)
+
+
+def test_padding_is_no_part_of_what_layers_see():
+    torch.manual_seed(0)
+    model, (x, y) = Words().double(), texts()
+    lengths = 2 + torch.arange(90) % 5
+    alone = [{"tokens": x[i : i + 1, : lengths[i]], "labels": y[i : i + 1]} for i in range(90)]
+    masks = (torch.arange(8) < lengths[:, None]).long()
+    padded = torch.cat([x, x.new_zeros(90, 2)], 1) * masks
+    batches = [
+        {"tokens": padded[rows, :t], "attention_mask": masks[rows, :t], "labels": y[rows]}
+        for rows, t in ((slice(0, 40), 8), (slice(40, 90), 6))
+    ]
+    assert torch.allclose(quantiles_of(model, batches), quantiles_of(model, alone), atol=1e-9)
+
+
+class Encoded(nn.Module):
+    def __init__(self, nested):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.words = nn.Embedding(10, 4)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens):
+        return self.head(self.encoder(self.words(tokens), src_key_padding_mask=tokens == 0)[:, 0])
+
+
+@pytest.mark.parametrize("layers", ["*", "encoder.layers.1.linear*"])
+def test_encoders_that_leave_padding_out_where_no_gradient_is_asked_for(layers):
+    x, y = texts(30)
+    x[::2, 4:] = 0
+    found = []
+    for nested in (True, False):
+        torch.manual_seed(0)
+        model = Encoded(nested).double().eval()
+        how = dict(layers=layers, refit_head=True, unseen=(x[:24], y[:24]), steps=1, **QUIET)
+        found.append(flat(remove(model, (x, y), torch.tensor([3, 4]), **how).state_dict))
+        assert model.encoder.use_nested_tensor == nested
+    assert torch.equal(*found)
+
+
+class Otherwise(nn.Sequential):
+    """Calls its layers by the name of their argument, and squeezes a batch of one before the head."""
+
+    def forward(self, x):
+        return self[2](input=self[1](self[0](input=x)).squeeze(0))
+
+
+def test_layers_called_by_name_and_rows_that_are_squeezed():
+    model, x, y = trained(seed=3)
+    how = dict(curvature=EXACT, unseen=unseen_of(3), steps=2)
+    want = flat(matched((model, x, y), HARD, **how).state_dict)
+    for size in (256, 7):  # of the 90 and of the 120 the last one is squeezed
+        found = matched((Otherwise(*model), x, y), HARD, batch_size=size, **how)
+        assert torch.allclose(flat(found.state_dict), want, atol=1e-8)
 
 
 def layers_steps(removal):
@@ -224,7 +324,15 @@ def test_the_call_computes_gradients_where_none_are_asked_for_around_it(around, 
             {"unseen": (unseen_of()[0], torch.ones(120, dtype=torch.int64))},
             "unseen= has no example of label 0, which 1 ",
         ),
-        ({"unseen": (unseen_of()[0] * torch.nan, unseen_of()[1])}, "of the examples in unseen= is not finite"),
+        (
+            {"unseen": (unseen_of()[0].index_fill(0, torch.tensor([8, 9]), torch.nan), unseen_of()[1])},
+            "of the examples in unseen= is not finite: of 2 of them, such as 8",
+        ),
+        (
+            {"unseen": (unseen_of()[0], unseen_of()[1].index_fill(0, torch.tensor([8]), 3))},
+            r"unseen= .* in \[0, c=3\); of 1 they are not, such as example 8, which has 3",
+        ),
+        ({"unseen": (unseen_of()[0], unseen_of()[1][:, None])}, r"unseen= .* one integer .*, got labels \[120, 1\]"),
         ({"weight_decay": 0.0, "curvature": EXACT}, "head .* with damping 0 is not positive definite"),
     ],
 )
@@ -236,9 +344,11 @@ def test_what_is_refused(how, said):
 def test_training_examples_without_log_odds_are_refused():
     model, x, y = trained()
     ignored, unknown = y.clone(), x.clone()
-    ignored[REMOVED[0]] = -100
+    ignored[0] = -100
     with pytest.raises(ValueError, match="'log_odds' needs one label per example and none that is -100"):
-        matched((model, x, ignored), unseen=(unseen_of()[0], torch.arange(120) % 4 - (torch.arange(120) % 4 > 2) * 103))
+        matched((model, x, ignored))
+    with pytest.raises(TypeError, match=r"unseen= must have one integer label per example, .* got torch.float64"):
+        matched((model, x, y), unseen=(unseen_of()[0], unseen_of()[1].double()))
     unknown[REMOVED[0]] = torch.nan
     with pytest.raises(ValueError, match=r"finite log-odds .* of 1 of them, such as 3, they are not"):
         matched((model, unknown, y))
