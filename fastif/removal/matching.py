@@ -97,7 +97,7 @@ class MatchedNetwork(RefittedNetwork):
         refit = self._refit(0.0, features, {}, steps)
         assert refit is not None
         first = found = self._matched(refit, quantile)
-        history, length = refit.steps_with(), 1.0
+        history, length, better = refit.steps_with(), 1.0, found
         with tqdm(total=steps, desc="remove", disable=not progress) as bar:
             for _ in range(steps):
                 if not found.told_apart:
@@ -113,7 +113,7 @@ class MatchedNetwork(RefittedNetwork):
                 history += [step, *refit.steps_with()]
                 length = min(1.0, 2 * refit.length)
                 bar.update()
-        self._warn_of(first, found)
+        self._warn_of(first, found, ended=better is None)
         return numbered(history)
 
     def _step(self, found: Matched, quantile: Tensor, length: float) -> tuple[float, Matched | None]:
@@ -245,14 +245,16 @@ class MatchedNetwork(RefittedNetwork):
             for name, value in values.items():
                 named[name].copy_(value)
 
-    def _warn_of(self, first: Matched, last: Matched) -> None:
-        """Where the steps end far from the unseen examples, or have taken as much from the retained ones."""
+    def _warn_of(self, first: Matched, last: Matched, ended: bool) -> None:
+        """Where the steps end far from the unseen examples, or have taken as much from the retained ones; `ended`:
+        because the last one came no nearer at any length."""
         before, after = first.refit, last.refit
         if last.told_apart and last.above > 0.5 * first.above:
+            advice = "a further step of these layers comes no nearer: others in layers=" if ended else "more steps="
             warn_outside(
                 f"remove: after the steps the network is surer of the removed examples than of unseen ones like them "
-                f"by {last.above:.2g} nats on average, before them by {first.above:.2g}: more steps= or more examples "
-                "in subset= may help",
+                f"by {last.above:.2g} nats on average, before them by {first.above:.2g}; {advice} or more examples in "
+                "subset= may help",
                 UserWarning,
             )
         wrecked = after.retained >= math.log(self._head.out_features)

@@ -284,6 +284,8 @@ def test_steps_that_end_far_away_or_do_harm_are_said():
     how = dict(layers="*", refit_head=True, weight_decay=1e-4, progress=False, unseen=wrong)
     with pytest.warns(UserWarning, match="is surer of the removed examples than of unseen ones like them by"):
         remove(model, (x, y), removed, steps=1, curvature=ExactBlock(1e-4, joint=True), **how)
+    with pytest.warns(UserWarning, match="of these layers comes no nearer: others in layers= or"):  # the head alone
+        remove(model, (x, y), removed, curvature=Identity(), **how | {"layers": "2"})
     with pytest.warns(UserWarning, match="take the mean loss of the removed examples from .* and that of the retained"):
         remove(model, (x, y), torch.arange(10, 40), curvature=Identity(), subset=few, **how)
 
