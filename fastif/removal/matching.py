@@ -30,7 +30,7 @@ from fastif.removal.refit import TRIAL_STEPS, WORTH, Refit, RefittedNetwork, num
 from fastif.removal.steps import Step
 from fastif.renamed import warn_outside
 
-MOST_VOTING = 10_000  # retained examples that are neighbours; of more a draw
+MOST_VOTING = 10_000  # training examples of which the retained are neighbours; of more a draw
 MOST_AMONG = 50  # training examples of each label among which a removed one has its rank
 SHORTEST = 1 / 32  # of a step; where none so short brings the removed examples nearer, the steps end
 
@@ -125,15 +125,17 @@ class MatchedNetwork(RefittedNetwork):
         self._stand(found.refit)
         weights = (found.odds - found.targets) / len(self.removed)
         _, sums = self._sum_over(self.removed, self._log_odds, weights)
+        norm = sum(float(g.square().sum()) for g in sums.values()) ** 0.5
         with self._as_trained(found.refit):  # where the curvature is of
             step = self._newton_steps(sums)
         slope = -sum(float((self._matrices(sums)[name] * matrix.double()).sum()) for name, matrix in step.items())
         (slope, *_) = self._ranks.meet("the slope of the distance", slope)
         if not 0 < slope < math.inf:
+            if found.refit.length > 0:  # what the steps before have reached stays
+                return norm, None
             raise ValueError(
                 f"remove: no step of these layers changes the removed examples' log-odds: slope {slope + 0.0:.3g}"
             )
-        norm = sum(float(g.square().sum()) for g in sums.values()) ** 0.5
         before = found.refit.problem.parameters
         while length >= SHORTEST:
             self._stand(found.refit)
@@ -249,7 +251,7 @@ class MatchedNetwork(RefittedNetwork):
         """Where the steps end far from the unseen examples, or have taken as much from the retained ones; `ended`:
         because the last one came no nearer at any length."""
         before, after = first.refit, last.refit
-        if last.told_apart and last.above > 0.5 * first.above:
+        if last.told_apart and last.above > max(1.0, 0.5 * first.above):
             advice = "a further step of these layers comes no nearer: others in layers=" if ended else "more steps="
             warn_outside(
                 f"remove: after the steps the network is surer of the removed examples than of unseen ones like them "
