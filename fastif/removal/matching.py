@@ -178,6 +178,26 @@ class MatchedNetwork(RefittedNetwork):
         draw = Generator().manual_seed(0)
         drawn = torch.randperm(self.n, generator=draw)[:MOST_VOTING]
         pool = torch.cat([drawn, self.removed]).unique()
+        seen, odds, labels = self._looked_at(pool)
+        place = torch.full((self.n,), -1)
+        place[pool] = torch.arange(len(pool))
+        gone, voting = place[self.removed], place[drawn[~torch.isin(drawn, self.removed)].sort().values]
+        alike = place[drawn]
+        said = labels[alike.to(self.device)].cpu()
+        among = [alike[said == label][:MOST_AMONG] for label in labels[gone.to(self.device)].unique().cpu()]
+        asked = torch.cat([gone, *among]).unique()
+        gone, voting, asked = (rows.to(self.device) for rows in (gone, voting, asked))
+        usual = torch.full((len(pool),), torch.nan, dtype=torch.float64, device=self.device)
+        usual[asked] = votes(seen, labels, asked, voting).double()
+        usual += 0.5 + 0.5 * odds / (1 + odds.abs())
+        found = quantiles(usual, labels, gone, torch.cat(among).to(self.device))
+        return self._ranks.of_first("the quantiles", {"": found}, self.device)[""]
+
+    def _looked_at(self, pool: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of these training examples what the layers see, the log-odds of their labels, and the labels, on all ranks.
+
+        In the first pass over the data: of what is kept below the layers that move (`Below`), hooks see nothing later.
+        """
         parts: list[tuple[Tensor, ...]] = []
         views = Views(self.model, self._capture.sight.readings)
         with views.attached(), torch.no_grad():
@@ -196,19 +216,7 @@ class MatchedNetwork(RefittedNetwork):
                 "remove: unseen= needs outputs of two classes or more and finite log-odds of the training examples' "
                 f"labels; of {len(bad)} of them, such as {int(bad[0])}, they are not finite"
             )
-        place = torch.full((self.n,), -1)
-        place[pool] = torch.arange(len(pool))
-        gone, voting = place[self.removed], place[drawn[~torch.isin(drawn, self.removed)].sort().values]
-        alike = place[drawn]
-        said = labels[alike.to(self.device)].cpu()
-        among = [alike[said == label][:MOST_AMONG] for label in labels[gone.to(self.device)].unique().cpu()]
-        asked = torch.cat([gone, *among]).unique()
-        gone, voting, asked = (rows.to(self.device) for rows in (gone, voting, asked))
-        usual = torch.full((len(pool),), torch.nan, dtype=torch.float64, device=self.device)
-        usual[asked] = votes(seen, labels, asked, voting).double()
-        usual += 0.5 + 0.5 * odds / (1 + odds.abs())
-        found = quantiles(usual, labels, gone, torch.cat(among).to(self.device))
-        return self._ranks.of_first("the quantiles", {"": found}, self.device)[""]
+        return seen, odds, labels
 
     def _said_of_unseen(self) -> Tensor:
         """The labels of the unseen examples, on all ranks. Raises ValueError where a removed one has none of its own
