@@ -136,9 +136,3 @@ def relearn(
                 F.cross_entropy(logits_of(call(learner, x[rows])), y[rows]).backward()
                 optimizer.step()
     return most, False
-
-
-def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
-    """log p/(1 − p) of each row's label."""
-    own = logits.gather(1, labels[:, None])[:, 0]
-    return own - logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)

@@ -26,7 +26,6 @@ from fastif.evaluation.unlearned import (
     Data,
     Outputs,
     compare,
-    log_odds,
     logits_in_batches,
     outputs_of,
     relearn,
@@ -37,6 +36,7 @@ from fastif.folder_lock import locked
 from fastif.influence.networks import Networks, are_halves
 from fastif.journal import Journal, refuse_differences
 from fastif.measure import Measure, environment
+from fastif.model.losses import log_odds
 from fastif.progress import tqdm
 
 UnlearnFn = Callable[[nn.Module, Data, Tensor, int], "nn.Module | Mapping[str, Tensor]"]

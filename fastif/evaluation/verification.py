@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from fastif.data.batches import as_loader, moved_to
 from fastif.evaluation.membership import membership
 from fastif.evaluation.retraining import without
-from fastif.evaluation.unlearned import Outputs, compare, log_odds
+from fastif.evaluation.unlearned import Outputs, compare
 from fastif.influence.networks import Networks
 from fastif.model.calls import call
-from fastif.model.losses import logits_of
+from fastif.model.losses import log_odds, logits_of
 from fastif.removal import Removal
 
 BEFORE, AFTER, RETRAINED, HALVES = "before", "after", "retrained", "halves that never saw it"

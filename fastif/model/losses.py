@@ -107,9 +107,16 @@ def measured(measurement: Any, loss: Any, outputs: Any, batch: Any, n: int) -> T
             f"{list(labels_of(batch).shape)}, {int((labels == IGNORED).sum())} of them {IGNORED}"
         )
     logits, labels = logits.reshape(n, -1), labels.reshape(n)
+    if measurement == "log_odds":
+        return log_odds(logits, labels)
     own = logits.gather(1, labels[:, None])[:, 0]
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return own - (others.amax(1) if measurement == "margin" else others.logsumexp(1))
+    return own - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+
+
+def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """log p/(1 − p) of each row's label, of logits [n, c] and labels [n]."""
+    own = logits.gather(1, labels[:, None])[:, 0]
+    return own - logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
 
 
 def settle_fisher(fisher: Fisher, loss: Any, outputs: Any, batch: Any, n: int) -> Fisher:

@@ -22,7 +22,7 @@ from fastif.data.batches import batch_length, walked
 from fastif.data.dealing import deal_picked
 from fastif.measure import Measure
 from fastif.model.calls import call
-from fastif.model.losses import labels_in, labels_of, logits_of, measured
+from fastif.model.losses import labels_in, labels_of, log_odds, logits_of, measured
 from fastif.progress import tqdm
 from fastif.removal.neighbours import Views, quantiles, votes
 from fastif.removal.network import combine
@@ -152,12 +152,12 @@ class MatchedNetwork(RefittedNetwork):
 
     def _matched(self, refit: Refit, quantile: Tensor) -> Matched:
         """The removed examples behind this head, and the unseen ones that they are to be like."""
-        odds = odds_of(refit.problem.logits_of_removed, self._labels[self._gone])
+        odds = log_odds(refit.problem.logits_of_removed.double(), self._labels[self._gone])
         with self._noting_head() as notes, torch.no_grad():
             for x, _, _ in self._batches(self._own_unseen, self._unseen):
                 call(self.model, x)
         features = self._noted(notes)[0].to(self.device)
-        unseen = odds_of(refit.problem.logits_at(features), self._unseen_labels)
+        unseen = log_odds(refit.problem.logits_at(features).double(), self._unseen_labels)
         bad = (~unseen.isfinite()).nonzero()
         if refit.length == 0 and len(bad):  # behind a step it is a reason for a shorter one
             raise ValueError(
@@ -287,8 +287,3 @@ def _check_labels(labels: Tensor, classes: int) -> None:
     if len(outside):
         first = int(outside[0, 0])
         raise ValueError(f"{rule}; of {len(outside)} they are not, such as example {first}, which has {labels[first]}")
-
-
-def odds_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """log p/(1 − p) of the labels, float64 [m]."""
-    return measured("log_odds", "cross_entropy", logits.double(), labels, len(labels))

@@ -13,7 +13,8 @@ from torch import nn
 from fastif import Networks
 from fastif.evaluation import baselines, membership, train_halves, u_lira, unlearning, without
 from fastif.evaluation.trainings import Trainings
-from fastif.evaluation.unlearned import kl, log_odds, relearn, tug_of_war
+from fastif.evaluation.unlearned import kl, relearn, tug_of_war
+from fastif.model.losses import log_odds
 from tests.helpers.retrainings import NET, QUERY, X, Y
 
 TRAIN, HELD = (X.float(), Y), (QUERY[0].float(), QUERY[1])
