@@ -104,6 +104,11 @@ class Walked:
                 pass
         return Identity([*self._lengths], torch.from_numpy(self._rows[: self.n].copy()), [*self._shared])
 
+    def checksums(self, indices: Tensor) -> Tensor:
+        """Of those of these examples that were seen, int64 [seen]: no pass is made."""
+        places = indices.numpy()
+        return torch.from_numpy(self._rows[places[self._known[places]]])
+
     def __len__(self) -> int:
         return len(self._loader)  # pyright: ignore[reportArgumentType]  # TypeError where there is none, as for any len
 

@@ -119,6 +119,12 @@ def log_odds(logits: Tensor, labels: Tensor) -> Tensor:
     return own - logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
 
 
+def squared_outputs(outputs: Any, batch: Any) -> Tensor:
+    """½ ‖z‖² of every example, [n], whose curvature in the outputs is the identity."""
+    squares = logits_of(outputs).square()
+    return 0.5 * squares.reshape(len(labels_of(batch)), -1).sum(1)  # some models squeeze a batch of one
+
+
 def settle_fisher(fisher: Fisher, loss: Any, outputs: Any, batch: Any, n: int) -> Fisher:
     """What "auto" comes to for a batch: "monte_carlo" where an example has several labels, else "exact".
 
@@ -142,10 +148,10 @@ def output_columns(
     GGN. "monte_carlo": one s = ∇ℓ at labels drawn from the model's own prediction, E s sᵀ = H_i. ("empirical" needs no
     columns: it is the loss's own gradient.) docs/math.md (6).
     """
-    if callable(loss):
+    if callable(loss) and loss is not squared_outputs:
         yield from _columns_of_function(loss, outputs, batch, n, fisher, generator)
         return
-    if loss in _SOFTMAX:
+    if not callable(loss) and loss in _SOFTMAX:
         scores, labels = _class_axis_last(loss, outputs, labels_of(batch), n)
         probs = scores.detach().softmax(-1)  # [n, t, c]
         counted = (labels != IGNORED)[..., None]
@@ -167,8 +173,8 @@ def output_columns(
         return
     scores = logits_of(outputs).reshape(n, -1)
     spread = (scores.detach().sigmoid() * (1 - scores.detach().sigmoid())).sqrt()
-    if loss == "mse":
-        spread = torch.full_like(scores.detach(), 2**0.5)
+    if loss != "bce":
+        spread = torch.full_like(scores.detach(), 2**0.5 if loss == "mse" else 1.0)
     if fisher == "monte_carlo":
         if loss == "bce":
             probs = scores.detach().sigmoid()

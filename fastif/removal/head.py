@@ -70,7 +70,7 @@ class RetainedHead:
         self._removed = self._with_ones(features[removed]), labels[removed]
         self.dtype, self.n = weight.dtype, n
         self.theta = (weight if bias is None else torch.cat([weight, bias[:, None]], 1)).double()
-        self.logits = self._logits(self.theta)
+        self.logits = _logits(self.inputs, self.theta)
         (self.objective,) = self._objectives([(self.logits, self.theta)])
         self.step_size: dict[str, float] = {}  # of the last step, as a multiple of the Newton step
         self._picks = Picks(subset, kept, generator, ranks)
@@ -93,7 +93,7 @@ class RetainedHead:
         """Steps begin at these; what full steps answer is still the gradient at the trained parameters."""
         rows = [parameters[key].to(self.theta) for key in self._keys if key in parameters]
         self.theta = torch.cat([rows[0], rows[1][:, None]], 1) if self.has_bias else rows[0]
-        self.logits = self._logits(self.theta)
+        self.logits = _logits(self.inputs, self.theta)
         (self.objective,) = self._objectives([(self.logits, self.theta)])
 
     def with_noise(self, noise: Tensor) -> dict[str, Tensor]:
@@ -103,12 +103,11 @@ class RetainedHead:
     @property
     def logits_of_removed(self) -> Tensor:
         """At the parameters, [r, c]."""
-        inputs, _ = self._removed
-        return inputs @ self.theta.to(inputs.dtype).T
+        return _logits(self._removed[0], self.theta)
 
     def logits_at(self, features: Tensor) -> Tensor:
         """What the head says at the parameters of features [m, d], [m, c]."""
-        return self._with_ones(features) @ self.theta.to(features.dtype).T
+        return _logits(self._with_ones(features), self.theta)
 
     def mean_losses(self) -> tuple[float, float]:
         """Of the removed and of the retained examples, at the parameters."""
@@ -175,20 +174,17 @@ class RetainedHead:
             (said, *_) = self.ranks.meet("why there is none", said)
             raise NotPositiveDefinite(said)
         direction = found[""]
-        along = self._logits(direction)  # logits are linear in θ: one product serves every step size
+        along = _logits(self.inputs, direction)  # logits are linear in θ: one product serves every step size
         size, value = self._best_step(direction, along)
         if self._line_search and not value < self.objective:
             return False
         self.theta = self.theta + size * direction
-        self.logits = self._logits(self.theta)
+        self.logits = _logits(self.inputs, self.theta)
         self.objective, self.step_size = value, {self._name: size}
         return True
 
     def _with_ones(self, features: Tensor) -> Tensor:
         return torch.cat([features, features.new_ones(len(features), 1)], 1) if self.has_bias else features
-
-    def _logits(self, theta: Tensor) -> Tensor:
-        return self.inputs @ theta.to(self.inputs.dtype).T
 
     def _objectives(self, points: list[tuple[Tensor, Tensor]]) -> list[float]:
         """F at some (logits, θ); its decay is the first rank's term of the sum."""
@@ -316,6 +312,10 @@ def optimal_head(
     if norm**2 / (2 * weight_decay) > 1e-9:
         raise ValueError(f"optimal_head: not converged after {max_steps} steps: gradient norm {norm:.2g}")
     return Step(steps, problem.parameters, problem.objective, norm, {"head": 1.0}, len(problem.labels), seconds, None)
+
+
+def _logits(inputs: Tensor, theta: Tensor) -> Tensor:
+    return inputs @ theta.to(inputs.dtype).T
 
 
 def _check_head(features: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -10,7 +10,7 @@ retained as little as it can, in the square of their outputs; the head is refitt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,9 +22,9 @@ from fastif.data.batches import batch_length, walked
 from fastif.data.dealing import deal_picked
 from fastif.measure import Measure
 from fastif.model.calls import call
-from fastif.model.losses import labels_in, labels_of, log_odds, logits_of, measured
+from fastif.model.losses import labels_in, labels_of, log_odds, measured, squared_outputs
 from fastif.progress import tqdm
-from fastif.removal.neighbours import Views, quantiles, votes
+from fastif.removal.neighbours import Views, quantiles, votes, worth
 from fastif.removal.network import combine
 from fastif.removal.refit import TRIAL_STEPS, WORTH, Refit, RefittedNetwork, numbered
 from fastif.removal.steps import Step
@@ -33,6 +33,26 @@ from fastif.renamed import warn_outside
 MOST_VOTING = 10_000  # training examples of which the retained are neighbours; of more a draw
 MOST_AMONG = 50  # training examples of each label among which a removed one has its rank
 SHORTEST = 1 / 32  # of a step; where none so short brings the removed examples nearer, the steps end
+
+
+Look = Callable[[Any, Any, Tensor, Any], None]  # is shown a batch: inputs, labels, which examples these are, outputs
+
+
+class Seen(NamedTuple):
+    """What is seen of some examples in a pass."""
+
+    views: Tensor  # of what enters the layers (`Views`), [m, layers, d]
+    odds: Tensor  # the log-odds of their labels, float64 [m]
+    labels: Tensor  # int64 [m]
+
+
+class Neighbourhoods(NamedTuple):
+    """What the neighbours of the removed examples and of the unseen ones say of them, as the network was trained."""
+
+    places: Tensor  # of each removed example among the training examples of its label, in (0, 1), float64 [r]
+    unseen: Tensor  # the log-odds of the labels of unseen examples, [m]
+    lost: Tensor  # what these lose with the removed neighbours, in nats, [m]
+    least: Tensor  # what it leaves them at least, [m]
 
 
 class Matched(NamedTuple):
@@ -59,12 +79,6 @@ class Matched(NamedTuple):
         return self.above > (float(self.odds.std()) / r**0.5 if r > 1 else 0.0)
 
 
-def squared_outputs(outputs: Any, batch: Any) -> Tensor:
-    """½ ‖z‖² of every example, [n], whose curvature in the outputs is the identity."""
-    squares = logits_of(outputs).square()
-    return 0.5 * squares.reshape(len(labels_of(batch)), -1).sum(1)  # some models squeeze a batch of one
-
-
 class MatchedNetwork(RefittedNetwork):
     """The steps by which the removed examples come to look like `unseen` ones, and the head's behind each; arguments
     else as for `RefittedNetwork`."""
@@ -77,15 +91,14 @@ class MatchedNetwork(RefittedNetwork):
         self._unseen = walked(unseen, batch_size)
         n = self._unseen.n
         super().__init__(model, train, removed, curved_by=squared_outputs, batch_size=batch_size, beside=n, **settings)
-        everyone = torch.arange(n)
-        self._own_unseen = everyone[deal_picked(self._unseen, everyone, self._ranks)]
-        self._unseen_labels = self._said_of_unseen()
+        self._unseen_rows, labels = self._alike(n)
+        self._own_unseen = self._unseen_rows[deal_picked(self._unseen, self._unseen_rows, self._ranks)]
+        self._unseen_labels = labels.to(self.device)
 
     def remove(self, steps: int, progress: bool) -> list[Step]:
         """The head's steps, then at most so many of the layers, each with the head's behind it."""
-        quantile = self._quantiles()
         self._check_model()
-        features = self._head_inputs()
+        around, features, of_unseen = self._look_around()
         if self._picks.sampler is not None:
             seen = features[self.kept.to(self.device)]
             self._seen = {
@@ -96,14 +109,14 @@ class MatchedNetwork(RefittedNetwork):
         examples = self.curvature()
         refit = self._refit(0.0, features, {}, steps)
         assert refit is not None
-        first = found = self._matched(refit, quantile)
+        first = found = self._matched(refit, around, of_unseen)
         history, length, better = refit.steps_with(), 1.0, found
         with tqdm(total=steps, desc="remove", disable=not progress) as bar:
             for _ in range(steps):
                 if not found.told_apart:
                     break
                 with Measure(self.device) as work:
-                    norm, better = self._step(found, quantile, length)
+                    norm, better = self._step(found, around, length)
                 if better is None:
                     break
                 found, refit = better, better.refit
@@ -116,7 +129,7 @@ class MatchedNetwork(RefittedNetwork):
         self._warn_of(first, found, ended=better is None)
         return numbered(history)
 
-    def _step(self, found: Matched, quantile: Tensor, length: float) -> tuple[float, Matched | None]:
+    def _step(self, found: Matched, around: Neighbourhoods, length: float) -> tuple[float, Matched | None]:
         """−s H⁻¹g from there, g the gradient of half the mean squared distance, shortened until that falls; ‖g‖.
 
         s is so long that to first order the distances, each weighted by itself, are none behind it. None where no
@@ -136,102 +149,146 @@ class MatchedNetwork(RefittedNetwork):
             raise ValueError(
                 f"remove: no step of these layers changes the removed examples' log-odds: slope {slope + 0.0:.3g}"
             )
-        before = found.refit.problem.parameters
+        off, settled = found.off, found.refit.length == 0  # where the head's first steps have led
         while length >= SHORTEST:
             self._stand(found.refit)
             self._move(combine([step], [length * found.off / slope]))
-            try:
-                refit = self._refit(length, self._head_inputs(), before, TRIAL_STEPS)
-            except NotPositiveDefinite:
-                refit = None
-            better = None if refit is None else self._matched(refit, quantile)
-            if better is not None and better.off < found.off:
+            better = self._behind(found.refit, length, around)
+            if not settled and (better is None or better.off >= off):
+                # Without a step, too, the head's next steps take back some of what the layers have reached.
+                self._stand(found.refit)
+                rest = self._behind(found.refit, found.refit.length, around)
+                off, settled = off if rest is None else max(off, rest.off), True
+            if better is not None and better.off < off:
                 return norm, better
             length /= 2
         return norm, None
 
-    def _matched(self, refit: Refit, quantile: Tensor) -> Matched:
-        """The removed examples behind this head, and the unseen ones that they are to be like."""
+    def _behind(self, before: Refit, length: float, around: Neighbourhoods) -> Matched | None:
+        """The network with its layers as they stand, and the head's steps behind them from where it stood before; None
+        where there are none, or nothing finite."""
+        try:
+            refit = self._refit(length, self._head_inputs(), before.problem.parameters, TRIAL_STEPS)
+        except NotPositiveDefinite:
+            return None
+        return None if refit is None else self._matched(refit, around)
+
+    def _matched(self, refit: Refit, around: Neighbourhoods, features: Tensor | None = None) -> Matched:
+        """The removed examples behind this head, and the unseen ones that they are to be like, where it is known with
+        what the head sees of these."""
         odds = log_odds(refit.problem.logits_of_removed.double(), self._labels[self._gone])
-        with self._noting_head() as notes, torch.no_grad():
-            for x, _, _ in self._batches(self._own_unseen, self._unseen):
-                call(self.model, x)
-        features = self._noted(notes)[0].to(self.device)
-        unseen = log_odds(refit.problem.logits_at(features).double(), self._unseen_labels)
-        bad = (~unseen.isfinite()).nonzero()
-        if refit.length == 0 and len(bad):  # behind a step it is a reason for a shorter one
-            raise ValueError(
-                f"remove: what the network says of the examples in unseen= is not finite: of {len(bad)} of them, such "
-                f"as {int(bad[0, 0])}"
-            )
+        features = self._unseen_head_inputs() if features is None else features
+        now = log_odds(refit.problem.logits_at(features).double(), self._unseen_labels)
+        without = torch.maximum(torch.maximum(now, around.unseen) - around.lost, around.least)
+        unseen = torch.minimum(now, without)
         targets = torch.empty_like(odds)
         for label in self._labels[self._gone].unique():
             mine = self._labels[self._gone] == label
-            targets[mine] = unseen[self._unseen_labels == label].quantile(quantile[mine])
+            targets[mine] = unseen[self._unseen_labels == label].quantile(around.places[mine])
         both = self._ranks.of_first("the log-odds", {"odds": odds, "targets": targets}, self.device)
         return Matched(refit, both["odds"], both["targets"])
 
-    def _quantiles(self) -> Tensor:
-        """Of each removed example, the share of the training examples of its label whose label is more unusual among
-        their neighbours, float64 [r]; of two that are as usual the network is less sure of one. The removed do not
-        vote."""
-        draw = Generator().manual_seed(0)
-        drawn = torch.randperm(self.n, generator=draw)[:MOST_VOTING]
-        pool = torch.cat([drawn, self.removed]).unique()
-        seen, odds, labels = self._looked_at(pool)
-        place = torch.full((self.n,), -1)
-        place[pool] = torch.arange(len(pool))
-        gone, voting = place[self.removed], place[drawn[~torch.isin(drawn, self.removed)].sort().values]
-        alike = place[drawn]
-        said = labels[alike.to(self.device)].cpu()
-        among = [alike[said == label][:MOST_AMONG] for label in labels[gone.to(self.device)].unique().cpu()]
-        asked = torch.cat([gone, *among]).unique()
-        gone, voting, asked = (rows.to(self.device) for rows in (gone, voting, asked))
-        usual = torch.full((len(pool),), torch.nan, dtype=torch.float64, device=self.device)
-        usual[asked] = votes(seen, labels, asked, voting).double()
-        usual += 0.5 + 0.5 * odds / (1 + odds.abs())
-        found = quantiles(usual, labels, gone, torch.cat(among).to(self.device))
-        return self._ranks.of_first("the quantiles", {"": found}, self.device)[""]
+    def _unseen_head_inputs(self, look: Look | None = None) -> Tensor:
+        """What the head sees of the unseen examples, [m, d]; `look` is shown the batches of this rank."""
+        with self._noting_head() as notes, torch.no_grad():
+            for x, y, places in self._batches(self._own_unseen, self._unseen):
+                outputs = call(self.model, x)
+                if look is not None:
+                    look(x, y, self._own_unseen[places], outputs)
+        return self._noted(notes)[0].to(self.device)
 
-    def _looked_at(self, pool: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of these training examples what the layers see, the log-odds of their labels, and the labels, on all ranks.
+    def _look_around(self) -> tuple[Neighbourhoods, Tensor, Tensor]:
+        """What the neighbours say, and what the head sees of all training examples [n, d] and of the unseen [m, d].
 
         In the first pass over the data: of what is kept below the layers that move (`Below`), hooks see nothing later.
         """
-        parts: list[tuple[Tensor, ...]] = []
-        views = Views(self.model, self._capture.sight.readings)
-        with views.attached(), torch.no_grad():
-            for x, y, _ in self._batches(pool[self._own(pool)]):
-                odds = self._log_odds(x, y)
-                seen = views.take(len(odds), self._capture.mask_in(x))
-                parts.append((seen, odds.double(), labels_of(labels_in(x, y))))
-        own = [torch.cat(part).cpu() for part in zip(*parts, strict=True)] or [None] * 3
-        seen, odds, labels = (
-            self._joined(name, part).to(self.device)
-            for name, part in zip(("views", "log-odds", "labels"), own, strict=True)
-        )
-        if not bool(seen.isfinite().all() & odds.isfinite().all()):
-            bad = pool[(~odds.isfinite() | ~seen.flatten(1).isfinite().all(1)).cpu()]
-            raise ValueError(
-                "remove: unseen= needs outputs of two classes or more and finite log-odds of the training examples' "
-                f"labels; of {len(bad)} of them, such as {int(bad[0])}, they are not finite"
-            )
-        return seen, odds, labels
+        draw = Generator().manual_seed(0)
+        drawn = torch.randperm(self.n, generator=draw)[:MOST_VOTING]
+        pool = torch.cat([drawn, self.removed]).unique()
+        wanted = torch.zeros(self.n, dtype=torch.bool)
+        wanted[pool] = True
+        of_train, features = self._look("training examples'", self._head_inputs, wanted)
+        everyone = torch.ones(self._unseen.n, dtype=torch.bool)
+        of_unseen, unseen_features = self._look("unseen examples'", self._unseen_head_inputs, everyone)
+        _check_finite(of_train, pool, "training examples")
+        _check_finite(of_unseen, self._unseen_rows, "examples in unseen=")
+        self._check_unlike()
+        place = torch.full((self.n,), -1)
+        place[pool] = torch.arange(len(pool))
+        around = self._neighbourhoods(of_train, of_unseen, place[drawn], place[self.removed])
+        found = {key: value.to(self.device) for key, value in around._asdict().items()}
+        around = Neighbourhoods(**self._ranks.of_first("what neighbours say", found, self.device))
+        return around, features, unseen_features
 
-    def _said_of_unseen(self) -> Tensor:
-        """The labels of the unseen examples, on all ranks. Raises ValueError where a removed one has none of its own
-        among them, where there are none, and where they are no classes of the head."""
-        said = [labels_of(labels_in(x, y)) for x, y, _ in self._batches(self._own_unseen, self._unseen)]
-        found = self._joined("labels of unseen", torch.cat(said).cpu() if said else None)
-        _check_labels(found, self._head.out_features)
+    def _neighbourhoods(self, train: Seen, unseen: Seen, drawn: Tensor, gone: Tensor) -> Neighbourhoods:
+        """Of the training examples those `drawn`, in random order, vote; `gone` [r] are the removed."""
+        device = self.device
+        views, odds, labels = (torch.cat(pair).to(device) for pair in zip(train, unseen, strict=True))
+        further = torch.arange(len(train.odds), len(odds), device=device)
+        drawn, gone = drawn.to(device), gone.to(device)
+        alike = [drawn[labels[drawn] == label][:MOST_AMONG] for label in labels[gone].unique()]
+        among = torch.cat(alike)
+        asked = torch.cat([gone, among, further]).unique()
+        ties = 0.5 + 0.5 * odds / (1 + odds.abs())
+        usual, left = torch.full_like(odds, torch.nan), torch.full_like(odds, torch.nan)
+        voting = votes(views, labels, asked, drawn.sort().values, gone)
+        for values, counts in zip((usual, left), voting, strict=True):
+            values[asked] = counts.double() + ties[asked]
+        lost, least = torch.zeros_like(odds), torch.zeros_like(odds)
+        for label in labels[gone].unique():
+            mine = further[labels[further] == label]
+            lost[mine], least[mine] = worth(odds[mine], usual[mine], left[mine])
+        return Neighbourhoods(quantiles(left, labels, gone, among), odds[further], lost[further], least[further])
+
+    def _look(self, what: str, a_pass: Callable[[Look], Tensor], wanted: Tensor) -> tuple[Seen, Tensor]:
+        """What layers see of the `wanted` examples of this pass's data, on all ranks, and what the pass returns."""
+        parts: list[Seen] = []
+        views = Views(self.model, self._capture.sight.readings)
+
+        def look(x: Any, y: Any, rows: Tensor, outputs: Any) -> None:
+            n, batch, mine = batch_length(x), labels_in(x, y), wanted[rows].nonzero()[:, 0].to(self.device)
+            odds = measured("log_odds", self._loss, outputs, batch, n).double()
+            seen = views.take(n, self._capture.mask_in(x), mine)
+            parts.append(Seen(seen, odds[mine], labels_of(batch)[mine]))
+
+        with views.attached():
+            found = a_pass(look)
+        own = [torch.cat(part).cpu() for part in zip(*parts, strict=True)] or [None] * len(Seen._fields)
+        return Seen(*(self._joined(f"{what} {name}", p) for name, p in zip(Seen._fields, own, strict=True))), found
+
+    def _check_unlike(self) -> None:
+        """Raises ValueError where most unseen examples are training examples, as far as passes have seen these."""
+        own = self._unseen.checksums(self._own_unseen)
+        unseen = self._joined("the checksums of unseen=", own if len(own) else None)
+        train = self._train.checksums(self._everyone[self._own(self._everyone)])
+        among = torch.isin(unseen, train).long().to(self._ranks.device)
+        rows = self._unseen_rows[self._ranks.sum("unseen= among the training examples", among).cpu() > 0]
+        if 2 * len(rows) > len(unseen):
+            raise ValueError(
+                f"remove: unseen= must be examples that the network has not seen: of {len(unseen)} with a label that a "
+                f"removed one has, {len(rows)}, such as {int(rows[0])}, are training examples"
+            )
+
+    def _alike(self, n: int) -> tuple[Tensor, Tensor]:
+        """Which of the n unseen examples have a label that a removed one has, and these, on all ranks.
+
+        Raises ValueError where a removed one has none of its own among them, where there are none, and where they are
+        no classes of the head.
+        """
+        everyone = torch.arange(n)
+        own = everyone[deal_picked(self._unseen, everyone, self._ranks)]
+        said = [labels_of(labels_in(x, y)) for x, y, _ in self._batches(own, self._unseen)]
+        labels = self._joined("labels of unseen", torch.cat(said).cpu() if said else None)
+        _check_labels(labels, self._head.out_features)
         gone = self._labels_of(self.removed)
         for label in gone.unique().tolist():
-            if label not in found:
+            if label not in labels:
                 raise ValueError(
                     f"remove: unseen= has no example of label {label}, which {int((gone == label).sum())} of the "
                     "removed ones have: nothing says what the network would make of them"
                 )
-        return found.to(self.device)
+        alike = torch.isin(labels, gone)
+        return everyone[alike], labels[alike]
 
     def _log_odds(self, x: Any, y: Any) -> Tensor:
         return measured("log_odds", self._loss, call(self.model, x), labels_in(x, y), batch_length(x))
@@ -259,7 +316,7 @@ class MatchedNetwork(RefittedNetwork):
         """Where the steps end far from the unseen examples, or have taken as much from the retained ones; `ended`:
         because the last one came no nearer at any length."""
         before, after = first.refit, last.refit
-        if last.told_apart and last.above > max(1.0, 0.5 * first.above):
+        if last.told_apart and last.above > 1.0:
             advice = "a further step of these layers comes no nearer: others in layers=" if ended else "more steps="
             warn_outside(
                 f"remove: after the steps the network is surer of the removed examples than of unseen ones like them "
@@ -275,6 +332,15 @@ class MatchedNetwork(RefittedNetwork):
                 f"{after.retained:.2g}: more examples in subset= may do less harm",
                 UserWarning,
             )
+
+
+def _check_finite(seen: Seen, rows: Tensor, which: str) -> None:
+    bad = rows[~(seen.odds.isfinite() & seen.views.flatten(1).isfinite().all(1))]
+    if len(bad):
+        raise ValueError(
+            f"remove: what the network says of the {which} is not finite: of {len(bad)} of them, such as "
+            f"{int(bad[0])}; unseen= needs finite log-odds of their labels, and so two classes or more"
+        )
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:

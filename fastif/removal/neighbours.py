@@ -53,12 +53,12 @@ class Views:
             for hook in hooks:
                 hook.remove()
 
-    def take(self, n: int, mask: Tensor | None = None) -> Tensor:
-        """Of the batch of n examples that went through the model last, [n, layers, DIMENSIONS].
+    def take(self, n: int, mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """Of the batch of n examples that went through the model last, or of these rows of it, [n, layers, DIMENSIONS].
 
         mask [n, t]: 0 at positions that are padding.
         """
-        seen = [self._view(name, self._noted.get(name), n, mask) for name in self._layers]
+        seen = [self._view(name, self._noted.get(name), n, mask, rows) for name in self._layers]
         self._noted.clear()
         return torch.stack(seen, 1)
 
@@ -70,14 +70,18 @@ class Views:
 
         return note
 
-    def _view(self, name: str, x: Tensor | None, n: int, mask: Tensor | None) -> Tensor:
+    def _view(self, name: str, x: Tensor | None, n: int, mask: Tensor | None, rows: Tensor | None) -> Tensor:
         module = self._layers[name]
         if x is not None and n == 1 and x.dim() == 1:  # some models squeeze a batch of one
             x = x[None]
         reading = self._readings.get(name, "examples")
         if x is None or x.dim() < 2 or not Pair.fits(x, x.shape, n, reading):
-            return module.weight.new_zeros(n, DIMENSIONS, dtype=torch.float32)
-        x = Pair.of(name, x, x, n, reading).x.float()
+            return module.weight.new_zeros(n if rows is None else len(rows), DIMENSIONS, dtype=torch.float32)
+        x = Pair.of(name, x, x, n, reading).x
+        if rows is not None:
+            x, mask = x.unflatten(0, (n, -1))[rows].flatten(0, 1), None if mask is None else mask[rows]
+            n = len(rows)
+        x = x.float()
         if isinstance(module, _CONVOLUTIONS):
             x = _POOL[x.dim() - 3](x, PLACES).flatten(1)
         x = x.reshape(n, -1, x.shape[-1])
@@ -96,22 +100,57 @@ class Views:
         return x @ self._projections[name]
 
 
-def votes(views: Tensor, labels: Tensor, asked: Tensor, voting: Tensor) -> Tensor:
-    """Of each asked example, how many of its neighbours among the voting ones have its label, over all layers: [a].
+def votes(views: Tensor, labels: Tensor, asked: Tensor, voting: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each asked example, how many of its neighbours have its label, summed over the layers: among all that vote and
+    among those that are not `gone`, both [a].
 
-    views [m, layers, d] of unit length and labels [m]; asked [a] and voting [v] count them. Nobody votes on itself.
+    views [m, layers, d] of unit length and labels [m]; asked [a], voting [v] and gone [r] count them, voting in their
+    order. Nobody votes on itself.
     """
-    found = torch.zeros(len(asked), dtype=torch.int64, device=views.device)
-    neighbours = max(min(NEIGHBOURS, len(voting) - 1), 0)
+    of_all, of_kept = (torch.zeros(len(asked), dtype=torch.int64, device=views.device) for _ in range(2))
+    leaves, others = torch.isin(voting, gone), max(len(voting) - 1, 0)
+    own = torch.searchsorted(voting, asked).clamp_(max=others)  # the place of who is asked among the voting
+
+    def nearest(near: Tensor, rows: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """Of the nearest of these rows who has their label, and who stays, [a, most]."""
+        values, found = near.topk(min(most, others), 1)
+        return labels[voting[found]] == labels[rows, None], values.isfinite() & ~leaves[found]
+
     for layer in range(views.shape[1]):
         everyone = views[:, layer]
-        others = everyone[voting].T.contiguous()
+        voters = everyone[voting].T.contiguous()
         for place in range(0, len(asked), ASKED_AT_ONCE):
-            rows = asked[place : place + ASKED_AT_ONCE]
-            near = (everyone[rows] @ others).masked_fill_(rows[:, None] == voting, -torch.inf)
-            same = labels[voting][near.topk(neighbours, 1).indices] == labels[rows, None]
-            found[place : place + ASKED_AT_ONCE] += same.sum(1)
-    return found
+            part = slice(place, place + ASKED_AT_ONCE)
+            rows, itself = asked[part], own[part]
+            near = everyone[rows] @ voters
+            votes_too = (voting[itself] == rows).nonzero()[:, 0]
+            near[votes_too, itself[votes_too]] = -torch.inf
+            # Twice as many are looked up as vote: mostly they tell who votes without those that are gone, too.
+            same, stays = nearest(near, rows, 2 * NEIGHBOURS)
+            of_all[part] += same[:, :NEIGHBOURS].sum(1)
+            found = (same & stays & (stays.cumsum(1) <= NEIGHBOURS)).sum(1)
+            (short,) = torch.where(stays.sum(1) < NEIGHBOURS)
+            if len(short):
+                same, stays = nearest(near[short].masked_fill_(leaves, -torch.inf), rows[short], NEIGHBOURS)
+                found[short] = (same & stays).sum(1)
+            of_kept[part] += found
+    return of_all, of_kept
+
+
+def worth(odds: Tensor, usual: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    """What examples of one label lose with the neighbours that leave, [m] >= 0, and what it leaves them at least, [m].
+
+    odds [m] are their log-odds, `usual` [m] how usual they are with all neighbours and `left` [m] without: the log-odds
+    of those that are as usual as the one was, less those of such that are as usual as it is left; and these.
+    """
+    ranked = usual.sort().values
+
+    def said(of: Tensor) -> Tensor:
+        places = torch.searchsorted(ranked, of) + torch.searchsorted(ranked, of, right=True)
+        return odds.quantile(places.double() / (2 * len(usual)))
+
+    least = said(left)
+    return (said(usual) - least).clamp_(min=0), least
 
 
 def quantiles(values: Tensor, labels: Tensor, asked: Tensor, among: Tensor) -> Tensor:

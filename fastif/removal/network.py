@@ -282,9 +282,8 @@ class RetainedNetwork:
         hook = self._head.register_forward_hook(lambda _module, _args, output: calls.append(output.detach().clone()))
         try:
             with self._capture.attached():
-                (logits,) = (
-                    logits_of(self._capture.forward(x).outputs).detach() for x, _, _ in self._batches(self.kept[:1])
-                )
+                ((x, _), _) = next(iter(picked(self._train, self._batch_size, self.kept[:1])))
+                logits = logits_of(self._capture.forward(moved_to(x, self.device)).outputs).detach()
         finally:
             hook.remove()
         if len(calls) == 1 and logits.dim() == calls[0].dim() - 1:  # the model squeezes a batch of one

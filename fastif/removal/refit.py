@@ -8,7 +8,7 @@ lengthened from nothing until the loss is there, or until it takes half as much 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -158,13 +158,19 @@ class RefittedNetwork(RetainedNetwork):
                 parameter.copy_(self.trained[name])
         self._move(combine([step], [length]))
 
-    def _head_inputs(self) -> Tensor:
-        """What the head sees of all examples, [n, d]; the first time, notes their labels, too."""
+    def _head_inputs(self, look: Callable[[Any, Any, Tensor, Any], None] | None = None) -> Tensor:
+        """What the head sees of all examples, [n, d]; the first time, notes their labels, too.
+
+        `look` is shown every batch of this rank: inputs, labels, which examples these are, and outputs.
+        """
         labels: list[Tensor] = []
+        own = self._everyone[self._own(self._everyone)]
         with self._noting_head() as notes, torch.no_grad():
-            for x, y, _ in self._batches(self._everyone[self._own(self._everyone)]):
-                call(self.model, x)
+            for x, y, places in self._batches(own):
+                outputs = call(self.model, x)
                 labels.append(labels_of(labels_in(x, y)))
+                if look is not None:
+                    look(x, y, own[places], outputs)
         if not len(self._labels):
             self._labels = self._joined("labels", torch.cat(labels) if labels else None).to(self.device)
         return self._noted(notes)[0].to(self.device)

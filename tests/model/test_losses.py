@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Generator, nn
 from torch.nn import functional as F
 
 from fastif import EKFAC, KFAC, Diagonal, Influence
-from fastif.model.losses import measured, output_columns, per_sample
+from fastif.model.losses import measured, output_columns, per_sample, squared_outputs
 
 N = 6
 
@@ -346,3 +346,16 @@ def test_exact_fisher_of_a_language_model_is_refused_when_fitting():
     with pytest.raises(ValueError, match="fisher='exact' with loss='causal_lm' would need 4 x 7 backward passes"):
         Influence(model, "causal_lm", KFAC(1e-2), progress=False).fit((ids, ids))
     assert Influence(model, "causal_lm", KFAC(1e-2, "monte_carlo"), progress=False).fit((ids, ids)).curvature
+
+
+@pytest.mark.parametrize("fisher", ["exact", "monte_carlo"])
+def test_the_curvature_of_squared_outputs_is_that_of_the_function_without_its_hessians(fisher):
+    outputs, y = torch.randn(4, 5, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    found, want = (
+        torch.stack([column for _, column in output_columns(loss, outputs, y, 4, fisher, Generator().manual_seed(3))])
+        for loss in (squared_outputs, lambda *args: squared_outputs(*args))
+    )
+    assert torch.equal(found, want)
+    many = torch.zeros(2, 200_000), y[:2]  # whose Hessians no machine holds
+    (column,) = (column for _, column in output_columns(squared_outputs, *many, 2, "monte_carlo", None))
+    assert torch.equal(column.abs(), torch.ones_like(column))

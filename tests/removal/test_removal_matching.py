@@ -42,18 +42,28 @@ def loaded(model, state):
     return found
 
 
-def quantiles_by_hand(model, x, y, removed, neighbours=30, seen=None):
-    """Of each removed example, where it stands among those of its label by the votes of its neighbours, one by one."""
+def views_by_hand(model, x):
+    return [torch.nn.functional.normalize(v) for v in (x, model[:2](x).detach())]
+
+
+def usual_by_hand(asked, label, odds, layers, y, voting, neighbours=30):
+    """How usual an example is that has these views and this label, by the votes of its neighbours, one by one."""
+    votes = 0
+    for own, seen in zip(asked, layers, strict=True):
+        near = sorted(voting, key=lambda j: -float(own @ seen[j]))[:neighbours]
+        votes += sum(int(y[j]) == int(label) for j in near)
+    return votes + 0.5 + 0.5 * float(odds / (1 + odds.abs()))
+
+
+def quantiles_by_hand(model, x, y, removed, seen=None):
+    """Of each removed example, where it stands among those of its label."""
     kept = kept_of(len(y), removed).nonzero()[:, 0].tolist()
-    layers = [torch.nn.functional.normalize(v) for v in ((x, model[:2](x).detach()) if seen is None else seen)]
-    usual = []
+    layers = views_by_hand(model, x) if seen is None else [torch.nn.functional.normalize(v) for v in seen]
     odds = log_odds(model(x), y).detach()
-    for i in range(len(y)):
-        votes = 0
-        for seen in layers:
-            voting = sorted((j for j in kept if j != i), key=lambda j: -float(seen[i] @ seen[j]))[:neighbours]
-            votes += sum(int(y[j]) == int(y[i]) for j in voting)
-        usual.append(votes + 0.5 + 0.5 * float(odds[i] / (1 + odds[i].abs())))
+    usual = [
+        usual_by_hand([v[i] for v in layers], y[i], odds[i], layers, y, [j for j in kept if j != i])
+        for i in range(len(y))
+    ]
     found = []
     for i in removed.tolist():
         others = [usual[j] for j in range(len(y)) if y[j] == y[i] and j != i]
@@ -62,10 +72,39 @@ def quantiles_by_hand(model, x, y, removed, neighbours=30, seen=None):
     return torch.tensor(found, dtype=torch.float64)
 
 
-def targets_by_hand(model, removed_labels, quantiles, unseen):
-    x, y = unseen
-    odds = log_odds(model(x), y).detach()
-    return torch.stack([odds[y == label].quantile(q) for label, q in zip(removed_labels, quantiles, strict=True)])
+def lost_by_hand(model, x, y, removed, unseen):
+    """What the log-odds of each unseen example lose with its removed neighbours, and what is left to those that are as
+    usual as it then is, by places."""
+    layers, views = views_by_hand(model, x), views_by_hand(model, unseen[0])
+    odds = log_odds(model(unseen[0]), unseen[1]).detach()
+    voting = [range(len(y)), kept_of(len(y), removed).nonzero()[:, 0].tolist()]
+    with_all, left = (
+        torch.tensor(
+            [usual_by_hand([v[u] for v in views], unseen[1][u], odds[u], layers, y, those) for u in range(len(odds))],
+            dtype=torch.float64,
+        )
+        for those in voting
+    )
+    lost, least = torch.zeros_like(odds), torch.zeros_like(odds)
+    for u in range(len(odds)):
+        mine = unseen[1] == unseen[1][u]
+
+        def said(value, mine=mine):
+            less = (with_all[mine] < value).double() + 0.5 * (with_all[mine] == value).double()
+            return float(odds[mine].quantile(less.mean()))
+
+        lost[u], least[u] = max(0.0, said(with_all[u]) - said(left[u])), said(left[u])
+    return lost, least
+
+
+def targets_by_hand(model, problem, removed, unseen):
+    """Of unseen examples as the network `model` stands, lower where their neighbours left and it has not followed."""
+    trained_model, x, y = problem
+    trained_odds, odds = (log_odds(net(unseen[0]), unseen[1]).detach() for net in (trained_model, model))
+    lost, least = lost_by_hand(trained_model, x, y, removed, unseen)
+    said = odds.minimum((odds.maximum(trained_odds) - lost).maximum(least))
+    quantiles = quantiles_by_hand(trained_model, x, y, removed)
+    return torch.stack([said[unseen[1] == label].quantile(q) for label, q in zip(y[removed], quantiles, strict=True)])
 
 
 def step_by_hand(before, trained_model, x, y, removed, weights, targets):
@@ -87,13 +126,33 @@ def step_by_hand(before, trained_model, x, y, removed, weights, targets):
     return -off / (gradient @ direction) * direction, gradient.norm()
 
 
-@pytest.mark.parametrize("removed", [HARD, torch.tensor([5]), torch.arange(0, 90, 3)[:25]], ids=["some", "one", "most"])
-def test_quantiles_are_those_of_the_definition(removed):
+FORGET_SETS = [HARD, torch.tensor([5]), torch.arange(0, 90, 3)[:25], torch.arange(15, 90)]
+
+
+@pytest.mark.parametrize("removed", FORGET_SETS, ids=["some", "one", "most of a class", "all but a few"])
+def test_neighbours_say_what_the_definition_does(removed):
     model, x, y = trained()
     network = MatchedNetwork(model, (x, y), removed, unseen=unseen_of(), layers="*", weight_decay=WEIGHT_DECAY)
+    around = network._look_around()[0]
     want = quantiles_by_hand(model, x, y, removed)
-    assert torch.allclose(network._quantiles(), want, atol=1e-12)
+    assert torch.allclose(around.places, want, atol=1e-12)
     assert 0 < want.min() <= want.max() < 1
+    alike = torch.isin(unseen_of()[1], y[removed])
+    lost, least = lost_by_hand(model, x, y, removed, unseen_of())
+    assert torch.allclose(around.lost, lost[alike], atol=1e-6)
+    assert torch.allclose(around.least, least[alike], atol=1e-6)
+    assert torch.allclose(around.unseen, log_odds(model(unseen_of()[0]), unseen_of()[1])[alike], atol=1e-9)
+
+
+def test_half_of_a_class_takes_from_unseen_examples_like_it_what_it_gave():
+    model, x, y = trained()
+    of_class = (y == 0).nonzero()[:, 0]
+    removed = of_class[x[of_class, 0] > x[of_class, 0].median()]
+    network = MatchedNetwork(model, (x, y), removed, unseen=unseen_of(), layers="*", weight_decay=WEIGHT_DECAY)
+    lost = network._look_around()[0].lost
+    seen = unseen_of()[0][unseen_of()[1] == 0, 0]
+    like, unlike = lost[seen > seen.quantile(0.75)].mean(), lost[seen < seen.quantile(0.25)].mean()
+    assert like > 2 * unlike
 
 
 class Words(nn.Module):
@@ -116,9 +175,9 @@ class Words(nn.Module):
         return self.head((said.tanh() * counts).sum(1) / counts.sum(1))
 
 
-def texts(n=90, length=6):
+def texts(n=90, length=6, seed=0):
     """Words of which most say the label."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % 3
     about = 1 + 3 * y[:, None] + torch.randint(3, (n, length), generator=g)
     other = torch.randint(1, 10, (n, length), generator=g)
@@ -126,8 +185,8 @@ def texts(n=90, length=6):
 
 
 def quantiles_of(model, train, **how):
-    settings = {"layers": "*", "weight_decay": WEIGHT_DECAY, "unseen": texts(), **how}
-    return MatchedNetwork(model, train, HARD, **settings)._quantiles()
+    settings = {"layers": "*", "weight_decay": WEIGHT_DECAY, "unseen": texts(seed=1), **how}
+    return MatchedNetwork(model, train, HARD, **settings)._look_around()[0].places
 
 
 @pytest.mark.parametrize("order", ["examples first", "positions first", "in one axis"])
@@ -174,7 +233,7 @@ def test_encoders_that_leave_padding_out_where_no_gradient_is_asked_for(layers):
     for nested in (True, False):
         torch.manual_seed(0)
         model = Encoded(nested).double().eval()
-        how = dict(layers=layers, refit_head=True, unseen=(x[:24], y[:24]), steps=1, **QUIET)
+        how = dict(layers=layers, refit_head=True, unseen=texts(24, seed=1), steps=1, **QUIET)
         found.append(flat(remove(model, (x, y), torch.tensor([3, 4]), **how).state_dict))
         assert model.encoder.use_nested_tensor == nested
     assert torch.equal(*found)
@@ -203,20 +262,19 @@ def layers_steps(removal):
 def test_the_layers_take_the_steps_of_the_definition_and_the_removed_come_nearer():
     model, x, y = problem = trained(seed=3)
     removal = matched(problem, HARD, curvature=EXACT, unseen=unseen_of(3), steps=3)
-    quantiles = quantiles_by_hand(model, x, y, HARD)
     steps = layers_steps(removal)
     assert steps
     distances = []
     for entry in steps:
         before = loaded(model, removal.after(entry.step - 1))
-        targets = targets_by_hand(before, y[HARD], quantiles, unseen_of(3))
+        targets = targets_by_hand(before, problem, HARD, unseen_of(3))
         whole, norm = step_by_hand(before, model, x, y, HARD, kept_of(90, HARD).double() / 90, targets)
         (length,) = set(entry.step_size.values())
         assert torch.allclose(flat(entry.parameters), flat(dict(before.named_parameters())) + length * whole, atol=1e-9)
         assert entry.gradient_norm == pytest.approx(float(norm), rel=1e-8)
         distances.append((log_odds(before(x[HARD]), y[HARD]) - targets).square().mean().item())
     last = loaded(model, removal.state_dict)
-    targets = targets_by_hand(last, y[HARD], quantiles, unseen_of(3))
+    targets = targets_by_hand(last, problem, HARD, unseen_of(3))
     distances.append((log_odds(last(x[HARD]), y[HARD]) - targets).square().mean().item())
     assert distances == sorted(distances, reverse=True)
     assert all(torch.equal(removal.after(0)[name], p) for name, p in model.named_parameters())
@@ -231,7 +289,7 @@ def test_a_subset_carries_the_curvature_by_its_weights_without_the_removed():
     everyone[carriers] = weights
     entry = layers_steps(removal)[0]
     before = loaded(model, removal.after(entry.step - 1))
-    targets = targets_by_hand(before, y[HARD], quantiles_by_hand(model, x, y, HARD), unseen_of(3))
+    targets = targets_by_hand(before, (model, x, y), HARD, unseen_of(3))
     whole, _ = step_by_hand(before, model, x, y, HARD, everyone * kept_of(90, HARD), targets)
     (length,) = set(entry.step_size.values())
     assert torch.allclose(flat(entry.parameters), flat(dict(before.named_parameters())) + length * whole, atol=1e-9)
@@ -287,7 +345,7 @@ def test_steps_that_end_far_away_or_do_harm_are_said():
     with pytest.warns(UserWarning, match="of these layers comes no nearer: others in layers= or"):  # the head alone
         remove(model, (x, y), removed, curvature=Identity(), **how | {"layers": "2"})
     with pytest.warns(UserWarning, match="take the mean loss of the removed examples from .* and that of the retained"):
-        remove(model, (x, y), torch.arange(10, 40), curvature=Identity(), subset=few, **how)
+        remove(model, (x, y), torch.arange(50), curvature=Identity(), subset=few, **how)
 
 
 def test_samplers_and_a_head_that_takes_no_step():
@@ -328,19 +386,31 @@ def test_the_call_computes_gradients_where_none_are_asked_for_around_it(around, 
         ),
         (
             {"unseen": (unseen_of()[0].index_fill(0, torch.tensor([8, 9]), torch.nan), unseen_of()[1])},
-            "of the examples in unseen= is not finite: of 2 of them, such as 8",
+            "says of the examples in unseen= is not finite: of 2 of them, such as 8",
         ),
         (
             {"unseen": (unseen_of()[0], unseen_of()[1].index_fill(0, torch.tensor([8]), 3))},
             r"unseen= .* in \[0, c=3\); of 1 they are not, such as example 8, which has 3",
         ),
         ({"unseen": (unseen_of()[0], unseen_of()[1][:, None])}, r"unseen= .* one integer .*, got labels \[120, 1\]"),
+        (
+            {"unseen": tuple(values[[0, 1, 3, 4, 6, 7, 2, 5]] for values in trained()[1:])},
+            "has not seen: of 8 with a label that a removed one has, 8, such as 0, are training examples",
+        ),
         ({"weight_decay": 0.0, "curvature": EXACT}, "head .* with damping 0 is not positive definite"),
     ],
 )
 def test_what_is_refused(how, said):
     with pytest.raises(ValueError, match=said):
         matched(trained(), **how)
+
+
+def test_a_few_training_examples_among_the_unseen_are_let_pass():
+    model, x, y = trained()
+    further = unseen_of()
+    matched((model, x, y), unseen=(torch.cat([x[:50], further[0]]), torch.cat([y[:50], further[1]])), steps=1)
+    with pytest.raises(ValueError, match="of 54 with a label that a removed one has, 50, such as 0, are training"):
+        matched((model, x, y), unseen=(torch.cat([x[:50], further[0][:4]]), torch.cat([y[:50], further[1][:4]])))
 
 
 def test_training_examples_without_log_odds_are_refused():
@@ -352,10 +422,10 @@ def test_training_examples_without_log_odds_are_refused():
     with pytest.raises(TypeError, match=r"unseen= must have one integer label per example, .* got torch.float64"):
         matched((model, x, y), unseen=(unseen_of()[0], unseen_of()[1].double()))
     unknown[REMOVED[0]] = torch.nan
-    with pytest.raises(ValueError, match=r"finite log-odds .* of 1 of them, such as 3, they are not"):
+    with pytest.raises(ValueError, match=r"of the training examples is not finite: of 1 of them, such as 3"):
         matched((model, unknown, y))
     alone = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-    with pytest.raises(ValueError, match=r"outputs of two classes or more"):
+    with pytest.raises(ValueError, match=r"unseen= needs .* two classes or more"):
         matched((alone, x, torch.zeros_like(y)), unseen=(x, torch.zeros_like(y)))
 
 
