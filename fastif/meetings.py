@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch.distributed as dist
 
@@ -32,7 +32,9 @@ class Meetings:
     """The processes of a group, seen from one of them; all have to come to every meeting."""
 
     def __init__(self, group: Any = None):
-        self.group = group  # None: this process alone
+        # The group is torch's: held here, it would outlive destroy_process_group(), and its threads abort the process
+        # that ends with them.
+        self._group = None if group is None else ref(group)  # None: this process alone
         self.rank, self.world, self._names = 0, 1, [0]  # the last: as torchrun counts them
         self.errors: list[Exception] = []  # of the last meeting that failed, by rank
         self._heard: BaseException | None = None  # the last error that all ranks know of
@@ -45,6 +47,14 @@ class Meetings:
             self._names = dist.get_process_group_ranks(group)
             # torch's stubs know half of a store.
             self._store: Any = dist.PrefixStore("fastif", group.get_group_store())  # pyright: ignore
+
+    @property
+    def group(self) -> Any:
+        """The process group; None: this process alone."""
+        group = None if self._group is None else self._group()
+        if group is None and self._group is not None:
+            raise RankFailed(f"the process group of {self.world} ranks was destroyed: make the objects anew in another")
+        return group
 
     def __repr__(self) -> str:
         return f"rank {self.rank} of {self.world}"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -236,7 +237,7 @@ class Ranks(Meetings):
 
 
 ALONE = Ranks()
-_known: dict[int, Ranks] = {}
+_known: WeakKeyDictionary[Any, Ranks] = WeakKeyDictionary()  # by group
 _apart = False
 
 
@@ -264,12 +265,9 @@ def find_ranks(group: Any = None) -> Ranks:
     group = dist.group.WORLD if group is None else group
     if dist.get_rank(group) < 0:
         raise ValueError("group=: this process is not a member of the group")
-    found = _known.get(id(group))
-    if found is None:
-        for key in [key for key, ranks in _known.items() if ranks.group not in dist.distributed_c10d._world.pg_map]:
-            del _known[key]
-        found = _known[id(group)] = Ranks(group)
-    return found
+    if group not in _known:
+        _known[group] = Ranks(group)
+    return _known[group]
 
 
 @contextmanager

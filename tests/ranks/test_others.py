@@ -1,10 +1,13 @@
 """What is made of an Influence, or stands beside it, on two ranks: features, removals, samplers, retrainings."""
 
+import weakref
 from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from fastif.ranks import RankFailed, Ranks
 from fastif.samplers import k_center
 from tests.helpers.crew import Crew
 from tests.helpers.problems import trained
@@ -110,3 +113,15 @@ def test_centres_of_a_rank_with_nan(two):
 def test_a_model_wrapped_for_training_scores_as_it_is(two, how):
     for got, want in two(wrapped, how):
         assert torch.allclose(got, want, rtol=0, atol=1e-12 * float(want.abs().max()))
+
+
+def test_a_process_group_is_gone_when_it_is_destroyed(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        ranks, group = Ranks(dist.group.WORLD), weakref.ref(dist.group.WORLD)
+        assert ranks.group is dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+    assert group() is None
+    with pytest.raises(RankFailed, match="the process group of 1 ranks was destroyed"):
+        _ = ranks.group
