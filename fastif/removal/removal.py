@@ -107,12 +107,12 @@ def remove(
             `fastif.data.as_loader` takes it: other steps of the layers, after which the network is as sure of the
             removed examples as it is of unseen ones (docs/math.md (34)). It is for networks that know their examples by
             heart, whose losses have no slope left, and tells of all how far to go: each removed example is taken
-            towards the log-odds of the unseen examples of its label that are as unusual, by what the network says of
-            them; how unusual its label is say its neighbours among the retained, in what enters each linear and
-            convolutional layer. The outputs of the retained change as little as they can. At most `steps` steps, each
-            with the head's behind it, until the removed are no longer told apart by their mean. Do not judge the
-            removal by the same data. Default curvature EKFAC(0.0, fisher="monte_carlo") for all layers, of the squared
-            outputs, which fisher="empirical" does not estimate.
+            towards the log-odds of the unseen examples of its label that are as unusual, lowered where these, too, were
+            near to removed ones; how unusual a label is say the neighbours among the retained, in what enters each
+            linear and convolutional layer. The outputs of the retained change as little as they can. At most `steps`
+            steps, each with the head's behind it, until the removed are no longer told apart by their mean; a warning
+            where more than a nat is left. Do not judge the removal by the same data. Default curvature EKFAC(0.0,
+            fisher="monte_carlo") for all layers, of the squared outputs, which fisher="empirical" does not estimate.
         subset: which retained examples carry the curvature: None for all; a sampler with its k bound, such as
             `functools.partial(samplers.logit, k=500)`, drawn afresh from the retained data in each step; or anything
             with `indices` (counted in `train`) and `weights`: its removed examples are left out, the other weights
@@ -157,13 +157,13 @@ def remove(
 
     Raises ValueError for indices out of range, repeated or all there are, for missing labels, for a loss that is not
     convex or, beside other layers than the head, not softmax cross-entropy, for damping > 0 beside an "auto", for what
-    cannot be beside refit_head, for unseen= that lacks a label of the removed examples, for `extracted` of
-    another number of examples, of a first batch that the model sees otherwise, or beside layers that it cannot serve,
-    for a `start` from another model, with examples that `indices` lack or with parameters that do not move here, for
-    parameters that moved out of the range of the model's 16 bits, and what `extract`, `Influence`, the sampler and the
-    curvature raise; for a head alone whose weight serves elsewhere in the model; with a certificate, for more than the
-    head, weight_decay = 0 or line_search=False, for a loss that is not known to be convex, and where the steps do not
-    reach its distance, with how far they came.
+    cannot be beside refit_head, for unseen= that lacks a label of the removed examples or is mostly training data, for
+    `extracted` of another number of examples, of a first batch that the model sees otherwise, or beside layers that it
+    cannot serve, for a `start` from another model, with examples that `indices` lack or with parameters that do not
+    move here, for parameters that moved out of the range of the model's 16 bits, and what `extract`, `Influence`, the
+    sampler and the curvature raise; for a head alone whose weight serves elsewhere in the model; with a certificate,
+    for more than the head, weight_decay = 0 or line_search=False, for a loss that is not known to be convex, and where
+    the steps do not reach its distance, with how far they came.
     """
     refuse_sharded(model, "remove")
     if isinstance(train, Sharded):
