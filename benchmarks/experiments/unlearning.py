@@ -50,6 +50,7 @@ BLOCKS = {  # what is below the last pooling of each network, and its head
     "cnn": ["body.8", "body.9", "head"],
     "vgg11": ["body.22", "body.23", "body.25", "body.26", "head"],
 }
+BATCHES = {"cnn": 1024, "vgg11": 256}  # examples at a time, as they go through fastest
 WEIGHT_DECAY = 5e-4
 RECIPES = {
     "digits": Recipe("cnn", 0.5, 8, 0.15, 64, WEIGHT_DECAY, 0),
@@ -83,13 +84,14 @@ def trained(kept: Tensor, seed: int, x: Tensor, y: Tensor, recipe: Recipe) -> nn
     return trained_once(tuple(kept.tolist()), seed, x, y, recipe)
 
 
-def ours(k: int, block: list[str], unseen: tuple[Tensor, Tensor] | None = None) -> dict[str, UnlearnFn]:
+def ours(k: int, architecture: str, unseen: tuple[Tensor, Tensor] | None = None) -> dict[str, UnlearnFn]:
     """What has no settings: steps that lower the retained objective, the influence step with the head refitted, and
     the steps that leave the removed looking like unseen examples, where there are any."""
+    block = BLOCKS[architecture]
     how: dict[str, Any] = {"subset": partial(samplers.logit, k=k), "weight_decay": WEIGHT_DECAY}
     further = {**how, "steps": 3, "batch_size": 1024}
     refitted = {**further, "refit_head": True, "subset": partial(samplers.random, k=2 * k), "steps": 4}
-    matched = {**refitted, "unseen": unseen, "steps": 6}
+    matched = {**refitted, "unseen": unseen, "steps": 6, "batch_size": BATCHES[architecture]}
     found = {
         "remove: head": partial(baselines.newton_steps, **how),
         "remove: last block": partial(baselines.newton_steps, layers=block, **further),
@@ -256,7 +258,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     sets = forget_sets(x, y, memorised, wrong, given.draws)
     if unknown := [name for name in given.sets or [] if name not in sets]:
         parser.error(f"--sets has {unknown[0]!r}; there are {', '.join(sets)}")
-    own, every = ours(k, block, unseen), {**single_steps(k, block), **candidates(k)}
+    own, every = ours(k, given.architecture, unseen), {**single_steps(k, block), **candidates(k)}
     wanted = {*own, *every} if given.only is None else {*given.only}
     if unknown := wanted - {*own, *every}:
         parser.error(f"--only has {min(unknown)!r}; there are {', '.join([*own, *every])}")

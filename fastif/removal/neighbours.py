@@ -21,7 +21,8 @@ NEIGHBOURS = 30
 PLACES = 4  # to which each axis of an image is pooled: where something is matters little more closely
 DIMENSIONS = 128  # to which what enters a layer is projected
 ASKED_AT_ONCE = 1024  # examples whose distances to all others are held at a time
-_POOL = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+_POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+_POOL_UNEVENLY = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -83,7 +84,7 @@ class Views:
             n = len(rows)
         x = x.float()
         if isinstance(module, _CONVOLUTIONS):
-            x = _POOL[x.dim() - 3](x, PLACES).flatten(1)
+            x = _pooled(x).flatten(1)
         x = x.reshape(n, -1, x.shape[-1])
         counts = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if mask is not None and mask.shape == counts.shape and bool((mask != 0).any(1).all()):
@@ -98,6 +99,14 @@ class Views:
             draw = Generator().manual_seed([*self._layers].index(name))
             self._projections[name] = torch.randn(x.shape[1], DIMENSIONS, generator=draw).to(x.device)
         return x @ self._projections[name]
+
+
+def _pooled(x: Tensor) -> Tensor:
+    """Images [n, c, ...] with `PLACES` places along each axis."""
+    sizes = x.shape[2:]
+    if any(size % PLACES for size in sizes):
+        return _POOL_UNEVENLY[len(sizes) - 1](x, PLACES)
+    return _POOL[len(sizes) - 1](x, [size // PLACES for size in sizes])  # up to three times as fast
 
 
 def votes(views: Tensor, labels: Tensor, asked: Tensor, voting: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:
