@@ -324,7 +324,7 @@ class MatchedNetwork(RefittedNetwork):
                 "subset= may help",
                 UserWarning,
             )
-        wrecked = after.retained >= math.log(self._head.out_features)
+        wrecked = after is not before and after.retained >= math.log(self._head.out_features)
         if wrecked or 0 < after.removed - before.removed <= WORTH * (after.retained - before.retained):
             warn_outside(
                 f"remove: the steps of these layers take the mean loss of the removed examples from "

@@ -117,13 +117,14 @@ def votes(views: Tensor, labels: Tensor, asked: Tensor, voting: Tensor, gone: Te
     order. Nobody votes on itself.
     """
     of_all, of_kept = (torch.zeros(len(asked), dtype=torch.int64, device=views.device) for _ in range(2))
-    leaves, others = torch.isin(voting, gone), max(len(voting) - 1, 0)
-    own = torch.searchsorted(voting, asked).clamp_(max=others)  # the place of who is asked among the voting
+    leaves = torch.isin(voting, gone)
+    own = torch.searchsorted(voting, asked).clamp_(max=len(voting) - 1)  # the place of who is asked among the voting
 
     def nearest(near: Tensor, rows: Tensor, most: int) -> tuple[Tensor, Tensor]:
         """Of the nearest of these rows who has their label, and who stays, [a, most]."""
-        values, found = near.topk(min(most, others), 1)
-        return labels[voting[found]] == labels[rows, None], values.isfinite() & ~leaves[found]
+        values, found = near.topk(min(most, len(voting)), 1)
+        vote = values.isfinite()  # where few vote, the last that is found may be who is asked
+        return vote & (labels[voting[found]] == labels[rows, None]), vote & ~leaves[found]
 
     for layer in range(views.shape[1]):
         everyone = views[:, layer]

@@ -1,6 +1,7 @@
 """Removed examples that come to look like unseen ones, against the definitions in float64, docs/math.md (34)."""
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from torch.func import functional_call, jacrev
 
 from fastif import EKFAC, ExactBlock, Identity, remove, samplers
 from fastif.removal.matching import MatchedNetwork
+from fastif.removal.neighbours import votes
 from fastif.samplers import Subset
 from tests.helpers.problems import QUIET, REMOVED, WEIGHT_DECAY, clusters, flat, small_images, sure, trained
 from tests.removal.test_removal_layers import kept_of
@@ -142,6 +144,17 @@ def test_neighbours_say_what_the_definition_does(removed):
     assert torch.allclose(around.lost, lost[alike], atol=1e-6)
     assert torch.allclose(around.least, least[alike], atol=1e-6)
     assert torch.allclose(around.unseen, log_odds(model(unseen_of()[0]), unseen_of()[1])[alike], atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 9, 30, 31])
+def test_where_few_vote_all_vote_on_unseen_examples_and_all_others_on_a_training_one(n):
+    views = torch.nn.functional.normalize(torch.randn(n + 5, 2, 4, dtype=torch.float64), dim=-1)
+    labels, voting, gone = torch.zeros(n + 5, dtype=torch.int64), torch.arange(n), torch.tensor([0])
+    of_all, of_kept = votes(views, labels, torch.arange(n + 5), voting, gone)  # all have the same label
+    others = torch.tensor([n - 1] * n + [n] * 5)
+    assert torch.equal(of_all, 2 * others.clamp(max=30))
+    stay = torch.tensor([n - 1] + [n - 2] * (n - 1) + [n - 1] * 5)
+    assert torch.equal(of_kept, 2 * stay.clamp(max=30))
 
 
 def test_half_of_a_class_takes_from_unseen_examples_like_it_what_it_gave():
@@ -346,6 +359,17 @@ def test_steps_that_end_far_away_or_do_harm_are_said():
         remove(model, (x, y), removed, curvature=Identity(), **how | {"layers": "2"})
     with pytest.warns(UserWarning, match="take the mean loss of the removed examples from .* and that of the retained"):
         remove(model, (x, y), torch.arange(50), curvature=Identity(), subset=few, **how)
+
+
+def test_harm_that_the_head_does_is_not_said_of_layers_that_stay(recwarn):
+    model, x, y = trained()
+    with torch.no_grad():
+        model[2].weight.mul_(-8)  # a head from which one step leads far from its optimum
+    removal = matched((model, x, y), HARD, steps=1)
+    moved = loaded(model, removal.state_dict)
+    assert not layers_steps(removal)
+    assert mean_loss(moved, x, y, kept_of(90, HARD)) > math.log(3)
+    assert not [found for found in recwarn if "steps of these layers" in str(found.message)]
 
 
 def test_samplers_and_a_head_that_takes_no_step():
