@@ -172,8 +172,9 @@ def output_columns(
             yield scores, column * counted
         return
     scores = logits_of(outputs).reshape(n, -1)
-    spread = (scores.detach().sigmoid() * (1 - scores.detach().sigmoid())).sqrt()
-    if loss != "bce":
+    if loss == "bce":
+        spread = (scores.detach().sigmoid() * (1 - scores.detach().sigmoid())).sqrt()
+    else:  # "mse", whose curvature is twice that of `squared_outputs`
         spread = torch.full_like(scores.detach(), 2**0.5 if loss == "mse" else 1.0)
     if fisher == "monte_carlo":
         if loss == "bce":

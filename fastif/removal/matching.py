@@ -24,35 +24,17 @@ from fastif.measure import Measure
 from fastif.model.calls import call
 from fastif.model.losses import labels_in, labels_of, log_odds, measured, squared_outputs
 from fastif.progress import tqdm
-from fastif.removal.neighbours import Views, quantiles, votes, worth
+from fastif.removal.neighbours import Neighbourhoods, Seen, Views, neighbourhoods
 from fastif.removal.network import combine
 from fastif.removal.refit import TRIAL_STEPS, WORTH, Refit, RefittedNetwork, numbered
 from fastif.removal.steps import Step
 from fastif.renamed import warn_outside
 
 MOST_VOTING = 10_000  # training examples of which the retained are neighbours; of more a draw
-MOST_AMONG = 50  # training examples of each label among which a removed one has its rank
 SHORTEST = 1 / 32  # of a step; where none so short brings the removed examples nearer, the steps end
 
-
-Look = Callable[[Any, Any, Tensor, Any], None]  # is shown a batch: inputs, labels, which examples these are, outputs
-
-
-class Seen(NamedTuple):
-    """What is seen of some examples in a pass."""
-
-    views: Tensor  # of what enters the layers (`Views`), [m, layers, d]
-    odds: Tensor  # the log-odds of their labels, float64 [m]
-    labels: Tensor  # int64 [m]
-
-
-class Neighbourhoods(NamedTuple):
-    """What the neighbours of the removed examples and of the unseen ones say of them, as the network was trained."""
-
-    places: Tensor  # of each removed example among the training examples of its label, in (0, 1), float64 [r]
-    unseen: Tensor  # the log-odds of the labels of unseen examples, [m]
-    lost: Tensor  # what these lose with the removed neighbours, in nats, [m]
-    least: Tensor  # what it leaves them at least, [m]
+# Is shown a batch: inputs, labels, which examples these are, and outputs.
+Look = Callable[[Any, Any, Tensor, Any], None]
 
 
 class Matched(NamedTuple):
@@ -179,7 +161,7 @@ class MatchedNetwork(RefittedNetwork):
         odds = log_odds(refit.problem.logits_of_removed.double(), self._labels[self._gone])
         features = self._unseen_head_inputs() if features is None else features
         now = log_odds(refit.problem.logits_at(features).double(), self._unseen_labels)
-        without = torch.maximum(torch.maximum(now, around.unseen) - around.lost, around.least)
+        without = torch.maximum(torch.maximum(now, around.odds) - around.lost, around.least)
         unseen = torch.minimum(now, without)
         targets = torch.empty_like(odds)
         for label in self._labels[self._gone].unique():
@@ -215,30 +197,9 @@ class MatchedNetwork(RefittedNetwork):
         self._check_unlike()
         place = torch.full((self.n,), -1)
         place[pool] = torch.arange(len(pool))
-        around = self._neighbourhoods(of_train, of_unseen, place[drawn], place[self.removed])
-        found = {key: value.to(self.device) for key, value in around._asdict().items()}
-        around = Neighbourhoods(**self._ranks.of_first("what neighbours say", found, self.device))
+        around = neighbourhoods(of_train, of_unseen, place[drawn], place[self.removed], self.device)
+        around = Neighbourhoods(**self._ranks.of_first("what neighbours say", around._asdict(), self.device))
         return around, features, unseen_features
-
-    def _neighbourhoods(self, train: Seen, unseen: Seen, drawn: Tensor, gone: Tensor) -> Neighbourhoods:
-        """Of the training examples those `drawn`, in random order, vote; `gone` [r] are the removed."""
-        device = self.device
-        views, odds, labels = (torch.cat(pair).to(device) for pair in zip(train, unseen, strict=True))
-        further = torch.arange(len(train.odds), len(odds), device=device)
-        drawn, gone = drawn.to(device), gone.to(device)
-        alike = [drawn[labels[drawn] == label][:MOST_AMONG] for label in labels[gone].unique()]
-        among = torch.cat(alike)
-        asked = torch.cat([gone, among, further]).unique()
-        ties = 0.5 + 0.5 * odds / (1 + odds.abs())
-        usual, left = torch.full_like(odds, torch.nan), torch.full_like(odds, torch.nan)
-        voting = votes(views, labels, asked, drawn.sort().values, gone)
-        for values, counts in zip((usual, left), voting, strict=True):
-            values[asked] = counts.double() + ties[asked]
-        lost, least = torch.zeros_like(odds), torch.zeros_like(odds)
-        for label in labels[gone].unique():
-            mine = further[labels[further] == label]
-            lost[mine], least[mine] = worth(odds[mine], usual[mine], left[mine])
-        return Neighbourhoods(quantiles(left, labels, gone, among), odds[further], lost[further], least[further])
 
     def _look(self, what: str, a_pass: Callable[[Look], Tensor], wanted: Tensor) -> tuple[Seen, Tensor]:
         """What layers see of the `wanted` examples of this pass's data, on all ranks, and what the pass returns."""
@@ -338,8 +299,8 @@ def _check_finite(seen: Seen, rows: Tensor, which: str) -> None:
     bad = rows[~(seen.odds.isfinite() & seen.views.flatten(1).isfinite().all(1))]
     if len(bad):
         raise ValueError(
-            f"remove: what the network says of the {which} is not finite: of {len(bad)} of them, such as "
-            f"{int(bad[0])}; unseen= needs finite log-odds of their labels, and so two classes or more"
+            f"remove: with unseen=, what the network says of the {which} must be finite log-odds of their labels, and "
+            f"so of two classes or more: of {len(bad)} of them, such as {int(bad[0])}, it is not"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -20,10 +20,28 @@ from fastif.model.forward import Pair
 NEIGHBOURS = 30
 PLACES = 4  # to which each axis of an image is pooled: where something is matters little more closely
 DIMENSIONS = 128  # to which what enters a layer is projected
+MOST_AMONG = 50  # training examples of each label among which a removed one has its rank
 ASKED_AT_ONCE = 1024  # examples whose distances to all others are held at a time
 _POOL = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 _POOL_UNEVENLY = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Seen(NamedTuple):
+    """What is seen of some examples in a pass, as the network was trained."""
+
+    views: Tensor  # of what enters the layers (`Views`), [m, layers, d]
+    odds: Tensor  # the log-odds of their labels, float64 [m]
+    labels: Tensor  # int64 [m]
+
+
+class Neighbourhoods(NamedTuple):
+    """What the neighbours of the removed examples and of the unseen ones say of them, as the network was trained."""
+
+    places: Tensor  # of each removed example among the training examples of its label, in (0, 1), float64 [r]
+    odds: Tensor  # the log-odds of the labels of the unseen examples, [m]
+    lost: Tensor  # what these lose with the removed neighbours, in nats, [m]
+    least: Tensor  # what it leaves them at least, [m]
 
 
 class Views:
@@ -107,6 +125,25 @@ def _pooled(x: Tensor) -> Tensor:
     if any(size % PLACES for size in sizes):
         return _POOL_UNEVENLY[len(sizes) - 1](x, PLACES)
     return _POOL[len(sizes) - 1](x, [size // PLACES for size in sizes])  # up to three times as fast
+
+
+def neighbourhoods(train: Seen, unseen: Seen, drawn: Tensor, gone: Tensor, device: torch.device) -> Neighbourhoods:
+    """On `device`; of the training examples those `drawn`, in random order, vote; `gone` [r] are the removed."""
+    views, odds, labels = (torch.cat(pair).to(device) for pair in zip(train, unseen, strict=True))
+    further = torch.arange(len(train.odds), len(odds), device=device)
+    drawn, gone = drawn.to(device), gone.to(device)
+    among = torch.cat([drawn[labels[drawn] == label][:MOST_AMONG] for label in labels[gone].unique()])
+    asked = torch.cat([gone, among, further]).unique()
+    ties = 0.5 + 0.5 * odds / (1 + odds.abs())
+    usual, left = torch.full_like(odds, torch.nan), torch.full_like(odds, torch.nan)
+    voting = votes(views, labels, asked, drawn.sort().values, gone)
+    for values, counts in zip((usual, left), voting, strict=True):
+        values[asked] = counts.double() + ties[asked]
+    lost, least = torch.zeros_like(odds), torch.zeros_like(odds)
+    for label in labels[gone].unique():
+        mine = further[labels[further] == label]
+        lost[mine], least[mine] = worth(odds[mine], usual[mine], left[mine])
+    return Neighbourhoods(quantiles(left, labels, gone, among), odds[further], lost[further], least[further])
 
 
 def votes(views: Tensor, labels: Tensor, asked: Tensor, voting: Tensor, gone: Tensor) -> tuple[Tensor, Tensor]:
