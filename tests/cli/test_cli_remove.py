@@ -60,11 +60,12 @@ def test_a_query_s_best_can_be_removed_and_layers_samplers_and_certificates_chos
     assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in want.items())
     record = json.loads((script / "refitted" / "removal.json").read_text())
     assert record["about"]["refit_head"] is True
-    (script / "further.py").write_text("from ownscript import problem\n\ndef unseen():\n    return problem()[2]\n")
+    further = "from ownscript import problem\n\ndef unseen():\n    x, y = problem()[2]\n    return x + 0.5, y\n"
+    (script / "further.py").write_text(further)
     assert run(*refitted, "--unseen", "further:unseen", "--out", "matched")[0] == 0
-    _, _, query = returned()
+    _, _, (x, y) = returned()
     seeded = torch.Generator().manual_seed(0)
-    how = {"layers": "*", "refit_head": True, "unseen": query, "generator": seeded, "progress": False}
+    how = {"layers": "*", "refit_head": True, "unseen": (x + 0.5, y), "generator": seeded, "progress": False}
     want = remove(model, train, torch.tensor([9, 30]), **how)
     found = load_file("matched/removed.safetensors")
     assert all(torch.allclose(found[name], value, atol=1e-5) for name, value in want.state_dict.items())
