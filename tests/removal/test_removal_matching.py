@@ -362,7 +362,7 @@ def test_steps_that_end_far_away_or_do_harm_are_said():
 
 
 def test_harm_that_the_head_does_is_not_said_of_layers_that_stay(recwarn):
-    model, x, y = trained()
+    model, x, y = copy.deepcopy(trained())
     with torch.no_grad():
         model[2].weight.mul_(-8)  # a head from which one step leads far from its optimum
     removal = matched((model, x, y), HARD, steps=1)
