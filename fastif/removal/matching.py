@@ -26,15 +26,12 @@ from fastif.model.losses import labels_in, labels_of, log_odds, measured, square
 from fastif.progress import tqdm
 from fastif.removal.neighbours import Neighbourhoods, Seen, Views, neighbourhoods
 from fastif.removal.network import combine
-from fastif.removal.refit import TRIAL_STEPS, WORTH, Refit, RefittedNetwork, numbered
+from fastif.removal.refit import TRIAL_STEPS, WORTH, Look, Refit, RefittedNetwork, numbered
 from fastif.removal.steps import Step
 from fastif.renamed import warn_outside
 
 MOST_VOTING = 10_000  # training examples of which the retained are neighbours; of more a draw
 SHORTEST = 1 / 32  # of a step; where none so short brings the removed examples nearer, the steps end
-
-# Is shown a batch: inputs, labels, which examples these are, and outputs.
-Look = Callable[[Any, Any, Tensor, Any], None]
 
 
 class Matched(NamedTuple):

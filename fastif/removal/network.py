@@ -282,6 +282,7 @@ class RetainedNetwork:
         hook = self._head.register_forward_hook(lambda _module, _args, output: calls.append(output.detach().clone()))
         try:
             with self._capture.attached():
+                # Not by `_batches`: of what that keeps below the layers that move, hooks see nothing in later passes.
                 ((x, _), _) = next(iter(picked(self._train, self._batch_size, self.kept[:1])))
                 logits = logits_of(self._capture.forward(moved_to(x, self.device)).outputs).detach()
         finally:

@@ -32,6 +32,9 @@ TRIAL_STEPS = 2  # of the head behind all but the first: they begin where the le
 # step on the digits took 5.6 nats from the ones, 4.1 from the others, and wrecked the network.
 WORTH = 2.0
 
+# Is shown a batch of a pass: inputs, labels, which examples these are, and outputs.
+Look = Callable[[Any, Any, Tensor, Any], None]
+
 
 class Refit(NamedTuple):
     """A length of the step, and the head that was refitted behind it."""
@@ -158,10 +161,10 @@ class RefittedNetwork(RetainedNetwork):
                 parameter.copy_(self.trained[name])
         self._move(combine([step], [length]))
 
-    def _head_inputs(self, look: Callable[[Any, Any, Tensor, Any], None] | None = None) -> Tensor:
+    def _head_inputs(self, look: Look | None = None) -> Tensor:
         """What the head sees of all examples, [n, d]; the first time, notes their labels, too.
 
-        `look` is shown every batch of this rank: inputs, labels, which examples these are, and outputs.
+        `look` is shown every batch of this rank.
         """
         labels: list[Tensor] = []
         own = self._everyone[self._own(self._everyone)]
